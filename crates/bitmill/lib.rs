@@ -1,0 +1,37 @@
+//! bitmill: post-training quantization of neural-network weights.
+//!
+//! This crate is a facade over the rooms of the workspace, which depend on one another from left to right:
+//! [`scheme`] ← [`kernels`] ← [`checkpoint`] ← [`models`] ← [`calibrate`] ← [`quantize`].
+//!
+//! ```no_run
+//! use bitmill::checkpoint::Checkpoint;
+//! use bitmill::quantize::{Plan, RunOptions, Settings, SolverOptions, run};
+//! use bitmill::scheme::{Bits, Granularity, Scheme};
+//! use std::path::Path;
+//!
+//! let input = Checkpoint::open(Path::new("models/books-10m"))?;
+//! let settings = Settings {
+//!     method: "rtn".into(),
+//!     format: "pack-quantized".into(),
+//!     scheme: Scheme::int(Bits::new(4)?, true, Granularity::Group(128)),
+//!     scale_type: None,
+//!     solver: SolverOptions::default(),
+//!     ignore: vec![],
+//!     samples: 128,
+//!     sequence_length: 512,
+//!     seed: 0,
+//!     shard_bytes: 5_000_000_000,
+//! };
+//! let plan = Plan::new(&input, &settings)?;
+//! let stop = std::sync::atomic::AtomicBool::new(false);
+//! let options = RunOptions { force: false, stream_memory: 1 << 30, stop: &stop };
+//! run(&input, &plan, None, Path::new("out/books-10m-w4"), options, &mut |_| {})?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub use bitmill_calibrate as calibrate;
+pub use bitmill_checkpoint as checkpoint;
+pub use bitmill_kernels as kernels;
+pub use bitmill_models as models;
+pub use bitmill_quantize as quantize;
+pub use bitmill_scheme as scheme;

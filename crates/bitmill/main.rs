@@ -1,0 +1,7 @@
+//! The `bitmill` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bitmill_cli::main()
+}

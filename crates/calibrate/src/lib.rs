@@ -1,0 +1,25 @@
+//! Text through a model: tokens, windows, activation streams, statistics per site, perplexity and KL divergence.
+//!
+//! Everything here runs a model block by block over a fixed set of windows, so that one block's weights are in memory at
+//! a time. Work is split by window and folded in window order: the same input gives the same bits at any thread count.
+
+mod error;
+mod eval;
+mod metrics;
+mod sentencepiece;
+mod stats;
+mod stream;
+mod tokenizer;
+mod windows;
+
+pub use error::Error;
+pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
+pub use metrics::{Divergence, Perplexity, Summary};
+pub use stats::SiteStats;
+pub use stream::{Stream, StreamKind, in_order};
+pub use tokenizer::Tokenizer;
+pub use windows::{Windows, read_texts};
+
+/// Calibration text for models that bring none: prose from public-domain books, none of it in any evaluation text of
+/// this repository.
+pub const BUNDLED_TEXT: &str = include_str!("../text/bundled.txt");

@@ -1,0 +1,121 @@
+//! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
+
+use bitmill_kernels::syrk;
+use rayon::prelude::*;
+
+/// Streaming statistics of the activations `x: [tokens, n]` that feed one site's linears.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SiteStats {
+    n: usize,
+    tokens: u64,
+    /// Σ x·xᵀ, row-major `[n, n]`, symmetric.
+    gram: Vec<f32>,
+    sum: Vec<f64>,
+    abs_sum: Vec<f64>,
+    abs_max: Vec<f32>,
+}
+
+impl SiteStats {
+    /// Statistics of no tokens for inputs of width `n`.
+    #[must_use]
+    pub fn new(n: usize) -> Self {
+        SiteStats {
+            n,
+            tokens: 0,
+            gram: vec![0.0; n * n],
+            sum: vec![0.0; n],
+            abs_sum: vec![0.0; n],
+            abs_max: vec![0.0; n],
+        }
+    }
+
+    /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
+    /// tokens.
+    pub fn add(&mut self, x: &[f32]) {
+        let n = self.n;
+        self.tokens += (x.len() / n) as u64;
+        syrk(x, n, &mut self.gram);
+        const COLUMNS: usize = 64;
+        let bands = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
+        bands.zip(self.abs_max.par_chunks_mut(COLUMNS)).enumerate().for_each(|(band, ((sum, abs_sum), abs_max))| {
+            for row in x.chunks_exact(n) {
+                let row = &row[band * COLUMNS..band * COLUMNS + sum.len()];
+                for (j, &v) in row.iter().enumerate() {
+                    sum[j] += f64::from(v);
+                    abs_sum[j] += f64::from(v.abs());
+                    abs_max[j] = abs_max[j].max(v.abs());
+                }
+            }
+        });
+    }
+
+    /// Width of the input.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.n
+    }
+
+    /// Tokens seen.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// H = E[x·xᵀ], row-major `[n, n]`.
+    #[must_use]
+    pub fn hessian(&self) -> Vec<f32> {
+        let scale = 1.0 / self.tokens.max(1) as f32;
+        self.gram.iter().map(|v| v * scale).collect()
+    }
+
+    /// E[x], per input.
+    #[must_use]
+    pub fn mean(&self) -> Vec<f32> {
+        self.sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+    }
+
+    /// E|x|, per input.
+    #[must_use]
+    pub fn mean_abs(&self) -> Vec<f32> {
+        self.abs_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+    }
+
+    /// max |x|, per input.
+    #[must_use]
+    pub fn abs_max(&self) -> &[f32] {
+        &self.abs_max
+    }
+
+    /// Whether every number is finite.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        self.sum.iter().all(|s| s.is_finite()) && (0..self.n).all(|i| self.gram[i * self.n + i].is_finite())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streaming_equals_one_pass_by_definition() {
+        let (tokens, n) = (150, 70);
+        let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
+        let column = |j: usize| x.iter().skip(j).step_by(n).map(|&v| f64::from(v));
+        for batch in [1, 13, 150] {
+            let mut s = SiteStats::new(n);
+            x.chunks(batch * n).for_each(|part| s.add(part));
+            assert_eq!((s.tokens(), s.width()), (150, n));
+            let (h, mean, mean_abs) = (s.hessian(), s.mean(), s.mean_abs());
+            for i in 0..n {
+                assert!((f64::from(mean[i]) - column(i).sum::<f64>() / 150.0).abs() < 1e-6);
+                assert!((f64::from(mean_abs[i]) - column(i).map(f64::abs).sum::<f64>() / 150.0).abs() < 1e-6);
+                assert_eq!(f64::from(s.abs_max()[i]), column(i).map(f64::abs).fold(0.0, f64::max));
+                for j in 0..n {
+                    let dot = column(i).zip(column(j)).map(|(a, b)| a * b).sum::<f64>() / 150.0;
+                    assert!((f64::from(h[i * n + j]) - dot).abs() < 1e-5);
+                }
+            }
+        }
+    }
+}

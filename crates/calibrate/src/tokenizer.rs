@@ -1,0 +1,112 @@
+//! Tokenizers as model folders carry them: `tokenizer.json`, else a SentencePiece `tokenizer.model`.
+
+use crate::{Error, sentencepiece};
+use std::path::{Path, PathBuf};
+
+/// A tokenizer and the token that opens every window.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: Option<u32>,
+    dir: PathBuf,
+}
+
+impl Tokenizer {
+    /// Opens the tokenizer of model folder `dir`. `bos` is the config's `bos_token_id`.
+    ///
+    /// The BOS token is used if the tokenizer itself adds it to a text, or if `tokenizer_config.json` says
+    /// `add_bos_token: true`; models trained without one (Qwen2) get windows of plain text.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] and [`Error::Tokenizer`].
+    pub fn open(dir: &Path, bos: Option<u32>) -> Result<Self, Error> {
+        let (json, model) = (dir.join("tokenizer.json"), dir.join("tokenizer.model"));
+        let (file, bytes) = if json.is_file() {
+            (json.clone(), read(&json)?)
+        } else if model.is_file() {
+            let converted = sentencepiece::to_tokenizer_json(&read(&model)?);
+            let json = converted.map_err(|reason| Error::Tokenizer { file: model.clone(), reason })?;
+            (model.clone(), json.to_string().into_bytes())
+        } else {
+            return Err(Error::NoTokenizer { dir: dir.to_owned() });
+        };
+        let fail = |reason: String| Error::Tokenizer { file: file.clone(), reason };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| fail(e.to_string()))?;
+        // Windows are cut here; a limit stored in the file must not cut the text before that.
+        inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
+        inner.with_padding(None);
+        let added = inner.encode("a", true).map_err(|e| fail(e.to_string()))?.get_ids().first().copied();
+        let wants = match tokenizer_config(dir).get("add_bos_token").and_then(serde_json::Value::as_bool) {
+            Some(flag) => flag,
+            None => added.is_some() && added == bos,
+        };
+        Ok(Tokenizer { inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
+    }
+
+    /// Token ids of `text`, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the text cannot be encoded, [`Error::Vocabulary`] when a token id is not below `vocab`.
+    pub fn encode(&self, text: &str, vocab: usize) -> Result<Vec<u32>, Error> {
+        let encoding = self.inner.encode_fast(text, false);
+        let ids = encoding
+            .map_err(|e| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() })?
+            .get_ids()
+            .to_vec();
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            Some(&token) => Err(Error::Vocabulary { dir: self.dir.clone(), token, vocab }),
+            None => Ok(ids),
+        }
+    }
+
+    /// The token that opens every window, if the model was trained with one.
+    #[must_use]
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(file).map_err(|e| Error::Tokenizer { file: file.to_owned(), reason: e.to_string() })
+}
+
+fn tokenizer_config(dir: &Path) -> serde_json::Value {
+    let text = std::fs::read_to_string(dir.join("tokenizer_config.json")).unwrap_or_default();
+    serde_json::from_str(&text).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn books() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/books-10m")
+    }
+
+    #[test]
+    fn sentencepiece_model_and_tokenizer_json_agree() {
+        let json = Tokenizer::open(&books(), Some(1)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["tokenizer.model", "tokenizer_config.json"] {
+            std::fs::copy(books().join(file), dir.path().join(file)).unwrap();
+        }
+        let model = Tokenizer::open(dir.path(), Some(1)).unwrap();
+        let text = std::fs::read_to_string(books().join("evaluation.txt")).unwrap();
+        let text: String =
+            text.chars().take(60_000).chain("\u{1f600} tab\tand  two spaces, 42 \u{e9}t\u{e9}".chars()).collect();
+        assert_eq!(json.encode(&text, 8192).unwrap(), model.encode(&text, 8192).unwrap());
+        assert_eq!((json.bos(), model.bos()), (Some(1), Some(1)));
+    }
+
+    #[test]
+    fn each_failure_names_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Tokenizer::open(dir.path(), None), Err(Error::NoTokenizer { .. })));
+        std::fs::write(dir.path().join("tokenizer.model"), b"\x0a\xff\xff\xff\xff\x0f").unwrap();
+        let error = Tokenizer::open(dir.path(), None).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.model") && error.contains("not a readable tokenizer"), "{error}");
+        std::fs::write(dir.path().join("tokenizer.json"), b"{}").unwrap();
+        assert!(Tokenizer::open(dir.path(), None).err().unwrap().to_string().contains("tokenizer.json"));
+        let tokenizer = Tokenizer::open(&books(), Some(1)).unwrap();
+        assert!(matches!(tokenizer.encode("some words", 10), Err(Error::Vocabulary { vocab: 10, .. })));
+    }
+}

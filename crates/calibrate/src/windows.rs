@@ -1,0 +1,138 @@
+//! Texts cut into windows of equal length.
+
+use crate::{Error, Tokenizer};
+use std::path::{Path, PathBuf};
+
+/// Token windows of one length, each opened by BOS where the model uses one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Windows {
+    /// `[windows][tokens]`, all of the same length.
+    pub tokens: Vec<Vec<u32>>,
+    /// Tokens per window, BOS included.
+    pub length: usize,
+    /// Tokens of the text they were cut from.
+    pub text_tokens: usize,
+}
+
+impl Windows {
+    /// Cuts `text` (token ids without special tokens) into at most `count` windows of `length` tokens.
+    ///
+    /// Window i of N starts at token i·⌊(T − length)/N⌋ and is BOS + the next `length − 1` tokens (`length` tokens for
+    /// a model without BOS). N is `count`, or fewer where the text has not enough tokens for `count` windows that do
+    /// not overlap. A `seed` other than 0 moves every start by a reproducible random part of the stride.
+    ///
+    /// # Errors
+    /// [`Error::ShortText`] (named `name`) when the text has not one window.
+    pub fn pack(
+        name: &str,
+        text: &[u32],
+        bos: Option<u32>,
+        length: usize,
+        count: usize,
+        seed: u64,
+    ) -> Result<Self, Error> {
+        let take = length - usize::from(bos.is_some());
+        if take == 0 || length < 2 {
+            return Err(Error::Window { window: length, reason: "a window needs at least two tokens".into() });
+        }
+        if text.len() < length {
+            return Err(Error::ShortText { name: name.into(), tokens: text.len(), needed: length });
+        }
+        let count = count.clamp(1, (text.len() / take).max(1));
+        let stride = (text.len() - length) / count;
+        let start = |i: usize| match seed {
+            0 => i * stride,
+            _ => i * stride + (splitmix(seed.wrapping_add(i as u64)) % stride.max(1) as u64) as usize,
+        };
+        let window = |i| bos.into_iter().chain(text[start(i)..start(i) + take].iter().copied()).collect();
+        Ok(Windows { tokens: (0..count).map(window).collect(), length, text_tokens: text.len() })
+    }
+
+    /// Reads, tokenizes and packs `texts`, pairs of a name and its content.
+    ///
+    /// # Errors
+    /// As [`Windows::pack`] and [`Tokenizer::encode`].
+    pub fn from_texts(
+        texts: &[(String, String)],
+        tokenizer: &Tokenizer,
+        vocab: usize,
+        length: usize,
+        count: usize,
+        seed: u64,
+    ) -> Result<Self, Error> {
+        let mut ids = Vec::new();
+        for (_, text) in texts {
+            ids.extend(tokenizer.encode(text, vocab)?);
+        }
+        let names: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
+        Windows::pack(&names.join(", "), &ids, tokenizer.bos(), length, count, seed)
+    }
+
+    /// Number of windows.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Reads text files as (name, content) pairs.
+///
+/// # Errors
+/// [`Error::Text`] for a file that is missing or not UTF-8.
+pub fn read_texts<P: AsRef<Path>>(files: &[P]) -> Result<Vec<(String, String)>, Error> {
+    let read = |file: &P| {
+        let path: PathBuf = file.as_ref().to_owned();
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok((path.display().to_string(), text)),
+            Err(source) => Err(Error::Text { file: path, source }),
+        }
+    };
+    files.iter().map(read).collect()
+}
+
+/// One step of the SplitMix64 generator: a well-mixed function of its argument.
+pub(crate) fn splitmix(x: u64) -> u64 {
+    let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn windows_follow_the_meter() {
+        let text: Vec<u32> = (100..1100).collect();
+        let w = Windows::pack("t", &text, Some(1), 8, 10, 0).unwrap();
+        assert_eq!((w.count(), w.length), (10, 8));
+        // Stride ⌊(1000 − 8)/10⌋ = 99.
+        assert_eq!(w.tokens[3], [1, 397, 398, 399, 400, 401, 402, 403]);
+        let w = Windows::pack("t", &text, None, 8, 10, 0).unwrap();
+        assert_eq!(w.tokens[1], (199..207).collect::<Vec<u32>>());
+    }
+
+    #[test]
+    fn short_texts_are_refused_by_name() {
+        let error = Windows::pack("a.txt, b.txt", &[5; 7], Some(1), 8, 1, 0).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the text (a.txt, b.txt) has 7 tokens, one window needs 8; give a longer text or a smaller window"
+        );
+        assert!(Windows::pack("t", &[5; 7], Some(1), 1, 1, 0).is_err());
+        assert_eq!(Windows::pack("t", &[5; 20], Some(1), 8, 100, 0).unwrap().count(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn every_window_lies_in_the_text(n in 8usize..3000, length in 2usize..64, count in 1usize..200, seed: u64, bos: bool) {
+            let text: Vec<u32> = (0..n as u32).collect();
+            if let Ok(w) = Windows::pack("t", &text, bos.then_some(9), length, count, seed) {
+                prop_assert!(w.count() >= 1 && w.count() <= count);
+                prop_assert!(w.tokens.iter().all(|t| t.len() == length));
+            }
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! An opened model folder: config, tensors by name, and how it is quantized. Opening reads headers only.
+
+use crate::error::io;
+use crate::shard::Shard;
+use crate::tensor::is_dense;
+use crate::{Dialect, Error, TensorSpec, TensorView};
+use bitmill_scheme::{Quantized, ScaleType, Scheme};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
+/// The model's configuration.
+const CONFIG: &str = "config.json";
+/// The only shard of a small model.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// Maps tensor names to shards.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// A Hugging Face folder with every shard mapped. Pages of weights are read when they are touched.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    shards: Vec<Shard>,
+    /// Shard of every tensor.
+    place: BTreeMap<String, usize>,
+    dialect: Option<Dialect>,
+}
+
+/// The weight of a linear module.
+#[derive(Debug)]
+pub enum Weight<'a> {
+    /// Stored as floating-point numbers.
+    Dense(TensorView<'a>),
+    /// Stored as codes and parameters.
+    Quantized(Quantized),
+}
+
+impl Weight<'_> {
+    /// `[out, in]`.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            // `Checkpoint::weight` hands out matrices only.
+            Weight::Dense(t) => [t.shape[0], t.shape[1]],
+            Weight::Quantized(q) => q.shape,
+        }
+    }
+
+    /// The weights, row-major `[out, in]`.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] for a dense type other than F32, F16, BF16, F64.
+    pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        match self {
+            Weight::Dense(t) => t.to_f32(),
+            Weight::Quantized(q) => Ok(q.dequantize()),
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Opens the folder `dir`: parses `config.json`, maps `model.safetensors` or the shards of its index, checks every
+    /// header against its file, and reads `quantization_config` if there is one.
+    ///
+    /// # Errors
+    /// Everything that is wrong with names, headers or configuration, before a weight is touched.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        if !dir.is_dir() {
+            let remedy = "give the folder of a model in Hugging Face layout";
+            return Err(Error::Missing { path: dir.to_owned(), remedy });
+        }
+        let config = read_json(&dir.join(CONFIG), "a model folder needs its config.json")?;
+        if !config.is_object() {
+            return Err(Error::Json { file: dir.join(CONFIG), reason: "not an object".to_owned() });
+        }
+        // A whole file wins over an index, as in transformers.
+        let single = dir.join(SINGLE);
+        if single.exists() {
+            let shard = Shard::open(single, "")?;
+            return Checkpoint::assemble(dir.to_owned(), config, vec![shard]);
+        }
+        let index = dir.join(INDEX);
+        let map = weight_map(&index)?;
+        let mut files: Vec<&String> = map.values().collect();
+        files.sort_unstable();
+        files.dedup();
+        let remedy = "the index names it: fetch the missing shard";
+        let shards = files.iter().map(|name| Shard::open(dir.join(name), remedy)).collect::<Result<Vec<_>, _>>()?;
+        for (tensor, shard) in &map {
+            let held = files.binary_search(&shard).is_ok_and(|i| shards[i].tensors.contains_key(tensor));
+            if !held {
+                return Err(Error::Index { index, tensor: tensor.clone(), shard: shard.clone() });
+            }
+        }
+        Checkpoint::assemble(dir.to_owned(), config, shards)
+    }
+
+    /// A checkpoint of one shard held in memory, for bytes that did not come from a folder.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn in_memory(config: Value, shard: Vec<u8>) -> Result<Self, Error> {
+        let dir = PathBuf::from("memory");
+        let shard = Shard::in_memory(dir.join(SINGLE), shard)?;
+        Checkpoint::assemble(dir, config, vec![shard])
+    }
+
+    fn assemble(dir: PathBuf, config: Value, shards: Vec<Shard>) -> Result<Self, Error> {
+        let mut place: BTreeMap<String, usize> = BTreeMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            for name in shard.tensors.keys() {
+                if let Some(first) = place.insert(name.clone(), i) {
+                    let (first, second) = (shards[first].path.clone(), shard.path.clone());
+                    return Err(Error::Duplicate { tensor: name.clone(), first, second });
+                }
+            }
+        }
+        let dialect = Dialect::of(&config)?;
+        Ok(Checkpoint { dir, config, shards, place, dialect })
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `config.json`.
+    #[must_use]
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Names of all stored tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.place.keys().map(String::as_str)
+    }
+
+    /// Type and shape of the tensor `name`.
+    #[must_use]
+    pub fn spec(&self, name: &str) -> Option<&TensorSpec> {
+        let shard = &self.shards[*self.place.get(name)?];
+        shard.tensors.get(name).map(|(spec, _)| spec)
+    }
+
+    /// Whether the tensor `name` is stored.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.place.contains_key(name)
+    }
+
+    /// The shard that holds the tensor `name`.
+    #[must_use]
+    pub fn file_of(&self, name: &str) -> Option<&Path> {
+        self.place.get(name).map(|&i| self.shards[i].file())
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`].
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, Error> {
+        self.place
+            .get(name)
+            .and_then(|&i| self.shards[i].tensor(name))
+            .ok_or_else(|| Error::NoTensor { tensor: name.to_owned(), dir: self.dir.clone() })
+    }
+
+    /// How the folder is quantized; `None` where it is dense.
+    #[must_use]
+    pub fn dialect(&self) -> Option<&Dialect> {
+        self.dialect.as_ref()
+    }
+
+    /// The scheme of `module` as it lies on disk, scale type included; `None` where its weight is dense or absent.
+    #[must_use]
+    pub fn scheme_of(&self, module: &str) -> Option<Scheme> {
+        let dialect = self.dialect.as_ref()?;
+        let format = dialect.format_of(module)?;
+        let codes = self.spec(&format!("{module}.{}", format.codes()))?;
+        if is_dense(codes.dtype) {
+            return None;
+        }
+        let scales = self.spec(&format!("{module}.{}", format.scales()))?;
+        let scheme = dialect.scheme_of(module)?;
+        Some(scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale)))
+    }
+
+    /// The weight of the linear `module`, for example `model.layers.0.self_attn.q_proj`. What is stored decides: a
+    /// floating-point `weight` is dense whatever the configuration claims.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] where there is none, or the contradiction between stored tensors and configuration.
+    pub fn weight(&self, module: &str) -> Result<Weight<'_>, Error> {
+        let name = format!("{module}.weight");
+        if let Some(spec) = self.spec(&name)
+            && is_dense(spec.dtype)
+        {
+            let view = self.tensor(&name)?;
+            view.matrix()?;
+            return Ok(Weight::Dense(view));
+        }
+        let rule = self.dialect.as_ref().and_then(|d| Some((d.format_of(module)?, d.scheme_of(module)?)));
+        match rule {
+            Some((format, scheme)) => format.decode(module, &scheme, self).map(Weight::Quantized),
+            // No scheme says how to read it, so only a dense weight would have done.
+            None => Err(self
+                .tensor(&name)?
+                .wrong_dtype("F32, F16, BF16 or F64, or a scheme for it in quantization_config,")),
+        }
+    }
+
+    /// The shards, in name order.
+    pub fn shard_paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(Shard::file)
+    }
+
+    /// Relative paths of all other regular files, sorted: tokenizer, generation config, licence and so on. Hidden
+    /// files and folders are skipped; links to files count as files, since download caches are made of them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a folder cannot be listed.
+    pub fn other_files(&self) -> Result<Vec<PathBuf>, Error> {
+        let own = |p: &Path| {
+            p == Path::new(CONFIG)
+                || p == Path::new(INDEX)
+                || self.shards.iter().any(|s| s.path.strip_prefix(&self.dir).is_ok_and(|s| s == p))
+        };
+        let mut files = Vec::new();
+        let mut folders = vec![PathBuf::new()];
+        while let Some(folder) = folders.pop() {
+            let path = self.dir.join(&folder);
+            for entry in std::fs::read_dir(&path).map_err(io("list", &path))? {
+                let entry = entry.map_err(io("list", &path))?;
+                if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                    continue;
+                }
+                let relative = folder.join(entry.file_name());
+                // Linked folders are not entered, so that a cycle cannot trap the walk.
+                if entry.file_type().map_err(io("inspect", &entry.path()))?.is_dir() {
+                    folders.push(relative);
+                } else if entry.path().is_file() && !own(&relative) {
+                    files.push(relative);
+                }
+            }
+        }
+        files.sort_unstable();
+        Ok(files)
+    }
+}
+
+/// The scale type stored as `dtype`.
+pub(crate) fn scale_type(dtype: safetensors::Dtype) -> Option<ScaleType> {
+    match dtype {
+        safetensors::Dtype::F16 => Some(ScaleType::F16),
+        safetensors::Dtype::BF16 => Some(ScaleType::Bf16),
+        safetensors::Dtype::F32 => Some(ScaleType::F32),
+        _ => None,
+    }
+}
+
+fn read_json(path: &Path, remedy: &'static str) -> Result<Value, Error> {
+    let text = match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::Missing { path: path.to_owned(), remedy });
+        }
+        other => other.map_err(io("read", path))?,
+    };
+    serde_json::from_slice(&text).map_err(|e| Error::Json { file: path.to_owned(), reason: e.to_string() })
+}
+
+/// `weight_map` of an index; every value is a plain file name, so that an index cannot point outside its folder.
+fn weight_map(index: &Path) -> Result<BTreeMap<String, String>, Error> {
+    let remedy = "the folder holds neither model.safetensors nor an index; only safetensors checkpoints are read";
+    let value = read_json(index, remedy)?;
+    let wrong = |reason: String| Error::Json { file: index.to_owned(), reason };
+    let map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("no weight_map".to_owned()))?;
+    let mut out = BTreeMap::new();
+    for (tensor, shard) in map {
+        let shard = shard.as_str().unwrap_or_default();
+        let mut parts = Path::new(shard).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(wrong(format!("weight_map sends {tensor} to {shard:?}, which is not a file name")));
+        }
+        out.insert(tensor.clone(), shard.to_owned());
+    }
+    Ok(out)
+}

@@ -1,0 +1,255 @@
+//! The `quantization_config` that the compressed-tensors formats share.
+//!
+//! Written with the smallest set of keys: readers ignore unknown keys at the top, but refuse them inside groups and
+//! arguments, and which ones they know depends on their version. The group's own `format` is written because the
+//! library otherwise infers one from the scheme alone (and never `naive-quantized`); no released reader refuses it.
+
+use super::{FORMATS, Format, format, unsupported};
+use crate::dialect::{Rule, Target, wrong};
+use crate::{Dialect, Error};
+use bitmill_scheme::{Activations, Bits, Granularity, GridKind, ScaleType, Scheme};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+const METHOD: &str = "compressed-tensors";
+/// The release since which 3, 5, 6 and 7 bits are dense bit streams; informational.
+const VERSION: &str = "0.18.0";
+
+/// The configuration of `layers` in `format`, one group per distinct scheme.
+pub(super) fn config(
+    format: &dyn Format,
+    layers: &BTreeMap<String, Scheme>,
+    ignored: &[String],
+) -> Result<Value, Error> {
+    let mut groups: Vec<(Scheme, Vec<&str>)> = Vec::new();
+    for (module, scheme) in layers {
+        if module.starts_with("re:") || module == "Linear" {
+            return Err(unsupported(
+                format,
+                module,
+                scheme,
+                "a target of this name would be read as a pattern or class",
+            ));
+        }
+        // The type of the scales is not part of a group: it is seen from the tensors.
+        let scheme = scheme.with_scale(ScaleType::Bf16);
+        match groups.iter_mut().find(|(s, _)| *s == scheme) {
+            Some((_, modules)) => modules.push(module),
+            None => groups.push((scheme, vec![module])),
+        }
+    }
+    // A class target cannot tell two groups apart, so several groups name their modules.
+    let single = groups.len() == 1;
+    let mut config_groups = Map::new();
+    for (i, (scheme, modules)) in groups.iter().enumerate() {
+        let targets = if single { json!(["Linear"]) } else { json!(modules) };
+        let group = json!({
+            "targets": targets,
+            "weights": weight_args(scheme),
+            "input_activations": activation_args(scheme),
+            "output_activations": null,
+            "format": format.name(),
+        });
+        config_groups.insert(format!("group_{i}"), group);
+    }
+    Ok(json!({
+        "quant_method": METHOD,
+        "version": VERSION,
+        "format": format.name(),
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": config_groups,
+    }))
+}
+
+fn weight_args(scheme: &Scheme) -> Value {
+    // Channels carry −1 rather than null: vLLM's mixture-of-experts path insists on it.
+    let (strategy, group_size) = match scheme.granularity {
+        Granularity::Tensor => ("tensor", Value::Null),
+        Granularity::Channel => ("channel", json!(-1)),
+        Granularity::Group(g) => ("group", json!(g)),
+    };
+    json!({
+        "num_bits": scheme.bits().get(),
+        "type": "int",
+        "symmetric": scheme.symmetric(),
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+    })
+}
+
+fn activation_args(scheme: &Scheme) -> Value {
+    match scheme.activations {
+        Activations::Full => Value::Null,
+        Activations::DynamicInt8 => {
+            json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})
+        }
+    }
+}
+
+/// Reads a configuration; `None` unless its first group is of format `own`.
+pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Dialect>, Error> {
+    if config.get("quant_method").and_then(Value::as_str) != Some(METHOD) {
+        return Ok(None);
+    }
+    refuse_extras(config)?;
+    let groups = config.get("config_groups").and_then(Value::as_object);
+    let groups =
+        groups.ok_or_else(|| wrong("config_groups", config.get("config_groups"), "an object of groups is needed"))?;
+
+    let (mut names, mut patterns, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut first = None;
+    for (key, group) in groups {
+        let path = format!("config_groups.{key}");
+        let outcome = read_group(&path, key, group, config.get("format"))?;
+        first = first.or(outcome);
+        let targets = group.as_array().or_else(|| group.get("targets").and_then(Value::as_array));
+        let targets = targets.ok_or_else(|| wrong(&path, Some(group), "targets, a list of strings, are needed"))?;
+        for target in read_targets(&format!("{path}.targets"), targets)? {
+            let tier = match target {
+                Target::Name(_) => &mut names,
+                Target::Pattern(_) => &mut patterns,
+                Target::Linear => &mut classes,
+            };
+            tier.push(Rule { target, outcome });
+        }
+    }
+    let Some((format, _)) = first else {
+        return Err(wrong("config_groups", Some(&Value::Object(groups.clone())), "no group quantizes weights"));
+    };
+    if format.name() != own.name() {
+        return Ok(None);
+    }
+    let ignored = config.get("ignore").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let ignored = read_targets("ignore", ignored)?.into_iter().map(|target| Rule { target, outcome: None });
+    let rules = ignored.chain(names).chain(patterns).chain(classes).collect();
+    Ok(Some(Dialect::new(format, rules)))
+}
+
+/// Refuses what would change the function of the model and is not applied here.
+fn refuse_extras(config: &Value) -> Result<(), Error> {
+    let refuse = |key: &str, reason: &str| Err(wrong(key, config.get(key), reason));
+    if config.get("kv_cache_scheme").is_some_and(|v| !v.is_null()) {
+        return refuse("kv_cache_scheme", "quantized key-value caches are not read yet");
+    }
+    let transforms = config.get("transform_config").and_then(|t| t.get("config_groups")).and_then(Value::as_object);
+    if transforms.is_some_and(|t| !t.is_empty()) {
+        return refuse("transform_config", "rotations applied at run time are not read yet");
+    }
+    let sparsity = config.get("sparsity_config").and_then(|s| s.get("format")).and_then(Value::as_str);
+    if sparsity.is_some_and(|s| s != "dense") {
+        return refuse("sparsity_config", "sparse storage is not read");
+    }
+    Ok(())
+}
+
+fn read_targets(key: &str, list: &[Value]) -> Result<Vec<Target>, Error> {
+    let text = |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| wrong(key, Some(v), "a string is needed"));
+    list.iter().map(|v| Target::parse(key, &text(v)?)).collect()
+}
+
+/// Format and scheme of a group; `None` where its weights are not quantized.
+fn read_group(
+    path: &str,
+    key: &str,
+    group: &Value,
+    fallback: Option<&Value>,
+) -> Result<Option<(&'static dyn Format, Scheme)>, Error> {
+    let scheme = if group.is_array() {
+        preset(key)?
+    } else {
+        match group.get("weights").filter(|w| !w.is_null()) {
+            None => None,
+            Some(weights) => Some(read_scheme(path, weights, group)?),
+        }
+    };
+    let Some(scheme) = scheme else { return Ok(None) };
+    let name = group.get("format").filter(|f| !f.is_null()).or(fallback);
+    let name = name.and_then(Value::as_str).ok_or_else(|| wrong("format", name, "the name of a format is needed"))?;
+    match format(name) {
+        Some(format) if format.name() != "gptq" => Ok(Some((format, scheme))),
+        _ => {
+            let known: Vec<&str> = FORMATS.iter().map(|f| f.name()).filter(|n| *n != "gptq").collect();
+            Err(Error::UnknownFormat { key: "format", got: name.to_owned(), known: known.join(", ") })
+        }
+    }
+}
+
+fn read_scheme(path: &str, weights: &Value, group: &Value) -> Result<Scheme, Error> {
+    let key = |k: &str| format!("{path}.weights.{k}");
+    let get = |k: &str| weights.get(k).filter(|v| !v.is_null());
+    if let Some(kind) = get("type").filter(|t| !t.as_str().is_some_and(|t| t.eq_ignore_ascii_case("int"))) {
+        return Err(wrong(&key("type"), Some(kind), "only integer weights are read yet"));
+    }
+    if let Some(dynamic) = get("dynamic").filter(|d| **d != Value::Bool(false)) {
+        return Err(wrong(&key("dynamic"), Some(dynamic), "weights must be static"));
+    }
+    let bits = get("num_bits").map_or(Some(8), Value::as_u64).and_then(|b| u32::try_from(b).ok());
+    let bits = bits.and_then(|b| Bits::new(b).ok());
+    let bits = bits.ok_or_else(|| wrong(&key("num_bits"), get("num_bits"), "integer weights have 1 to 8 bits"))?;
+    let symmetric = match get("symmetric") {
+        None => true,
+        Some(v) => v.as_bool().ok_or_else(|| wrong(&key("symmetric"), Some(v), "true or false is needed"))?,
+    };
+    let size = get("group_size").map_or(Some(None), |v| v.as_i64().map(Some));
+    let size = size.ok_or_else(|| wrong(&key("group_size"), get("group_size"), "an integer is needed"))?;
+    let strategy = get("strategy").and_then(Value::as_str).map(str::to_lowercase);
+    // Without a strategy the size implies one.
+    let granularity = match (strategy.as_deref(), size) {
+        (Some("tensor"), _) | (None, None) => Granularity::Tensor,
+        (Some("channel"), _) | (None, Some(-1)) => Granularity::Channel,
+        (Some("group") | None, Some(g)) if g > 0 => Granularity::Group(g as usize),
+        (Some("group") | None, _) => {
+            return Err(wrong(&key("group_size"), get("group_size"), "groups need a size above zero"));
+        }
+        _ => return Err(wrong(&key("strategy"), get("strategy"), "tensor, channel and group are read")),
+    };
+    let activations = read_activations(path, group)?;
+    Ok(Scheme { grid: GridKind::Int { bits, symmetric }, granularity, scale: ScaleType::Bf16, activations })
+}
+
+fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
+    if let Some(output) = group.get("output_activations").filter(|v| !v.is_null()) {
+        return Err(wrong(&format!("{path}.output_activations"), Some(output), "quantized outputs are not read"));
+    }
+    let Some(input) = group.get("input_activations").filter(|v| !v.is_null()) else {
+        return Ok(Activations::Full);
+    };
+    let is = |key: &str, wanted: Value, default: Value| {
+        *input.get(key).filter(|v| !v.is_null()).unwrap_or(&default) == wanted
+    };
+    let int8 = is("num_bits", json!(8), json!(8)) && is("type", json!("int"), json!("int"));
+    let token = is("strategy", json!("token"), Value::Null) && is("dynamic", json!(true), json!(false));
+    if int8 && token && is("symmetric", json!(true), json!(true)) {
+        return Ok(Activations::DynamicInt8);
+    }
+    let reason = "only symmetric 8-bit integers, dynamic per token, are read yet";
+    Err(wrong(&format!("{path}.input_activations"), Some(input), reason))
+}
+
+/// The scheme a bare list of targets stands for; `None` for UNQUANTIZED.
+fn preset(name: &str) -> Result<Option<Scheme>, Error> {
+    let unknown = || {
+        let known = "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, UNQUANTIZED".to_owned();
+        Error::UnknownFormat { key: "config_groups", got: name.to_owned(), known }
+    };
+    let upper = name.to_uppercase();
+    let (bits, activations, symmetric) = match upper.as_str() {
+        "UNQUANTIZED" => return Ok(None),
+        "W4A16_ASYM" => ("4", "16", false),
+        "INT8" => ("8", "8", true),
+        other => {
+            let (bits, activations) = other.strip_prefix('W').and_then(|r| r.split_once('A')).ok_or_else(unknown)?;
+            (bits, activations, true)
+        }
+    };
+    let bits = bits.parse().ok().filter(|b| (2..=8).contains(b)).and_then(|b| Bits::new(b).ok()).ok_or_else(unknown)?;
+    let (activations, granularity) = match activations {
+        "16" => (Activations::Full, Granularity::Group(128)),
+        "8" if bits.get() == 8 => (Activations::DynamicInt8, Granularity::Channel),
+        "8" => (Activations::DynamicInt8, Granularity::Group(128)),
+        _ => return Err(unknown()),
+    };
+    Ok(Some(Scheme { activations, ..Scheme::int(bits, symmetric, granularity) }))
+}

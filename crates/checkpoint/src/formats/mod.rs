@@ -1,0 +1,195 @@
+//! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
+
+mod compressed_tensors;
+mod gptq;
+mod int8;
+mod int_quantized;
+mod naive_quantized;
+mod pack_quantized;
+
+use crate::checkpoint::scale_type;
+use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
+use bitmill_scheme::{Quantized, ScaleType, Scheme};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// One way of storing quantized matrices. It never rounds: `decode(encode(q)) == q`.
+pub trait Format: Sync {
+    /// The name users give and files carry.
+    fn name(&self) -> &'static str;
+
+    /// One line of help.
+    fn summary(&self) -> &'static str;
+
+    /// Suffix of the tensor of a module that holds its codes.
+    fn codes(&self) -> &'static str;
+
+    /// Suffix of the tensor of a module that holds its scales.
+    fn scales(&self) -> &'static str;
+
+    /// The type in which this format stores the scales of a model whose own type is `model`.
+    fn scale_type(&self, model: ScaleType) -> ScaleType {
+        model
+    }
+
+    /// Whether a matrix `[out, in]` of `module` can be written under `scheme`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason and what would do.
+    fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error>;
+
+    /// Names, types and shapes of the tensors of `module`, exactly as [`Format::encode`] fills them. To be called after
+    /// [`Format::check`] only.
+    fn layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Vec<TensorSpec>;
+
+    /// Little-endian payloads, parallel to [`Format::layout`].
+    ///
+    /// # Panics
+    /// When `q` contradicts its scheme or [`Format::check`], or maps columns to groups out of order: a caller's bug.
+    fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>>;
+
+    /// Reads `module` back. `scheme` is what the configuration says; the type of the scales is the stored one.
+    ///
+    /// # Errors
+    /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
+
+    /// The `quantization_config` object of a model whose `layers` are quantized under their schemes and whose linears
+    /// `ignored` are not.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a mixture the configuration cannot express.
+    fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error>;
+
+    /// Reads a `quantization_config` object; `None` where it is of another format.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::UnknownFormat`] where it is of this family and cannot be read.
+    fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error>;
+}
+
+impl std::fmt::Debug for dyn Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Every format.
+pub static FORMATS: &[&dyn Format] =
+    &[&pack_quantized::PackQuantized, &int_quantized::IntQuantized, &naive_quantized::NaiveQuantized, &gptq::Gptq];
+
+/// The format called `name`.
+#[must_use]
+pub fn format(name: &str) -> Option<&'static dyn Format> {
+    FORMATS.iter().copied().find(|f| f.name() == name)
+}
+
+/// What every format asks of a matrix and its scheme.
+fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
+    if rows == 0 || cols == 0 {
+        return Err(unsupported(format, module, scheme, "an empty matrix has nothing to quantize; ignore it"));
+    }
+    scheme.check(cols).map_err(|e| {
+        let reason = format!("{e}; choose a size that does, or one scale per channel");
+        unsupported(format, module, scheme, reason)
+    })
+}
+
+fn unsupported(format: &dyn Format, module: &str, scheme: &Scheme, reason: impl Into<String>) -> Error {
+    Error::Unsupported { tensor: module.to_owned(), scheme: *scheme, format: format.name(), reason: reason.into() }
+}
+
+/// States the contract of [`Format::encode`] before bytes are produced.
+fn assert_encodable(format: &dyn Format, module: &str, q: &Quantized) {
+    assert!(q.group_of.is_empty(), "{module}: {} writes consecutive groups only", format.name());
+    assert!(format.check(module, &q.scheme, q.shape).is_ok(), "{module}: encoded without Format::check");
+    assert_eq!(q.codes.len(), q.shape[0] * q.shape[1], "{module}: codes of a valid Quantized");
+}
+
+/// The module's `suffix` tensor.
+fn part<'a>(source: &'a Checkpoint, module: &str, suffix: &str) -> Result<TensorView<'a>, Error> {
+    source.tensor(&format!("{module}.{suffix}"))
+}
+
+/// The stored type and values of a scale tensor.
+fn read_scales(view: &TensorView<'_>) -> Result<(ScaleType, Vec<f32>), Error> {
+    let stored = scale_type(view.dtype).ok_or_else(|| view.wrong_dtype("F16, BF16 or F32"))?;
+    Ok((stored, view.to_f32()?))
+}
+
+/// Scales as they are stored; exact, because each is already a value of its type.
+fn scale_bytes(scales: impl Iterator<Item = f32>, scale: ScaleType) -> Vec<u8> {
+    match scale {
+        ScaleType::F16 => scales.flat_map(|s| f16::from_f32(s).to_le_bytes()).collect(),
+        ScaleType::Bf16 => scales.flat_map(|s| bf16::from_f32(s).to_le_bytes()).collect(),
+        ScaleType::F32 => scales.flat_map(f32::to_le_bytes).collect(),
+    }
+}
+
+fn scale_dtype(scale: ScaleType) -> Dtype {
+    match scale {
+        ScaleType::F16 => Dtype::F16,
+        ScaleType::Bf16 => Dtype::BF16,
+        ScaleType::F32 => Dtype::F32,
+    }
+}
+
+/// Words as little-endian bytes.
+fn word_bytes(words: &[u32]) -> Vec<u8> {
+    let mut bytes = vec![0u8; words.len() * 4];
+    let (out, _) = bytes.as_chunks_mut::<4>();
+    for (o, w) in out.iter_mut().zip(words) {
+        *o = w.to_le_bytes();
+    }
+    bytes
+}
+
+/// The transpose of a row-major matrix `[rows, cols]`, by tiles that stay in the nearest cache.
+fn transpose<T: Copy + Default>(rows: usize, cols: usize, from: &[T]) -> Vec<T> {
+    const TILE: usize = 32;
+    let mut to = vec![T::default(); from.len()];
+    for r0 in (0..rows).step_by(TILE) {
+        for c0 in (0..cols).step_by(TILE) {
+            for r in r0..(r0 + TILE).min(rows) {
+                for c in c0..(c0 + TILE).min(cols) {
+                    to[c * rows + r] = from[r * cols + c];
+                }
+            }
+        }
+    }
+    to
+}
+
+/// Checks a decoded matrix against its scheme, so that later arithmetic on it cannot fail.
+fn validated(module: &str, source: &Checkpoint, q: Quantized) -> Result<Quantized, Error> {
+    match q.validate() {
+        Ok(()) => Ok(q),
+        Err(e) => Err(Error::Damaged { module: module.to_owned(), dir: source.dir().to_owned(), source: e }),
+    }
+}
+
+/// Reads the optional tensor `suffix` that maps columns to groups; empty where it is absent, or says what consecutive
+/// groups say anyway.
+fn read_group_map(
+    source: &Checkpoint,
+    module: &str,
+    suffix: &str,
+    scheme: &Scheme,
+    cols: usize,
+) -> Result<Vec<u32>, Error> {
+    if !source.contains(&format!("{module}.{suffix}")) {
+        return Ok(Vec::new());
+    }
+    let view = part(source, module, suffix)?;
+    if view.shape != [cols] {
+        return Err(view.wrong_shape(format!("[{cols}]")));
+    }
+    let (map, groups, length) = (view.words()?, scheme.groups(cols), scheme.group_len(cols));
+    if map.iter().any(|&g| g as usize >= groups) {
+        return Err(view.wrong_shape(format!("[{cols}] with entries below {groups} (an entry is not)")));
+    }
+    let ordered = map.iter().enumerate().all(|(i, &g)| g as usize == i / length);
+    Ok(if ordered { Vec::new() } else { map })
+}

@@ -1,0 +1,28 @@
+//! Named tensors on disk, and the dialects in which tools write quantized ones.
+//!
+//! A [`Checkpoint`] is an opened model folder: its configuration and every tensor by name, mapped and not read. A
+//! [`Format`] turns a [`Quantized`](bitmill_scheme::Quantized) into named payloads and back; [`FORMATS`] lists them all.
+//! An [`OutputPlan`] fixes where every tensor of a new folder lies before any weight exists, so that an interrupted run
+//! continues at the same offsets and ends in the same bytes.
+//!
+//! Formats never round: what a method put into a `Quantized` is what a reader gets out.
+
+mod checkpoint;
+mod dialect;
+mod error;
+mod formats;
+mod output;
+mod plan;
+mod shard;
+mod space;
+mod tensor;
+
+pub use checkpoint::{Checkpoint, Weight};
+pub use dialect::Dialect;
+pub use error::Error;
+pub use formats::{FORMATS, Format, format};
+pub use output::Output;
+pub use plan::OutputPlan;
+pub use safetensors::Dtype;
+pub use space::ensure_free;
+pub use tensor::{TensorSpec, TensorView};

@@ -1,0 +1,55 @@
+//! Writing tensors at the places a plan gave them, from any thread and in any order.
+
+use crate::error::io;
+use crate::plan::{OutputPlan, Place};
+use crate::{Error, space};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// The open weight files of an output folder.
+#[derive(Debug)]
+pub struct Output {
+    dir: PathBuf,
+    files: Vec<(PathBuf, File)>,
+    places: BTreeMap<String, Place>,
+}
+
+impl Output {
+    pub(crate) fn new(plan: &OutputPlan, dir: &Path, files: Vec<File>) -> Self {
+        let files = plan.shards.iter().map(|s| dir.join(&s.name)).zip(files).collect();
+        Output { dir: dir.to_owned(), files, places: plan.places.clone() }
+    }
+
+    /// Writes the payload of the tensor `name` at its place; a second write replaces the first.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] where the plan has no such tensor or another length for it; [`Error::DiskFull`] where space
+    /// could not be taken in advance and has run out; [`Error::Io`].
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let wrong = |reason: String| Error::Layout { tensor: name.to_owned(), reason };
+        let place = self.places.get(name).ok_or_else(|| wrong("not in the plan of the output".to_owned()))?;
+        if place.bytes != bytes.len() {
+            return Err(wrong(format!("{} bytes where the plan has {}", bytes.len(), place.bytes)));
+        }
+        let (path, file) = &self.files[place.shard];
+        match file.write_all_at(bytes, place.offset) {
+            Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+                Err(Error::DiskFull { path: path.clone(), needed: bytes.len() as u64, free: space::free(path)? })
+            }
+            other => other.map_err(io("write", path)),
+        }
+    }
+
+    /// Makes everything written so far survive a loss of power.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&self) -> Result<(), Error> {
+        for (path, file) in &self.files {
+            file.sync_all().map_err(io("sync", path))?;
+        }
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io("sync", &self.dir))
+    }
+}

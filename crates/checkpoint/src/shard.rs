@@ -1,0 +1,93 @@
+//! One safetensors file: its header, validated, and its bytes, mapped.
+
+use crate::error::io;
+use crate::{Error, TensorSpec, TensorView};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// A shard whose header has been checked against its size: every tensor lies inside, none overlaps, nothing is left.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) path: PathBuf,
+    bytes: Bytes,
+    /// Description and byte range of every tensor.
+    pub(crate) tensors: BTreeMap<String, (TensorSpec, Range<usize>)>,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+impl Shard {
+    /// Maps the file at `path` and checks its header.
+    pub(crate) fn open(path: PathBuf, remedy: &'static str) -> Result<Self, Error> {
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::Missing { path, remedy }),
+            other => other.map_err(io("open", &path))?,
+        };
+        let size = file.metadata().map_err(io("inspect", &path))?.len();
+        if size == 0 {
+            // An empty file cannot be mapped on every system.
+            return Err(Error::Header { file: path, reason: "the file is empty".to_owned(), size });
+        }
+        // SAFETY: the map is read-only and private to this process. The one thing that could make reading it undefined
+        // is another process shortening the file meanwhile, which is outside what a program can guard against; a
+        // checkpoint folder is not written while it is read (outputs are built under another name and renamed).
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map", &path))?;
+        Shard::new(path, Bytes::Mapped(map))
+    }
+
+    /// A shard held in memory under the name `path`.
+    pub(crate) fn in_memory(path: PathBuf, bytes: Vec<u8>) -> Result<Self, Error> {
+        Shard::new(path, Bytes::Owned(bytes))
+    }
+
+    fn new(path: PathBuf, bytes: Bytes) -> Result<Self, Error> {
+        let tensors = header(bytes.as_slice()).map_err(|reason| Error::Header {
+            file: path.clone(),
+            reason,
+            size: bytes.as_slice().len() as u64,
+        })?;
+        Ok(Shard { path, bytes, tensors })
+    }
+
+    /// The tensor `name`.
+    pub(crate) fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let (spec, range) = self.tensors.get(name)?;
+        let bytes = self.bytes.as_slice().get(range.clone())?;
+        Some(TensorView { name: &spec.name, file: self.file(), dtype: spec.dtype, shape: &spec.shape, bytes })
+    }
+
+    pub(crate) fn file(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Owned(vec) => vec,
+        }
+    }
+}
+
+/// Parses and validates a header with the container's own rules; ranges are positions in `bytes`.
+fn header(bytes: &[u8]) -> Result<BTreeMap<String, (TensorSpec, Range<usize>)>, String> {
+    let (length, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
+    let start = size_of::<u64>() + length;
+    let mut tensors = BTreeMap::new();
+    for name in metadata.offset_keys() {
+        let Some(info) = metadata.info(&name) else { continue };
+        let (from, to) = info.data_offsets;
+        let spec = TensorSpec { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() };
+        tensors.insert(name, (spec, start + from..start + to));
+    }
+    Ok(tensors)
+}

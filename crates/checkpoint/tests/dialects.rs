@@ -1,0 +1,165 @@
+//! Reading `quantization_config`: targets, precedence, presets, and clear refusals.
+
+#![allow(clippy::unwrap_used, reason = "a failed test panics")]
+
+use bitmill_checkpoint::{Dialect, Error, format};
+use bitmill_scheme::{Activations, Bits, Granularity, ScaleType, Scheme};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+fn read(block: Value) -> Result<Option<Dialect>, Error> {
+    Dialect::of(&json!({"torch_dtype": "bfloat16", "quantization_config": block}))
+}
+
+fn int(bits: u32, symmetric: bool, granularity: Granularity) -> Scheme {
+    Scheme::int(Bits::new(bits).unwrap(), symmetric, granularity)
+}
+
+fn group(targets: Value, bits: u32) -> Value {
+    json!({"targets": targets, "weights": {"num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": 64}})
+}
+
+#[test]
+fn exact_names_come_before_patterns_before_classes() {
+    let dialect = read(json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {
+            "a": group(json!(["Linear"]), 4),
+            "b": group(json!(["re:.*down_proj", "re:model\\.layers\\.(?!0\\.).*o_proj$"]), 8),
+            "c": group(json!(["model.layers.0.mlp.down_proj"]), 2),
+        }
+    }));
+    let dialect = dialect.unwrap().unwrap();
+    let bits = |m: &str| dialect.scheme_of(m).map(|s| s.bits().get());
+    assert_eq!(bits("model.layers.0.self_attn.q_proj"), Some(4));
+    assert_eq!(bits("model.layers.0.mlp.down_proj"), Some(2));
+    // Anchored at the start, open at the end.
+    assert_eq!(bits("model.layers.1.mlp.down_proj.inner"), Some(8));
+    assert_eq!(bits("model.layers.1.self_attn.o_proj"), Some(8));
+    assert_eq!(bits("model.layers.0.self_attn.o_proj"), Some(4));
+    assert_eq!(bits("x.model.layers.1.self_attn.o_proj"), Some(4));
+    assert_eq!(bits("lm_head"), None);
+    assert_eq!(bits("model.layers.3.mlp.gate"), None);
+    assert_eq!(bits("model.layers.3.mlp.gate_proj"), Some(4));
+    assert_eq!(dialect.format().name(), "pack-quantized");
+}
+
+#[test]
+fn presets_defaults_and_mixed_formats() {
+    let dialect = read(json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"W4A16": ["Linear"], "w4a16_asym": ["re:.*v_proj"]}
+    }));
+    let dialect = dialect.unwrap().unwrap();
+    assert_eq!(dialect.scheme_of("q_proj"), Some(int(4, true, Granularity::Group(128))));
+    assert_eq!(dialect.scheme_of("v_proj"), Some(int(4, false, Granularity::Group(128))));
+
+    let activations = json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true, "observer": null});
+    let dialect = read(json!({
+        "quant_method": "compressed-tensors", "format": "mixed-precision",
+        "config_groups": {
+            "a": {"targets": ["re:.*mlp"], "weights": {"num_bits": 8, "group_size": -1}, "input_activations": activations, "format": "int-quantized"},
+            "b": {"targets": ["re:.*attn"], "weights": {}, "format": "naive-quantized"},
+        }
+    }));
+    let dialect = dialect.unwrap().unwrap();
+    assert_eq!(dialect.format().name(), "int-quantized");
+    let mlp = Scheme { activations: Activations::DynamicInt8, ..int(8, true, Granularity::Channel) };
+    assert_eq!(dialect.scheme_of("mlp"), Some(mlp));
+    assert_eq!(dialect.scheme_of("attn"), Some(int(8, true, Granularity::Tensor)));
+    assert_eq!(dialect.format_of("attn").unwrap().name(), "naive-quantized");
+    assert_eq!(dialect.scheme_of("other"), None);
+}
+
+#[test]
+fn dynamic_rules_of_gptq_apply_in_order() {
+    let dialect = read(json!({
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false, "sym": true, "lm_head": false,
+        "dynamic": {"-:.*mlp\\.gate$": {}, "+:.*down_proj$": {"bits": 8, "group_size": 32}, ".*proj": {"group_size": -1}}
+    }));
+    let dialect = dialect.unwrap().unwrap();
+    let f16 = |s: Scheme| Some(Scheme { scale: dialect.scheme_of("x").unwrap().scale, ..s });
+    assert_eq!(dialect.scheme_of("a.mlp.gate"), None);
+    assert_eq!(dialect.scheme_of("a.down_proj"), f16(int(8, true, Granularity::Group(32))));
+    assert_eq!(dialect.scheme_of("a.up_proj"), f16(int(4, true, Granularity::Channel)));
+    assert_eq!(dialect.scheme_of("a.x"), f16(int(4, true, Granularity::Group(128))));
+    assert_eq!(dialect.scheme_of("lm_head"), None);
+}
+
+#[test]
+fn configurations_written_are_read_back() {
+    let layers: BTreeMap<String, Scheme> = [
+        ("model.layers.0.q_proj", int(4, true, Granularity::Group(128))),
+        ("model.layers.0.v_proj", int(8, true, Granularity::Channel)),
+        ("model.layers.1.q_proj", int(4, true, Granularity::Group(128))),
+    ]
+    .map(|(m, s)| (m.to_owned(), s.with_scale(ScaleType::F16)))
+    .into();
+    let ignored = ["lm_head".to_owned(), "model.layers.0.gate".to_owned()];
+    for name in ["pack-quantized", "naive-quantized", "gptq"] {
+        let block = format(name).unwrap().config(&layers, &ignored).unwrap();
+        let dialect = Dialect::of(&json!({"dtype": "float16", "quantization_config": block})).unwrap().unwrap();
+        assert_eq!(dialect.format().name(), name);
+        for (module, scheme) in &layers {
+            assert_eq!(dialect.scheme_of(module), Some(*scheme), "{name} {module}");
+        }
+        assert!(ignored.iter().all(|m| dialect.scheme_of(m).is_none()), "{name}");
+    }
+    // One scheme targets the class, and carries nothing a strict reader would refuse.
+    let single = BTreeMap::from([("q_proj".to_owned(), int(4, true, Granularity::Group(128)))]);
+    let block = format("pack-quantized").unwrap().config(&single, &ignored).unwrap();
+    assert_eq!(block["config_groups"]["group_0"]["targets"], json!(["Linear"]));
+    let args: Vec<&String> = block["config_groups"]["group_0"]["weights"].as_object().unwrap().keys().collect();
+    assert_eq!(args, ["num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"]);
+}
+
+#[test]
+fn what_is_not_read_is_named() {
+    let ct = |extra: Value| {
+        let mut block = json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group(json!(["Linear"]), 4)}});
+        block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        block
+    };
+    let weights = |w: Value| ct(json!({"config_groups": {"g": {"targets": ["Linear"], "weights": w}}}));
+    let gptq = |extra: Value| {
+        let mut block = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
+        block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        block
+    };
+    for (block, message) in [
+        (json!({"quant_method": "awq"}), "quant_method \"awq\" is not one this version reads"),
+        (json!({}), "quant_method is missing"),
+        (json!("w4"), "quant_method is missing"),
+        (ct(json!({"format": "float-quantized"})), "format \"float-quantized\""),
+        (ct(json!({"format": "gptq"})), "format \"gptq\""),
+        (ct(json!({"format": null})), "format is null"),
+        (ct(json!({"config_groups": []})), "config_groups is []"),
+        (ct(json!({"config_groups": {}})), "no group quantizes weights"),
+        (ct(json!({"config_groups": {"NVFP4": ["Linear"]}})), "config_groups \"NVFP4\""),
+        (ct(json!({"config_groups": {"W9A16": ["Linear"]}})), "config_groups \"W9A16\""),
+        (ct(json!({"kv_cache_scheme": {"num_bits": 8}})), "kv_cache_scheme"),
+        (ct(json!({"transform_config": {"config_groups": {"r": {}}}})), "transform_config"),
+        (ct(json!({"sparsity_config": {"format": "sparse-24-bitmask"}})), "sparsity_config"),
+        (ct(json!({"ignore": ["re:("]})), "not a pattern"),
+        (ct(json!({"ignore": [3]})), "ignore is 3; a string is needed"),
+        (weights(json!({"type": "float"})), "config_groups.g.weights.type is \"float\""),
+        (weights(json!({"num_bits": 9})), "num_bits is 9"),
+        (weights(json!({"strategy": "block"})), "strategy is \"block\""),
+        (weights(json!({"strategy": "group"})), "group_size is missing"),
+        (weights(json!({"group_size": -2})), "group_size is -2"),
+        (weights(json!({"dynamic": true})), "dynamic is true"),
+        (gptq(json!({"bits": 5})), "bits is 5"),
+        (gptq(json!({"group_size": 0})), "group_size is 0"),
+        (gptq(json!({"checkpoint_format": "marlin"})), "checkpoint_format \"marlin\""),
+        (gptq(json!({"pack_dtype": "int16"})), "pack_dtype is \"int16\""),
+        (gptq(json!({"dynamic": {"(": {}}})), "not a pattern"),
+    ] {
+        let error = read(block.clone()).expect_err(&block.to_string()).to_string();
+        assert!(error.contains(message), "{block}: {error}");
+    }
+    let activations = json!({"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true});
+    let block =
+        ct(json!({"config_groups": {"g": {"targets": ["Linear"], "weights": {}, "input_activations": activations}}}));
+    assert!(read(block).unwrap_err().to_string().contains("config_groups.g.input_activations"));
+    assert!(Dialect::of(&json!({"model_type": "llama"})).unwrap().is_none());
+}

@@ -1,0 +1,44 @@
+//! Files written by the real libraries decode to the weights those libraries see, and encode to the same bytes.
+//! `tools/reference/golden_formats.py` makes them and records the library versions inside.
+
+#![allow(clippy::unwrap_used, reason = "a failed test panics")]
+
+use bitmill_checkpoint::{Checkpoint, Weight, format};
+use serde_json::Value;
+use std::path::Path;
+
+#[test]
+fn libraries_agree_on_every_byte() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut files: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    files.sort();
+    assert!(files.len() >= 3, "golden files are missing");
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap();
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let metadata = metadata.metadata().clone().unwrap();
+        let config: Value = serde_json::from_str(&metadata["config"]).unwrap();
+        assert!(metadata.contains_key("versions"), "{} records its source", file.display());
+        let checkpoint = Checkpoint::in_memory(config, bytes).unwrap();
+
+        let modules: Vec<&str> = checkpoint.names().filter_map(|n| n.strip_suffix(".dequantized")).collect();
+        assert!(!modules.is_empty());
+        for module in modules {
+            let Weight::Quantized(q) = checkpoint.weight(module).unwrap() else { panic!("{module} is dense") };
+            let expected = checkpoint.tensor(&format!("{module}.dequantized")).unwrap().to_f32().unwrap();
+            assert_eq!(q.dequantize(), expected, "{} {module} {}", file.display(), q.scheme);
+
+            // What is only read (asymmetric GPTQ, maps of groups) is not encoded.
+            let format = checkpoint.dialect().unwrap().format_of(module).unwrap();
+            if format.check(module, &q.scheme, q.shape).is_ok() && q.group_of.is_empty() {
+                for (spec, payload) in format.layout(module, &q.scheme, q.shape).iter().zip(format.encode(module, &q)) {
+                    let tensor = checkpoint.tensor(&spec.name).unwrap();
+                    assert_eq!((tensor.dtype, tensor.shape), (spec.dtype, &spec.shape[..]), "{}", spec.name);
+                    assert_eq!(tensor.bytes, payload, "{} of {}", spec.name, file.display());
+                }
+            }
+        }
+    }
+    assert!(format("gptq").is_some());
+}

@@ -1,0 +1,105 @@
+//! What the tests of this crate share: deterministic matrices and folders written through the public API.
+
+#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a failed test panics")]
+
+use bitmill_checkpoint::{Checkpoint, Format, OutputPlan};
+use bitmill_scheme::{Activations, Bits, Granularity, GridKind, Quantized, ScaleType, Scheme};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A small deterministic generator.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, n: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 33) as u32) % n
+    }
+}
+
+/// A matrix that uses every code, negative and tiny scales included.
+pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) -> Quantized {
+    let max = u32::from(scheme.bits().max_code());
+    let scales = scheme.scales(shape);
+    let zeros = if scheme.symmetric() { 0 } else { scales };
+    let q = Quantized {
+        scheme,
+        shape,
+        codes: (0..shape[0] * shape[1]).map(|_| random.below(max + 1) as u8).collect(),
+        scales: (0..scales).map(|_| scheme.scale.round((random.below(2000) as f32 - 1000.0) * 1e-4)).collect(),
+        zeros: (0..zeros).map(|_| random.below(max + 1) as u8).collect(),
+        group_of: vec![],
+    };
+    q.validate().unwrap();
+    q
+}
+
+/// Every scheme there is, over a few group sizes.
+pub(crate) fn schemes() -> Vec<Scheme> {
+    let mut all = Vec::new();
+    for bits in Bits::ALL {
+        for symmetric in [true, false] {
+            for granularity in
+                [Granularity::Tensor, Granularity::Channel, Granularity::Group(8), Granularity::Group(32)]
+            {
+                for scale in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+                    for activations in [Activations::Full, Activations::DynamicInt8] {
+                        all.push(Scheme { grid: GridKind::Int { bits, symmetric }, granularity, scale, activations });
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Writes `layers` in `format` as a complete folder.
+pub(crate) fn write(
+    dir: &Path,
+    format: &dyn Format,
+    layers: &BTreeMap<String, Quantized>,
+    shard_limit: u64,
+) -> OutputPlan {
+    let specs = layers.iter().flat_map(|(m, q)| format.layout(m, &q.scheme, q.shape)).collect();
+    let plan = OutputPlan::new(specs, shard_limit).unwrap();
+    let output = plan.create(dir).unwrap();
+    for (module, q) in layers {
+        for (spec, payload) in format.layout(module, &q.scheme, q.shape).iter().zip(format.encode(module, q)) {
+            assert_eq!(spec.bytes(), payload.len(), "{}: layout and payload", spec.name);
+            output.write(&spec.name, &payload).unwrap();
+        }
+    }
+    output.sync().unwrap();
+    let schemes = layers.iter().map(|(m, q)| (m.clone(), q.scheme)).collect();
+    let config = format.config(&schemes, &["lm_head".to_owned()]).unwrap();
+    let config = json!({"model_type": "llama", "quantization_config": config});
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    plan
+}
+
+/// One shard in memory with the given tensors.
+pub(crate) fn shard(tensors: &[(&str, safetensors::Dtype, &[usize], Vec<u8>)]) -> Vec<u8> {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name.to_string(), safetensors::tensor::TensorView::new(*dtype, shape.to_vec(), bytes).unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+/// A checkpoint in memory.
+pub(crate) fn open(quantization: Value, tensors: &[(&str, safetensors::Dtype, &[usize], Vec<u8>)]) -> Checkpoint {
+    Checkpoint::in_memory(json!({"quantization_config": quantization}), shard(tensors)).unwrap()
+}
+
+/// Words as bytes.
+pub(crate) fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+/// Bytes as words.
+pub(crate) fn as_words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+}

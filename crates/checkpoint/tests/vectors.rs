@@ -1,0 +1,187 @@
+//! Known words of every format, computed independently of this crate, and layouts that are read but never written.
+
+#![allow(clippy::unwrap_used, reason = "a failed test panics")]
+
+mod support;
+
+use bitmill_checkpoint::{Checkpoint, Dtype, Error, Weight, format};
+use bitmill_scheme::{Bits, Granularity, Quantized, ScaleType, Scheme};
+use serde_json::{Value, json};
+use support::{as_words, open, words};
+
+fn scheme(bits: u32, symmetric: bool, granularity: Granularity) -> Scheme {
+    Scheme::int(Bits::new(bits).unwrap(), symmetric, granularity)
+}
+
+/// One row of signed codes.
+fn row(bits: u32, signed: &[i32]) -> Quantized {
+    let half = 1 << (bits - 1);
+    let codes = signed.iter().map(|q| (q + half) as u8).collect();
+    let scheme = scheme(bits, true, Granularity::Channel);
+    Quantized { scheme, shape: [1, signed.len()], codes, scales: vec![1.0], zeros: vec![], group_of: vec![] }
+}
+
+fn read(checkpoint: &Checkpoint, module: &str) -> Quantized {
+    match checkpoint.weight(module).unwrap() {
+        Weight::Quantized(q) => q,
+        Weight::Dense(_) => panic!("{module} is dense"),
+    }
+}
+
+#[test]
+fn compressed_tensors_words() {
+    let pack = format("pack-quantized").unwrap();
+    for (bits, codes, expected) in [
+        (4, vec![-8, -7, -1, 0, 1, 2, 6, 7], vec![0xfea98710]),
+        (4, (-8..2).collect(), vec![0x76543210, 0x00000098]),
+        (8, vec![-128, -1, 0, 127], vec![0xff807f00]),
+        (3, (0..32).map(|j| j % 8 - 4).collect(), vec![0x88fac688, 0xc688fac6, 0xfac688fa]),
+        (5, (-16..16).collect(), vec![0x8a418820, 0xc5a92839, 0xca307b9a, 0x38bdab49, 0xffbbcdeb]),
+    ] {
+        assert_eq!(as_words(&pack.encode("m", &row(bits, &codes))[0]), expected, "{bits} bits");
+    }
+    let zeros = [-8i32, -4, 0, 3, 7, -1, 1, 2].map(|z| (z + 8) as u8).to_vec();
+    let scheme = scheme(4, false, Granularity::Channel);
+    let q = Quantized { scheme, shape: [8, 8], codes: vec![0; 64], scales: vec![1.0; 8], zeros, group_of: vec![] };
+    assert_eq!(as_words(&pack.encode("m", &q)[3]), [0xa97fb840]);
+}
+
+#[test]
+fn gptq_words() {
+    let gptq = format("gptq").unwrap();
+    let zeros = [
+        (2, vec![0x55555555u32; 2]),
+        (3, vec![0xdb6db6db, 0xb6db6db6, 0x6db6db6d]),
+        (4, vec![0x77777777; 4]),
+        (8, vec![0x7f7f7f7f; 8]),
+    ];
+    for (bits, zeros) in zeros {
+        // Column 1 of [in, out] counts up, the others are zero.
+        let max = 1u32 << bits;
+        let mut codes = vec![0u8; 32 * 32];
+        (0..32).for_each(|i| codes[32 + i] = (i as u32 % max) as u8);
+        let scheme = scheme(bits, true, Granularity::Channel).with_scale(ScaleType::F16);
+        let q = Quantized { scheme, shape: [32, 32], codes, scales: vec![1.0; 32], zeros: vec![], group_of: vec![] };
+        let payloads = gptq.encode("m", &q);
+        let packed = as_words(&payloads[0]);
+        let column: Vec<u32> = packed.iter().skip(1).step_by(32).copied().collect();
+        let expected: &[u32] = match bits {
+            2 => &[0xe4e4e4e4, 0xe4e4e4e4],
+            3 => &[0x88fac688, 0xc688fac6, 0xfac688fa],
+            4 => &[0x76543210, 0xfedcba98, 0x76543210, 0xfedcba98],
+            _ => &[0x03020100, 0x07060504, 0x0b0a0908, 0x0f0e0d0c, 0x13121110, 0x17161514, 0x1b1a1918, 0x1f1e1d1c],
+        };
+        assert_eq!(column, expected, "{bits} bits");
+        assert!(packed.iter().step_by(32).all(|&w| w == 0));
+        assert_eq!(as_words(&payloads[1]), zeros, "{bits} bits");
+    }
+}
+
+#[test]
+fn the_spaced_layout_of_old_releases_is_read() {
+    let group =
+        json!({"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "channel"}, "format": "pack-quantized"});
+    let config = json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": group}});
+    let old = words(&[0x08fac688, 0x1a23eb1a, 0x2c688fac, 0x0000003e]);
+    let shape = [1i64, 32].iter().flat_map(|d| d.to_le_bytes()).collect();
+    let checkpoint = open(
+        config,
+        &[
+            ("m.weight_packed", Dtype::I32, &[1, 4], old),
+            ("m.weight_shape", Dtype::I64, &[2], shape),
+            ("m.weight_scale", Dtype::F16, &[1, 1], vec![0x00, 0x3c]),
+        ],
+    );
+    let expected: Vec<u8> = (0..32).map(|j| j % 8).collect();
+    let q = read(&checkpoint, "m");
+    assert_eq!(q.codes, expected);
+    assert_eq!(q.scheme.scale, ScaleType::F16);
+}
+
+/// A 4-bit GPTQ module `[32, 32]` of zeros with two groups and the given parts.
+fn gptq(config: Value, zeros: u32, map: Option<Vec<u32>>) -> Checkpoint {
+    let mut block = json!({"quant_method": "gptq", "bits": 4, "group_size": 16});
+    block.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
+    let mut tensors: Vec<(&str, Dtype, &[usize], Vec<u8>)> = vec![
+        ("m.qweight", Dtype::I32, &[4, 32], words(&[0x76543210; 128])),
+        ("m.qzeros", Dtype::I32, &[2, 4], words(&[zeros; 8])),
+        ("m.scales", Dtype::F16, &[2, 32], [0x00, 0x3c].repeat(64)),
+    ];
+    if let Some(map) = map {
+        tensors.push(("m.g_idx", Dtype::I32, &[32], words(&map)));
+    }
+    open(block, &tensors)
+}
+
+#[test]
+fn versions_and_zero_points_of_gptq() {
+    // Version 1 adds one and wraps each field; version 2 does not.
+    for (config, zeros, expected) in [
+        (json!({"sym": true}), 0x77777777, None),
+        (json!({"sym": true, "checkpoint_format": "gptq_v2"}), 0x88888888, None),
+        (json!({"sym": false}), 0x77777777, Some([8, 8])),
+        (json!({"sym": false}), 0xf0f0f0f0, Some([1, 0])),
+        (json!({"sym": false, "format": "gptq_v2"}), 0xf0f0f0f0, Some([0, 15])),
+        // `sym` claims what the zero points deny: they are kept.
+        (json!({"sym": true}), 0x66666666, Some([7, 7])),
+    ] {
+        let q = read(&gptq(config.clone(), zeros, None), "m");
+        assert_eq!(q.scheme.symmetric(), expected.is_none(), "{config}");
+        if let Some([even, odd]) = expected {
+            // [out, groups]: row 0 has the low nibble.
+            assert_eq!(q.zeros[..4], [even, even, odd, odd], "{config}");
+        }
+        assert_eq!(q.codes[..9], [0, 1, 2, 3, 4, 5, 6, 7, 0]);
+    }
+}
+
+#[test]
+fn group_maps_of_gptq() {
+    let ordered: Vec<u32> = (0..32).map(|i| i / 16).collect();
+    assert!(read(&gptq(json!({}), 0x77777777, Some(ordered)), "m").group_of.is_empty());
+    let shuffled: Vec<u32> = (0..32).map(|i| i % 2).collect();
+    assert_eq!(read(&gptq(json!({"desc_act": true}), 0x77777777, Some(shuffled.clone())), "m").group_of, shuffled);
+    let error = gptq(json!({}), 0x77777777, Some(vec![2; 32])).weight("m").unwrap_err();
+    assert!(error.to_string().contains("m.g_idx") && error.to_string().contains("entries below 2"), "{error}");
+}
+
+#[test]
+fn group_maps_of_compressed_tensors() {
+    let weights = json!({"num_bits": 8, "strategy": "group", "group_size": 2, "actorder": "group"});
+    let group = json!({"targets": ["Linear"], "weights": weights});
+    let config =
+        json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}});
+    let shape = [1i64, 4].iter().flat_map(|d| d.to_le_bytes()).collect();
+    let checkpoint = open(
+        config,
+        &[
+            ("m.weight_packed", Dtype::I32, &[1, 1], words(&[0x04030201])),
+            ("m.weight_shape", Dtype::I64, &[2], shape),
+            ("m.weight_scale", Dtype::F32, &[1, 2], words(&[1.0f32.to_bits(), 2.0f32.to_bits()])),
+            ("m.weight_g_idx", Dtype::I32, &[4], words(&[1, 0, 1, 0])),
+        ],
+    );
+    let q = read(&checkpoint, "m");
+    assert_eq!(q.group_of, [1, 0, 1, 0]);
+    assert_eq!(q.dequantize(), [-254.0, -126.0, -250.0, -124.0]);
+}
+
+#[test]
+fn a_dense_weight_is_dense_whatever_the_configuration_claims() {
+    let block = json!({"quant_method": "gptq", "bits": 4, "group_size": 16});
+    let checkpoint = open(
+        block,
+        &[
+            ("head.weight", Dtype::BF16, &[1, 2], vec![0x80, 0x3f, 0x00, 0x40]),
+            ("norm.weight", Dtype::BF16, &[2], vec![0; 4]),
+            ("code.weight", Dtype::I8, &[1, 2], vec![0; 2]),
+        ],
+    );
+    let weight = checkpoint.weight("head").unwrap();
+    assert_eq!((weight.shape(), weight.to_f32().unwrap()), ([1, 2], vec![1.0, 2.0]));
+    assert_eq!(checkpoint.scheme_of("head"), None);
+    assert!(matches!(checkpoint.weight("norm"), Err(Error::Shape { tensor, .. }) if tensor == "norm.weight"));
+    assert!(matches!(checkpoint.weight("code"), Err(Error::NoTensor { tensor, .. }) if tensor == "code.qweight"));
+    let dense = open(Value::Null, &[("code.weight", Dtype::I8, &[1, 2], vec![0; 2])]);
+    assert!(matches!(dense.weight("code"), Err(Error::Dtype { .. })));
+}

@@ -1,0 +1,134 @@
+//! `bitmill inspect`: what a model folder holds, from its headers.
+
+use crate::units;
+use bitmill_checkpoint::Checkpoint;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Show what a model folder holds
+///
+/// Reads headers only: architecture, format, and for every way of storing weights the number of tensors, weights, bytes
+/// and bits per weight.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Folder of a model
+    path: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    tensors: bool,
+    /// Print JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// Tensors stored the same way.
+#[derive(Default)]
+struct Kind {
+    tensors: u64,
+    weights: u64,
+    bytes: u64,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(&args.path)?;
+    let spec = bitmill_models::spec(checkpoint.config());
+    let model_type = checkpoint.config()["model_type"].as_str().unwrap_or("unknown").to_owned();
+    let format = checkpoint.dialect().map_or("dense", |d| d.format().name());
+    let mut kinds: BTreeMap<String, Kind> = BTreeMap::new();
+    let modules = quantized_modules(&checkpoint)?;
+    for (name, scheme, weights) in &modules {
+        let bytes = parts(&checkpoint, name).filter_map(|n| checkpoint.spec(n)).map(|s| s.bytes() as u64).sum::<u64>();
+        add(&mut kinds, scheme.clone(), *weights, bytes);
+    }
+    for name in checkpoint.names() {
+        let owned =
+            name.rsplit_once('.').is_some_and(|(m, part)| part != "bias" && modules.iter().any(|(n, ..)| n == m));
+        if let (false, Some(spec)) = (owned, checkpoint.spec(name)) {
+            add(
+                &mut kinds,
+                format!("{:?}", spec.dtype),
+                spec.shape.iter().product::<usize>() as u64,
+                spec.bytes() as u64,
+            );
+        }
+    }
+    let weights: u64 = kinds.values().map(|k| k.weights).sum();
+    let bytes: u64 = kinds.values().map(|k| k.bytes).sum();
+    let files: Vec<String> = checkpoint.shard_paths().map(|p| p.display().to_string()).collect();
+    if args.json {
+        let kinds: Vec<_> = (kinds.iter())
+            .map(|(k, v)| json!({"stored_as": k, "tensors": v.tensors, "weights": v.weights, "bytes": v.bytes, "bits_per_weight": bits(v)}))
+            .collect();
+        let tensors: Vec<_> = (checkpoint.names())
+            .filter_map(|n| checkpoint.spec(n))
+            .map(|s| json!({"name": s.name, "dtype": format!("{:?}", s.dtype), "shape": s.shape, "bytes": s.bytes()}))
+            .collect();
+        let value = json!({
+            "path": args.path, "model_type": model_type, "known_architecture": spec.is_ok(), "format": format,
+            "weights": weights, "bytes": bytes, "files": files, "kinds": kinds, "tensors": tensors,
+        });
+        println!("{value:#}");
+        return Ok(());
+    }
+    println!(
+        "{}: {model_type}, {format}, {} weights in {}",
+        args.path.display(),
+        units::count(weights),
+        units::bytes(bytes)
+    );
+    if let Ok(s) = &spec {
+        println!(
+            "{} blocks, hidden {}, intermediate {}, {} heads over {} of {}, vocabulary {}, context {}",
+            s.layers, s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.vocab, s.max_positions
+        );
+    }
+    println!("{:<18} {:>8} {:>10} {:>10} {:>8}", "stored as", "tensors", "weights", "bytes", "bits");
+    for (name, k) in &kinds {
+        println!(
+            "{name:<18} {:>8} {:>10} {:>10} {:>8.3}",
+            k.tensors,
+            units::count(k.weights),
+            units::bytes(k.bytes),
+            bits(k)
+        );
+    }
+    if args.tensors {
+        for spec in checkpoint.names().filter_map(|n| checkpoint.spec(n)) {
+            println!("{:?} {:?} {}", spec.dtype, spec.shape, spec.name);
+        }
+    }
+    Ok(())
+}
+
+fn bits(k: &Kind) -> f64 {
+    k.bytes as f64 * 8.0 / k.weights.max(1) as f64
+}
+
+fn add(kinds: &mut BTreeMap<String, Kind>, name: String, weights: u64, bytes: u64) {
+    let kind = kinds.entry(name).or_default();
+    kind.tensors += 1;
+    kind.weights += weights;
+    kind.bytes += bytes;
+}
+
+/// Names of the stored tensors of a module, its bias excepted.
+fn parts<'a>(checkpoint: &'a Checkpoint, module: &'a str) -> impl Iterator<Item = &'a str> {
+    checkpoint.names().filter(move |n| {
+        n.strip_prefix(module).is_some_and(|r| r.starts_with('.') && r != ".bias" && !r[1..].contains('.'))
+    })
+}
+
+/// Quantized modules with the name of their scheme and their number of weights.
+fn quantized_modules(checkpoint: &Checkpoint) -> anyhow::Result<Vec<(String, String, u64)>> {
+    let mut modules: Vec<&str> = checkpoint.names().filter_map(|n| n.rsplit_once('.')).map(|(m, _)| m).collect();
+    modules.dedup();
+    let mut found = Vec::new();
+    for module in modules {
+        if let Some(scheme) = checkpoint.scheme_of(module) {
+            let [rows, cols] = checkpoint.weight(module)?.shape();
+            found.push((module.to_owned(), scheme.to_string(), (rows * cols) as u64));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,63 @@
+//! Sizes and counts as people write and read them.
+
+/// Parses `5GB`, `512MiB`, `1000000`.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(format!("`{unit}` is not a unit of size; write 5GB, 512MiB or a number of bytes")),
+    };
+    let number: f64 =
+        number.parse().map_err(|_| format!("`{text}` is not a size; write 5GB, 512MiB or a number of bytes"))?;
+    Ok((number * factor) as u64)
+}
+
+/// `1.50 GB`.
+pub(crate) fn bytes(n: u64) -> String {
+    scaled(n, &["B", "kB", "MB", "GB", "TB"])
+}
+
+/// `10.5 M`.
+pub(crate) fn count(n: u64) -> String {
+    scaled(n, &["", "K", "M", "B", "T"])
+}
+
+fn scaled(n: u64, units: &[&str]) -> String {
+    let (mut value, mut unit) = (n as f64, 0);
+    while value >= 999.5 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$} {}", units[unit]).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_and_write() {
+        assert_eq!(parse_bytes("5GB"), Ok(5_000_000_000));
+        assert_eq!(parse_bytes("1.5 MiB"), Ok(1_572_864));
+        assert_eq!(parse_bytes("17"), Ok(17));
+        assert!(parse_bytes("5 parsecs").is_err() && parse_bytes("GB").is_err() && parse_bytes("-1").is_err());
+        assert_eq!([bytes(17), bytes(10_490_000), bytes(999_999)], ["17 B", "10.5 MB", "1.00 MB"]);
+        assert_eq!(count(10_490_000), "10.5 M");
+    }
+}

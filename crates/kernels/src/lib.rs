@@ -1,0 +1,10 @@
+//! The arithmetic of quantization made fast: slices in, slices out.
+//!
+//! Nothing here knows a tensor, a file or a model, and nothing allocates its result. Every function is held to a scalar
+//! definition by its tests. Parallel functions split their *output* into tiles of a fixed size and fold each tile in a
+//! fixed order, so that results do not depend on the number of threads.
+
+mod ops;
+
+pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
+pub use ops::pack::{pack_bits, packed_words, unpack_bits};

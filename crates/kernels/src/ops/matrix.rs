@@ -1,0 +1,218 @@
+//! Dense products on strided slices: C ← βC + αA·B, and H ← H + XᵀX.
+//!
+//! Single tiles go to the `gemm` crate, which picks AVX-512, AVX2 or NEON at run time. Parallelism is ours: the output
+//! is cut into tiles of a fixed size, each computed by one thread in one order, so results are the same bits at any
+//! thread count.
+
+use rayon::prelude::*;
+
+/// A number the products are compiled for.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+}
+
+impl Element for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+}
+
+impl Element for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+}
+
+/// Rows of H that one task computes: enough for the product to run near its peak, few enough to share among threads.
+/// It depends on the shape alone, so the sums are folded the same way at any thread count.
+fn band(n: usize) -> usize {
+    (n / 16).next_multiple_of(16).clamp(64, 512)
+}
+
+/// A borrowed matrix `[rows, cols]`; entry (i, j) lies at `i·row_stride + j·col_stride`.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a, T: Element> View<'a, T> {
+    /// A row-major matrix whose rows start `stride` entries apart.
+    ///
+    /// # Panics
+    /// When `data` is too short for the shape: a caller's bug.
+    #[must_use]
+    pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(cols <= stride && (rows == 0 || (rows - 1) * stride + cols <= data.len()), "view beyond its slice");
+        View { data, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transpose of this view.
+    #[must_use]
+    pub fn t(self) -> Self {
+        View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// Columns `from..to`.
+    fn columns(self, from: usize, to: usize) -> Self {
+        View { data: &self.data[(from * self.col_stride).min(self.data.len())..], cols: to - from, ..self }
+    }
+}
+
+/// A mutable row-major matrix `[rows, cols]` whose rows start `stride` entries apart.
+#[derive(Debug)]
+pub struct ViewMut<'a, T> {
+    data: &'a mut [T],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// A view of `data`.
+    ///
+    /// # Panics
+    /// When `data` is too short for the shape: a caller's bug.
+    #[must_use]
+    pub fn new(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(cols <= stride && (rows == 0 || (rows - 1) * stride + cols <= data.len()), "view beyond its slice");
+        ViewMut { data, rows, cols, stride }
+    }
+}
+
+/// `c ← beta·c + alpha·a·b` for `a: [m, k]`, `b: [k, n]`, `c: [m, n]`, on the calling thread. With `beta` zero the old
+/// contents of `c` are not read.
+///
+/// # Panics
+/// When the shapes do not chain: a caller's bug.
+pub fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: &mut ViewMut<'_, T>)
+where
+    T: PartialEq,
+{
+    assert!(a.cols == b.rows && a.rows == c.rows && b.cols == c.cols, "matrix shapes");
+    if c.rows == 0 || c.cols == 0 {
+        return;
+    }
+    // SAFETY: the views checked when they were made that every entry (i, j) inside their shape lies in their slice, the
+    // shapes chain as asserted above, and `c` is borrowed mutably, so it overlaps neither `a` nor `b`.
+    unsafe {
+        ::gemm::gemm(
+            c.rows,
+            c.cols,
+            a.cols,
+            c.data.as_mut_ptr(),
+            1,
+            c.stride as isize,
+            beta != T::ZERO,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            ::gemm::Parallelism::None,
+        );
+    }
+}
+
+/// `h ← h + xᵀ·x` for `x: [tokens, n]` and a full symmetric row-major `h: [n, n]`, in parallel. Only tiles on and below
+/// the diagonal are multiplied; the rest is mirrored, so `h` stays exactly symmetric.
+///
+/// # Panics
+/// When the lengths do not fit `n`: a caller's bug.
+pub fn syrk<T: Element + PartialEq>(x: &[T], n: usize, h: &mut [T]) {
+    assert!(n > 0 && x.len().is_multiple_of(n) && h.len() == n * n, "syrk shapes");
+    let x = View::new(x, x.len() / n, n, n);
+    // A band of rows of H is one task; what lies right of its diagonal tile is filled by the mirror below.
+    let band = band(n);
+    h.par_chunks_mut(band * n).enumerate().for_each(|(i, rows)| {
+        let (from, height) = (i * band, rows.len() / n);
+        let to = from + height;
+        gemm(T::ONE, x.columns(from, to).t(), x.columns(0, to), T::ONE, &mut ViewMut::new(rows, height, to, n));
+    });
+    for i in 0..n {
+        for j in 0..i {
+            h[j * n + i] = h[i * n + j];
+        }
+        // Inside a diagonal tile both halves were multiplied; the copy above makes them equal to the bit.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(n: usize, seed: u64) -> Vec<f64> {
+        let mut s = seed.wrapping_mul(2).wrapping_add(1);
+        (0..n)
+            .map(|_| {
+                s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (s >> 33) as f64 / f64::from(1u32 << 30) - 1.0
+            })
+            .collect()
+    }
+
+    #[test]
+    fn gemm_equals_its_definition() {
+        for (m, k, n) in [(1, 1, 1), (3, 5, 2), (17, 33, 65), (1, 300, 7), (64, 1, 64), (5, 0, 4)] {
+            let (a, b, c0) = (sample(m * k, 1), sample(k * n, 2), sample(m * n, 3));
+            for (alpha, beta) in [(1.0, 0.0), (-1.0, 1.0), (0.5, 2.0)] {
+                let mut c = c0.clone();
+                gemm(alpha, View::new(&a, m, k, k), View::new(&b, k, n, n), beta, &mut ViewMut::new(&mut c, m, n, n));
+                for i in 0..m {
+                    for j in 0..n {
+                        let dot: f64 = (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum();
+                        assert!((c[i * n + j] - (beta * c0[i * n + j] + alpha * dot)).abs() < 1e-12);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn syrk_equals_its_definition_over_any_batching() {
+        // Oracle 1: streaming over any batching equals the one-shot product; syrk equals gemm.
+        let (tokens, n) = (311, 290);
+        let x = sample(tokens * n, 7);
+        let mut whole = vec![0.0; n * n];
+        let view = View::new(&x, tokens, n, n);
+        gemm(1.0, view.t(), view, 0.0, &mut ViewMut::new(&mut whole, n, n, n));
+        for batch in [1, 7, 64, 311] {
+            let mut h = vec![0.0; n * n];
+            for part in x.chunks(batch * n) {
+                syrk(part, n, &mut h);
+            }
+            let worst = h.iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(worst < 1e-10, "batches of {batch}: {worst}");
+            assert!((0..n).all(|i| (0..n).all(|j| h[i * n + j] == h[j * n + i])));
+        }
+    }
+
+    #[test]
+    fn syrk_in_f32_follows_f64_and_ignores_the_thread_count() {
+        let (tokens, n) = (2048, 300);
+        let x = sample(tokens * n, 9);
+        let x32: Vec<f32> = x.iter().map(|&v| v as f32).collect();
+        let mut exact = vec![0.0f64; n * n];
+        syrk(&x, n, &mut exact);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut h = vec![0.0f32; n * n];
+            pool.install(|| syrk(&x32, n, &mut h));
+            h
+        };
+        let h = run(1);
+        let scale = exact.iter().fold(0.0f64, |a, v| a.max(v.abs()));
+        assert!(h.iter().zip(&exact).all(|(&a, &b)| (f64::from(a) - b).abs() < 1e-5 * scale));
+        assert!([2, 3, 8].iter().all(|&t| run(t) == h));
+    }
+}

@@ -1,0 +1,4 @@
+//! One file per operation.
+
+pub(crate) mod matrix;
+pub(crate) mod pack;

@@ -1,0 +1,116 @@
+//! Dense bitstreams of codes: element `j` of a row occupies bits `[j·b, (j+1)·b)` of little-endian 32-bit words.
+//!
+//! This is the layout of compressed-tensors' `pack-quantized` (rows) and of GPTQ (columns), for every width.
+
+/// Words that hold `codes` codes of `bits` bits.
+#[must_use]
+pub const fn packed_words(codes: usize, bits: u32) -> usize {
+    (codes * bits as usize).div_ceil(32)
+}
+
+/// Packs `codes`, each below `2^bits`, into `out`; unused high bits of the last word are zero.
+///
+/// # Panics
+/// When `bits` is outside 1 to 8 or `out` is not [`packed_words`] long: a caller's bug.
+pub fn pack_bits(codes: &[u8], bits: u32, out: &mut [u32]) {
+    assert!((1..=8).contains(&bits), "bits {bits}");
+    assert_eq!(out.len(), packed_words(codes.len(), bits), "packed length");
+    // Widths of 1, 2, 4 and 8 never straddle a word, so each word is a fold over its own codes.
+    if 32 % bits == 0 {
+        let per_word = (32 / bits) as usize;
+        for (word, chunk) in out.iter_mut().zip(codes.chunks(per_word)) {
+            *word = chunk.iter().rev().fold(0, |w, &c| w << bits | u32::from(c));
+        }
+        return;
+    }
+    let (mut buffer, mut filled) = (0u64, 0u32);
+    let mut words = out.iter_mut();
+    for &code in codes {
+        buffer |= u64::from(code) << filled;
+        filled += bits;
+        if filled >= 32 {
+            if let Some(word) = words.next() {
+                *word = buffer as u32;
+            }
+            buffer >>= 32;
+            filled -= 32;
+        }
+    }
+    if let Some(word) = words.next() {
+        *word = buffer as u32;
+    }
+}
+
+/// Unpacks `out.len()` codes of `bits` bits from `words`.
+///
+/// # Panics
+/// When `bits` is outside 1 to 8 or `words` is shorter than [`packed_words`]: a caller's bug.
+pub fn unpack_bits(words: &[u32], bits: u32, out: &mut [u8]) {
+    assert!((1..=8).contains(&bits), "bits {bits}");
+    assert!(words.len() >= packed_words(out.len(), bits), "packed length");
+    let mask = (1u32 << bits) - 1;
+    if 32 % bits == 0 {
+        let per_word = (32 / bits) as usize;
+        for (&word, chunk) in words.iter().zip(out.chunks_mut(per_word)) {
+            let mut rest = word;
+            for code in chunk {
+                *code = (rest & mask) as u8;
+                rest >>= bits;
+            }
+        }
+        return;
+    }
+    let (mut buffer, mut filled) = (0u64, 0u32);
+    let mut words = words.iter();
+    for code in out {
+        if filled < bits {
+            buffer |= u64::from(words.next().copied().unwrap_or(0)) << filled;
+            filled += 32;
+        }
+        *code = (buffer as u32 & mask) as u8;
+        buffer >>= bits;
+        filled -= bits;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The definition: one bit at a time.
+    fn by_bits(codes: &[u8], bits: u32) -> Vec<u32> {
+        let mut out = vec![0u32; packed_words(codes.len(), bits)];
+        for (j, &code) in codes.iter().enumerate() {
+            for k in 0..bits as usize {
+                let at = j * bits as usize + k;
+                out[at / 32] |= u32::from(code >> k & 1) << (at % 32);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn golden_words() {
+        let ramp: Vec<u8> = (0..32).map(|j| j % 8).collect();
+        let mut out = [0; 3];
+        pack_bits(&ramp, 3, &mut out);
+        assert_eq!(out, [0x88fa_c688, 0xc688_fac6, 0xfac6_88fa]);
+        let mut out = [0; 1];
+        pack_bits(&[15, 0, 8, 7, 1, 14, 3, 12], 4, &mut out);
+        assert_eq!(out, [0xc3e1_780f]);
+    }
+
+    proptest! {
+        #[test]
+        fn packing_equals_the_definition_and_inverts(bits in 1u32..=8, raw in prop::collection::vec(any::<u8>(), 0..300)) {
+            let codes: Vec<u8> = raw.iter().map(|c| c & ((1u16 << bits) - 1) as u8).collect();
+            let mut words = vec![0xffff_ffff; packed_words(codes.len(), bits)];
+            pack_bits(&codes, bits, &mut words);
+            prop_assert_eq!(&words, &by_bits(&codes, bits));
+            let mut back = vec![0xff; codes.len()];
+            unpack_bits(&words, bits, &mut back);
+            prop_assert_eq!(back, codes);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The architectures, one file each: what its config spells differently, and nothing about computing.
+//!
+//! Adding one is a file with an [`Arch`], its `mod` line and a line of [`ARCHES`].
+
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use crate::config::Reader;
+use crate::{Act, Error, ModelSpec, Rope};
+use serde_json::Value;
+
+/// Reads the configs of one architecture.
+pub trait Arch: Sync {
+    /// The values of `model_type` it answers to.
+    fn model_types(&self) -> &'static [&'static str];
+
+    /// The model a config describes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first key that is missing, malformed, out of range or unsupported.
+    fn spec(&self, config: &Value) -> Result<ModelSpec, Error>;
+}
+
+/// Every architecture.
+pub static ARCHES: &[&dyn Arch] = &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
+
+/// The model that a whole `config.json` describes.
+///
+/// # Errors
+/// [`Error::UnknownArchitecture`] when no architecture answers to its `model_type`; [`Error::Config`] otherwise.
+pub fn spec(config: &Value) -> Result<ModelSpec, Error> {
+    let model_type = Reader::new(config)?.text("model_type")?.unwrap_or("(none)");
+    match ARCHES.iter().find(|arch| arch.model_types().contains(&model_type)) {
+        Some(arch) => arch.spec(config),
+        None => Err(Error::UnknownArchitecture {
+            model_type: model_type.chars().take(80).collect(),
+            known: ARCHES.iter().flat_map(|arch| arch.model_types()).copied().collect(),
+        }),
+    }
+}
+
+/// What an architecture assumes where its config is silent.
+struct Defaults {
+    /// Key-value heads; `None` is one per head.
+    kv_heads: Option<usize>,
+    /// Head size; `None` is `hidden / heads`.
+    head_dim: Option<usize>,
+    max_positions: usize,
+    bos: Option<u32>,
+}
+
+/// The keys all four families share. Windows are open, biases and norms of queries and keys absent.
+fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result<ModelSpec, Error> {
+    let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+    let layers = config.integer("num_hidden_layers", 1, 1 << 12)?.ok_or_else(|| config.missing("num_hidden_layers"))?;
+    let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(defaults.kv_heads.unwrap_or(heads));
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(
+            config.error("num_key_value_heads", format!("is {kv_heads}, which does not divide the {heads} heads"))
+        );
+    }
+    let head_dim = match config.optional_size("head_dim")?.or(defaults.head_dim) {
+        Some(head_dim) => head_dim,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(
+                config.error("num_attention_heads", format!("is {heads}, which does not divide {hidden} channels"))
+            );
+        }
+    };
+    if !head_dim.is_multiple_of(2) {
+        let key = if config.get("head_dim").is_some() { "head_dim" } else { "num_attention_heads" };
+        return Err(config.error(key, format!("makes heads of {head_dim} channels; rotary embedding pairs them up")));
+    }
+    let max_positions = config.positions("max_position_embeddings")?.unwrap_or(defaults.max_positions);
+    Ok(ModelSpec {
+        model_type: model_type.into(),
+        hidden,
+        intermediate: config.size("intermediate_size")?,
+        layers,
+        vocab: config.integer("vocab_size", 1, u64::from(u32::MAX))?.ok_or_else(|| config.missing("vocab_size"))?,
+        heads,
+        kv_heads,
+        head_dim,
+        norm_eps: config.positive("rms_norm_eps")?.unwrap_or(1e-6),
+        rope: Rope::read(config, head_dim, max_positions)?,
+        windows: vec![None; layers],
+        qkv_bias: false,
+        out_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        tied: config.flag("tie_word_embeddings", false)?,
+        act: act(config)?,
+        max_positions,
+        bos: if config.written("bos_token_id") { bos(config)? } else { defaults.bos },
+    })
+}
+
+fn bos(config: &Reader<'_>) -> Result<Option<u32>, Error> {
+    Ok(config.integer("bos_token_id", 0, u64::from(u32::MAX))?.map(|id| id as u32))
+}
+
+fn act(config: &Reader<'_>) -> Result<Act, Error> {
+    match config.text("hidden_act")?.unwrap_or("silu") {
+        "silu" | "swish" => Ok(Act::Silu),
+        "gelu" => Ok(Act::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Act::GeluTanh),
+        "relu" => Ok(Act::Relu),
+        other => {
+            let other: String = other.chars().take(40).collect();
+            let known = "silu, swish, gelu, gelu_new, gelu_pytorch_tanh, relu";
+            Err(config.error("hidden_act", format!("is \"{other}\"; understood are {known}")))
+        }
+    }
+}
+
+/// Sliding windows as Qwen 2 and 3 spell them: a switch, a width, and either a list of layer types or the first layer
+/// that has a window.
+fn layer_windows(config: &Reader<'_>, layers: usize) -> Result<Vec<Option<usize>>, Error> {
+    let width = match config.flag("use_sliding_window", false)? {
+        false => None,
+        true if config.written("sliding_window") => config.positions("sliding_window")?,
+        true => Some(4096),
+    };
+    let Some(types) = config.list("layer_types")? else {
+        let first = config.integer("max_window_layers", 0, 1 << 31)?.unwrap_or(28);
+        return Ok((0..layers).map(|layer| width.filter(|_| layer >= first)).collect());
+    };
+    if types.len() != layers {
+        return Err(config.error("layer_types", format!("has {} entries for {layers} layers", types.len())));
+    }
+    let window = |kind: &Value| match (kind.as_str(), width) {
+        (Some("full_attention"), _) => Ok(None),
+        (Some("sliding_attention"), Some(width)) => Ok(Some(width)),
+        (Some("sliding_attention"), None) => {
+            Err(config.error("layer_types", "asks for windows that use_sliding_window denies"))
+        }
+        _ => Err(config.error("layer_types", "has an entry that is neither full_attention nor sliding_attention")),
+    };
+    types.iter().map(window).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,153 @@
+//! Causal attention of one window.
+//!
+//! The query heads of a group are stacked into one matrix against their shared keys, so keys and values are never
+//! repeated. Tokens go in chunks, each against only the keys its tokens can see: the scores of a chunk stay in cache, no
+//! mask exists, and the half above the diagonal is mostly not computed.
+
+use crate::ops::{floats, softmax};
+use bitmill_kernels::{View, ViewMut, gemm};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// Rows of scores computed at once: enough for an efficient product, few enough that the diagonal wastes little.
+const ROWS: usize = 256;
+
+/// Attends `q [kv_heads, tokens · group, head_dim]`, rows in order of token, then head, to
+/// `k [kv_heads, tokens, head_dim]` and `v [tokens, kv_heads · head_dim]`; returns `[tokens, kv_heads · group · head_dim]`.
+/// A token sees itself and everything before it, or the latest `window` of those.
+pub(crate) fn causal(q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Causal { window: window.unwrap_or(usize::MAX) })
+}
+
+struct Causal {
+    window: usize,
+}
+
+impl CustomOp3 for Causal {
+    fn name(&self) -> &'static str {
+        "causal-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((kv_heads, tokens, dim), (_, rows, _)) = (k_layout.shape().dims3()?, q_layout.shape().dims3()?);
+        let group = rows / tokens.max(1);
+        if q_layout.dims() != [kv_heads, tokens * group, dim] || v_layout.dims() != [tokens, kv_heads * dim] {
+            bail!(
+                "causal-attention: queries {:?}, keys {:?}, values {:?}",
+                q_layout.shape(),
+                k_layout.shape(),
+                v_layout.shape()
+            );
+        }
+        let inputs = Inputs {
+            q: floats(q, q_layout)?,
+            k: floats(k, k_layout)?,
+            v: floats(v, v_layout)?,
+            kv_heads,
+            tokens,
+            dim,
+            group,
+        };
+        let width = kv_heads * group * dim;
+        let chunk = (ROWS / group.max(1)).max(32);
+        let mut out = vec![0.0f32; tokens * width];
+        out.par_chunks_mut((chunk * width).max(1))
+            .enumerate()
+            .for_each(|(i, out)| inputs.attend(i * chunk, self.window, out));
+        Ok((CpuStorage::F32(out), (tokens, width).into()))
+    }
+}
+
+struct Inputs<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    kv_heads: usize,
+    tokens: usize,
+    dim: usize,
+    group: usize,
+}
+
+impl Inputs<'_> {
+    /// Fills `out`, the rows of the tokens from `begin` on.
+    fn attend(&self, begin: usize, window: usize, out: &mut [f32]) {
+        let Inputs { kv_heads, tokens, dim, group, .. } = *self;
+        let (width, row) = (kv_heads * group * dim, group * dim);
+        let end = begin + out.len() / width;
+        let oldest = (begin + 1).saturating_sub(window);
+        let (rows, keys) = ((end - begin) * group, end - oldest);
+        let scale = (dim as f64).powf(-0.5) as f32;
+        let (mut scores, mut mixed) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * dim]);
+        for head in 0..kv_heads {
+            let q = View::new(&self.q[(head * tokens + begin) * row..], rows, dim, dim);
+            let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
+            let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
+            gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(&mut scores, rows, keys, keys));
+            for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
+                let past = begin + i / group + 1;
+                let (first, past) = (past.saturating_sub(window).max(oldest) - oldest, past - oldest);
+                scores[..first].fill(0.0);
+                softmax(&mut scores[first..past], scale);
+                scores[past..].fill(0.0);
+            }
+            gemm(1.0, View::new(&scores, rows, keys, keys), v, 0.0, &mut ViewMut::new(&mut mixed, rows, dim, dim));
+            for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
+                out[head * row..][..row].copy_from_slice(mixed);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// The definition, one query at a time in f64.
+    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], window: usize) -> Vec<Vec<f64>> {
+        let (tokens, dim) = (v.len(), k[0][0].len());
+        let group = q[0].len() / tokens;
+        let attend = |token: usize, head: usize| {
+            let (query, kv) = (&q[head / group][token * group + head % group], head / group);
+            let seen = (token + 1).saturating_sub(window)..=token;
+            let dot = |key: &[f32]| query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            let weights: Vec<f64> = seen.clone().map(|t| (dot(&k[kv][t]) / (dim as f64).sqrt()).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            let mix = |c: usize| {
+                seen.clone().zip(&weights).map(|(t, w)| w * f64::from(v[t][kv * dim + c])).sum::<f64>() / sum
+            };
+            (0..dim).map(mix).collect::<Vec<f64>>()
+        };
+        (0..tokens).map(|token| (0..q.len() * group).flat_map(|head| attend(token, head)).collect()).collect()
+    }
+
+    #[test]
+    fn attention_equals_its_definition() {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1.5, shape, &Device::Cpu).unwrap();
+        for (tokens, kv_heads, group, dim) in
+            [(1, 1, 1, 2), (5, 2, 1, 4), (70, 1, 3, 6), (300, 2, 1, 8), (150, 1, 8, 4)]
+        {
+            let (q, k) = (random(&[kv_heads, tokens * group, dim]), random(&[kv_heads, tokens, dim]));
+            let v = random(&[tokens, kv_heads * dim]);
+            for window in [None, Some(1), Some(3), Some(64), Some(1000)] {
+                let got = causal(&q, &k, &v, window).unwrap().to_vec2::<f32>().unwrap();
+                let (q, k, v) = (q.to_vec3().unwrap(), k.to_vec3().unwrap(), v.to_vec2().unwrap());
+                let expected = naive(&q, &k, &v, window.unwrap_or(usize::MAX));
+                for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
+                    assert!(
+                        (f64::from(*got) - expected).abs() < 1e-5,
+                        "{tokens} {kv_heads} {group} {dim} {window:?}: {got} {expected}"
+                    );
+                }
+            }
+        }
+    }
+}

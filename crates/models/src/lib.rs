@@ -1,0 +1,31 @@
+//! Model architectures as data, and the one forward pass they share.
+//!
+//! An [`Arch`] turns a `config.json` into a [`ModelSpec`]: sizes, rotary embedding, windows, which biases exist, the name
+//! of every tensor. From there on no code knows which architecture it runs: [`Block`] holds the weights of one decoder
+//! block and executes it in five pieces that meet at the [`SITES`], the places where several linears read one activation.
+//! [`Ends`] are what comes before the first block and after the last.
+//!
+//! Everything is f32 on the CPU, one window of tokens per call; callers run windows in parallel. No result depends on the
+//! number of threads. Nothing here calibrates or quantizes.
+
+mod arch;
+mod attention;
+mod block;
+mod config;
+mod ends;
+mod error;
+mod linear;
+mod ops;
+mod rope;
+mod sites;
+mod spec;
+mod weights;
+
+pub use arch::{ARCHES, Arch, spec};
+pub use block::Block;
+pub use ends::{Embedding, Ends, Head};
+pub use error::Error;
+pub use rope::{Rope, RopeKind, RopeTable};
+pub use sites::{Absorb, NormRole, Role, SITES, Site};
+pub use spec::{Act, EMBEDDING, FINAL_NORM, HEAD, ModelSpec, TensorSlot};
+pub use weights::Weights;

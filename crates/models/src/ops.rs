@@ -1,0 +1,258 @@
+//! The operations of the forward pass that candle lacks or does in a way that hurts here.
+//!
+//! Candle spreads even an addition over all cores, by a pool whose threads spin; where callers run one window per thread
+//! the pools fight, and a block takes twice its time. So everything on the path of a block is here: candle operations on
+//! contiguous f32 storage that stay on the calling rayon thread unless they are long. Rows are independent and every
+//! reduction inside a row has a fixed order, so results do not depend on the number of threads.
+
+use bitmill_kernels::{View, ViewMut, gemm};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// Elements a thread takes at a time; below it, handing out work costs more than the work.
+const BLOCK: usize = 1 << 14;
+/// Tokens of a product that one thread takes: fewer would pack the weight too often.
+const BAND: usize = 512;
+/// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
+const LANES: usize = 16;
+
+/// Rotates the heads of `x [tokens, kv_heads · group · head_dim]` by `cos`, `sin` `[tokens or more, head_dim / 2]` and
+/// gathers them by key-value head: `[kv_heads, tokens · group, head_dim]`, rows in order of token, then head.
+pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, group: usize) -> Result<Tensor> {
+    x.apply_op3_no_bwd(cos, sin, &Rotate { group })
+}
+
+/// `x [tokens, in]` times the transpose of `weight [out, in]`.
+pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product)
+}
+
+/// `gate ← silu(gate) · up`, in place.
+pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<()> {
+    gate.inplace_op2(up, &Elementwise { name: "silu-mul", f: |g: f32, u: f32| g / (1.0 + exp(-g)) * u })
+}
+
+/// `x ← x + y`, in place; a `y` of one row is added to every row.
+pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<()> {
+    x.inplace_op2(y, &Elementwise { name: "add", f: |x: f32, y: f32| x + y })
+}
+
+/// `x ← x · y`, in place.
+pub(crate) fn mul(x: &Tensor, y: &Tensor) -> Result<()> {
+    x.inplace_op2(y, &Elementwise { name: "mul", f: |x: f32, y: f32| x * y })
+}
+
+/// Rounds every row of `x [tokens, width]` to symmetric 8-bit integers with a scale of its own, and back, exactly as
+/// compressed-tensors does for dynamic per-token activations: `scale = amax / 127.5`, ties to even, codes −128 to 127.
+pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&RoundInt8)
+}
+
+struct Rotate {
+    group: usize,
+}
+
+impl CustomOp3 for Rotate {
+    fn name(&self) -> &'static str {
+        "rotate-heads"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        cos: &CpuStorage,
+        cos_layout: &Layout,
+        sin: &CpuStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (tokens, width) = x_layout.shape().dims2()?;
+        let (rows, half) = cos_layout.shape().dims2()?;
+        let (dim, group) = (2 * half, self.group);
+        if rows < tokens || sin_layout.shape() != cos_layout.shape() || width % (dim * group) != 0 {
+            bail!("rotate-heads: {width} channels of {tokens} tokens, table {rows} x {half}, groups of {group}");
+        }
+        let (x, cos, sin) = (floats(x, x_layout)?, floats(cos, cos_layout)?, floats(sin, sin_layout)?);
+        let kv_heads = width / (dim * group);
+        let mut out = vec![0.0f32; tokens * width];
+        each_block(&mut out, dim * group, |first, block| {
+            for (i, dst) in block.chunks_exact_mut(dim * group).enumerate() {
+                let (head, token) = ((first + i) / tokens, (first + i) % tokens);
+                let src = &x[token * width + head * dim * group..][..dim * group];
+                let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+                for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
+                    let ((a, b), (c, d)) = (src.split_at(half), dst.split_at_mut(half));
+                    for j in 0..half {
+                        c[j] = a[j] * cos[j] - b[j] * sin[j];
+                        d[j] = b[j] * cos[j] + a[j] * sin[j];
+                    }
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), (kv_heads, tokens * group, dim).into()))
+    }
+}
+
+struct Product;
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        w: &CpuStorage,
+        w_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((tokens, inner), (out, w_inner)) = (x_layout.shape().dims2()?, w_layout.shape().dims2()?);
+        if inner != w_inner || inner == 0 || out == 0 {
+            bail!("product: an input of {inner} channels, a weight of {out} x {w_inner}");
+        }
+        let weight = View::new(floats(w, w_layout)?, out, inner, inner).t();
+        let mut y = vec![0.0f32; tokens * out];
+        y.par_chunks_mut(BAND * out).zip(floats(x, x_layout)?.par_chunks(BAND * inner)).for_each(|(y, x)| {
+            let tokens = y.len() / out;
+            gemm(1.0, View::new(x, tokens, inner, inner), weight, 0.0, &mut ViewMut::new(y, tokens, out, out));
+        });
+        Ok((CpuStorage::F32(y), (tokens, out).into()))
+    }
+}
+
+struct Elementwise<F> {
+    name: &'static str,
+    f: F,
+}
+
+impl<F: Fn(f32, f32) -> f32 + Sync> InplaceOp2 for Elementwise<F> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_layout: &Layout, y: &CpuStorage, y_layout: &Layout) -> Result<()> {
+        let (x_shape, y_shape) = (x_layout.dims(), y_layout.dims());
+        let width = x_shape.last().copied().unwrap_or(1);
+        let one_row = y_shape == [width];
+        if !one_row && x_shape != y_shape {
+            bail!("{}: {x_shape:?} and {y_shape:?}", self.name);
+        }
+        let y = floats(y, y_layout)?;
+        each_block(floats_mut(x, x_layout)?, width, |first, block| {
+            for (i, row) in block.chunks_mut(width.max(1)).enumerate() {
+                let y = if one_row { y } else { &y[(first + i) * width..] };
+                for (x, &y) in row.iter_mut().zip(y) {
+                    *x = (self.f)(*x, y);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+struct RoundInt8;
+
+impl CustomOp1 for RoundInt8 {
+    fn name(&self) -> &'static str {
+        "round-int8"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        /// Adding and subtracting 1.5 · 2^23 rounds a small number to an integer, ties to even.
+        const TO_INTEGER: f32 = 12_582_912.0;
+        let (_, width) = layout.shape().dims2()?;
+        let mut out = floats(x, layout)?.to_vec();
+        each_block(&mut out, width, |_, block| {
+            for row in block.chunks_exact_mut(width) {
+                let scale = match reduce(row, 0.0, |a, v| a.max(v.abs()), f32::max) / 127.5 {
+                    // The library's guard for a row of zeros.
+                    0.0 => f32::EPSILON,
+                    scale => scale,
+                };
+                for v in row {
+                    let code = ((*v / scale).clamp(-128.0, 127.0) + TO_INTEGER) - TO_INTEGER;
+                    *v = code * scale;
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+/// Soft-max of `scale · row`, in place.
+pub(crate) fn softmax(row: &mut [f32], scale: f32) {
+    let max = scale * reduce(row, f32::NEG_INFINITY, f32::max, f32::max);
+    for v in row.iter_mut() {
+        *v = exp(scale * *v - max);
+    }
+    let inverse = 1.0 / reduce(row, 0.0, |a, v| a + v, |a, b| a + b);
+    for v in row.iter_mut() {
+        *v *= inverse;
+    }
+}
+
+/// Folds a row over [`LANES`] accumulators, then those into one.
+#[inline(always)]
+fn reduce(row: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
+    let chunks = row.chunks_exact(LANES);
+    for (lane, &v) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane = step(*lane, v);
+    }
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = step(*lane, v);
+        }
+    }
+    lanes.into_iter().fold(start, join)
+}
+
+/// `e^x` within two units in the last place, written without branches so that loops over it become vector code. Below
+/// −87 it stays at `e^−87` (1.6e-38) instead of underflowing; NaN stays NaN.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const TO_INTEGER: f32 = 12_582_912.0;
+    // ln 2 in two parts, the first short enough that its product with an exponent is exact.
+    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
+    let n = shifted - TO_INTEGER;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    // The Taylor series: |r| ≤ ln(2)/2 leaves a remainder under 2^-27.
+    let mut series = 1.0 / 5040.0;
+    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
+        series = series * r + factor;
+    }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    (series * r * r + r + 1.0) * power
+}
+
+/// Runs `f(first row, rows)` over blocks of whole rows of `width`.
+fn each_block(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = (BLOCK / width.max(1)).max(1);
+    if data.len() <= rows * width {
+        f(0, data);
+    } else {
+        data.par_chunks_mut(rows * width).enumerate().for_each(|(i, block)| f(i * rows, block));
+    }
+}
+
+/// The entries of a contiguous f32 tensor.
+pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((begin, end)) => Ok(&storage.as_slice::<f32>()?[begin..end]),
+        None => bail!("a contiguous tensor is needed"),
+    }
+}
+
+fn floats_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (layout.contiguous_offsets(), storage) {
+        (Some((begin, end)), CpuStorage::F32(data)) => Ok(&mut data[begin..end]),
+        _ => bail!("a contiguous f32 tensor is needed"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

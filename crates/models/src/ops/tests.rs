@@ -1,0 +1,93 @@
+use super::*;
+use candle_core::{Device, IndexOp};
+use std::path::Path;
+
+#[test]
+fn exp_is_within_two_units_in_the_last_place() {
+    let mut worst = 0.0f64;
+    for i in -870_000..=880_000 {
+        let x = i as f32 * 1e-4;
+        let truth = f64::from(x).exp();
+        let unit = f64::from(f32::EPSILON) * 2f64.powi(truth.log2().floor() as i32);
+        worst = worst.max((f64::from(exp(x)) - truth).abs() / unit);
+    }
+    assert!(worst <= 2.0, "{worst}");
+    assert_eq!(exp(0.0), 1.0);
+    assert!(exp(f32::NAN).is_nan());
+    assert!(exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::INFINITY).is_finite());
+}
+
+#[test]
+fn int8_rounding_equals_compressed_tensors() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/int8-activations/golden.safetensors");
+    let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let got = round_int8(&golden["input"]).unwrap().to_vec2::<f32>().unwrap();
+    let expected = golden["output"].to_vec2::<f32>().unwrap();
+    for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        // Bit for bit, but for the sign of zero.
+        assert!(got.iter().zip(expected).all(|(a, b)| a == b), "row {row}: {got:?} {expected:?}");
+    }
+}
+
+#[test]
+fn softmax_equals_its_definition() {
+    for len in [1, 2, 15, 16, 17, 33, 500] {
+        let row: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1013) as f32 * 0.02 - 10.0).collect();
+        let sum: f64 = row.iter().map(|&v| (0.7 * f64::from(v)).exp()).sum();
+        let mut got = row.clone();
+        softmax(&mut got, 0.7);
+        for (got, v) in got.iter().zip(row) {
+            let expected = (0.7 * f64::from(v)).exp() / sum;
+            assert!((f64::from(*got) - expected).abs() <= 2e-6 * expected, "{len}: {got} {expected}");
+        }
+    }
+}
+
+#[test]
+fn products_agree_with_candle_and_with_any_split() {
+    for (tokens, inner, out) in [(1, 3, 5), (7, 16, 24), (2 * BAND + 3, 40, 17)] {
+        let x = Tensor::randn(0f32, 1.0, (tokens, inner), &Device::Cpu).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (inner, out), &Device::Cpu).unwrap().t().unwrap();
+        let got = product(&x, &w).unwrap();
+        let expected = x.matmul(&w.t().unwrap()).unwrap();
+        let difference = (&got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-5, "{tokens} {inner} {out}: {difference}");
+        let alone =
+            rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| product(&x, &w).unwrap());
+        assert_eq!(got.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
+    }
+    let (x, w) = (
+        Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap(),
+        Tensor::zeros((4, 5), candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    assert!(product(&x, &w).unwrap_err().to_string().contains("3 channels"));
+}
+
+#[test]
+fn rotation_agrees_with_candle() {
+    let (tokens, kv_heads, group, dim) = (19, 2, 3, 8);
+    let heads = kv_heads * group;
+    let x = Tensor::randn(0f32, 1.0, (tokens, heads * dim), &Device::Cpu).unwrap();
+    let cos = Tensor::randn(0f32, 1.0, (tokens, dim / 2), &Device::Cpu).unwrap();
+    let sin = Tensor::randn(0f32, 1.0, (tokens, dim / 2), &Device::Cpu).unwrap();
+    let by_head = x.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap();
+    let expected = candle_nn::rotary_emb::rope(&by_head, &cos, &sin).unwrap();
+    let got = rotate(&x, &cos, &sin, group).unwrap().reshape((kv_heads, tokens, group, dim)).unwrap();
+    for head in 0..heads {
+        let got = got.i((head / group, .., head % group)).unwrap();
+        let expected = expected.i((0, head)).unwrap();
+        let difference = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-6, "head {head}: {difference}");
+    }
+}
+
+#[test]
+fn silu_saturates() {
+    let gate = Tensor::new(&[[-200f32, -1.0, 0.0, 1.0, 200.0]], &Device::Cpu).unwrap();
+    let up = Tensor::new(&[[2f32; 5]], &Device::Cpu).unwrap();
+    silu_mul(&gate, &up).unwrap();
+    let got = gate.to_vec2::<f32>().unwrap();
+    for (got, expected) in got[0].iter().zip([0.0, -0.537_882_8, 0.0, 1.462_117_2, 400.0]) {
+        assert!((got - expected).abs() < 1e-6 * f32::max(1.0, expected.abs()), "{got} {expected}");
+    }
+}

@@ -1,0 +1,83 @@
+//! Where a model's tensors come from.
+
+use crate::Error;
+use bitmill_checkpoint::Checkpoint;
+use bitmill_scheme::Activations;
+use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
+
+/// A source of tensors by name, all f32 on the CPU.
+pub trait Weights: Sync {
+    /// The tensor `name`, in its stored shape.
+    ///
+    /// # Errors
+    /// When it is missing or unreadable.
+    fn tensor(&self, name: &str) -> Result<Tensor, Error>;
+
+    /// The weight `[out, in]` of a linear, dequantized where it is stored quantized.
+    ///
+    /// # Errors
+    /// When it is missing or unreadable.
+    fn linear(&self, module: &str) -> Result<Tensor, Error>;
+
+    /// Whether a tensor `name` is stored.
+    fn contains(&self, name: &str) -> bool;
+
+    /// How the input of a linear is rounded at run time.
+    fn activations(&self, module: &str) -> Activations;
+}
+
+/// Dense f32 tensors in memory.
+impl Weights for BTreeMap<String, Tensor> {
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        self.get(name).cloned().ok_or_else(|| Error::Missing { tensor: name.into() })
+    }
+
+    fn linear(&self, module: &str) -> Result<Tensor, Error> {
+        self.tensor(&format!("{module}.weight"))
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.contains_key(name)
+    }
+
+    fn activations(&self, _module: &str) -> Activations {
+        Activations::Full
+    }
+}
+
+/// An opened folder, dense or quantized in any dialect that bitmill reads.
+impl Weights for Checkpoint {
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        let view = Checkpoint::tensor(self, name)?;
+        Ok(Tensor::from_vec(view.to_f32()?, &*view.shape, &Device::Cpu)?)
+    }
+
+    fn linear(&self, module: &str) -> Result<Tensor, Error> {
+        let weight = self.weight(module)?;
+        Ok(Tensor::from_vec(weight.to_f32()?, &weight.shape(), &Device::Cpu)?)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        Checkpoint::contains(self, name)
+    }
+
+    fn activations(&self, module: &str) -> Activations {
+        let scheme = self.dialect().and_then(|dialect| dialect.scheme_of(module));
+        scheme.map_or(Activations::Full, |scheme| scheme.activations)
+    }
+}
+
+/// The tensor `name`, whose shape must be `shape`.
+pub(crate) fn shaped(weights: &dyn Weights, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+    check(name, weights.tensor(name)?, shape)
+}
+
+/// `tensor` contiguous, after checking its shape.
+pub(crate) fn check(name: &str, tensor: Tensor, shape: &[usize]) -> Result<Tensor, Error> {
+    if tensor.dims() == shape {
+        Ok(tensor.contiguous()?)
+    } else {
+        Err(Error::Shape { tensor: name.into(), expected: shape.to_vec(), got: tensor.dims().to_vec() })
+    }
+}

@@ -1,0 +1,92 @@
+//! Logits of every golden checkpoint against transformers: one harness, a folder per case.
+//!
+//! The files come from `tools/reference/golden_logits.py`, which records the versions it ran with in their metadata.
+
+use bitmill_models::{ARCHES, Block, Ends, ModelSpec, RopeTable, Weights, spec};
+use candle_core::{DType, Device, Tensor};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Largest accepted difference, relative to `max(1, |logit|)`.
+const TOLERANCE: f32 = 1e-4;
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+fn load(path: PathBuf) -> BTreeMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect()
+}
+
+fn config(folder: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+fn weights(folder: &Path) -> BTreeMap<String, Tensor> {
+    let to_f32 = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
+    load(folder.join("model.safetensors")).into_iter().map(to_f32).collect()
+}
+
+fn ids(golden: &BTreeMap<String, Tensor>) -> Vec<u32> {
+    golden["input_ids"].to_dtype(DType::U32).unwrap().to_vec1().unwrap()
+}
+
+fn logits(spec: &ModelSpec, weights: &dyn Weights, ids: &[u32]) -> Tensor {
+    let ends = Ends::load(spec, weights).unwrap();
+    let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
+    let mut h = ends.embed(ids).unwrap();
+    for index in 0..spec.layers {
+        h = Block::load(spec, index, weights).unwrap().forward(&h, &rope).unwrap();
+    }
+    ends.logits(&h).unwrap()
+}
+
+fn assert_close(case: &str, got: &Tensor, expected: &Tensor) {
+    assert_eq!(got.dims(), expected.dims(), "{case}");
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let worst = flat(got).iter().zip(flat(expected)).map(|(g, e)| (g - e).abs() / e.abs().max(1.0)).fold(0.0, f32::max);
+    println!("{case}: {worst:.1e}");
+    assert!(worst <= TOLERANCE, "{case}: logits differ by {worst}");
+}
+
+/// Every tensor stored is claimed exactly once, every tensor required is stored, all in the shapes the config implies.
+fn assert_claimed(case: &str, spec: &ModelSpec, weights: &BTreeMap<String, Tensor>) {
+    let slots = spec.tensors();
+    for name in weights.keys() {
+        assert_eq!(slots.iter().filter(|s| s.name == *name).count(), 1, "{case}: {name}");
+    }
+    for slot in slots {
+        match weights.get(&slot.name) {
+            Some(tensor) => assert_eq!(tensor.dims(), slot.shape, "{case}: {}", slot.name),
+            None => assert!(slot.optional, "{case}: {} is not stored", slot.name),
+        }
+    }
+}
+
+#[test]
+fn every_golden_checkpoint_gives_the_reference_logits() {
+    let mut types = BTreeSet::new();
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(golden()).unwrap().map(|e| e.unwrap().path()).collect();
+    folders.sort();
+    for folder in folders.iter().filter(|f| f.join("config.json").exists()) {
+        let case = folder.file_name().unwrap().to_string_lossy();
+        let (spec, weights) = (spec(&config(folder)).unwrap(), weights(folder));
+        assert_claimed(&case, &spec, &weights);
+        let golden = load(folder.join("golden.safetensors"));
+        assert_close(&case, &logits(&spec, &weights, &ids(&golden)), &golden["logits"]);
+        types.insert(spec.model_type);
+    }
+    let known: BTreeSet<String> = ARCHES.iter().flat_map(|a| a.model_types()).map(ToString::to_string).collect();
+    assert_eq!(types, known, "every architecture has a golden checkpoint");
+}
+
+#[test]
+fn books_10m_gives_the_reference_logits() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/books-10m");
+    let (spec, weights) = (spec(&config(&folder)).unwrap(), weights(&folder));
+    assert_claimed("books-10m", &spec, &weights);
+    let golden = load(golden().join("books-10m/golden.safetensors"));
+    let positions = golden["positions"].to_dtype(DType::U32).unwrap();
+    let got = logits(&spec, &weights, &ids(&golden)).index_select(&positions, 0).unwrap();
+    assert_close("books-10m", &got, &golden["logits"]);
+}

@@ -1,0 +1,157 @@
+//! What can stop a plan or a run.
+
+use std::path::PathBuf;
+
+/// A failure of quantization.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No method of this name.
+    #[error("method `{name}` does not exist; the methods are {known}")]
+    UnknownMethod {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// No format of this name.
+    #[error("format `{name}` does not exist; the formats are {known}")]
+    UnknownFormat {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// A pattern of `--ignore` that is not a regular expression.
+    #[error("--ignore `{pattern}`: not a regular expression ({reason})")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What its parser said.
+        reason: String,
+    },
+    /// The input is quantized already.
+    #[error("{dir}: already quantized as {format}; rounding twice adds up errors, so start from the original model", dir = dir.display())]
+    AlreadyQuantized {
+        /// The model folder.
+        dir: PathBuf,
+        /// Its format.
+        format: String,
+    },
+    /// Nothing to do.
+    #[error("{dir}: no tensor is left to quantize; loosen --ignore", dir = dir.display())]
+    NothingToQuantize {
+        /// The model folder.
+        dir: PathBuf,
+    },
+    /// The scheme does not fit a tensor.
+    #[error(
+        "{tensor}: {source}; choose another --group-size (or --group-size -1 for one scale per row), or --ignore it"
+    )]
+    Scheme {
+        /// Module whose weight it is.
+        tensor: String,
+        /// What does not fit.
+        source: bitmill_scheme::Error,
+    },
+    /// A method needs activations, but the architecture has no forward pass here.
+    #[error(
+        "method `{method}` needs calibration, but {reason}; data-free methods still work: --method rtn or --method hqq"
+    )]
+    NeedsForward {
+        /// The method.
+        method: String,
+        /// Why there is no forward pass.
+        reason: String,
+    },
+    /// A block linear of the architecture that the folder does not hold.
+    #[error("{dir}: tensor {tensor} is missing; the download is incomplete or config.json describes another model", dir = dir.display())]
+    MissingTensor {
+        /// The model folder.
+        dir: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A weight that is NaN or infinite.
+    #[error("{tensor} in {file}: entry {index} is NaN or infinite; the checkpoint is damaged", file = file.display())]
+    NonFinite {
+        /// The tensor.
+        tensor: String,
+        /// Its shard.
+        file: PathBuf,
+        /// Position in row-major order.
+        index: usize,
+    },
+    /// OUT exists.
+    #[error("{out} exists; choose another name or pass --force to replace it", out = out.display())]
+    Exists {
+        /// The output.
+        out: PathBuf,
+    },
+    /// OUT lies in MODEL, or MODEL in OUT.
+    #[error("{out} and {model} lie inside one another; write the output elsewhere", out = out.display(), model = model.display())]
+    Nested {
+        /// The output.
+        out: PathBuf,
+        /// The model folder.
+        model: PathBuf,
+    },
+    /// An unfinished run with other settings or another input lies at the same place.
+    #[error("{work} holds an unfinished run with another {what} ({theirs} there, {ours} now); repeat that command to finish it, or pass --force to discard it", work = work.display())]
+    Leftover {
+        /// The work folder.
+        work: PathBuf,
+        /// The setting that differs.
+        what: String,
+        /// Its value in the unfinished run.
+        theirs: String,
+        /// Its value now.
+        ours: String,
+    },
+    /// Another process works on the same output.
+    #[error("another bitmill is writing {work}; wait for it or choose another output", work = work.display())]
+    Busy {
+        /// The work folder.
+        work: PathBuf,
+    },
+    /// H cannot be factored even with heavy damping.
+    #[error(
+        "{tensor}: its Hessian is not positive definite even with damping {damping}; the activations are degenerate, use more calibration text"
+    )]
+    NotPositive {
+        /// First linear of the site.
+        tensor: String,
+        /// The last damping tried.
+        damping: f32,
+    },
+    /// The user asked to stop; everything finished is kept.
+    #[error("stopped on request after {done} of {total} blocks; the same command goes on from there")]
+    Stopped {
+        /// Units finished.
+        done: usize,
+        /// Units in all.
+        total: usize,
+    },
+    /// A file operation failed.
+    #[error("{path}: {action} failed ({source})", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] bitmill_checkpoint::Error),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] bitmill_models::Error),
+    /// Calibration failed.
+    #[error(transparent)]
+    Calibrate(#[from] bitmill_calibrate::Error),
+    /// A tensor operation failed.
+    #[error("tensor operation: {0}")]
+    Tensor(#[from] candle_core::Error),
+}

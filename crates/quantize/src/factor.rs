@@ -1,0 +1,181 @@
+//! The factor of H that error feedback runs on: H = Ũ·D·Ũᵀ with Ũ unit upper triangular.
+//!
+//! For a target W and rounded Ŵ, Δ = Ŵ − W, the proxy loss splits into tr(ΔHΔᵀ) = Σ_k D_k·‖(ΔŨ)_k‖², and (ΔŨ)_k depends
+//! only on columns up to k. Rounding column k to the grid value nearest to w_k − Σ_{j<k} Δ_j·Ũ_jk is therefore the best
+//! greedy choice: LDLQ (QuIP), and the same assignment as GPTQ, without inverting H (methods part 1.3).
+
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
+use faer::{Mat, Par};
+
+/// The factors of a damped, permuted H.
+#[derive(Debug, Clone)]
+pub struct Factor {
+    n: usize,
+    /// Ũ, row-major `[n, n]`; ones on the diagonal, zeros below.
+    unit: Vec<f32>,
+    /// D.
+    diagonal: Vec<f32>,
+    damping: f32,
+}
+
+impl Factor {
+    /// Factors `h: [n, n]` with rows and columns in `order`, after adding `damping` times the mean diagonal. The
+    /// damping is raised tenfold while the matrix is not numerically positive definite.
+    ///
+    /// Inputs that were never active (a zero on the diagonal) get the mean diagonal, so their weights are rounded to
+    /// nearest instead of being moved by noise.
+    ///
+    /// # Errors
+    /// The last damping tried, when even that of the mean diagonal itself does not suffice.
+    pub fn new(h: &[f32], order: &[u32], damping: f32) -> Result<Self, f32> {
+        let n = order.len();
+        let mean = mean_diagonal(h, n);
+        let mut damping = damping;
+        loop {
+            if let Some(factor) = Factor::attempt(h, order, damping, mean) {
+                return Ok(factor);
+            }
+            if damping >= 1.0 {
+                return Err(damping);
+            }
+            damping = (damping * 10.0).clamp(1e-4, 1.0);
+        }
+    }
+
+    fn attempt(h: &[f32], order: &[u32], damping: f32, mean: f64) -> Option<Self> {
+        let n = order.len();
+        // Cholesky gives H = L·Lᵀ with L lower; of the matrix with rows and columns reversed it gives the upper one.
+        let at = |i: usize| order[n - 1 - i] as usize;
+        let mut m = Mat::<f64>::from_fn(n, n, |i, j| {
+            let (r, c) = (at(i), at(j));
+            let v = f64::from(h[r * n + c]);
+            if r != c {
+                v
+            } else if v <= 0.0 {
+                mean * f64::from(1.0 + damping)
+            } else {
+                v + f64::from(damping) * mean
+            }
+        });
+        // One thread: the factor must be the same bits at any thread count.
+        let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
+        let stack = MemStack::new(&mut memory);
+        cholesky_in_place(m.as_mut(), LltRegularization::default(), Par::Seq, stack, Default::default()).ok()?;
+        let mut factor = Factor { n, unit: vec![0.0; n * n], diagonal: vec![0.0; n], damping };
+        for j in 0..n {
+            let pivot = m[(n - 1 - j, n - 1 - j)];
+            if !(pivot.is_finite() && pivot > 0.0) {
+                return None;
+            }
+            factor.diagonal[j] = (pivot * pivot) as f32;
+            for i in 0..=j {
+                factor.unit[i * n + j] = (m[(n - 1 - i, n - 1 - j)] / pivot) as f32;
+            }
+        }
+        factor.unit.iter().all(|v| v.is_finite()).then_some(factor)
+    }
+
+    /// Width of H.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.n
+    }
+
+    /// Ũ, row-major `[n, n]`.
+    #[must_use]
+    pub fn unit(&self) -> &[f32] {
+        &self.unit
+    }
+
+    /// D: what a squared rounding error of each column costs once later columns have compensated for it.
+    #[must_use]
+    pub fn diagonal(&self) -> &[f32] {
+        &self.diagonal
+    }
+
+    /// The damping that was needed.
+    #[must_use]
+    pub fn damping(&self) -> f32 {
+        self.damping
+    }
+}
+
+/// H with `damping` times its mean diagonal added, and the mean diagonal where an input was never active.
+pub(crate) fn damped(h: &[f32], n: usize, damping: f32) -> Vec<f32> {
+    let mean = mean_diagonal(h, n) as f32;
+    let mut out = h.to_vec();
+    for i in 0..n {
+        let d = &mut out[i * n + i];
+        *d = if *d <= 0.0 { mean * (1.0 + damping) } else { *d + damping * mean };
+    }
+    out
+}
+
+/// Mean of the diagonal; 1 for an H of zeros, which then stands for plain rounding.
+fn mean_diagonal(h: &[f32], n: usize) -> f64 {
+    let mean = (0..n).map(|i| f64::from(h[i * n + i])).sum::<f64>() / n as f64;
+    if mean > 0.0 { mean } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sweep::tests::random_h;
+
+    #[test]
+    fn the_factors_multiply_to_h() {
+        // Oracle 2: D and Ũ reproduce H; Π D = det H; tr D ≤ tr H; H = I gives D = I.
+        let n = 24;
+        let h = random_h(n, 3);
+        let order: Vec<u32> = (0..n as u32).map(|i| (i * 7) % n as u32).collect();
+        let f = Factor::new(&h, &order, 0.0).unwrap();
+        for i in 0..n {
+            for j in 0..n {
+                let sum: f64 = (0..n)
+                    .map(|k| f64::from(f.unit[i * n + k]) * f64::from(f.diagonal[k]) * f64::from(f.unit[j * n + k]))
+                    .sum();
+                let expected = f64::from(h[order[i] as usize * n + order[j] as usize]);
+                assert!((sum - expected).abs() < 1e-4, "{i},{j}: {sum} {expected}");
+            }
+        }
+        let trace: f32 = (0..n).map(|i| h[i * n + i]).sum();
+        assert!(f.diagonal.iter().sum::<f32>() <= trace);
+        let m = Mat::<f64>::from_fn(n, n, |i, j| f64::from(h[i * n + j]));
+        let (log_det, log_d) = (m.determinant().ln(), f.diagonal.iter().map(|&d| f64::from(d).ln()).sum::<f64>());
+        assert!((log_det - log_d).abs() < 1e-3, "{log_det} {log_d}");
+
+        let identity: Vec<f32> = (0..n * n).map(|i| f32::from(u8::from(i % (n + 1) == 0))).collect();
+        let f = Factor::new(&identity, &order, 0.0).unwrap();
+        assert_eq!(f.diagonal, vec![1.0; n]);
+        assert_eq!(f.unit, identity);
+    }
+
+    #[test]
+    fn d_is_the_inverse_square_of_gptqs_factor() {
+        // Oracle 2: UᵀU = H⁻¹ and D_i = 1/U_ii².
+        let n = 12;
+        let h = random_h(n, 5);
+        let order: Vec<u32> = (0..n as u32).collect();
+        let f = Factor::new(&h, &order, 0.0).unwrap();
+        let u = crate::sweep::tests::gptq_factor(&h, n);
+        for i in 0..n {
+            assert!((f64::from(f.diagonal[i]) * u[i * n + i].powi(2) - 1.0).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn degenerate_inputs_are_damped_until_they_factor() {
+        // Rank one with a dead input, no damping asked for.
+        let n = 8;
+        let v: Vec<f32> = (0..n).map(|i| if i == 3 { 0.0 } else { i as f32 + 1.0 }).collect();
+        let h: Vec<f32> = (0..n * n).map(|i| v[i / n] * v[i % n]).collect();
+        let order: Vec<u32> = (0..n as u32).collect();
+        let f = Factor::new(&h, &order, 0.0).unwrap();
+        assert!(f.damping() > 0.0 && f.damping() <= 0.01);
+        assert!(f.diagonal.iter().all(|&d| d > 0.0));
+        assert_eq!(Factor::new(&vec![0.0; n * n], &order, 0.01).unwrap().diagonal, vec![1.01; n]);
+        assert!(Factor::new(&vec![f32::NAN; n * n], &order, 0.01).is_err());
+        assert_eq!(damped(&h, n, 0.5)[3 * n + 3], 1.5 * mean_diagonal(&h, n) as f32);
+    }
+}

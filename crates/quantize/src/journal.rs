@@ -1,0 +1,279 @@
+//! The work folder of a run: what makes it killable at any instant.
+//!
+//! `OUT.bitmill-partial/` holds the settings and fingerprints the run was started with, a journal with one line per
+//! finished unit, the activations that enter the next block, and the output folder in the making. A line is appended
+//! only when everything it speaks of is on disk, and every output byte has its place from the start, so whatever was
+//! half done is simply done again in the same place.
+
+use crate::{Error, Plan};
+use bitmill_calibrate::Windows;
+use bitmill_checkpoint::Checkpoint;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// What is known about a quantized tensor once it is done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TensorRecord {
+    /// Module name.
+    pub tensor: String,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Short name of its scheme.
+    pub scheme: String,
+    /// Method.
+    pub method: String,
+    /// tr(ΔHΔᵀ)/tr(WHWᵀ) of a calibrated method: the share of the output's energy that is error. ‖Δ‖²/‖W‖² otherwise.
+    pub relative_error: f64,
+    /// Whether `relative_error` is that of the output or of the weights.
+    pub error_of: String,
+    /// Bits per weight in the file.
+    pub bits_per_weight: f64,
+    /// Damping its Hessian needed.
+    pub damping: Option<f32>,
+    /// Tokens its Hessian was collected from.
+    pub tokens: u64,
+    /// Seconds spent on it.
+    pub seconds: f64,
+}
+
+/// One line of the journal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Line {
+    /// Index of the unit.
+    pub(crate) unit: usize,
+    /// Hash of the activations saved for the next unit, if there are any.
+    pub(crate) stream: Option<String>,
+    /// Its quantized tensors.
+    pub(crate) tensors: Vec<TensorRecord>,
+}
+
+/// An open work folder.
+pub(crate) struct Journal {
+    dir: PathBuf,
+    file: File,
+    /// Lines of an earlier process, then of this one.
+    pub(crate) lines: Vec<Line>,
+    /// Keeps other processes out for as long as the journal lives.
+    _lock: File,
+}
+
+pub(crate) fn io<'a>(path: &'a Path, action: &'static str) -> impl Fn(std::io::Error) -> Error + 'a {
+    move |source| Error::Io { path: path.to_owned(), action, source }
+}
+
+impl Journal {
+    /// The work folder of output `out`.
+    pub(crate) fn folder(out: &Path) -> PathBuf {
+        let mut name = out.file_name().unwrap_or_default().to_owned();
+        name.push(".bitmill-partial");
+        out.with_file_name(name)
+    }
+
+    /// Opens the work folder of `out`, taking up an unfinished run with the same `identity`. Another run's leftover is
+    /// refused by the name of what differs, or discarded with `force`.
+    pub(crate) fn open(out: &Path, identity: &Value, force: bool) -> Result<Self, Error> {
+        let dir = Journal::folder(out);
+        std::fs::create_dir_all(&dir).map_err(io(&dir, "creating the work folder"))?;
+        let lock = Journal::lock(&dir)?;
+        let (identity_file, journal_file) = (dir.join("run.json"), dir.join("journal.jsonl"));
+        let theirs: Option<Value> = std::fs::read(&identity_file).ok().and_then(|b| serde_json::from_slice(&b).ok());
+        if let Some(theirs) = theirs.filter(|t| t != identity) {
+            if !force {
+                let (what, theirs, ours) = first_difference("", &theirs, identity);
+                return Err(Error::Leftover { work: dir, what, theirs, ours });
+            }
+            for entry in std::fs::read_dir(&dir).map_err(io(&dir, "listing the work folder"))?.flatten() {
+                let path = entry.path();
+                if path.file_name().is_some_and(|n| n == "lock") {
+                    continue;
+                }
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                removed.map_err(io(&path, "discarding an unfinished run"))?;
+            }
+        }
+        write_durably(&identity_file, identity.to_string().as_bytes())?;
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&journal_file);
+        let mut file = file.map_err(io(&journal_file, "opening the journal"))?;
+        let lines = Journal::recover(&mut file).map_err(io(&journal_file, "reading the journal"))?;
+        Ok(Journal { dir, file, lines, _lock: lock })
+    }
+
+    fn lock(dir: &Path) -> Result<File, Error> {
+        let path = dir.join("lock");
+        let file = File::create(&path).map_err(io(&path, "creating the lock"))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(Error::Busy { work: dir.to_owned() }),
+            Err(TryLockError::Error(source)) => Err(io(&path, "locking")(source)),
+        }
+    }
+
+    /// Reads the complete lines and cuts off what a kill left of an incomplete one.
+    fn recover(file: &mut File) -> std::io::Result<Vec<Line>> {
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        let (mut lines, mut good) = (Vec::new(), 0);
+        for part in text.split_inclusive(|&b| b == b'\n') {
+            match serde_json::from_slice::<Line>(part) {
+                Ok(line) if part.ends_with(b"\n") && line.unit == lines.len() => {
+                    good += part.len();
+                    lines.push(line);
+                }
+                _ => break,
+            }
+        }
+        file.set_len(good as u64)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(lines)
+    }
+
+    /// Commits a unit.
+    pub(crate) fn append(&mut self, line: Line) -> Result<(), Error> {
+        let path = self.dir.join("journal.jsonl");
+        let mut text = json!(line).to_string();
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(io(&path, "writing the journal"))?;
+        self.file.sync_data().map_err(io(&path, "writing the journal"))?;
+        self.lines.push(line);
+        Ok(())
+    }
+
+    /// The work folder.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The output folder in the making.
+    pub(crate) fn output(&self) -> PathBuf {
+        self.dir.join("model")
+    }
+
+    /// File of the activations that enter unit `unit`.
+    pub(crate) fn stream(&self, unit: usize) -> PathBuf {
+        self.dir.join(format!("stream-{unit}"))
+    }
+
+    /// Removes the work folder; the run is complete.
+    pub(crate) fn remove(self) -> Result<(), Error> {
+        std::fs::remove_dir_all(&self.dir).map_err(io(&self.dir, "removing the work folder"))
+    }
+}
+
+/// Writes a file so that after a crash it is either old or new.
+pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let draft = path.with_extension("draft");
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&draft, path)
+    };
+    write().map_err(io(path, "writing"))
+}
+
+/// Everything that decides the bytes of the output: version, settings, weights, calibration tokens.
+pub(crate) fn identity(input: &Checkpoint, plan: &Plan, windows: Option<&Windows>) -> Result<Value, Error> {
+    let mut weights = serde_json::Map::new();
+    for path in input.shard_paths() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        weights.insert(name, json!(fingerprint(path).map_err(io(path, "reading"))?));
+    }
+    let tokens = windows.map(|w| {
+        let mut hash = blake3::Hasher::new();
+        w.tokens.iter().flatten().for_each(|t| {
+            hash.update(&t.to_le_bytes());
+        });
+        json!({"windows": w.count(), "length": w.length, "tokens": hash.finalize().to_hex().as_str()})
+    });
+    Ok(json!({
+        "bitmill": env!("CARGO_PKG_VERSION"),
+        "settings": plan.settings,
+        "weights": weights,
+        "config": blake3::hash(input.config().to_string().as_bytes()).to_hex().as_str(),
+        "calibration": tokens,
+    }))
+}
+
+/// Hash of a shard's size, its header and 256 pages spread over it: enough to tell a fine-tune, in which every tensor
+/// differs, without reading a model twice.
+fn fingerprint(path: &Path) -> std::io::Result<String> {
+    const PAGE: u64 = 4096;
+    let mut file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let mut hash = blake3::Hasher::new();
+    hash.update(&size.to_le_bytes());
+    let mut read = |at: u64, length: u64| -> std::io::Result<()> {
+        file.seek(SeekFrom::Start(at))?;
+        let mut bytes = Vec::new();
+        Read::by_ref(&mut file).take(length).read_to_end(&mut bytes)?;
+        hash.update(&bytes);
+        Ok(())
+    };
+    read(0, 1 << 20)?;
+    for i in 0..256 {
+        read(size / 256 * i, PAGE)?;
+    }
+    Ok(hash.finalize().to_hex().to_string())
+}
+
+/// Path and values of the first leaf in which two objects differ.
+fn first_difference(path: &str, theirs: &Value, ours: &Value) -> (String, String, String) {
+    if let (Value::Object(a), Value::Object(b)) = (theirs, ours) {
+        for key in a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))) {
+            let (x, y) = (a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null));
+            if x != y {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                return first_difference(&path, x, y);
+            }
+        }
+    }
+    (path.replace("settings.", ""), theirs.to_string(), ours.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(unit: usize) -> Line {
+        Line { unit, stream: None, tensors: vec![] }
+    }
+
+    #[test]
+    fn a_torn_line_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, identity) = (dir.path().join("out"), json!({"a": 1}));
+        let mut journal = Journal::open(&out, &identity, false).unwrap();
+        journal.append(line(0)).unwrap();
+        journal.append(line(1)).unwrap();
+        drop(journal);
+        let path = Journal::folder(&out).join("journal.jsonl");
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..=whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let expected = whole[..cut].iter().filter(|&&b| b == b'\n').count();
+            let mut journal = Journal::open(&out, &identity, false).unwrap();
+            assert_eq!(journal.lines.len(), expected);
+            journal.append(line(expected)).unwrap();
+            drop(journal);
+            assert_eq!(Journal::open(&out, &identity, false).unwrap().lines.len(), expected + 1);
+        }
+    }
+
+    #[test]
+    fn a_leftover_of_another_run_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut journal = Journal::open(&out, &json!({"settings": {"method": "gptq", "seed": 1}}), false).unwrap();
+        journal.append(line(0)).unwrap();
+        assert!(matches!(Journal::open(&out, &json!({}), false), Err(Error::Busy { .. })));
+        drop(journal);
+        let other = json!({"settings": {"method": "rtn", "seed": 1}});
+        let error = Journal::open(&out, &other, false).err().unwrap().to_string();
+        assert!(error.contains("another method (\"gptq\" there, \"rtn\" now)"), "{error}");
+        assert!(Journal::open(&out, &other, true).unwrap().lines.is_empty());
+    }
+}

@@ -1,0 +1,88 @@
+//! GPTQ (Frantar et al. 2023), with what has been learned since: group-aware activation order, scales searched under
+//! the importance of their inputs, coordinate descent over the codes, and scales refitted under the full Hessian.
+
+use super::rtn::{fit, importance};
+use super::{Linear, Method, Needs, Solved, assemble};
+use crate::factor::damped;
+use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, Sweep, descend, refit_scales, sweep};
+use bitmill_scheme::Granularity;
+
+pub(super) struct Gptq;
+
+impl Method for Gptq {
+    fn name(&self) -> &'static str {
+        "gptq"
+    }
+
+    fn summary(&self) -> &'static str {
+        "error feedback through the Hessian of the layer's input, then coordinate descent and refitted scales"
+    }
+
+    fn needs(&self, _: &SolverOptions) -> Needs {
+        Needs::Hessian
+    }
+
+    fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error> {
+        let (Some(first), Some(h)) = (linears.first(), h) else { return Ok(Vec::new()) };
+        let n = first.shape[1];
+        let importance = importance(Some(h), n);
+        // Linears of a site share H; they share its factor too wherever their groups, and so their orders, are the same.
+        let mut factored: Vec<(Order, Factor)> = Vec::new();
+        let mut solved = Vec::with_capacity(linears.len());
+        for linear in linears {
+            let group_len = linear.scheme.group_len(n);
+            let order = match options.act_order {
+                true => Order::by_importance(&importance, group_len),
+                false => Order::natural(n),
+            };
+            let at = match factored.iter().position(|(o, _)| *o == order) {
+                Some(at) => at,
+                None => {
+                    let factor = Factor::new(h, &order.columns, options.damping)
+                        .map_err(|damping| Error::NotPositive { tensor: linear.name.into(), damping })?;
+                    factored.push((order, factor));
+                    factored.len() - 1
+                }
+            };
+            let (order, factor) = &factored[at];
+            solved.push(solve_linear(linear, h, &importance, order, factor, options));
+        }
+        Ok(solved)
+    }
+}
+
+fn solve_linear(
+    linear: &Linear<'_>,
+    h: &[f32],
+    importance: &[f32],
+    order: &Order,
+    factor: &Factor,
+    options: &SolverOptions,
+) -> Solved {
+    let n = linear.shape[1];
+    let search = options.scale_search.unwrap_or(ScaleSearch::Hessian);
+    let whole = linear.scheme.granularity == Granularity::Tensor;
+    let what = Sweep {
+        factor,
+        order,
+        grid: linear.scheme.grid(),
+        group_len: linear.scheme.group_len(n),
+        search,
+        importance,
+        fixed: whole.then(|| fit(linear, search, importance)[0]),
+    };
+    let (codes, params) = sweep(linear.weight, &what);
+    let mut quantized = assemble(linear, codes, params);
+    // The refinements see the same damped H as the sweep: damping is what keeps them from fitting noise.
+    let h = damped(h, n, factor.damping());
+    if options.descent_sweeps > 0 {
+        descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
+    }
+    for _ in 0..options.scale_refits {
+        if refit_scales(linear.weight, &mut quantized, &h) == 0 {
+            break;
+        }
+        descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
+    }
+    Solved { quantized, damping: Some(factor.damping()) }
+}

@@ -1,0 +1,200 @@
+//! Methods: rules that round the weights of a site onto a grid.
+//!
+//! To add one, write `methods/x.rs`, its `mod` line, and a row of [`METHODS`]: `--method x`, help and the conformance
+//! tests below come with it.
+
+mod gptq;
+mod hqq;
+mod rtn;
+
+use crate::{Error, SolverOptions};
+use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
+
+/// A linear to round: `y = x·Wᵀ`.
+#[derive(Debug, Clone, Copy)]
+pub struct Linear<'a> {
+    /// Module name, for messages.
+    pub name: &'a str,
+    /// W, row-major `[out, in]`; finite.
+    pub weight: &'a [f32],
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// What it becomes; it fits the shape.
+    pub scheme: Scheme,
+}
+
+/// What a method needs besides weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing: it runs from names and shapes alone, on any architecture.
+    Nothing,
+    /// H = E[x·xᵀ] of the linears' input.
+    Hessian,
+}
+
+/// A rounded linear.
+#[derive(Debug, Clone)]
+pub struct Solved {
+    /// Its codes and parameters.
+    pub quantized: Quantized,
+    /// Damping its Hessian needed, where one was factored.
+    pub damping: Option<f32>,
+}
+
+/// A rounding method.
+pub trait Method: Sync {
+    /// The value of `--method`.
+    fn name(&self) -> &'static str;
+    /// One line of help.
+    fn summary(&self) -> &'static str;
+    /// What [`Method::solve`] must be given under `options`.
+    fn needs(&self, options: &SolverOptions) -> Needs;
+    /// Rounds the linears that read one activation. `h` is H, row-major `[in, in]`, present if [`Method::needs`] asks
+    /// for it.
+    ///
+    /// # Errors
+    /// [`Error::NotPositive`] when H cannot be factored.
+    fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error>;
+}
+
+/// Every method.
+pub static METHODS: &[&dyn Method] = &[&gptq::Gptq, &rtn::Rtn, &hqq::Hqq];
+
+/// The method called `name`.
+///
+/// # Errors
+/// [`Error::UnknownMethod`], listing the names there are.
+pub fn method(name: &str) -> Result<&'static dyn Method, Error> {
+    let known = || METHODS.iter().map(|m| m.name()).collect::<Vec<_>>().join(", ");
+    let found = METHODS.iter().find(|m| m.name() == name);
+    found.copied().ok_or_else(|| Error::UnknownMethod { name: name.into(), known: known() })
+}
+
+/// A [`Quantized`] from codes `[out, in]` and parameters `[out, groups]` (one entry for a whole tensor).
+fn assemble(linear: &Linear<'_>, codes: Vec<u8>, mut params: Vec<GroupParams>) -> Quantized {
+    if linear.scheme.granularity == Granularity::Tensor {
+        params.truncate(1);
+    }
+    let zeros = if linear.scheme.symmetric() { Vec::new() } else { params.iter().map(|p| p.zero).collect() };
+    let scales = params.iter().map(|p| p.scale).collect();
+    Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new() }
+}
+
+/// The weights of every group, in the order of its parameters.
+fn groups<'a>(linear: &Linear<'a>) -> std::slice::Chunks<'a, f32> {
+    match linear.scheme.granularity {
+        Granularity::Tensor => linear.weight.chunks(linear.weight.len().max(1)),
+        _ => linear.weight.chunks(linear.scheme.group_len(linear.shape[1])),
+    }
+}
+
+/// Codes nearest to the weights under given parameters.
+fn nearest(linear: &Linear<'_>, params: &[GroupParams]) -> Vec<u8> {
+    let grid = linear.scheme.grid();
+    groups(linear).zip(params).flat_map(|(w, &p)| w.iter().map(move |&x| grid.nearest(x, p))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sweep::tests::{random_h, random_w};
+    use crate::{ScaleSearch, loss};
+    use bitmill_scheme::Bits;
+
+    fn schemes() -> Vec<Scheme> {
+        let mut all = Vec::new();
+        for bits in [2, 3, 4, 5, 8] {
+            for symmetric in [true, false] {
+                for granularity in [Granularity::Tensor, Granularity::Channel, Granularity::Group(32)] {
+                    all.push(Scheme::int(Bits::new(bits).unwrap(), symmetric, granularity));
+                }
+            }
+        }
+        all
+    }
+
+    fn solve(
+        method: &dyn Method,
+        w: &[f32],
+        h: &[f32],
+        n: usize,
+        scheme: Scheme,
+        options: &SolverOptions,
+    ) -> Quantized {
+        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme };
+        let h = (method.needs(options) == Needs::Hessian).then_some(h);
+        method.solve(&[linear], h, options).unwrap().remove(0).quantized
+    }
+
+    #[test]
+    fn every_method_fills_every_scheme_validly() {
+        let n = 96;
+        let (h, w) = (random_h(n, 51), random_w(40 * n, 52));
+        for method in METHODS {
+            for scheme in schemes() {
+                let q = solve(*method, &w, &h, n, scheme, &SolverOptions::default());
+                q.validate().unwrap();
+                assert_eq!((q.scheme, q.shape), (scheme, [40, n]), "{}", method.name());
+                assert!(q.scales.iter().all(|&s| scheme.scale.round(s) == s), "scales are of their type");
+                let error: f32 =
+                    q.dequantize().iter().zip(&w).map(|(a, b)| (a - b).powi(2)).sum::<f32>() / w.len() as f32;
+                let bound = if scheme.bits().get() >= 4 { 0.2 } else { 1.2 };
+                assert!(error < bound, "{} {scheme}: {error}", method.name());
+            }
+        }
+    }
+
+    #[test]
+    fn codes_do_not_depend_on_threads() {
+        let n = 160;
+        let (h, w) = (random_h(n, 61), random_w(100 * n, 62));
+        let scheme = Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32));
+        for method in METHODS {
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| solve(*method, &w, &h, n, scheme, &SolverOptions::default()))
+            };
+            let one = run(1);
+            assert!([2, 5].iter().all(|&t| run(t) == one), "{}", method.name());
+        }
+    }
+
+    #[test]
+    fn methods_rank_as_they_should_under_h() {
+        let n = 128;
+        let (h, w) = (random_h(n, 71), random_w(64 * n, 72));
+        for symmetric in [true, false] {
+            let scheme = Scheme::int(Bits::new(3).unwrap(), symmetric, Granularity::Group(32));
+            let total = |name: &str, options: &SolverOptions| -> f64 {
+                loss(&w, &solve(method(name).unwrap(), &w, &h, n, scheme, options).dequantize(), &h).iter().sum()
+            };
+            let search = |s| SolverOptions { scale_search: Some(s), ..SolverOptions::default() };
+            let plain = total("rtn", &SolverOptions::default());
+            let weighted = total("rtn", &search(ScaleSearch::Hessian));
+            let no_refinement = SolverOptions { descent_sweeps: 0, scale_refits: 0, ..SolverOptions::default() };
+            let (swept, refined) = (total("gptq", &no_refinement), total("gptq", &SolverOptions::default()));
+            assert!(refined < swept && swept < weighted && weighted < plain, "{refined} {swept} {weighted} {plain}");
+        }
+    }
+
+    #[test]
+    fn identity_hessian_makes_gptq_round_to_nearest() {
+        // Oracle 6 through the method: same scale criterion, same codes.
+        let n = 64;
+        let w = random_w(8 * n, 81);
+        let h: Vec<f32> = (0..n * n).map(|i| f32::from(u8::from(i % (n + 1) == 0))).collect();
+        let scheme = Scheme::int(Bits::new(4).unwrap(), true, Granularity::Group(16));
+        let options =
+            SolverOptions { scale_search: Some(ScaleSearch::Mse), scale_refits: 0, ..SolverOptions::default() };
+        let run = |name| solve(method(name).unwrap(), &w, &h, n, scheme, &options);
+        assert_eq!(run("gptq"), run("rtn"));
+    }
+
+    #[test]
+    fn unknown_methods_are_refused_by_name() {
+        assert_eq!(
+            method("gtpq").err().unwrap().to_string(),
+            "method `gtpq` does not exist; the methods are gptq, rtn, hqq"
+        );
+    }
+}

@@ -1,0 +1,376 @@
+//! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
+
+use crate::{Error, Method, Needs, Settings, method};
+use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, OutputPlan, TensorSpec, format};
+use bitmill_models::{ModelSpec, Role};
+use bitmill_scheme::{ScaleType, Scheme};
+use fancy_regex::Regex;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What becomes of a tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Its bytes are copied.
+    Copy,
+    /// It is the weight of a linear and is rounded.
+    Quantize {
+        /// The linear's module name.
+        module: String,
+        /// Its place in the block, where the architecture is known.
+        role: Option<Role>,
+        /// What it becomes.
+        scheme: Scheme,
+        /// `[out, in]`.
+        shape: [usize; 2],
+    },
+}
+
+/// A tensor of the input and its fate.
+#[derive(Debug, Clone)]
+pub struct PlannedTensor {
+    /// Name in the input.
+    pub name: String,
+    /// What becomes of it.
+    pub action: Action,
+    /// Bytes of everything that is written for it.
+    pub bytes: u64,
+}
+
+/// Tensors that are worked and committed together: a block, or one tensor outside of blocks.
+#[derive(Debug, Clone)]
+pub struct Unit {
+    /// Name for progress and logs.
+    pub label: String,
+    /// Index of the block, where the architecture is known.
+    pub block: Option<usize>,
+    /// Its tensors.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+/// Everything that will be done.
+pub struct Plan {
+    /// The settings it was made from, with the scale type resolved.
+    pub settings: Settings,
+    /// The method.
+    pub method: &'static dyn Method,
+    /// The output format.
+    pub format: &'static dyn Format,
+    /// The architecture, if it is known.
+    pub spec: Option<ModelSpec>,
+    /// Whether text must be run through the model.
+    pub calibrated: bool,
+    /// Units in the order they are worked.
+    pub units: Vec<Unit>,
+    /// Where every output tensor lies.
+    pub output: OutputPlan,
+    /// Files copied as they are, relative to the model folder.
+    pub files: Vec<PathBuf>,
+    /// The output's `config.json`.
+    pub config: serde_json::Value,
+    /// What the user should know before it starts.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Plans the quantization of `input` under `settings`.
+    ///
+    /// # Errors
+    /// Everything that would fail later for a reason that names, shapes and settings already show.
+    pub fn new(input: &Checkpoint, settings: &Settings) -> Result<Self, Error> {
+        if let Some(dialect) = input.dialect() {
+            return Err(Error::AlreadyQuantized { dir: input.dir().into(), format: dialect.format().name().into() });
+        }
+        let method = method(&settings.method)?;
+        let format = format(&settings.format).ok_or_else(|| Error::UnknownFormat {
+            name: settings.format.clone(),
+            known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
+        })?;
+        let calibrated = method.needs(&settings.solver) == Needs::Hessian;
+        let mut notes = Vec::new();
+        let spec = match bitmill_models::spec(input.config()) {
+            Ok(spec) => Some(spec),
+            Err(e) if calibrated => {
+                return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
+            }
+            Err(e) => {
+                notes.push(format!("{e}; linear layers are found by name and shape"));
+                None
+            }
+        };
+        if let Some(spec) = &spec {
+            complete(input, spec)?;
+        }
+        let mut settings = settings.clone();
+        let units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
+        let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
+        if layers.is_empty() {
+            return Err(Error::NothingToQuantize { dir: input.dir().into() });
+        }
+        let ignored = left_dense(input, &units);
+        let mut config = input.config().clone();
+        config["quantization_config"] = format.config(&layers, &ignored)?;
+        let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
+        let files = copied_files(input, &mut notes)?;
+        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, notes })
+    }
+
+    /// Modules that are quantized, with scheme and shape, in order.
+    pub fn quantized(&self) -> impl Iterator<Item = (&String, &Scheme, [usize; 2])> {
+        quantized(&self.units)
+    }
+
+    /// Weights that are quantized, and the bytes written for them.
+    #[must_use]
+    pub fn quantized_size(&self) -> (u64, u64) {
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        tensors.fold((0, 0), |(weights, bytes), t| match &t.action {
+            Action::Quantize { shape, .. } => (weights + (shape[0] * shape[1]) as u64, bytes + t.bytes),
+            Action::Copy => (weights, bytes),
+        })
+    }
+
+    /// Bits per quantized weight: every byte written for quantized tensors, over their weights.
+    #[must_use]
+    pub fn bits_per_weight(&self) -> f64 {
+        let (weights, bytes) = self.quantized_size();
+        bytes as f64 * 8.0 / weights as f64
+    }
+
+    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: one block in f32
+    /// twice (the weights, and the working copy of its largest site), the Hessian of its widest site in the forms the
+    /// solver holds at once, and the activations of one batch.
+    #[must_use]
+    pub fn peak_memory(&self, stream: u64) -> u64 {
+        let unit = |u: &Unit| -> u64 {
+            let weights = u.tensors.iter().map(|t| match &t.action {
+                Action::Quantize { shape, .. } => (shape[0] * shape[1]) as u64 * 4,
+                Action::Copy => 0,
+            });
+            let widest = u.tensors.iter().filter_map(|t| match &t.action {
+                Action::Quantize { shape, .. } => Some(shape[1] as u64),
+                Action::Copy => None,
+            });
+            let n = widest.max().unwrap_or(0);
+            weights.sum::<u64>() * 3 + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
+        };
+        self.units.iter().map(unit).max().unwrap_or(0) + if self.calibrated { stream } else { 0 }
+    }
+}
+
+fn quantized(units: &[Unit]) -> impl Iterator<Item = (&String, &Scheme, [usize; 2])> {
+    units.iter().flat_map(|u| &u.tensors).filter_map(|t| match &t.action {
+        Action::Quantize { module, scheme, shape, .. } => Some((module, scheme, *shape)),
+        Action::Copy => None,
+    })
+}
+
+/// Every tensor the architecture needs is stored, in its shape.
+fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
+    for slot in spec.tensors() {
+        match input.spec(&slot.name) {
+            None if slot.optional => {}
+            None => return Err(Error::MissingTensor { dir: input.dir().into(), tensor: slot.name }),
+            Some(stored) if stored.shape != slot.shape && !slot.optional => {
+                let (tensor, expected, got) = (slot.name, slot.shape, stored.shape.clone());
+                return Err(bitmill_models::Error::Shape { tensor, expected, got }.into());
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Names of linears that stay dense, for the `ignore` list of loaders: matrices outside the quantized set that a loader
+/// builds as linear layers.
+fn left_dense(input: &Checkpoint, units: &[Unit]) -> Vec<String> {
+    let mut names: Vec<String> = (units.iter().flat_map(|u| &u.tensors))
+        .filter(|t| t.action == Action::Copy && input.spec(&t.name).is_some_and(|s| s.shape.len() == 2))
+        .filter_map(|t| t.name.strip_suffix(".weight"))
+        .filter(|module| !is_embedding(module))
+        .map(str::to_owned)
+        .collect();
+    // A tied head has no tensor of its own, yet loaders build it as a linear.
+    if !names.iter().any(|n| n == bitmill_models::HEAD) {
+        names.push(bitmill_models::HEAD.into());
+    }
+    names
+}
+
+/// Specs of every output tensor, in model order.
+fn outputs(input: &Checkpoint, units: &[Unit], format: &dyn Format) -> Vec<TensorSpec> {
+    let of = |t: &PlannedTensor| match &t.action {
+        Action::Copy => input.spec(&t.name).cloned().into_iter().collect(),
+        Action::Quantize { module, scheme, shape, .. } => format.layout(module, scheme, *shape),
+    };
+    units.iter().flat_map(|u| &u.tensors).flat_map(of).collect()
+}
+
+/// Weights in other containers would be copied beside the quantized ones, and some loaders would prefer them.
+fn copied_files(input: &Checkpoint, notes: &mut Vec<String>) -> Result<Vec<PathBuf>, Error> {
+    let weights = |file: &Path| {
+        let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        matches!(extension, "bin" | "pth" | "pt" | "gguf" | "onnx" | "h5" | "msgpack" | "ckpt" | "safetensors")
+            || name.ends_with(".bin.index.json")
+            || name.ends_with(".safetensors.index.json")
+    };
+    let (left, copied): (Vec<_>, Vec<_>) = input.other_files()?.into_iter().partition(|f| weights(f));
+    if !left.is_empty() {
+        let names: Vec<String> = left.iter().map(|f| f.display().to_string()).collect();
+        notes.push(format!("not copied, since they hold weights of the original model: {}", names.join(", ")));
+    }
+    Ok(copied)
+}
+
+/// Sorts tensors into units.
+struct Units<'a> {
+    input: &'a Checkpoint,
+    spec: Option<&'a ModelSpec>,
+    format: &'a dyn Format,
+    ignore: Vec<Regex>,
+    scheme: Scheme,
+}
+
+impl<'a> Units<'a> {
+    fn new(
+        input: &'a Checkpoint,
+        spec: Option<&'a ModelSpec>,
+        format: &'a dyn Format,
+        settings: &mut Settings,
+    ) -> Result<Self, Error> {
+        let compile = |p: &String| {
+            // Python's re.match: anchored at the start only.
+            let anchored = format!("^(?:{p})");
+            Regex::new(&anchored).map_err(|e| Error::Pattern { pattern: p.clone(), reason: e.to_string() })
+        };
+        let ignore = settings.ignore.iter().map(compile).collect::<Result<_, _>>()?;
+        let own = || format.scale_type(model_scale_type(input));
+        settings.scheme = settings.scheme.with_scale(settings.scale_type.unwrap_or_else(own));
+        Ok(Units { input, spec, format, ignore, scheme: settings.scheme })
+    }
+
+    fn build(&self, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
+        let roles: BTreeMap<String, Role> = match self.spec {
+            Some(spec) => (0..spec.layers).flat_map(|b| spec.block_linears(b)).map(|(r, m)| (m, r)).collect(),
+            None => BTreeMap::new(),
+        };
+        let mut names: Vec<&str> = self.input.names().collect();
+        names.sort_by_key(|n| natural_key(n));
+        let mut blocks: BTreeMap<usize, Vec<PlannedTensor>> = BTreeMap::new();
+        let mut outside = Vec::new();
+        for name in names {
+            let tensor = self.tensor(name, &roles)?;
+            match self.block_of(name) {
+                Some(block) => blocks.entry(block).or_default().push(tensor),
+                None => outside.push(tensor),
+            }
+        }
+        if self.spec.is_none() {
+            let found: Vec<&str> = (outside.iter())
+                .filter_map(|t| match &t.action {
+                    Action::Quantize { module, .. } => Some(module.as_str()),
+                    Action::Copy => None,
+                })
+                .collect();
+            notes.push(format!("treated as linear: {}", found.join(", ")));
+        }
+        // Tensors outside of blocks need no activations: each is a unit of its own, before the blocks.
+        let alone = outside.into_iter().map(|t| Unit { label: t.name.clone(), block: None, tensors: vec![t] });
+        let blocks =
+            blocks.into_iter().map(|(b, tensors)| Unit { label: format!("block {b}"), block: Some(b), tensors });
+        Ok(alone.chain(blocks).collect())
+    }
+
+    fn block_of(&self, name: &str) -> Option<usize> {
+        let spec = self.spec?;
+        let (index, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        index.parse().ok().filter(|&b| b < spec.layers)
+    }
+
+    fn tensor(&self, name: &str, roles: &BTreeMap<String, Role>) -> Result<PlannedTensor, Error> {
+        let stored = self.input.spec(name).map(|s| (s.shape.clone(), s.dtype, s.bytes() as u64));
+        let (shape, dtype, stored_bytes) = stored.unwrap_or((Vec::new(), Dtype::F32, 0));
+        let copy = PlannedTensor { name: name.into(), action: Action::Copy, bytes: stored_bytes };
+        let Some(module) = name.strip_suffix(".weight") else { return Ok(copy) };
+        let role = roles.get(module).copied();
+        let linear = match self.spec {
+            Some(_) => role.is_some(),
+            None => looks_linear(module, &shape, dtype),
+        };
+        let &[rows, cols] = shape.as_slice() else { return Ok(copy) };
+        if !linear || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
+            return Ok(copy);
+        }
+        let (scheme, shape) = (self.scheme, [rows, cols]);
+        scheme.check(cols).map_err(|source| Error::Scheme { tensor: module.into(), source })?;
+        self.format.check(module, &scheme, shape)?;
+        let bytes = self.format.layout(module, &scheme, shape).iter().map(|t| t.bytes() as u64).sum();
+        Ok(PlannedTensor {
+            name: name.into(),
+            action: Action::Quantize { module: module.into(), role, scheme, shape },
+            bytes,
+        })
+    }
+}
+
+/// The 16-bit type nearest to that of the model's weights: its own, or f16 (the more precise one) for f32.
+fn model_scale_type(input: &Checkpoint) -> ScaleType {
+    let matrices = input.names().filter_map(|n| input.spec(n)).filter(|s| s.shape.len() == 2);
+    match matrices.max_by_key(|s| s.bytes()).map(|s| s.dtype) {
+        Some(Dtype::BF16) => ScaleType::Bf16,
+        _ => ScaleType::F16,
+    }
+}
+
+fn is_embedding(module: &str) -> bool {
+    let last = module.rsplit('.').next().unwrap_or_default();
+    last.contains("embed") || matches!(last, "wte" | "wpe")
+}
+
+/// Without an architecture: a floating-point matrix that is neither an embedding, a head, a router nor a norm.
+fn looks_linear(module: &str, shape: &[usize], dtype: Dtype) -> bool {
+    let last = module.rsplit('.').next().unwrap_or_default();
+    let excluded = is_embedding(module)
+        || ["norm", "head", "router", "classifier", "score"].iter().any(|w| last.contains(w))
+        || matches!(last, "gate" | "shared_expert_gate" | "ln_f");
+    !excluded
+        && matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+        && shape.len() == 2
+        && shape.iter().all(|&d| d >= 32)
+}
+
+/// Orders names so that layer 2 comes before layer 10.
+fn natural_key(name: &str) -> Vec<(u64, String)> {
+    name.split('.').map(|part| (part.parse().unwrap_or(u64::MAX), part.to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_number() {
+        let mut names = ["b.10.w", "b.2.w", "a.x", "b.2.a"];
+        names.sort_by_key(|n| natural_key(n));
+        assert_eq!(names, ["a.x", "b.2.a", "b.2.w", "b.10.w"]);
+    }
+
+    #[test]
+    fn linear_layers_of_unknown_models_are_recognised() {
+        for (module, shape, linear) in [
+            ("transformer.h.0.attn.c_attn", vec![64, 192], true),
+            ("encoder.layer.3.output.dense", vec![64, 64], true),
+            ("model.layers.0.block_sparse_moe.gate", vec![64, 64], false),
+            ("model.embed_tokens", vec![1000, 64], false),
+            ("wte", vec![1000, 64], false),
+            ("lm_head", vec![1000, 64], false),
+            ("model.norm", vec![64], false),
+            ("conv", vec![64, 64, 3], false),
+            ("tiny", vec![16, 64], false),
+        ] {
+            assert_eq!(looks_linear(module, &shape, Dtype::BF16), linear, "{module}");
+        }
+        assert!(!looks_linear("codes", &[64, 64], Dtype::I32));
+    }
+}

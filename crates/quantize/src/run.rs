@@ -1,0 +1,390 @@
+//! The run: a plan applied unit by unit, committed as it goes, published by a rename.
+
+use crate::block::{Flow, Target};
+use crate::journal::{Journal, Line, TensorRecord, identity, io, write_durably};
+use crate::{Action, Error, Linear, Plan, Unit};
+use bitmill_calibrate::{Stream, StreamKind, Windows, in_order};
+use bitmill_checkpoint::{Checkpoint, Output, ensure_free};
+use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What a run tells while it goes.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Weights are being checked for NaN and infinity.
+    Checking,
+    /// An unfinished run of the same command is taken up.
+    Resumed {
+        /// Units already finished.
+        done: usize,
+        /// Units in all.
+        total: usize,
+    },
+    /// A unit starts.
+    Started {
+        /// Its index.
+        unit: usize,
+        /// Units in all.
+        total: usize,
+        /// Its name.
+        label: &'a str,
+    },
+    /// A site of the unit is being worked.
+    Site {
+        /// Its name.
+        name: &'static str,
+    },
+    /// A tensor is finished.
+    Tensor(&'a TensorRecord),
+    /// A unit is on disk.
+    Committed {
+        /// Units finished.
+        done: usize,
+        /// Units in all.
+        total: usize,
+    },
+}
+
+/// How a run is carried out, as far as it does not change its bytes.
+#[derive(Clone, Copy)]
+pub struct RunOptions<'a> {
+    /// Replace an existing output, and discard an unfinished run with other settings.
+    pub force: bool,
+    /// Bytes of activations kept in memory.
+    pub stream_memory: u64,
+    /// Set to ask the run to stop at the next clean point.
+    pub stop: &'a AtomicBool,
+}
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Finished {
+    /// The output folder.
+    pub out: PathBuf,
+    /// The log beside it, one JSON object per quantized tensor.
+    pub log: PathBuf,
+    /// What became of every quantized tensor.
+    pub tensors: Vec<TensorRecord>,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+}
+
+/// Applies `plan` to `input` and writes the folder `out`. `windows` is the calibration text, required if the plan is
+/// calibrated.
+///
+/// # Errors
+/// What the plan could not see: an occupied output, damaged weights, a full disk; [`Error::Stopped`] after a request.
+pub fn run(
+    input: &Checkpoint,
+    plan: &Plan,
+    windows: Option<&Windows>,
+    out: &Path,
+    options: RunOptions<'_>,
+    observe: &mut dyn FnMut(Event<'_>),
+) -> Result<Finished, Error> {
+    check_place(input, out, options.force)?;
+    let identity = identity(input, plan, windows)?;
+    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
+    let fresh = !Journal::folder(out).join("journal.jsonl").exists();
+    if fresh {
+        observe(Event::Checking);
+        check_finite(input)?;
+        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)?)?;
+    }
+    let mut journal = Journal::open(out, &identity, options.force)?;
+    let output = open_output(plan, &mut journal)?;
+    let (done, total) = (journal.lines.len(), plan.units.len());
+    if done > 0 {
+        observe(Event::Resumed { done, total });
+    }
+    let mut worker = Worker { input, plan, output, observe, options };
+    let flow = Calibrated::new(&worker, windows, &journal)?;
+    for unit in done..total {
+        if options.stop.load(Ordering::Relaxed) {
+            return Err(Error::Stopped { done: unit, total });
+        }
+        let label = &plan.units[unit].label;
+        (worker.observe)(Event::Started { unit, total, label });
+        let tensors = match (&flow, plan.units[unit].block) {
+            (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
+            _ => worker.plain_unit(&plan.units[unit])?,
+        };
+        worker.output.sync()?;
+        let stream = match (&flow, plan.units[unit].block) {
+            (Some(flow), Some(_)) if unit + 1 < total => {
+                let file = journal.stream(unit + 1);
+                flow.hidden.save(&file)?;
+                Some(hash_file(&file)?)
+            }
+            _ => None,
+        };
+        journal.append(Line { unit, stream, tensors })?;
+        // What entered this unit is of no more use; a file that stays behind goes with the work folder.
+        let _ = std::fs::remove_file(journal.stream(unit));
+        (worker.observe)(Event::Committed { done: unit + 1, total });
+    }
+    drop(flow);
+    publish(input, plan, &identity, journal, out, options.force)
+}
+
+/// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
+fn check_place(input: &Checkpoint, out: &Path, force: bool) -> Result<(), Error> {
+    let absolute = |p: &Path| -> Result<PathBuf, Error> {
+        let p = std::path::absolute(p).map_err(io(p, "resolving"))?;
+        // The output does not exist yet: resolve links in the part of its path that does.
+        let existing = p.ancestors().find(|a| a.exists()).unwrap_or(&p);
+        let rest = p.strip_prefix(existing).unwrap_or(Path::new("")).to_owned();
+        Ok(existing.canonicalize().map_err(io(existing, "resolving"))?.join(rest))
+    };
+    let (model, target) = (absolute(input.dir())?, absolute(out)?);
+    if target.starts_with(&model) || model.starts_with(&target) {
+        return Err(Error::Nested { out: out.to_owned(), model: input.dir().to_owned() });
+    }
+    if out.exists() && !force { Err(Error::Exists { out: out.to_owned() }) } else { Ok(()) }
+}
+
+fn check_finite(input: &Checkpoint) -> Result<(), Error> {
+    for name in input.names() {
+        if let Some(index) = input.tensor(name)?.first_non_finite() {
+            let file = input.file_of(name).unwrap_or(input.dir()).to_owned();
+            return Err(Error::NonFinite { tensor: name.into(), file, index });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of the files copied beside the weights.
+fn extra_bytes(input: &Checkpoint, plan: &Plan) -> Result<u64, Error> {
+    let size = |f: &PathBuf| {
+        let path = input.dir().join(f);
+        path.metadata().map(|m| m.len()).map_err(io(&path, "inspecting"))
+    };
+    plan.files.iter().map(size).sum()
+}
+
+fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
+    let dir = journal.output();
+    if !journal.lines.is_empty() {
+        return Ok(plan.output.reopen(&dir)?);
+    }
+    // Nothing is committed, so whatever lies there was cut off while it was being laid out.
+    if dir.exists() {
+        std::fs::remove_dir_all(&dir).map_err(io(&dir, "clearing"))?;
+    }
+    std::fs::create_dir_all(&dir).map_err(io(&dir, "creating"))?;
+    Ok(plan.output.create(&dir)?)
+}
+
+struct Worker<'a, 'o> {
+    input: &'a Checkpoint,
+    plan: &'a Plan,
+    output: Output,
+    observe: &'o mut dyn FnMut(Event<'_>),
+    options: RunOptions<'a>,
+}
+
+impl Worker<'_, '_> {
+    /// A unit without activations: copies, and methods that need no data.
+    fn plain_unit(&mut self, unit: &Unit) -> Result<Vec<TensorRecord>, Error> {
+        let mut records = Vec::new();
+        for tensor in &unit.tensors {
+            let Action::Quantize { module, scheme, shape, .. } = &tensor.action else {
+                self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+                continue;
+            };
+            let started = Instant::now();
+            let weight = self.input.tensor(&tensor.name)?.to_f32()?;
+            let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
+            let solved = self.plan.method.solve(&[linear], None, &self.plan.settings.solver)?;
+            for solved in solved {
+                self.write(module, &solved.quantized)?;
+                let squares = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>();
+                let back = solved.quantized.dequantize();
+                let error = squares(&mut back.iter().zip(&weight).map(|(a, b)| a - b));
+                let energy = squares(&mut weight.iter().copied());
+                let record = TensorRecord {
+                    relative_error: if energy > 0.0 { error / energy } else { 0.0 },
+                    seconds: started.elapsed().as_secs_f64(),
+                    ..TensorRecord::of(module, *shape, *scheme, self.plan.method, tensor.bytes)
+                };
+                (self.observe)(Event::Tensor(&record));
+                records.push(record);
+            }
+        }
+        Ok(records)
+    }
+
+    /// A block through which the calibration text flows.
+    fn calibrated_unit(
+        &mut self,
+        unit: &Unit,
+        index: usize,
+        flow: &Flow<'_>,
+        done: usize,
+        total: usize,
+    ) -> Result<Vec<TensorRecord>, Error> {
+        for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
+            self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+        }
+        let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
+        let block = Block::load(flow.spec, index, self.input)?;
+        let (method, solver, stop) = (self.plan.method, &self.plan.settings.solver, self.options.stop);
+        let mut records = Vec::new();
+        // Both callbacks report to the observer; only one of them runs at a time.
+        let observe = std::cell::RefCell::new(&mut *self.observe);
+        let (format, output) = (self.plan.format, &self.output);
+        flow.quantize_block(
+            index,
+            block,
+            &targets,
+            (method, solver),
+            &mut |site| {
+                if stop.load(Ordering::Relaxed) {
+                    return Err(Error::Stopped { done, total });
+                }
+                (observe.borrow_mut())(Event::Site { name: site.name });
+                Ok(())
+            },
+            &mut |finished| {
+                write_quantized(format, output, &finished.module, &finished.solved.quantized)?;
+                (observe.borrow_mut())(Event::Tensor(&finished.record));
+                records.push(finished.record);
+                Ok(())
+            },
+        )?;
+        Ok(records)
+    }
+
+    fn write(&self, module: &str, quantized: &bitmill_scheme::Quantized) -> Result<(), Error> {
+        write_quantized(self.plan.format, &self.output, module, quantized)
+    }
+}
+
+fn write_quantized(
+    format: &dyn bitmill_checkpoint::Format,
+    output: &Output,
+    module: &str,
+    quantized: &bitmill_scheme::Quantized,
+) -> Result<(), Error> {
+    let specs = format.layout(module, &quantized.scheme, quantized.shape);
+    for (spec, bytes) in specs.iter().zip(format.encode(module, quantized)) {
+        output.write(&spec.name, &bytes)?;
+    }
+    Ok(())
+}
+
+/// The state that a calibrated run carries from block to block.
+struct Calibrated<'a> {
+    spec: &'a ModelSpec,
+    rope: RopeTable,
+    length: usize,
+    budget: u64,
+    spill: PathBuf,
+    hidden: Stream,
+}
+
+impl<'a> Calibrated<'a> {
+    fn new(worker: &Worker<'a, '_>, windows: Option<&Windows>, journal: &Journal) -> Result<Option<Self>, Error> {
+        let (true, Some(spec), Some(windows)) = (worker.plan.calibrated, &worker.plan.spec, windows) else {
+            return Ok(None);
+        };
+        // Three streams exist at a time: the residual, and a site's input and output.
+        let budget = worker.options.stream_memory / 3;
+        let (count, length) = (windows.count(), windows.length);
+        let spill = journal.dir().join("stream-spill");
+        let hidden = Stream::new(StreamKind::Bf16, count, length, spec.hidden, budget, &spill)?;
+        let rope = RopeTable::new(&spec.rope, length)?;
+        let done = journal.lines.len();
+        let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
+        match saved {
+            Some(hash) => {
+                let file = journal.stream(done);
+                if hash_file(&file)? != *hash {
+                    let source = std::io::Error::other("its contents changed since it was written");
+                    return Err(io(&file, "taking up the calibration stream")(source));
+                }
+                hidden.load(&file)?;
+            }
+            None => {
+                let embedding = Embedding::load(spec, worker.input)?;
+                in_order(
+                    count,
+                    16,
+                    |w| -> Result<(), Error> {
+                        let h: Vec<f32> = embedding.embed(&windows.tokens[w])?.flatten_all()?.to_vec1()?;
+                        Ok(hidden.write(w, &h)?)
+                    },
+                    |_, _| Ok(()),
+                )?;
+            }
+        }
+        Ok(Some(Calibrated { spec, rope, length, budget, spill: journal.dir().to_owned(), hidden }))
+    }
+}
+
+impl Calibrated<'_> {
+    fn flow(&self) -> Flow<'_> {
+        let Calibrated { spec, rope, length, budget, spill, hidden } = self;
+        Flow { spec, rope, length: *length, budget: *budget, spill, hidden }
+    }
+}
+
+/// Hash of a whole file.
+fn hash_file(path: &Path) -> Result<String, Error> {
+    let mut hash = blake3::Hasher::new();
+    let mut file = std::fs::File::open(path).map_err(io(path, "reading"))?;
+    std::io::copy(&mut file, &mut hash).map_err(io(path, "reading"))?;
+    Ok(hash.finalize().to_hex().to_string())
+}
+
+/// Completes the folder and gives it its name.
+fn publish(
+    input: &Checkpoint,
+    plan: &Plan,
+    identity: &serde_json::Value,
+    journal: Journal,
+    out: &Path,
+    force: bool,
+) -> Result<Finished, Error> {
+    let dir = journal.output();
+    for file in &plan.files {
+        let (from, to) = (input.dir().join(file), dir.join(file));
+        if let Some(parent) = to.parent() {
+            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
+        }
+        std::fs::copy(&from, &to).map_err(io(&to, "copying"))?;
+    }
+    let pretty = |v: &serde_json::Value| format!("{v:#}\n").into_bytes();
+    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+    let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
+    // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
+    let manifest = json!({
+        "run": identity,
+        "bits_per_weight": plan.bits_per_weight(),
+        "tensors": tensors.iter().map(|t| json!({
+            "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
+            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
+        })).collect::<Vec<_>>(),
+    });
+    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
+    let mut name = out.file_name().unwrap_or_default().to_owned();
+    name.push(".log.jsonl");
+    let log = out.with_file_name(name);
+    let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
+    write_durably(&log, lines.as_bytes())?;
+    if out.exists() {
+        if !force {
+            return Err(Error::Exists { out: out.to_owned() });
+        }
+        let old = journal.dir().join("replaced");
+        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
+    }
+    std::fs::rename(&dir, out).map_err(io(out, "naming the output"))?;
+    journal.remove()?;
+    Ok(Finished { out: out.to_owned(), log, tensors, bytes: plan.output.total_bytes() })
+}

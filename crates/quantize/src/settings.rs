@@ -1,0 +1,76 @@
+//! Everything that decides the bytes of an output, as plain data.
+
+use bitmill_scheme::{Fit, ScaleType, Scheme};
+use serde::{Deserialize, Serialize};
+
+/// How the scale of a group is chosen before rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleSearch {
+    /// Cover smallest to largest weight.
+    MinMax,
+    /// Shrink the range for the smallest Σ|w − ŵ|^2.4.
+    Mse,
+    /// Search the smallest Σ h(w − ŵ)² with h the importance of each input.
+    Hessian,
+}
+
+impl ScaleSearch {
+    /// The criterion, given the importance of the group's inputs.
+    #[must_use]
+    pub fn fit(self, importance: &[f32]) -> Fit<'_> {
+        match self {
+            ScaleSearch::MinMax => Fit::MinMax,
+            ScaleSearch::Mse => Fit::Mse,
+            ScaleSearch::Hessian => Fit::Weighted(importance),
+        }
+    }
+}
+
+/// What a method may be told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SolverOptions {
+    /// How scales are searched; `None` leaves it to the method.
+    pub scale_search: Option<ScaleSearch>,
+    /// Share of the mean diagonal added to H (λ of the GPTQ paper); raised tenfold while H is not positive definite.
+    pub damping: f32,
+    /// Whether columns are rounded in order of importance, group by group.
+    pub act_order: bool,
+    /// Sweeps of coordinate descent after rounding.
+    pub descent_sweeps: u32,
+    /// Times the scales are refitted to the codes under the full H, each followed by coordinate descent.
+    pub scale_refits: u32,
+}
+
+impl Default for SolverOptions {
+    fn default() -> Self {
+        SolverOptions { scale_search: None, damping: 0.01, act_order: true, descent_sweeps: 4, scale_refits: 2 }
+    }
+}
+
+/// The settings of a run. Two runs with equal settings on equal input end in equal bytes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Name of the method (a row of `METHODS`).
+    pub method: String,
+    /// Name of the format (a row of `FORMATS`).
+    pub format: String,
+    /// The scheme of every quantized tensor.
+    pub scheme: Scheme,
+    /// Type of the stored scales; `None` is the 16-bit type nearest to the model's own, as the format has it.
+    pub scale_type: Option<ScaleType>,
+    /// Options of the method.
+    pub solver: SolverOptions,
+    /// Regular expressions (Python's `re.match`) of modules that stay as they are.
+    pub ignore: Vec<String>,
+    /// Calibration windows.
+    pub samples: usize,
+    /// Tokens per window; the model's context if that is shorter.
+    pub sequence_length: usize,
+    /// Moves the calibration windows; 0 spaces them evenly.
+    pub seed: u64,
+    /// Largest size of one output file in bytes.
+    pub shard_bytes: u64,
+}

@@ -1,0 +1,459 @@
+//! The sweep: columns rounded one after another, each compensating for the errors of those before it.
+//!
+//! Pseudo-code, for every row of W, with Δ = Ŵ − W and the factor of [`crate::factor`]:
+//!
+//! ```text
+//! for k in order:
+//!     t   = w_k − Σ_{j before k} Δ_j·Ũ_jk
+//!     ŵ_k = nearest grid value to t          (the grid's parameters are fitted to t at the start of a group)
+//! ```
+//!
+//! Columns are worked in blocks: one product brings in all earlier blocks, the rest happens inside the block. Rows are
+//! independent, so chunks of rows run in parallel and give the same codes at any thread count.
+
+use crate::{Factor, ScaleSearch};
+use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_scheme::{Grid, GroupParams, IntGrid};
+use rayon::prelude::*;
+
+/// Rows of one task.
+const ROWS: usize = 32;
+/// Columns of one block, unless a group is longer.
+const BLOCK: usize = 128;
+
+/// The order in which columns are rounded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Order {
+    /// The column rounded at each position; whole groups of `group_len` neighbours follow one another.
+    pub columns: Vec<u32>,
+}
+
+impl Order {
+    /// Columns as they lie.
+    #[must_use]
+    pub fn natural(n: usize) -> Self {
+        Order { columns: (0..n as u32).collect() }
+    }
+
+    /// Most important first, group by group: groups by their mean `importance`, columns inside a group by their own.
+    /// Groups stay contiguous on disk and parameters can still be fitted when a group is reached, which is what makes
+    /// activation order free at inference (GPTQModel calls it group-aware).
+    #[must_use]
+    pub fn by_importance(importance: &[f32], group_len: usize) -> Self {
+        let descending = |a: f32, b: f32| b.total_cmp(&a);
+        let mut groups: Vec<(f32, usize)> =
+            importance.chunks(group_len).map(|g| g.iter().sum::<f32>() / g.len() as f32).zip(0..).collect();
+        groups.sort_by(|a, b| descending(a.0, b.0));
+        let mut columns = Vec::with_capacity(importance.len());
+        for (_, g) in groups {
+            let from = g * group_len;
+            let mut group: Vec<usize> = (from..importance.len().min(from + group_len)).collect();
+            group.sort_by(|&a, &b| descending(importance[a], importance[b]));
+            columns.extend(group.into_iter().map(|c| c as u32));
+        }
+        Order { columns }
+    }
+}
+
+/// What a sweep works with besides the weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Sweep<'a> {
+    /// The factor of H, its columns already in `order`.
+    pub factor: &'a Factor,
+    /// The order of the columns.
+    pub order: &'a Order,
+    /// Where values may lie.
+    pub grid: IntGrid,
+    /// Inputs that share parameters.
+    pub group_len: usize,
+    /// How parameters are fitted to a group.
+    pub search: ScaleSearch,
+    /// Weight of every column (original order) in that fit.
+    pub importance: &'a [f32],
+    /// Parameters for the whole matrix, where one scale serves all rows.
+    pub fixed: Option<GroupParams>,
+}
+
+/// Rounds `w: [rows, in]`. Returns codes `[rows, in]` and parameters `[rows, groups]`, both in the original order of
+/// columns.
+#[must_use]
+pub fn sweep(w: &[f32], what: &Sweep<'_>) -> (Vec<u8>, Vec<GroupParams>) {
+    let n = what.factor.width();
+    let groups = n.div_ceil(what.group_len);
+    let rows = w.len() / n;
+    let mut codes = vec![0u8; w.len()];
+    let mut params = vec![GroupParams { scale: 1.0, zero: 0 }; rows * groups];
+    (w.par_chunks(ROWS * n))
+        .zip(codes.par_chunks_mut(ROWS * n))
+        .zip(params.par_chunks_mut(ROWS * groups))
+        .for_each(|((w, codes), params)| Chunk::new(what, w).run(codes, params));
+    (codes, params)
+}
+
+/// A few rows on their way through the sweep. All arrays are in the order of the sweep.
+struct Chunk<'a> {
+    what: &'a Sweep<'a>,
+    n: usize,
+    groups: usize,
+    rows: usize,
+    w: Vec<f32>,
+    /// Ŵ − W of the columns done, `[rows, n]`.
+    delta: Vec<f32>,
+    importance: Vec<f32>,
+}
+
+impl<'a> Chunk<'a> {
+    fn new(what: &'a Sweep<'a>, original: &[f32]) -> Self {
+        let n = what.factor.width();
+        let columns = &what.order.columns;
+        let permuted = |row: &[f32]| columns.iter().map(|&c| row[c as usize]).collect::<Vec<_>>();
+        Chunk {
+            what,
+            n,
+            groups: n.div_ceil(what.group_len),
+            rows: original.len() / n,
+            w: original.chunks_exact(n).flat_map(permuted).collect(),
+            delta: vec![0.0; original.len()],
+            importance: permuted(what.importance),
+        }
+    }
+
+    fn run(mut self, codes: &mut [u8], params: &mut [GroupParams]) {
+        let (n, group_len) = (self.n, self.what.group_len);
+        // A group's parameters are fitted to compensated weights when the sweep reaches it, so a block holds whole
+        // groups. One scale per row (or matrix) is longer than a block and is fitted to the weights themselves.
+        let by_row = group_len >= n;
+        let block = if by_row { BLOCK } else { group_len * BLOCK.div_ceil(group_len) };
+        for (row, params) in params.chunks_exact_mut(self.groups).enumerate() {
+            if let Some(fixed) = self.what.fixed {
+                params.fill(fixed);
+            } else if by_row {
+                params[0] = self.fit(&self.w[row * n..(row + 1) * n], 0);
+            }
+        }
+        let mut target = vec![0.0f32; self.rows * block];
+        for start in (0..n).step_by(block) {
+            let width = block.min(n - start);
+            self.gather(start, width, &mut target);
+            for row in 0..self.rows {
+                let t = &mut target[row * width..(row + 1) * width];
+                let params = &mut params[row * self.groups..(row + 1) * self.groups];
+                self.round_block(row, start, t, &mut codes[row * n..(row + 1) * n], params, !by_row);
+            }
+        }
+    }
+
+    /// Target of a block: its weights minus what earlier blocks' errors ask it to make up for.
+    fn gather(&self, start: usize, width: usize, target: &mut [f32]) {
+        let n = self.n;
+        for row in 0..self.rows {
+            target[row * width..(row + 1) * width].copy_from_slice(&self.w[row * n + start..row * n + start + width]);
+        }
+        let delta = View::new(&self.delta, self.rows, start, n);
+        let unit = View::new(&self.what.factor.unit()[start..], start, width, n);
+        gemm(-1.0, delta, unit, 1.0, &mut ViewMut::new(target, self.rows, width, width));
+    }
+
+    /// Rounds one row's columns `start..start + t.len()`, spreading each error over the rest of the block.
+    fn round_block(
+        &mut self,
+        row: usize,
+        start: usize,
+        t: &mut [f32],
+        codes: &mut [u8],
+        params: &mut [GroupParams],
+        fit: bool,
+    ) {
+        let (n, group_len, grid) = (self.n, self.what.group_len, self.what.grid);
+        let mut current = params[0];
+        for k in 0..t.len() {
+            let at = start + k;
+            let column = self.what.order.columns[at] as usize;
+            if fit && at.is_multiple_of(group_len) {
+                let group = column / group_len;
+                if self.what.fixed.is_none() {
+                    params[group] = self.fit(&t[k..t.len().min(k + group_len)], at);
+                }
+                current = params[group];
+            }
+            let code = grid.nearest(t[k], current);
+            codes[column] = code;
+            let delta = grid.value(code, current) - self.w[row * n + at];
+            self.delta[row * n + at] = delta;
+            let unit = &self.what.factor.unit()[at * n + at + 1..at * n + start + t.len()];
+            for (t, &u) in t[k + 1..].iter_mut().zip(unit) {
+                *t -= delta * u;
+            }
+        }
+    }
+
+    fn fit(&self, w: &[f32], at: usize) -> GroupParams {
+        self.what.grid.fit(w, self.what.search.fit(&self.importance[at..at + w.len()]))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use bitmill_scheme::{Bits, ScaleType};
+
+    pub(crate) struct Random(u64);
+
+    impl Random {
+        pub(crate) fn new(seed: u64) -> Self {
+            Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678)
+        }
+
+        pub(crate) fn unit(&mut self) -> f64 {
+            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (self.0 >> 11) as f64 / (1u64 << 53) as f64
+        }
+
+        pub(crate) fn normal(&mut self) -> f64 {
+            (-2.0 * self.unit().max(1e-300).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
+        }
+    }
+
+    /// A well-conditioned H of correlated inputs of unequal size.
+    pub(crate) fn random_h(n: usize, seed: u64) -> Vec<f32> {
+        let mut r = Random::new(seed);
+        let size: Vec<f64> = (0..n).map(|_| (0.7 * r.normal()).exp()).collect();
+        let mut h = vec![0.0f64; n * n];
+        for _ in 0..4 * n {
+            let common = r.normal();
+            let x: Vec<f64> = (0..n).map(|i| size[i] * (r.normal() + 0.7 * common)).collect();
+            for i in 0..n {
+                for j in 0..n {
+                    h[i * n + j] += x[i] * x[j] / (4 * n) as f64;
+                }
+            }
+        }
+        h.iter().map(|&v| v as f32).collect()
+    }
+
+    pub(crate) fn random_w(count: usize, seed: u64) -> Vec<f32> {
+        let mut r = Random::new(seed);
+        (0..count).map(|_| r.normal() as f32).collect()
+    }
+
+    /// U of the GPTQ paper, upper with UᵀU = H⁻¹, by Gauss–Jordan and the textbook Cholesky.
+    pub(crate) fn gptq_factor(h: &[f32], n: usize) -> Vec<f64> {
+        let inverse = invert(h, n);
+        let mut u = vec![0.0f64; n * n];
+        for i in 0..n {
+            for j in i..n {
+                let s: f64 = (0..i).map(|k| u[k * n + i] * u[k * n + j]).sum();
+                u[i * n + j] =
+                    if i == j { (inverse[i * n + i] - s).sqrt() } else { (inverse[i * n + j] - s) / u[i * n + i] };
+            }
+        }
+        u
+    }
+
+    fn invert(h: &[f32], n: usize) -> Vec<f64> {
+        let mut a: Vec<f64> = h.iter().map(|&v| f64::from(v)).collect();
+        let mut inv: Vec<f64> = (0..n * n).map(|i| f64::from(u8::from(i % (n + 1) == 0))).collect();
+        for p in 0..n {
+            let pivot = a[p * n + p];
+            for j in 0..n {
+                a[p * n + j] /= pivot;
+                inv[p * n + j] /= pivot;
+            }
+            for i in (0..n).filter(|&i| i != p) {
+                let f = a[i * n + p];
+                for j in 0..n {
+                    a[i * n + j] -= f * a[p * n + j];
+                    inv[i * n + j] -= f * inv[p * n + j];
+                }
+            }
+        }
+        inv
+    }
+
+    /// A grid with scale 1 for weights of a few units, so that the tests compare rounding and nothing else.
+    const FIXED: GroupParams = GroupParams { scale: 0.5, zero: 8 };
+
+    fn grid() -> IntGrid {
+        IntGrid { bits: Bits::new(4).unwrap(), symmetric: true, scale: ScaleType::F32 }
+    }
+
+    fn run(w: &[f32], h: &[f32], n: usize, order: &Order, group_len: usize) -> Vec<u8> {
+        let factor = Factor::new(h, &order.columns, 0.0).unwrap();
+        let importance = vec![1.0; n];
+        let what = Sweep {
+            factor: &factor,
+            order,
+            grid: grid(),
+            group_len,
+            search: ScaleSearch::MinMax,
+            importance: &importance,
+            fixed: Some(FIXED),
+        };
+        sweep(w, &what).0
+    }
+
+    /// GPTQ as published: e = (w − q)/U_ii, w_rest −= e·U_i,rest.
+    fn gptq(w: &[f32], h: &[f32], n: usize) -> Vec<u8> {
+        let (u, g) = (gptq_factor(h, n), grid());
+        let mut codes = Vec::new();
+        for row in w.chunks(n) {
+            let mut t: Vec<f64> = row.iter().map(|&v| f64::from(v)).collect();
+            for i in 0..n {
+                let code = g.nearest(t[i] as f32, FIXED);
+                codes.push(code);
+                let e = (t[i] - f64::from(g.value(code, FIXED))) / u[i * n + i];
+                for j in i..n {
+                    t[j] -= e * u[i * n + j];
+                }
+            }
+        }
+        codes
+    }
+
+    /// Optimal brain quantization in fixed order, by eliminating each input from an explicitly inverted H.
+    fn obq(w: &[f32], h: &[f32], n: usize) -> Vec<u8> {
+        let g = grid();
+        let mut codes = Vec::new();
+        for row in w.chunks(n) {
+            let mut t: Vec<f64> = row.iter().map(|&v| f64::from(v)).collect();
+            let mut inv = invert(h, n);
+            for i in 0..n {
+                let code = g.nearest(t[i] as f32, FIXED);
+                codes.push(code);
+                let e = (t[i] - f64::from(g.value(code, FIXED))) / inv[i * n + i];
+                for (j, t) in t.iter_mut().enumerate().skip(i) {
+                    *t -= e * inv[i * n + j];
+                }
+                let (column, d) = ((0..n).map(|j| inv[j * n + i]).collect::<Vec<_>>(), inv[i * n + i]);
+                for a in 0..n {
+                    for b in 0..n {
+                        inv[a * n + b] -= column[a] * column[b] / d;
+                    }
+                }
+            }
+        }
+        codes
+    }
+
+    #[test]
+    fn sweep_is_gptq_is_obq() {
+        // Oracle 4.
+        for seed in 0..20 {
+            let n = 20;
+            let (h, w) = (random_h(n, seed), random_w(6 * n, seed + 100));
+            let ours = run(&w, &h, n, &Order::natural(n), n);
+            assert_eq!(ours, gptq(&w, &h, n), "GPTQ, seed {seed}");
+            assert_eq!(ours, obq(&w, &h, n), "OBQ, seed {seed}");
+        }
+    }
+
+    fn proxy_loss(w: &[f32], codes: &[u8], params: impl Fn(usize, usize) -> GroupParams, h: &[f32], n: usize) -> f64 {
+        let mut total = 0.0;
+        for (r, (w, codes)) in w.chunks(n).zip(codes.chunks(n)).enumerate() {
+            let d: Vec<f64> = (0..n).map(|k| f64::from(grid().value(codes[k], params(r, k)) - w[k])).collect();
+            for i in 0..n {
+                for j in 0..n {
+                    total += d[i] * f64::from(h[i * n + j]) * d[j];
+                }
+            }
+        }
+        total
+    }
+
+    #[test]
+    fn the_loss_splits_over_columns() {
+        // Oracle 5: Σ D_k (ΔŨ)_k² = tr(ΔHΔᵀ), with clamping, groups and any order. The identity is algebraic, so it is
+        // checked on the sweep's own result; the tolerance is that of f32 factors.
+        let n = 48;
+        let (h, w) = (random_h(n, 1), random_w(4 * n, 2).iter().map(|v| v * 3.0).collect::<Vec<_>>());
+        let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
+        for (order, group_len) in [
+            (Order::natural(n), n),
+            (Order::natural(n), 16),
+            (Order::by_importance(&importance, 16), 16),
+            (Order::by_importance(&importance, n), n),
+        ] {
+            let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
+            let what = Sweep {
+                factor: &factor,
+                order: &order,
+                grid: grid(),
+                group_len,
+                search: ScaleSearch::Hessian,
+                importance: &importance,
+                fixed: None,
+            };
+            let (codes, params) = sweep(&w, &what);
+            let groups = n / group_len;
+            let of = |r: usize, c: usize| params[r * groups + c / group_len];
+            let mut split = 0.0f64;
+            for r in 0..4 {
+                let delta: Vec<f64> = order
+                    .columns
+                    .iter()
+                    .map(|&c| {
+                        f64::from(grid().value(codes[r * n + c as usize], of(r, c as usize)) - w[r * n + c as usize])
+                    })
+                    .collect();
+                for k in 0..n {
+                    let e: f64 = (0..=k).map(|j| delta[j] * f64::from(factor.unit()[j * n + k])).sum();
+                    split += f64::from(factor.diagonal()[k]) * e * e;
+                }
+            }
+            let direct = proxy_loss(&w, &codes, of, &h, n);
+            assert!((split / direct - 1.0).abs() < 1e-4, "{split} {direct}");
+        }
+    }
+
+    #[test]
+    fn blocks_change_nothing() {
+        // Oracle 5: 300 columns cross two block borders; the unblocked recursion in f64 is the reference.
+        let n = 300;
+        let (h, w) = (random_h(n, 4), random_w(2 * n, 5));
+        let ours = run(&w, &h, n, &Order::natural(n), n);
+        let differing = ours.iter().zip(gptq(&w, &h, n)).filter(|(a, b)| **a != *b).count();
+        // f32 sums can flip a tie here and there, and a flip changes what follows in its row.
+        assert!(differing * 50 < ours.len(), "{differing} of {}", ours.len());
+    }
+
+    #[test]
+    fn diagonal_h_is_rounding_to_nearest() {
+        // Oracle 6.
+        let n = 64;
+        let w = random_w(3 * n, 9);
+        let h: Vec<f32> = (0..n * n).map(|i| if i % (n + 1) == 0 { 1.0 + (i % 7) as f32 } else { 0.0 }).collect();
+        let nearest: Vec<u8> = w.iter().map(|&x| grid().nearest(x, FIXED)).collect();
+        assert_eq!(run(&w, &h, n, &Order::natural(n), 16), nearest);
+    }
+
+    #[test]
+    fn expected_loss_on_uniform_residues() {
+        // Oracle 7: s²·tr(D)/12 for the sweep, s²·tr(H)/12 for rounding to nearest; and the sweep in order of
+        // importance has the smaller tr(D).
+        let (n, rows) = (32, 4000);
+        let h = random_h(n, 11);
+        let mut r = Random::new(12);
+        let w: Vec<f32> = (0..rows * n).map(|_| (r.unit() * 3.0 - 1.5) as f32).collect();
+        let trace: f64 = (0..n).map(|i| f64::from(h[i * n + i])).sum();
+        let s2 = f64::from(FIXED.scale).powi(2);
+        let loss = |codes: &[u8]| proxy_loss(&w, codes, |_, _| FIXED, &h, n) / rows as f64;
+        let nearest: Vec<u8> = w.iter().map(|&x| grid().nearest(x, FIXED)).collect();
+        assert!((loss(&nearest) / (s2 * trace / 12.0) - 1.0).abs() < 0.02);
+        let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
+        let mut traces = Vec::new();
+        for order in [Order::natural(n), Order::by_importance(&importance, n)] {
+            let d: f64 = Factor::new(&h, &order.columns, 0.0).unwrap().diagonal().iter().map(|&d| f64::from(d)).sum();
+            let measured = loss(&run(&w, &h, n, &order, n));
+            assert!((measured / (s2 * d / 12.0) - 1.0).abs() < 0.02, "{measured} {}", s2 * d / 12.0);
+            traces.push(d);
+        }
+        assert!(traces[1] < traces[0] && traces[0] < trace);
+    }
+
+    #[test]
+    fn importance_order_keeps_groups_together() {
+        let importance = [1.0, 5.0, 2.0, 9.0, 0.5, 0.1];
+        assert_eq!(Order::by_importance(&importance, 2).columns, [3, 2, 1, 0, 4, 5]);
+        assert_eq!(Order::by_importance(&importance, 6).columns, [3, 1, 2, 0, 4, 5]);
+    }
+}

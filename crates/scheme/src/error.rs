@@ -1,0 +1,48 @@
+//! What can be wrong with a description of a quantized tensor.
+
+/// A scheme or a quantized tensor that contradicts itself.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A width outside 1 to 8 bits.
+    #[error("{0} bits per code: an integer grid has 1 to 8")]
+    Bits(u32),
+    /// A group size that does not divide the input width of a tensor, or is zero.
+    #[error("group size {group} does not divide the input width {cols}")]
+    Group {
+        /// The group size asked for.
+        group: usize,
+        /// Input width of the tensor.
+        cols: usize,
+    },
+    /// A vector of a [`crate::Quantized`] has the wrong length.
+    #[error("{what}: {got} entries where the shape asks for {expected}")]
+    Length {
+        /// Which vector.
+        what: &'static str,
+        /// Entries the shape asks for.
+        expected: usize,
+        /// Entries found.
+        got: usize,
+    },
+    /// A code or zero point beyond the grid.
+    #[error("{what} {got} lies beyond a {bits}-bit grid")]
+    Range {
+        /// Code or zero point.
+        what: &'static str,
+        /// The value found.
+        got: u32,
+        /// Width of the grid.
+        bits: u32,
+    },
+    /// A scale that is NaN or infinite.
+    #[error("the scale of row {row}, group {group} is {value}")]
+    Scale {
+        /// Output row.
+        row: usize,
+        /// Group along the input.
+        group: usize,
+        /// The scale found.
+        value: f32,
+    },
+}

@@ -1,0 +1,141 @@
+//! Codes and parameters of one matrix, and the weights they stand for.
+
+use crate::{Error, Granularity, Grid, GroupParams, Scheme};
+
+/// A weight matrix `[out, in]` under a [`Scheme`]: the only thing that passes from a method to a format.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    /// How the numbers are to be read.
+    pub scheme: Scheme,
+    /// `[out, in]`.
+    pub shape: [usize; 2],
+    /// Codes `0..2^b`, row-major `[out, in]`.
+    pub codes: Vec<u8>,
+    /// Scales, row-major `[out, groups]` (one entry for [`Granularity::Tensor`]), each a value of the scheme's type.
+    /// They may be negative.
+    pub scales: Vec<f32>,
+    /// Zero points in code units, laid out as the scales; empty for a symmetric grid.
+    pub zeros: Vec<u8>,
+    /// The group of every input column where groups are not consecutive columns (GPTQ's `desc_act`), else empty.
+    pub group_of: Vec<u32>,
+}
+
+impl Quantized {
+    /// Checks every length and range, so that later arithmetic cannot fail.
+    ///
+    /// # Errors
+    /// The first contradiction found.
+    pub fn validate(&self) -> Result<(), Error> {
+        let [rows, cols] = self.shape;
+        let bits = self.scheme.bits();
+        if let Granularity::Group(0) = self.scheme.granularity {
+            return Err(Error::Group { group: 0, cols });
+        }
+        let scales = self.scheme.scales(self.shape);
+        let zeros = if self.scheme.symmetric() { 0 } else { scales };
+        let length =
+            |what, expected, got| if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) };
+        length("codes", rows * cols, self.codes.len())?;
+        length("scales", scales, self.scales.len())?;
+        length("zero points", zeros, self.zeros.len())?;
+        if !self.group_of.is_empty() {
+            length("group map", cols, self.group_of.len())?;
+        }
+        let range = |what, got: u32, max: u32| {
+            if got <= max { Ok(()) } else { Err(Error::Range { what, got, bits: bits.get() }) }
+        };
+        if let Some(&c) = self.codes.iter().max() {
+            range("code", u32::from(c), u32::from(bits.max_code()))?;
+        }
+        if let Some(&z) = self.zeros.iter().max() {
+            range("zero point", u32::from(z), u32::from(bits.max_code()))?;
+        }
+        let groups = self.scheme.groups(cols);
+        if let Some(&g) = self.group_of.iter().max() {
+            range("group", g, groups as u32 - 1)?;
+        }
+        match self.scales.iter().position(|s| !s.is_finite()) {
+            Some(i) => Err(Error::Scale { row: i / groups, group: i % groups, value: self.scales[i] }),
+            None => Ok(()),
+        }
+    }
+
+    /// Group of input column `col`.
+    #[must_use]
+    pub fn group(&self, col: usize) -> usize {
+        match self.group_of.get(col) {
+            Some(&g) => g as usize,
+            None => col / self.scheme.group_len(self.shape[1]),
+        }
+    }
+
+    /// Scale and zero point of output `row`, group `group`.
+    #[must_use]
+    pub fn params(&self, row: usize, group: usize) -> GroupParams {
+        let i = match self.scheme.granularity {
+            Granularity::Tensor => 0,
+            _ => row * self.scheme.groups(self.shape[1]) + group,
+        };
+        GroupParams { scale: self.scales[i], zero: self.zeros.get(i).copied().unwrap_or(self.scheme.bits().middle()) }
+    }
+
+    /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32. This is the definition
+    /// that every reader, kernel and loader is held to.
+    #[must_use]
+    pub fn dequantize(&self) -> Vec<f32> {
+        let [rows, cols] = self.shape;
+        let grid = self.scheme.grid();
+        let mut out = Vec::with_capacity(rows * cols);
+        for row in 0..rows {
+            for col in 0..cols {
+                out.push(grid.value(self.codes[row * cols + col], self.params(row, self.group(col))));
+            }
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Bits;
+
+    fn sample() -> Quantized {
+        let scheme = Scheme::int(Bits::ALL[3], false, Granularity::Group(2));
+        Quantized {
+            scheme,
+            shape: [2, 4],
+            codes: vec![0, 15, 7, 8, 1, 2, 3, 4],
+            scales: vec![0.5, 1.0, 2.0, -0.25],
+            zeros: vec![0, 7, 15, 4],
+            group_of: vec![],
+        }
+    }
+
+    #[test]
+    fn dequantize_is_scale_times_code_minus_zero() {
+        let mut q = sample();
+        q.validate().unwrap();
+        assert_eq!(q.dequantize(), [0.0, 7.5, 0.0, 1.0, -28.0, -26.0, 0.25, -0.0]);
+        q.group_of = vec![1, 0, 1, 0];
+        q.validate().unwrap();
+        assert_eq!(q.dequantize(), [-7.0, 7.5, 0.0, 4.0, 0.75, -26.0, 0.25, -22.0]);
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let broken: [(fn(&mut Quantized), &str); 6] = [
+            (|q| q.codes.truncate(7), "codes: 7 entries where the shape asks for 8"),
+            (|q| q.codes[0] = 16, "code 16 lies beyond a 4-bit grid"),
+            (|q| q.zeros[1] = 200, "zero point 200 lies beyond a 4-bit grid"),
+            (|q| q.scales[3] = f32::NAN, "the scale of row 1, group 1 is NaN"),
+            (|q| q.group_of = vec![0, 0, 0, 2], "group 2 lies beyond a 4-bit grid"),
+            (|q| q.scheme.granularity = Granularity::Group(0), "group size 0 does not divide the input width 4"),
+        ];
+        for (breakage, message) in broken {
+            let mut q = sample();
+            breakage(&mut q);
+            assert_eq!(q.validate().unwrap_err().to_string(), message);
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! Schemes: grid × granularity × scale encoding, and what they cost in bits.
+
+use crate::{Error, IntGrid};
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+/// Width of a code: 1 to 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Bits(u8);
+
+impl Bits {
+    /// Every width, narrowest first.
+    pub const ALL: [Bits; 8] = [Bits(1), Bits(2), Bits(3), Bits(4), Bits(5), Bits(6), Bits(7), Bits(8)];
+
+    /// A width of `bits`.
+    ///
+    /// # Errors
+    /// [`Error::Bits`] outside 1 to 8.
+    pub fn new(bits: u32) -> Result<Self, Error> {
+        match u8::try_from(bits) {
+            Ok(b @ 1..=8) => Ok(Bits(b)),
+            _ => Err(Error::Bits(bits)),
+        }
+    }
+
+    /// The width as a number.
+    #[must_use]
+    pub const fn get(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The largest code, 2^b − 1.
+    #[must_use]
+    pub const fn max_code(self) -> u8 {
+        ((1u16 << self.0) - 1) as u8
+    }
+
+    /// Zero point of a symmetric grid, 2^(b−1).
+    #[must_use]
+    pub const fn middle(self) -> u8 {
+        1 << (self.0 - 1)
+    }
+}
+
+impl TryFrom<u32> for Bits {
+    type Error = Error;
+    fn try_from(bits: u32) -> Result<Self, Error> {
+        Bits::new(bits)
+    }
+}
+
+impl From<Bits> for u32 {
+    fn from(bits: Bits) -> u32 {
+        bits.get()
+    }
+}
+
+/// Which values a code may stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GridKind {
+    /// Evenly spaced values `scale · (code − zero)`.
+    Int {
+        /// Width of a code.
+        bits: Bits,
+        /// Whether the zero point is fixed at 2^(b−1) instead of stored per group.
+        symmetric: bool,
+    },
+}
+
+/// Which weights of a matrix `[out, in]` share one scale and zero point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    /// The whole matrix.
+    Tensor,
+    /// One output row.
+    Channel,
+    /// This many consecutive inputs of one output row.
+    Group(usize),
+}
+
+/// Number type of the stored scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleType {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision; read from other tools' 8-bit checkpoints.
+    F32,
+}
+
+impl ScaleType {
+    /// Width in bits.
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        match self {
+            ScaleType::F16 | ScaleType::Bf16 => 16,
+            ScaleType::F32 => 32,
+        }
+    }
+
+    /// The nearest value of this type to `scale`; it stays finite, and non-zero where `scale` is.
+    #[must_use]
+    pub fn round(self, scale: f32) -> f32 {
+        let (rounded, max, tiny) = match self {
+            ScaleType::F16 => (f16::from_f32(scale).to_f32(), f16::MAX.to_f32(), f16::MIN_POSITIVE_SUBNORMAL.to_f32()),
+            ScaleType::Bf16 => (bf16::from_f32(scale).to_f32(), bf16::MAX.to_f32(), bf16::MIN_POSITIVE.to_f32()),
+            ScaleType::F32 => return scale,
+        };
+        if rounded == 0.0 && scale != 0.0 { tiny.copysign(scale) } else { rounded.clamp(-max, max) }
+    }
+}
+
+/// How the input of a quantized linear is rounded at run time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activations {
+    /// Left in the model's own type: weight-only quantization.
+    Full,
+    /// Symmetric 8-bit integers, one scale per token computed from that token's largest magnitude.
+    DynamicInt8,
+}
+
+/// How the numbers of a weight matrix are stored.
+///
+/// ```
+/// use bitmill_scheme::{Bits, Granularity, Scheme};
+/// let w4 = Scheme::int(Bits::new(4)?, true, Granularity::Group(128));
+/// assert_eq!(w4.bits_per_weight([4096, 4096]), 4.125);
+/// # Ok::<(), bitmill_scheme::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scheme {
+    /// The values a code may stand for.
+    pub grid: GridKind,
+    /// The weights that share a scale.
+    pub granularity: Granularity,
+    /// The type of a scale.
+    pub scale: ScaleType,
+    /// What happens to the linear's input at run time.
+    pub activations: Activations,
+}
+
+impl Scheme {
+    /// A weight-only integer scheme with bf16 scales.
+    #[must_use]
+    pub const fn int(bits: Bits, symmetric: bool, granularity: Granularity) -> Self {
+        Scheme {
+            grid: GridKind::Int { bits, symmetric },
+            granularity,
+            scale: ScaleType::Bf16,
+            activations: Activations::Full,
+        }
+    }
+
+    /// The same scheme with scales of type `scale`.
+    #[must_use]
+    pub const fn with_scale(self, scale: ScaleType) -> Self {
+        Scheme { scale, ..self }
+    }
+
+    /// Width of a code.
+    #[must_use]
+    pub const fn bits(&self) -> Bits {
+        let GridKind::Int { bits, .. } = self.grid;
+        bits
+    }
+
+    /// Whether the zero point is fixed in the middle of the grid.
+    #[must_use]
+    pub const fn symmetric(&self) -> bool {
+        let GridKind::Int { symmetric, .. } = self.grid;
+        symmetric
+    }
+
+    /// The grid's arithmetic.
+    #[must_use]
+    pub const fn grid(&self) -> IntGrid {
+        IntGrid { bits: self.bits(), symmetric: self.symmetric(), scale: self.scale }
+    }
+
+    /// Number of inputs that share one scale in a matrix with `cols` inputs.
+    #[must_use]
+    pub const fn group_len(&self, cols: usize) -> usize {
+        match self.granularity {
+            Granularity::Tensor | Granularity::Channel => cols,
+            Granularity::Group(group) => group,
+        }
+    }
+
+    /// Number of groups along the input of a matrix with `cols` inputs; a ragged last group counts.
+    #[must_use]
+    pub const fn groups(&self, cols: usize) -> usize {
+        match self.granularity {
+            Granularity::Tensor | Granularity::Channel => 1,
+            Granularity::Group(group) => cols.div_ceil(group),
+        }
+    }
+
+    /// Number of stored scales of a matrix `[out, in]`.
+    #[must_use]
+    pub const fn scales(&self, [rows, cols]: [usize; 2]) -> usize {
+        match self.granularity {
+            Granularity::Tensor => 1,
+            _ => rows * self.groups(cols),
+        }
+    }
+
+    /// Whether the scheme fits a matrix with `cols` inputs.
+    ///
+    /// # Errors
+    /// [`Error::Group`] when the group size is zero or does not divide `cols`.
+    pub const fn check(&self, cols: usize) -> Result<(), Error> {
+        match self.granularity {
+            Granularity::Group(group) if group == 0 || !cols.is_multiple_of(group) => Err(Error::Group { group, cols }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bits per weight of codes, scales and packed zero points of a matrix `[out, in]` (methods part 0.3). A file
+    /// adds what its format needs besides: see `Format::layout`, whose bytes are what reports count.
+    #[must_use]
+    pub fn bits_per_weight(&self, shape: [usize; 2]) -> f64 {
+        let zero = if self.symmetric() { 0 } else { self.bits().get() };
+        let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero);
+        f64::from(self.bits().get()) + side / (shape[0] as f64 * shape[1] as f64)
+    }
+}
+
+impl std::fmt::Display for Scheme {
+    /// The short name used in tables: `w4 g128 sym`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "w{}", self.bits().get())?;
+        if self.activations == Activations::DynamicInt8 {
+            write!(f, "a8")?;
+        }
+        match self.granularity {
+            Granularity::Tensor => write!(f, " tensor")?,
+            Granularity::Channel => write!(f, " channel")?,
+            Granularity::Group(g) => write!(f, " g{g}")?,
+        }
+        write!(f, " {}", if self.symmetric() { "sym" } else { "asym" })
+    }
+}
+
+/// A scheme under the name its users know it by.
+#[derive(Debug)]
+pub struct Preset {
+    /// The value of `--scheme`.
+    pub name: &'static str,
+    /// One line of help.
+    pub summary: &'static str,
+    /// The scheme; its scale type is replaced by the model's own where that is 16 bits wide.
+    pub scheme: Scheme,
+}
+
+const fn preset(
+    name: &'static str,
+    summary: &'static str,
+    bits: u8,
+    symmetric: bool,
+    granularity: Granularity,
+) -> Preset {
+    Preset { name, summary, scheme: Scheme::int(Bits(bits), symmetric, granularity) }
+}
+
+/// Every named scheme.
+pub static SCHEMES: &[Preset] = &[
+    preset("w4a16", "4-bit symmetric integers, groups of 128", 4, true, Granularity::Group(128)),
+    preset("w4a16_asym", "4-bit integers with zero points, groups of 128", 4, false, Granularity::Group(128)),
+    preset("w3a16", "3-bit symmetric integers, groups of 128", 3, true, Granularity::Group(128)),
+    preset("w2a16", "2-bit symmetric integers, groups of 64", 2, true, Granularity::Group(64)),
+    preset("w8a16", "8-bit symmetric integers, one scale per output channel", 8, true, Granularity::Channel),
+    Preset {
+        name: "w8a8",
+        summary: "8-bit weights per output channel, 8-bit activations per token at run time",
+        scheme: Scheme {
+            grid: GridKind::Int { bits: Bits(8), symmetric: true },
+            granularity: Granularity::Channel,
+            scale: ScaleType::Bf16,
+            activations: Activations::DynamicInt8,
+        },
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_per_weight_of_the_textbook_cases() {
+        // Oracle 21, the closed forms of methods part 0.3.
+        let shape = [4096, 4096];
+        for (bits, symmetric, granularity, expected) in [
+            (4, true, Granularity::Group(128), 4.125),
+            (4, false, Granularity::Group(128), 4.15625),
+            (3, true, Granularity::Group(128), 3.125),
+            (2, true, Granularity::Group(64), 2.25),
+            (8, true, Granularity::Channel, 8.0 + 16.0 / 4096.0),
+            (8, true, Granularity::Tensor, 8.0 + 16.0 / (4096.0 * 4096.0)),
+        ] {
+            assert_eq!(Scheme::int(Bits(bits), symmetric, granularity).bits_per_weight(shape), expected);
+        }
+    }
+
+    #[test]
+    fn a_width_is_one_to_eight() {
+        assert!(Bits::new(0).is_err() && Bits::new(9).is_err() && Bits::new(300).is_err());
+        assert!(serde_roundtrip_rejects_nine());
+        assert_eq!(Bits::ALL.map(Bits::max_code), [1, 3, 7, 15, 31, 63, 127, 255]);
+        assert_eq!(Bits::ALL.map(Bits::middle), [1, 2, 4, 8, 16, 32, 64, 128]);
+    }
+
+    fn serde_roundtrip_rejects_nine() -> bool {
+        Bits::try_from(9).is_err()
+    }
+
+    #[test]
+    fn a_scale_stays_finite_and_non_zero() {
+        for t in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+            for s in [1e-30f32, -1e-30, 1e30, 0.1, 0.0, 3e38] {
+                let r = t.round(s);
+                assert!(r.is_finite() && (r == 0.0) == (s == 0.0), "{t:?} {s} {r}");
+                assert_eq!(t.round(r), r, "rounding is idempotent");
+            }
+        }
+    }
+
+    #[test]
+    fn group_size_must_divide() {
+        let s = Scheme::int(Bits(4), true, Granularity::Group(128));
+        assert_eq!(s.check(200), Err(Error::Group { group: 128, cols: 200 }));
+        assert!(Scheme::int(Bits(4), true, Granularity::Group(0)).check(128).is_err());
+        assert!(s.check(256).is_ok());
+    }
+}

@@ -1,0 +1,94 @@
+//! A run killed at any instant is taken up by the same command and ends in the same bytes.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use support::{QUICK, assert_same, bitmill, books, failure, success};
+
+fn command(out: &Path, extra: &[&str]) -> Command {
+    let mut command = bitmill(["quantize"]);
+    command.arg(books()).arg("-o").arg(out).args(QUICK).args(extra);
+    command
+}
+
+/// Units a killed run had committed.
+fn committed(out: &Path) -> usize {
+    let journal = out.with_file_name(format!("{}.bitmill-partial/journal.jsonl", out.file_name().unwrap().display()));
+    std::fs::read_to_string(journal).map_or(0, |t| t.lines().count())
+}
+
+/// Starts the run and kills it once `units` are committed, or after `delay` if that is later.
+fn kill_after(out: &Path, extra: &[&str], units: usize, delay: Duration) {
+    let mut child = command(out, extra).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    while committed(out) < units && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(delay);
+    // SIGKILL: no handler runs.
+    let _ = child.kill();
+    child.wait().unwrap();
+}
+
+#[test]
+fn killed_runs_end_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    success(&mut command(&whole, &[]));
+    for spill in [&[][..], &["--stream-memory", "0"]] {
+        let out = dir.path().join(format!("killed-{}", spill.len()));
+        // Three tensors lie outside of the eight blocks, so blocks begin after three commits.
+        for (units, delay) in [(0, 3), (1, 0), (4, 7), (5, 40), (8, 15)] {
+            kill_after(&out, spill, units, Duration::from_millis(delay));
+            assert!(!out.exists() || committed(&out) == 0, "the output appears only when it is finished");
+        }
+        let done = committed(&out);
+        let output = command(&out, spill).output().unwrap();
+        if !output.status.success() {
+            // The last kill came after the end: the output is there and is not overwritten.
+            assert!(String::from_utf8_lossy(&output.stderr).contains("exists"));
+        } else if done > 0 {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(said.contains(&format!("taking up an unfinished run: {done} of 11")), "{said}");
+        }
+        assert_same(&whole, &out);
+        assert!(!dir.path().join(format!("killed-{}.bitmill-partial", spill.len())).exists());
+    }
+}
+
+#[test]
+fn another_command_refuses_the_leftover_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    kill_after(&out, &[], 5, Duration::ZERO);
+    assert!(committed(&out) >= 5);
+    let before = committed(&out);
+    let said = failure(&mut command(&out, &["--bits", "3"]), 1);
+    assert!(said.contains("scheme.grid.int.bits (4 there, 3 now)") && said.contains("--force"), "{said}");
+    let said = failure(&mut command(&out, &["--seed", "7"]), 1);
+    assert!(said.contains("seed (0 there, 7 now)"), "{said}");
+    assert_eq!(committed(&out), before, "a refusal leaves the unfinished run alone");
+    success(&mut command(&out, &["--bits", "3", "--force"]));
+    let fresh = dir.path().join("fresh");
+    success(&mut command(&fresh, &["--bits", "3"]));
+    assert_same(&fresh, &out);
+}
+
+#[test]
+fn an_interrupt_stops_cleanly_and_is_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    success(&mut command(&whole, &[]));
+    let child = command(&out, &[]).stderr(Stdio::piped()).spawn().unwrap();
+    while committed(&out) < 4 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("run the same command to go on"), "{said}");
+    success(&mut command(&out, &[]));
+    assert_same(&whole, &out);
+}

@@ -1,0 +1,39 @@
+"""The folders that conformance.py writes and loads: one line of options per case."""
+
+import itertools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder to write: its name, the options that ask for it, and the format it must come out in."""
+
+    name: str
+    options: str
+    format: str
+    method: str = "--method rtn"
+
+
+GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": -1}
+"""Granularities by the name cases show, and bitmill's number for them."""
+
+
+def table() -> list[Case]:
+    """Every case. The cross products are whole: a case takes seconds."""
+    cases = []
+    symmetries = {"sym": "", "asym": " --asymmetric"}
+    for bits, symmetry, group in itertools.product((2, 3, 4, 5, 6, 7, 8), symmetries, GROUPS):
+        options = f"--bits {bits} --group-size {GROUPS[group]}{symmetries[symmetry]} --format pack-quantized"
+        cases.append(Case(f"pack w{bits} {symmetry} {group}", options, "pack-quantized"))
+    for symmetry, group in itertools.product(symmetries, ("g128", "channel")):
+        options = f"--bits 8 --group-size {GROUPS[group]}{symmetries[symmetry]} --format naive-quantized"
+        cases.append(Case(f"naive w8 {symmetry} {group}", options, "naive-quantized"))
+    cases.append(Case("naive w8 sym tensor", "--bits 8 --group-size 0 --format naive-quantized", "naive-quantized"))
+    cases.append(Case("int w8a8", "--scheme w8a8 --format int-quantized", "int-quantized"))
+    for bits, group in itertools.product((2, 3, 4, 8), GROUPS):
+        options = f"--bits {bits} --group-size {GROUPS[group]} --format gptq"
+        cases.append(Case(f"gptq w{bits} sym {group}", options, "gptq"))
+    calibrated = "--samples 16 --sequence-length 512"
+    cases.append(Case("pack w4 sym g128, calibrated", "--scheme w4a16 --format pack-quantized", "pack-quantized", calibrated))
+    cases.append(Case("gptq w3 sym g128, calibrated", "--bits 3 --group-size 128 --format gptq", "gptq", calibrated))
+    return cases

@@ -1,0 +1,237 @@
+"""Do other tools read our folders as we do? Quantizes, evaluates, loads with the peers, and compares logits.
+
+For every case of cases.py this runs `bitmill quantize` and `bitmill eval --logits`, loads the folder with transformers and
+compressed-tensors or with GPTQModel (peers.py), and asks for logits within 1e-3 of ours on the same token ids, in f32.
+
+A comparison that cannot fail proves nothing, so every case also shows that
+* the peer really holds the stored codes, bit for bit, and what it makes of them equals their definition, bit for bit;
+* its logits are far from those of the unquantized model;
+* one flipped bit of one code in a copy of the folder moves its logits beyond the tolerance (the negative control).
+
+Rounding activations to int8 is chaotic: the largest of a token lies on a tie by construction, and a difference of 1e-7
+decides ties. The peer disagrees with itself between two attention implementations by more than a tenth. Such a folder is
+held to the tolerance on a copy without `input_activations`; as stored, the change that rounding makes to our logits must
+correlate with the change it makes to the peer's, nearly as well as the peer's with its own under other attention.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import meter
+import peers
+from cases import Case, table
+
+TOLERANCE = 1e-3
+"""Largest difference of two logits, f32 against f32."""
+SHARE_OF_CORRELATION = 0.85
+"""Of the peer's correlation with itself. On books-10m ours reaches 0.90; scales of amax/127 instead of amax/127.5 would
+reach 0.73, a grid without -128 would reach 0.78."""
+PEERS = ("torch", "transformers", "compressed-tensors", "gptqmodel")
+
+
+@dataclass
+class Outcome:
+    """What a case showed. Differences are the largest over all logits."""
+
+    case: str
+    command: str
+    difference: float = float("nan")
+    from_dense: float = float("nan")
+    control: float = float("nan")
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def expect(self, fact: bool, problem: str) -> None:
+        """Records a problem unless the fact holds."""
+        if not fact:
+            self.problems.append(problem)
+
+
+@dataclass
+class Bench:
+    """What all cases share: the binary, the model and what it computes unquantized."""
+
+    bitmill: Path
+    model: Path
+    text: Path
+    work: Path
+    windows: int
+    window: int
+
+    def __post_init__(self) -> None:
+        self.log = self.work / "peers.log"
+        self.original = peers.stored(self.model)
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        self.linears = {n[:-7] for n, t in self.original.items() if n.endswith(".weight") and t.ndim == 2 and not n.endswith(ends)}
+        self.input_ids = meter.windows(self.model, self.text, self.windows, self.window)
+        with peers.quiet(self.log):
+            self.dense = peers.logits(peers.load(self.model), self.input_ids)
+
+    def run(self, *arguments: str) -> None:
+        """One call of the binary; its last words become the error."""
+        done = subprocess.run([str(self.bitmill), *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"bitmill {' '.join(arguments)} → {done.returncode}: {done.stderr.strip()[-400:]}")
+
+    def ours(self, folder: Path) -> torch.Tensor:
+        """Our logits of the folder, on the token ids the protocol asks for."""
+        file = self.work / "logits.safetensors"
+        windows = ["--window", str(self.window), "--windows", str(self.windows)]
+        self.run("eval", str(folder), "--text", str(self.text), *windows, "--logits", str(file))
+        got = load_file(file)
+        file.unlink()
+        if not torch.equal(got["input_ids"], self.input_ids):
+            raise ValueError("bitmill's windows are not those of the protocol: tokenizer or start positions differ")
+        if "logits" in got:
+            return got["logits"]
+        return torch.stack([got[f"logits.{i}"] for i in range(self.windows)])  # one tensor per window
+
+
+def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; infinite when either holds a NaN."""
+    return (a - b).abs().nan_to_num(nan=float("inf")).max().item()
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Cosine of the angle between two sets of changes."""
+    return torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+def peer_logits(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> torch.Tensor:
+    """The peer's logits, after evidence that it holds the stored codes and reads them as defined."""
+    tensors, config = peers.stored(folder), peers.quantization_config(folder)
+    quantized = peers.modules(tensors)
+    expected = "naive-quantized" if case.format == "int-quantized" else case.format
+    outcome.expect(set(quantized) == bench.linears, f"{len(quantized)} of {len(bench.linears)} linears are quantized")
+    outcome.expect(set(quantized.values()) == {expected}, f"stored as {set(quantized.values())}")
+    meaning = {m: peers.definition(tensors, m, config) for m in quantized}
+    changed = all(not torch.equal(w, bench.original[f"{m}.weight"].float()) for m, w in meaning.items())
+    outcome.expect(changed, "a quantized linear equals the original")
+    if case.format == "gptq":
+        model, half = peers.load_gptq(folder)
+        exact = all(torch.equal(half[m], w.half()) for m, w in meaning.items())
+        outcome.expect(exact, "GPTQModel's f16 weights are not the definition rounded to f16")
+    else:
+        model = peers.load_compressed_tensors(folder)
+        kind = "weight_packed" if case.format == "pack-quantized" else "weight"
+        holds = all(torch.equal(model.get_submodule(m).get_parameter(kind), tensors[f"{m}.{kind}"]) for m in quantized)
+        outcome.expect(holds, f"transformers does not hold the stored {kind}")
+    result = peers.logits(model, bench.input_ids)
+    exact = all(torch.equal(model.get_submodule(m).weight, w) for m, w in meaning.items())
+    outcome.expect(exact, "the peer's f32 weights are not the definition")
+    if case.format == "pack-quantized" and "--asymmetric" in case.options:
+        stock = peers.load_compressed_tensors(folder, dequantize=True)
+        rounded = {m: w.to(tensors[f"{m}.weight_scale"].dtype).float() for m, w in meaning.items()}
+        exact = all(torch.equal(stock.get_submodule(m).weight, w) for m, w in rounded.items())
+        outcome.expect(exact, "transformers' dequantize=True weights are not the definition rounded to the scale's type")
+    return result
+
+
+@dataclass
+class Rounded:
+    """Logits of a folder that rounds activations: ours, the peer's, and the peer's under another attention."""
+
+    ours: torch.Tensor
+    theirs: torch.Tensor
+    other: torch.Tensor
+
+    def judge(self, ours: torch.Tensor, theirs: torch.Tensor, outcome: Outcome) -> None:
+        """Compares the changes from the logits without rounding, which are the arguments."""
+        change = self.theirs - theirs
+        itself, us = correlation(change, self.other - theirs), correlation(change, self.ours - ours)
+        outcome.notes.append(f"rounded activations: correlation {us:.2f}, of the peer with itself {itself:.2f}")
+        outcome.expect(us >= SHARE_OF_CORRELATION * itself, "activations are rounded differently")
+
+
+def strip_rounding(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> Rounded:
+    """Both sides' logits of the folder as stored; afterwards its config no longer asks for rounded activations."""
+    theirs = peer_logits(bench, folder, case, outcome)
+    other = peers.logits(peers.load_compressed_tensors(folder, attention="eager"), bench.input_ids)
+    rounded = Rounded(bench.ours(folder), theirs, other)
+    config = json.loads((folder / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] = None
+        group["format"] = case.format
+    (folder / "config.json").write_text(json.dumps(config))
+    return rounded
+
+
+def check(bench: Bench, case: Case) -> Outcome:
+    """One case from quantization to verdict."""
+    folder, control = bench.work / "out", bench.work / "control"
+    for old in (folder, control):
+        shutil.rmtree(old, ignore_errors=True)
+    arguments = ["quantize", str(bench.model), "-o", str(folder), "--force", *case.options.split(), *case.method.split()]
+    outcome = Outcome(case.name, " ".join(["bitmill", *arguments]))
+    start = time.monotonic()
+    try:
+        bench.run(*arguments)
+        with peers.quiet(bench.log):
+            rounded = strip_rounding(bench, folder, case, outcome) if case.format == "int-quantized" else None
+            ours, theirs = bench.ours(folder), peer_logits(bench, folder, case, outcome)
+            if rounded:
+                rounded.judge(ours, theirs, outcome)
+            flipped = peers.flip_code(folder, control)
+            outcome.control = farthest(ours, peers.logits(peers.load(control), bench.input_ids))
+        outcome.difference, outcome.from_dense = farthest(ours, theirs), farthest(ours, bench.dense)
+        outcome.expect(outcome.difference <= TOLERANCE, f"logits differ by {outcome.difference:.1e}")
+        outcome.expect(outcome.from_dense > 10 * TOLERANCE, "logits are those of the unquantized model")
+        outcome.expect(outcome.control > TOLERANCE, f"a flipped bit in {flipped} went unnoticed")
+    except Exception as error:  # one broken case must not hide the others
+        outcome.problems.append(f"{type(error).__name__}: {error}")
+    outcome.seconds = round(time.monotonic() - start, 1)
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bitmill", type=Path, required=True, help="the binary")
+    parser.add_argument("--model", type=Path, required=True, help="unquantized folder")
+    parser.add_argument("--text", type=Path, required=True, help="text whose first windows are compared")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder; conformance.json and peers.log stay")
+    parser.add_argument("--cases", default="", help="regular expression: only cases whose name it finds")
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--window", type=int, default=512)
+    arguments = parser.parse_args()
+    selected = [case for case in table() if re.search(arguments.cases, case.name)]
+    if not selected:
+        parser.error(f"no case matches {arguments.cases!r}; cases: {', '.join(case.name for case in table())}")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments.bitmill.resolve(), arguments.model, arguments.text, arguments.work, arguments.windows, arguments.window)
+    plain = farthest(bench.ours(bench.model), bench.dense)
+    print(f"unquantized model: bitmill − transformers {plain:.1e}\n", flush=True)
+    print(f"{'case':<28} {'bitmill−peer':>12} {'−unquantized':>12} {'−flipped bit':>12} {'s':>6}  verdict", flush=True)
+    outcomes = []
+    for case in selected:
+        outcome = check(bench, case)
+        outcomes.append(outcome)
+        verdict = "; ".join(["FAIL", *outcome.problems] if outcome.problems else ["ok", *outcome.notes])
+        row = f"{outcome.difference:>12.1e} {outcome.from_dense:>12.1e} {outcome.control:>12.1e} {outcome.seconds:>6}"
+        print(f"{case.name:<28} {row}  {verdict}", flush=True)
+    failed = sum(bool(outcome.problems) for outcome in outcomes) + (plain > TOLERANCE)
+    report = {
+        "versions": {name: version(name) for name in PEERS},
+        "tolerance": TOLERANCE,
+        "unquantized": plain,
+        "failed": failed,
+        "cases": [asdict(outcome) for outcome in outcomes],
+    }
+    (arguments.work / "conformance.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{len(outcomes) - failed} of {len(outcomes)} cases agree within {TOLERANCE}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

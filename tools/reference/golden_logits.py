@@ -1,0 +1,303 @@
+"""Golden logits of tiny random checkpoints, of models/books-10m, and the int8 rounding of activations.
+
+Writes crates/models/tests/golden/<case>/{config.json,model.safetensors,golden.safetensors}: the tests of bitmill-models
+load the first two with our own code and compare with the logits in the third, which transformers computed in f32 with
+eager attention. Every case is seeded, so running this again with the same versions writes the same bytes. A case that
+tests a feature (a window, a rope type) names a plainer config under which the same weights must give clearly different
+logits; otherwise the golden file would prove nothing.
+
+Needs torch, transformers and compressed-tensors from PyPI. Run from the root of the repository:
+    python tools/reference/golden_logits.py
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import compressed_tensors
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "crates/models/tests/golden"
+VERSIONS = {
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+    "compressed-tensors": compressed_tensors.__version__,
+}
+
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **BASE}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **BASE}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **BASE}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **BASE}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 6.5],
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+
+# name: (config, keys of the plainer config, sequence length)
+CASES = {
+    "llama-gqa": (LLAMA | {"rope_theta": 500.0}, {"rope_theta": 10000.0}, 40),
+    "llama-biases-tied": (
+        LLAMA
+        | {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+            "num_key_value_heads": 4,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+        },
+        {"hidden_act": "gelu_pytorch_tanh"},
+        24,
+    ),
+    "llama-head-dim": (
+        LLAMA | {"head_dim": 12, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0},
+        {"hidden_act": "silu"},
+        24,
+    ),
+    "llama-rope-linear": (
+        LLAMA | {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.5}},
+        {"rope_scaling": None},
+        40,
+    ),
+    "llama-rope-dynamic": (
+        LLAMA
+        | {
+            "max_position_embeddings": 16,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        },
+        {"rope_scaling": None},
+        48,
+    ),
+    "llama-rope-llama3": (
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        48,
+    ),
+    "llama-rope-yarn": (
+        LLAMA
+        | {
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+            },
+        },
+        {"rope_scaling": None},
+        48,
+    ),
+    "llama-rope-yarn-mscale": (
+        LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "mscale": 1.5,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+            }
+        },
+        48,
+    ),
+    "llama-rope-longrope-long": (
+        LLAMA | {"max_position_embeddings": 96, "rope_parameters": LONGROPE},
+        {"rope_parameters": LONGROPE | {"long_factor": [1.0, 1.1, 1.3, 1.7]}},
+        40,
+    ),
+    "llama-rope-longrope-short": (
+        LLAMA | {"num_hidden_layers": 1, "max_position_embeddings": 96, "rope_parameters": LONGROPE},
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0, 1.0, 1.0, 1.0]}},
+        24,
+    ),
+    "mistral-window": (
+        MISTRAL | {"head_dim": 16, "sliding_window": 5, "rope_theta": 10000.0},
+        {"sliding_window": None},
+        160,
+    ),
+    "qwen2-window-layers": (
+        QWEN2
+        | {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+            "rope_theta": 1000.0,
+        },
+        {"max_window_layers": 2},
+        40,
+    ),
+    "qwen3-tied": (
+        QWEN3 | {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000.0}},
+        {"rope_parameters": {"rope_theta": 10000.0}},
+        40,
+    ),
+    "qwen3-layer-types": (
+        QWEN3
+        | {
+            "head_dim": 8,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_theta": 1000.0,
+        },
+        {"layer_types": ["full_attention", "full_attention"]},
+        40,
+    ),
+}
+
+
+def randomise(model, seed):
+    """Weights wide enough that attention is far from uniform, norms and biases away from their defaults."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            value = 1.0 + 0.3 * noise
+        elif name.endswith("bias"):
+            value = 0.3 * noise
+        else:
+            value = 0.25 * noise
+        parameter.data.copy_(value)
+
+
+def logits_of(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(ids[None], use_cache=False).logits[0].float()
+
+
+def write_config(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_case(seed, name, config, plainer, length):
+    folder = GOLDEN / name
+    write_config(folder, config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    randomise(model, seed)
+    state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(1000 + seed))
+    logits = logits_of(folder, ids)
+
+    plain = folder / "plainer"
+    write_config(plain, config | plainer)
+    shutil.copy(folder / "model.safetensors", plain / "model.safetensors")
+    difference = (logits - logits_of(plain, ids)).abs().max().item()
+    shutil.rmtree(plain)
+    assert difference > 1e-3, f"{name}: the plainer config gives the same logits ({difference})"
+    save_file(
+        {"input_ids": ids, "logits": logits.contiguous()},
+        folder / "golden.safetensors",
+        metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
+    )
+    print(f"{name:28} |logit| {logits.abs().max():7.3f}  plainer config differs by {difference:.3f}")
+
+
+def write_books():
+    source = ROOT / "models/books-10m"
+    text = (source / "evaluation.txt").read_text()[:1000]
+    ids = [1] + AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(ids[:64])
+    positions = torch.tensor([0, 1, 31, 63])
+    logits = logits_of(source, ids)
+    folder = GOLDEN / "books-10m"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"input_ids": ids, "positions": positions, "logits": logits[positions].contiguous()},
+        folder / "golden.safetensors",
+        metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
+    )
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
+    print(f"{'books-10m':28} |logit| {logits.abs().max():7.3f}  perplexity of the 64 tokens {math.exp(loss):.1f}")
+
+
+def write_int8():
+    """Dynamic per-token symmetric int8, with an all-zero token and exact ties."""
+    x = torch.randn((7, 24), generator=torch.Generator().manual_seed(7)) * 3
+    x[2] = 0.0
+    x[3] = torch.arange(24) * 0.5 - 3.0
+    x[3, 0] = -127.5
+    x[4] *= 1e-6
+    x[5, 3] = 1e4
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    batch = x[None]
+    scale, zero = compute_dynamic_scales_and_zp(batch, args, torch.nn.Module())
+    output = fake_quantize(batch, scale, zero, args)[0]
+    folder = GOLDEN / "int8-activations"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"input": x, "output": output.contiguous()},
+        folder / "golden.safetensors",
+        metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
+    )
+    print(f"{'int8-activations':28} changed by at most {(x - output).abs().max():.3f}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for index, (name, (config, plainer, length)) in enumerate(CASES.items()):
+        write_case(index, name, config, plainer, length)
+    write_books()
+    write_int8()
+    assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

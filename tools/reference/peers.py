@@ -1,0 +1,210 @@
+"""How other tools read a quantized folder, and what its tensors mean by definition.
+
+Two loaders, each the peer's own, on the CPU and in f32:
+
+* compressed-tensors folders go through transformers' `AutoModelForCausalLM.from_pretrained`. Modules hold the stored
+  tensors until the first forward pass, which decompresses them; `f32` there means that scales are widened first.
+* GPTQ folders go through GPTQModel, whose kernels take only 16-bit activations. Every linear's weight is therefore asked
+  from GPTQModel's own `dequantize_weight` with the scales widened to f32, and runs in a plain f32 transformers model.
+
+`definition` is a third, independent reading: bits straight from the file, as the formats' documents describe them.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+MARKERS = {"weight_packed": "pack-quantized", "qweight": "gptq"}
+"""Tensors that only one format has."""
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Sends what the peers print, from Python or from C, to a file: their progress bars would bury the table."""
+    with log.open("ab") as sink, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        saved = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+            yield
+        finally:
+            for target, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, target)
+                os.close(copy)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the folder under its stored name."""
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
+def quantization_config(folder: Path) -> dict:
+    """The `quantization_config` of the folder; empty when it is dense."""
+    return json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+
+
+def modules(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Quantized modules, and which format the stored tensors of each betray."""
+    found = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind in MARKERS:
+            found[module] = MARKERS[kind]
+        elif kind == "weight" and tensor.dtype == torch.int8:
+            found[module] = "naive-quantized"
+    return found
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """`count` unsigned codes from each row of int32 words: a little-endian stream of bits, lowest bit first."""
+    stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    codes = stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
+    return torch.from_numpy(codes)
+
+
+def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> torch.Tensor:
+    """The weight `[out, in]` that the stored tensors of a module stand for: `scale · (code − zero)` in f32."""
+
+    def part(kind: str) -> torch.Tensor | None:
+        return tensors.get(f"{module}.{kind}")
+
+    if (qweight := part("qweight")) is not None:
+        bits, out = config["bits"], qweight.shape[1]
+        columns = qweight.shape[0] * 32 // bits
+        codes = unpack(qweight.T, bits, columns)
+        zeros = unpack(part("qzeros"), bits, out).T + 1
+        scales, group_of = part("scales").T.float(), part("g_idx").long()
+        return (scales[:, group_of] * (codes - zeros[:, group_of]).float()).contiguous()
+    weights = next(iter(config["config_groups"].values()))["weights"]
+    bits, scales = weights["num_bits"], part("weight_scale").float()
+    zeros = part("weight_zero_point")
+    if (packed := part("weight_packed")) is not None:
+        out, columns = part("weight_shape").tolist()
+        codes = unpack(packed, bits, columns)
+        zeros = torch.tensor(1 << (bits - 1)) if zeros is None else unpack(zeros.T, bits, out).T
+    else:
+        codes = part("weight").long()
+        columns = codes.shape[1]
+        zeros = torch.tensor(0) if zeros is None else zeros.long()
+    if scales.ndim == 1:  # one for the whole tensor
+        scales = scales.expand(len(codes), 1)
+    group_of = torch.arange(columns) // (columns // scales.shape[1])
+    zeros = zeros.expand(scales.shape)
+    return scales[:, group_of] * (codes - zeros[:, group_of]).float()
+
+
+def flip_code(folder: Path, copy: Path) -> str:
+    """Copies the folder and flips one bit, the highest of the first code of one matrix; returns the tensor's name.
+
+    The matrix is the last quantized one that writes to the residual stream, where one weight is sure to be seen.
+    """
+    shutil.copytree(folder, copy)
+    config = quantization_config(folder)
+    bits = config.get("bits") or next(iter(config["config_groups"].values()))["weights"]["num_bits"]
+    for shard in sorted(copy.glob("*.safetensors"), reverse=True):
+        with safe_open(shard, "pt") as file:
+            shapes = {name: None for name in file.keys()}
+        codes = [name for name in shapes if name.endswith(("down_proj.weight_packed", "down_proj.qweight", "down_proj.weight"))]
+        if not codes:
+            continue
+        name = max(codes, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split(".")])
+        data = bytearray(shard.read_bytes())
+        header = int.from_bytes(data[:8], "little")
+        begin = json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
+        data[8 + header + begin] ^= 1 << (bits - 1)
+        shard.write_bytes(data)
+        return name
+    raise LookupError(f"{folder} holds no quantized down_proj")
+
+
+@contextlib.contextmanager
+def packed_zero_placeholder() -> Iterator[None]:
+    """Gives compressed-tensors' placeholder of packed zero points the shape that its own files have.
+
+    compressed-tensors 0.20 under transformers 5.23 cannot load any asymmetric pack-quantized folder, its own included:
+    the empty parameter for `weight_zero_point` is made as [out, groups] int8, while its compressor (and vLLM) store
+    [ceil(out · bits / 32), groups] int32. Only the shape of an empty tensor changes here; unpacking stays theirs.
+    """
+    stock: Callable = PackedQuantizationCompressor.__dict__["compress"].__func__
+
+    def compress(cls: type, state_dict: dict[str, torch.Tensor], scheme: object) -> dict[str, torch.Tensor]:
+        result = stock(cls, state_dict, scheme)
+        zeros = result.get("weight_zero_point")
+        if zeros is not None and zeros.device.type == "meta" and zeros.dtype != torch.int32:
+            rows = math.ceil(zeros.shape[0] * scheme.weights.num_bits / 32)
+            result["weight_zero_point"] = torch.empty((rows, zeros.shape[1]), dtype=torch.int32, device="meta")
+        return result
+
+    PackedQuantizationCompressor.compress = classmethod(compress)
+    try:
+        yield
+    finally:
+        PackedQuantizationCompressor.compress = classmethod(stock)
+
+
+def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: bool = False) -> PreTrainedModel:
+    """The folder as transformers and compressed-tensors load it; every stored tensor must have found its place.
+
+    With `dequantize` it takes transformers' other route, which rounds each weight to the type of its scale.
+    """
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    with contextlib.nullcontext() if dequantize else packed_zero_placeholder():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options
+        )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ValueError(f"{folder}: transformers reports {problem}: {sorted(report[problem])[:4]}")
+    return model.eval()
+
+
+def load_gptq(folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """An f32 model on the weights that GPTQModel's kernels hold, and those kernels' own 16-bit weights by module."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    peer = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
+    tensors = stored(folder)
+    quantized = modules(tensors)
+    state = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[0] not in quantized or n.endswith(".bias")}
+    half = {}
+    for module in quantized:
+        kernel = peer.get_submodule(module)
+        half[module] = kernel.dequantize_weight().T
+        kernel.scales = kernel.scales.float()
+        kernel.clear_weight_cache()
+        state[f"{module}.weight"] = kernel.dequantize_weight().T.contiguous()
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    model.load_state_dict(state, strict=True)
+    return model.eval(), half
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Any folder, dense or quantized, as an f32 model."""
+    method = quantization_config(folder).get("quant_method")
+    if method == "gptq":
+        return load_gptq(folder)[0]
+    if method is not None:
+        return load_compressed_tensors(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[windows, window, vocab]`, one window per pass, as a user of the model would compute them."""
+    with torch.no_grad():
+        return torch.cat([model(window[None]).logits.float() for window in input_ids])

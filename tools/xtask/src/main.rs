@@ -1,0 +1,172 @@
+//! Repository chores: `cargo xtask tidy | golden | conformance`.
+//!
+//! Each chore is a list of commands that anyone could type; this program only knows their order and what they need.
+//! The house rules themselves are a test of the root package, `tests/house.rs`.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser};
+use serde_json::Value;
+
+/// Chores of the bitmill repository.
+#[derive(Parser)]
+enum Chore {
+    /// Formatting, lints and the house rules.
+    Tidy,
+    /// Regenerates the golden files with the reference programs.
+    Golden {
+        #[command(flatten)]
+        reference: Reference,
+    },
+    /// Builds bitmill and holds its folders against transformers, compressed-tensors and GPTQModel.
+    Conformance {
+        #[command(flatten)]
+        reference: Reference,
+        /// Only cases whose name this regular expression finds.
+        #[arg(long, default_value = "")]
+        cases: String,
+        /// Unquantized model folder.
+        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
+        model: PathBuf,
+        /// Text to compare on.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
+        text: PathBuf,
+        /// Scratch folder; the result stays there as conformance.json.
+        #[arg(long, default_value_os_t = root().join("target/conformance"))]
+        work: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct Reference {
+    /// Interpreter of a Python 3.11 environment with tools/reference/requirements.txt installed.
+    #[arg(long)]
+    python: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let done = match Chore::parse() {
+        Chore::Tidy => tidy(),
+        Chore::Golden { reference } => golden(&reference.python),
+        Chore::Conformance { reference, cases, model, text, work } => {
+            conformance(&reference.python, &cases, &model, &text, &work)
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn tidy() -> Result<()> {
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo().args(["test", "--test", "house"]))
+}
+
+fn golden(python: &Path) -> Result<()> {
+    require_packages(python)?;
+    let scripts = reference_dir();
+    let listing = std::fs::read_dir(&scripts).with_context(|| format!("reading {}", scripts.display()))?;
+    let mut golden: Vec<PathBuf> = listing.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    golden.retain(|path| {
+        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        name.starts_with("golden_") && name.ends_with(".py")
+    });
+    golden.sort();
+    if golden.is_empty() {
+        bail!("{} holds no golden_*.py", scripts.display());
+    }
+    golden.iter().try_for_each(|script| run(Command::new(python).arg(script)))
+}
+
+fn conformance(python: &Path, cases: &str, model: &Path, text: &Path, work: &Path) -> Result<()> {
+    require_packages(python)?;
+    run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+    let mut check = Command::new(python);
+    check.arg(reference_dir().join("conformance.py"));
+    check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
+    check.arg("--model").arg(model).arg("--text").arg(text).arg("--work").arg(work);
+    if !cases.is_empty() {
+        check.arg("--cases").arg(cases);
+    }
+    run(&mut check)
+}
+
+/// Fails with what to install unless the interpreter runs and has the pinned packages.
+fn require_packages(python: &Path) -> Result<()> {
+    let requirements = reference_dir().join("requirements.txt");
+    let remedy = format!(
+        "make an environment with `python3.11 -m venv VENV && VENV/bin/pip install -r {}`, then pass \
+         --python VENV/bin/python",
+        requirements.display()
+    );
+    let pinned =
+        std::fs::read_to_string(&requirements).with_context(|| format!("reading {}", requirements.display()))?;
+    // importlib.metadata reads package versions without importing the packages, which takes seconds.
+    let program = "import json, sys\nfrom importlib.metadata import PackageNotFoundError, version\nfound = {}\n\
+                   for name in sys.argv[1:]:\n    try:\n        found[name] = version(name)\n    \
+                   except PackageNotFoundError:\n        found[name] = None\nprint(json.dumps(found))";
+    let pins: Vec<(&str, &str)> = pinned.lines().filter_map(|line| line.trim().split_once("==")).collect();
+    let mut query = Command::new(python);
+    query.args(["-c", program]).args(pins.iter().map(|(name, _)| name));
+    let output = query
+        .output()
+        .with_context(|| format!("{} does not start as a Python interpreter; {remedy}", python.display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{} does not work as a Python interpreter: {}; {remedy}", python.display(), said.trim());
+    }
+    let found: Value = serde_json::from_slice(&output.stdout).context("the list of installed packages")?;
+    for (name, wanted) in pins {
+        match found[name].as_str() {
+            None => bail!("{} lacks the package {name}; {remedy}", python.display()),
+            // A local build tag ("2.15.0+cpu") is the same release.
+            Some(version) if version.split('+').next() == Some(wanted) => {}
+            Some(version) => eprintln!("note: {name} {version} is installed, results are recorded for {wanted}"),
+        }
+    }
+    Ok(())
+}
+
+/// The cargo that runs this program, at the root of the repository.
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Where cargo puts binaries; CARGO_TARGET_DIR or a config file may move it.
+fn target_dir() -> Result<PathBuf> {
+    let output = cargo().args(["metadata", "--format-version", "1", "--no-deps"]).output().context("cargo metadata")?;
+    let metadata: Value = serde_json::from_slice(&output.stdout).context("the answer of cargo metadata")?;
+    let dir = metadata["target_directory"].as_str().context("cargo metadata names no target_directory")?;
+    Ok(PathBuf::from(dir))
+}
+
+fn root() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors().nth(2).unwrap_or(here)
+}
+
+fn reference_dir() -> PathBuf {
+    root().join("tools/reference")
+}
+
+/// Runs a command in the open and fails with its text unless it succeeds.
+fn run(command: &mut Command) -> Result<()> {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let line = words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ");
+    eprintln!("$ {line}");
+    let status = command.status().with_context(|| format!("starting `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}
