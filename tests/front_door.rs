@@ -155,7 +155,9 @@ fn text_tables_name_what_they_measure() {
     }
     let said = success(bitmill(["inspect"]).arg(&out));
     assert!(said.contains("pack-quantized") && said.contains("w4 g128 sym"), "{said}");
+    let file = json(bitmill(["inspect"]).arg(out.join("model.safetensors")));
+    assert!(file["bytes"].as_u64().unwrap() > 10_000_000 && file["known_architecture"] == false);
     for command in ["quantize", "eval", "inspect"] {
-        assert!(success(bitmill([command, "--help"])).contains("--json"));
+        assert!(success(&mut bitmill([command, "--help"])).contains("--json"));
     }
 }

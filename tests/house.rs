@@ -19,6 +19,9 @@ const TOP: [&str; 7] = ["Cargo.toml", "Cargo.lock", "crates", "tools", "tests", 
 /// Names that say nothing about what is inside.
 const NAMELESS: [&str; 8] = ["utils", "util", "helpers", "helper", "common", "manager", "core", "misc"];
 
+/// Folders and files where a panic is how a failure is reported.
+const PANICS_REPORT: [&str; 4] = ["tests", "tests.rs", "benches", "fuzz_targets"];
+
 const LONGEST_FILE: usize = 600;
 
 /// One Rust file of the repository.
@@ -105,7 +108,7 @@ fn nothing_panics_for_convenience() {
     let test_files: BTreeSet<String> = all.iter().flat_map(test_modules).collect();
     let mut found = Vec::new();
     for source in &all {
-        let in_tests = source.path.split('/').any(|part| part == "tests" || part == "tests.rs");
+        let in_tests = source.path.split('/').any(|part| PANICS_REPORT.contains(&part));
         if !in_tests && !test_files.contains(&source.path) {
             let code = without_tests(&source.code);
             found.extend(lines_with(&source.path, &code, |line| {
@@ -113,7 +116,10 @@ fn nothing_panics_for_convenience() {
             }));
         }
     }
-    none("no `.unwrap()` or `.expect(` outside tests: return an error, or match and say which invariant broke", &found);
+    none(
+        "no `.unwrap()` or `.expect(` outside tests and benches: return an error, or match and say which invariant broke",
+        &found,
+    );
 }
 
 #[test]

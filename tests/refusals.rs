@@ -82,7 +82,7 @@ fn weights_that_are_not_numbers() {
 #[test]
 fn configs_that_do_not_fit() {
     refused(&books(), &["--group-size", "96"], &["model.layers.0", "group size 96", "256", "--group-size"]);
-    refused(&books(), &["--format", "gptq", "--asymmetric"], &["gptq", "asym", "q_proj"]);
+    refused(&books(), &["--format", "gptq", "--asymmetric"], &["gptq", "asym", "model.layers.0.mlp.down_proj"]);
     refused(&books(), &["--format", "gptq", "--bits", "5"], &["gptq", "w5"]);
     refused(&books(), &["--ignore", "(["], &["--ignore", "not a regular expression"]);
     refused(&books(), &["--ignore", ".*"], &["no tensor is left", "--ignore"]);

@@ -15,6 +15,7 @@ mod windows;
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
 pub use metrics::{Divergence, Perplexity, Summary};
+pub use sentencepiece::to_tokenizer_json;
 pub use stats::SiteStats;
 pub use stream::{Stream, StreamKind, in_order};
 pub use tokenizer::Tokenizer;

@@ -32,7 +32,7 @@ enum Field<'a> {
 ///
 /// # Errors
 /// A sentence on what is malformed or unsupported.
-pub(crate) fn to_tokenizer_json(model: &[u8]) -> Result<Value, String> {
+pub fn to_tokenizer_json(model: &[u8]) -> Result<Value, String> {
     let (mut pieces, mut kind, mut dummy_prefix, mut extra_spaces, mut map) = (Vec::new(), UNIGRAM, true, true, false);
     for_each_field(model, |number, field| {
         match (number, field) {

@@ -96,6 +96,16 @@ impl Checkpoint {
         Checkpoint::assemble(dir.to_owned(), config, shards)
     }
 
+    /// Opens one safetensors file without a folder around it; its configuration is empty.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_file(file: &Path) -> Result<Self, Error> {
+        let shard = Shard::open(file.to_owned(), "give a model folder or a safetensors file")?;
+        let dir = file.parent().unwrap_or(Path::new("")).to_owned();
+        Checkpoint::assemble(dir, Value::Object(serde_json::Map::new()), vec![shard])
+    }
+
     /// A checkpoint of one shard held in memory, for bytes that did not come from a folder.
     ///
     /// # Errors

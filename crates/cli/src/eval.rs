@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// Windows, spread evenly over the text; by default as many as it holds
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Also write the tokens and logits of every window to this safetensors file
+    /// Also write the tokens (`input_ids`) and logits (`logits.N` of window N) to this safetensors file
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
     #[command(flatten)]
@@ -74,7 +74,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     print(args, &result, started.elapsed().as_secs_f64())
 }
 
-/// Evaluates and writes `input_ids [windows, window]` and `logits [windows, window, vocab]`.
+/// Evaluates and writes `input_ids [windows, window]` and, for each window N, `logits.N [window, vocab]`: one tensor a
+/// window, since the logits of all of them would not fit in memory.
 fn with_logits(
     what: Comparison<'_>,
     windows: &Windows,

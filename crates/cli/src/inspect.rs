@@ -1,4 +1,4 @@
-//! `bitmill inspect`: what a model folder holds, from its headers.
+//! `bitmill inspect`: what a model folder or a safetensors file holds, from headers.
 
 use crate::units;
 use bitmill_checkpoint::Checkpoint;
@@ -6,13 +6,13 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// Show what a model folder holds
+/// Show what a model folder or a safetensors file holds
 ///
 /// Reads headers only: architecture, format, and for every way of storing weights the number of tensors, weights, bytes
 /// and bits per weight.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a model
+    /// Folder of a model, or one safetensors file
     path: PathBuf,
     /// List every tensor
     #[arg(long)]
@@ -31,7 +31,10 @@ struct Kind {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.path)?;
+    let checkpoint = match args.path.is_file() {
+        true => Checkpoint::open_file(&args.path)?,
+        false => Checkpoint::open(&args.path)?,
+    };
     let spec = bitmill_models::spec(checkpoint.config());
     let model_type = checkpoint.config()["model_type"].as_str().unwrap_or("unknown").to_owned();
     let format = checkpoint.dialect().map_or("dense", |d| d.format().name());

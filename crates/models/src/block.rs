@@ -1,6 +1,6 @@
 //! One decoder block: its weights, and its execution in five pieces that meet at the sites.
 
-use crate::linear::{Linear, forward_all};
+use crate::linear::{Input, Linear};
 use crate::weights::shaped;
 use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
 use bitmill_scheme::Activations;
@@ -76,7 +76,9 @@ impl Block {
     /// [`Error::Window`] when `rope` was built for another length; [`Error::Tensor`] on a weight of another shape.
     pub fn attn_out(&self, x: &Tensor, rope: &RopeTable) -> Result<Tensor, Error> {
         let (cos, sin) = rope.for_window(x.dim(0)?)?;
-        let [mut q, mut k, v] = forward_all([Role::Q, Role::K, Role::V].map(|role| self.at(role)), x)?;
+        let [q, k, v] = [Role::Q, Role::K, Role::V].map(|role| self.at(role));
+        let input = Input::new(x, &[q, k, v])?;
+        let (mut q, mut k, v) = (q.read(&input)?, k.read(&input)?, v.read(&input)?);
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             q = self.norm_heads(&q, q_norm)?;
             k = self.norm_heads(&k, k_norm)?;
@@ -100,7 +102,9 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn mlp_out(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let [gate, up] = forward_all([self.at(Role::Gate), self.at(Role::Up)], x)?;
+        let [gate, up] = [Role::Gate, Role::Up].map(|role| self.at(role));
+        let input = Input::new(x, &[gate, up])?;
+        let (gate, up) = (gate.read(&input)?, up.read(&input)?);
         let gate = match self.act {
             Act::Silu => {
                 ops::silu_mul(&gate, &up)?;
@@ -196,3 +200,6 @@ impl Block {
         &mut self.linears[role as usize]
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@
 #[non_exhaustive]
 pub enum Error {
     /// The config names an architecture that is not in [`crate::ARCHES`].
-    #[error("unknown architecture `{model_type}`; calibration needs one of: {}. Methods that need no data still work", known.join(", "))]
+    #[error("unknown architecture `{model_type}`; known are {}. Methods that need no data still work", known.join(", "))]
     UnknownArchitecture {
         /// `model_type` of the config, or `(none)`.
         model_type: String,

@@ -26,18 +26,15 @@ impl Linear {
 
     /// `x [tokens, in]` to `[tokens, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        Ok(self.product(&self.input(x)?)?)
+        self.read(&Input::new(x, &[self])?)
     }
 
-    /// `x` as the product sees it.
-    fn input(&self, x: &Tensor) -> Result<Tensor, Error> {
-        Ok(match self.activations {
-            Activations::Full => x.clone(),
-            Activations::DynamicInt8 => ops::round_int8(x)?,
-        })
-    }
-
-    fn product(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    /// The output `[tokens, out]` for an input shared with other linears.
+    pub(crate) fn read(&self, input: &Input<'_>) -> Result<Tensor, Error> {
+        let x = match (self.activations, &input.int8) {
+            (Activations::DynamicInt8, Some(rounded)) => rounded,
+            _ => input.full,
+        };
         let y = ops::product(x, &self.weight)?;
         if let Some(bias) = &self.bias {
             ops::add(&y, bias)?;
@@ -46,17 +43,16 @@ impl Linear {
     }
 }
 
-/// The outputs of several linears that read one `x`, which is rounded once.
-pub(crate) fn forward_all<const N: usize>(linears: [&Linear; N], x: &Tensor) -> Result<[Tensor; N], Error> {
-    let rounded = linears.iter().find(|l| l.activations != Activations::Full).map(|l| l.input(x)).transpose()?;
-    let mut out = [const { None }; N];
-    for (slot, linear) in out.iter_mut().zip(linears) {
-        let input = match (&rounded, linear.activations) {
-            (Some(rounded), Activations::DynamicInt8) => rounded,
-            _ => x,
-        };
-        *slot = Some(linear.product(input)?);
+/// An activation `[tokens, in]` as the linears of one site read it: rounded once for all that want it so.
+pub(crate) struct Input<'a> {
+    full: &'a Tensor,
+    int8: Option<Tensor>,
+}
+
+impl<'a> Input<'a> {
+    /// Prepares `x` for `linears`.
+    pub(crate) fn new(x: &'a Tensor, linears: &[&Linear]) -> Result<Self, Error> {
+        let wanted = linears.iter().any(|linear| linear.activations == Activations::DynamicInt8);
+        Ok(Input { full: x, int8: if wanted { Some(ops::round_int8(x)?) } else { None } })
     }
-    // Every slot was filled above; an array has no fallible map.
-    Ok(out.map(|y| y.unwrap_or_else(|| x.clone())))
 }

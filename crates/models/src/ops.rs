@@ -214,7 +214,7 @@ fn reduce(row: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn
 fn exp(x: f32) -> f32 {
     const TO_INTEGER: f32 = 12_582_912.0;
     // ln 2 in two parts, the first short enough that its product with an exponent is exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;

@@ -50,7 +50,7 @@ impl Weights for BTreeMap<String, Tensor> {
 impl Weights for Checkpoint {
     fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         let view = Checkpoint::tensor(self, name)?;
-        Ok(Tensor::from_vec(view.to_f32()?, &*view.shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(view.to_f32()?, view.shape, &Device::Cpu)?)
     }
 
     fn linear(&self, module: &str) -> Result<Tensor, Error> {

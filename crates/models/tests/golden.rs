@@ -2,6 +2,9 @@
 //!
 //! The files come from `tools/reference/golden_logits.py`, which records the versions it ran with in their metadata.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test")]
+
+use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{ARCHES, Block, Ends, ModelSpec, RopeTable, Weights, spec};
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,15 +19,6 @@ fn golden() -> PathBuf {
 
 fn load(path: PathBuf) -> BTreeMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect()
-}
-
-fn config(folder: &Path) -> serde_json::Value {
-    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
-}
-
-fn weights(folder: &Path) -> BTreeMap<String, Tensor> {
-    let to_f32 = |(name, tensor): (String, Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
-    load(folder.join("model.safetensors")).into_iter().map(to_f32).collect()
 }
 
 fn ids(golden: &BTreeMap<String, Tensor>) -> Vec<u32> {
@@ -50,14 +44,14 @@ fn assert_close(case: &str, got: &Tensor, expected: &Tensor) {
 }
 
 /// Every tensor stored is claimed exactly once, every tensor required is stored, all in the shapes the config implies.
-fn assert_claimed(case: &str, spec: &ModelSpec, weights: &BTreeMap<String, Tensor>) {
+fn assert_claimed(case: &str, spec: &ModelSpec, checkpoint: &Checkpoint) {
     let slots = spec.tensors();
-    for name in weights.keys() {
-        assert_eq!(slots.iter().filter(|s| s.name == *name).count(), 1, "{case}: {name}");
+    for name in checkpoint.names() {
+        assert_eq!(slots.iter().filter(|s| s.name == name).count(), 1, "{case}: {name}");
     }
     for slot in slots {
-        match weights.get(&slot.name) {
-            Some(tensor) => assert_eq!(tensor.dims(), slot.shape, "{case}: {}", slot.name),
+        match checkpoint.spec(&slot.name) {
+            Some(stored) => assert_eq!(stored.shape, slot.shape, "{case}: {}", slot.name),
             None => assert!(slot.optional, "{case}: {} is not stored", slot.name),
         }
     }
@@ -70,10 +64,11 @@ fn every_golden_checkpoint_gives_the_reference_logits() {
     folders.sort();
     for folder in folders.iter().filter(|f| f.join("config.json").exists()) {
         let case = folder.file_name().unwrap().to_string_lossy();
-        let (spec, weights) = (spec(&config(folder)).unwrap(), weights(folder));
-        assert_claimed(&case, &spec, &weights);
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let spec = spec(checkpoint.config()).unwrap();
+        assert_claimed(&case, &spec, &checkpoint);
         let golden = load(folder.join("golden.safetensors"));
-        assert_close(&case, &logits(&spec, &weights, &ids(&golden)), &golden["logits"]);
+        assert_close(&case, &logits(&spec, &checkpoint, &ids(&golden)), &golden["logits"]);
         types.insert(spec.model_type);
     }
     let known: BTreeSet<String> = ARCHES.iter().flat_map(|a| a.model_types()).map(ToString::to_string).collect();
@@ -83,10 +78,11 @@ fn every_golden_checkpoint_gives_the_reference_logits() {
 #[test]
 fn books_10m_gives_the_reference_logits() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/books-10m");
-    let (spec, weights) = (spec(&config(&folder)).unwrap(), weights(&folder));
-    assert_claimed("books-10m", &spec, &weights);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let spec = spec(checkpoint.config()).unwrap();
+    assert_claimed("books-10m", &spec, &checkpoint);
     let golden = load(golden().join("books-10m/golden.safetensors"));
     let positions = golden["positions"].to_dtype(DType::U32).unwrap();
-    let got = logits(&spec, &weights, &ids(&golden)).index_select(&positions, 0).unwrap();
+    let got = logits(&spec, &checkpoint, &ids(&golden)).index_select(&positions, 0).unwrap();
     assert_close("books-10m", &got, &golden["logits"]);
 }

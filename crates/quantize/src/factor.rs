@@ -4,9 +4,7 @@
 //! only on columns up to k. Rounding column k to the grid value nearest to w_k − Σ_{j<k} Δ_j·Ũ_jk is therefore the best
 //! greedy choice: LDLQ (QuIP), and the same assignment as GPTQ, without inverting H (methods part 1.3).
 
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
-use faer::{Mat, Par};
+use bitmill_kernels::cholesky;
 
 /// The factors of a damped, permuted H.
 #[derive(Debug, Clone)]
@@ -47,30 +45,27 @@ impl Factor {
         let n = order.len();
         // Cholesky gives H = L·Lᵀ with L lower; of the matrix with rows and columns reversed it gives the upper one.
         let at = |i: usize| order[n - 1 - i] as usize;
-        let mut m = Mat::<f64>::from_fn(n, n, |i, j| {
-            let (r, c) = (at(i), at(j));
-            let v = f64::from(h[r * n + c]);
-            if r != c {
-                v
-            } else if v <= 0.0 {
-                mean * f64::from(1.0 + damping)
-            } else {
-                v + f64::from(damping) * mean
+        let mut m = vec![0.0f64; n * n];
+        for i in 0..n {
+            for j in 0..=i {
+                let (r, c) = (at(i), at(j));
+                let v = f64::from(h[r * n + c]);
+                m[i * n + j] = match (r == c, v <= 0.0) {
+                    (false, _) => v,
+                    (true, true) => mean * f64::from(1.0 + damping),
+                    (true, false) => v + f64::from(damping) * mean,
+                };
             }
-        });
-        // One thread: the factor must be the same bits at any thread count.
-        let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
-        let stack = MemStack::new(&mut memory);
-        cholesky_in_place(m.as_mut(), LltRegularization::default(), Par::Seq, stack, Default::default()).ok()?;
+        }
+        if !cholesky(&mut m, n) {
+            return None;
+        }
         let mut factor = Factor { n, unit: vec![0.0; n * n], diagonal: vec![0.0; n], damping };
         for j in 0..n {
-            let pivot = m[(n - 1 - j, n - 1 - j)];
-            if !(pivot.is_finite() && pivot > 0.0) {
-                return None;
-            }
+            let pivot = m[(n - 1 - j) * n + n - 1 - j];
             factor.diagonal[j] = (pivot * pivot) as f32;
             for i in 0..=j {
-                factor.unit[i * n + j] = (m[(n - 1 - i, n - 1 - j)] / pivot) as f32;
+                factor.unit[i * n + j] = (m[(n - 1 - i) * n + n - 1 - j] / pivot) as f32;
             }
         }
         factor.unit.iter().all(|v| v.is_finite()).then_some(factor)
@@ -141,8 +136,19 @@ mod tests {
         }
         let trace: f32 = (0..n).map(|i| h[i * n + i]).sum();
         assert!(f.diagonal.iter().sum::<f32>() <= trace);
-        let m = Mat::<f64>::from_fn(n, n, |i, j| f64::from(h[i * n + j]));
-        let (log_det, log_d) = (m.determinant().ln(), f.diagonal.iter().map(|&d| f64::from(d).ln()).sum::<f64>());
+        // The determinant by Gaussian elimination.
+        let mut m: Vec<f64> = h.iter().map(|&v| f64::from(v)).collect();
+        let mut log_det = 0.0;
+        for p in 0..n {
+            log_det += m[p * n + p].ln();
+            for i in p + 1..n {
+                let f = m[i * n + p] / m[p * n + p];
+                for j in p..n {
+                    m[i * n + j] -= f * m[p * n + j];
+                }
+            }
+        }
+        let log_d: f64 = f.diagonal.iter().map(|&d| f64::from(d).ln()).sum();
         assert!((log_det - log_d).abs() < 1e-3, "{log_det} {log_d}");
 
         let identity: Vec<f32> = (0..n * n).map(|i| f32::from(u8::from(i % (n + 1) == 0))).collect();

@@ -1,4 +1,5 @@
 //! One file per operation.
 
+pub(crate) mod cholesky;
 pub(crate) mod matrix;
 pub(crate) mod pack;

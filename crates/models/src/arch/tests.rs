@@ -1,3 +1,5 @@
+//! Configs that must be read, refused or survived, as tables.
+
 use super::*;
 use crate::{EMBEDDING, RopeKind};
 use serde_json::json;

@@ -1,3 +1,5 @@
+//! Each operation against its definition, candle or a golden file.
+
 use super::*;
 use candle_core::{Device, IndexOp};
 use std::path::Path;
