@@ -97,14 +97,14 @@ fn main() {
     assert!(loss(&w, &q.dequantize(), &h).iter().sum::<f64>() < before);
     row(
         "coordinate descent, 4 sweeps",
-        time(|| drop(black_box(descend(&w, &mut start.clone(), &h, 4)))),
+        time(|| _ = black_box(descend(&w, &mut start.clone(), &h, 4))),
         (out * n * n) as f64,
         "GMAC/s",
         macs,
     );
     row(
         "scales refitted",
-        time(|| drop(black_box(refit_scales(&w, &mut start.clone(), &h)))),
+        time(|| _ = black_box(refit_scales(&w, &mut start.clone(), &h))),
         (out * n * n) as f64,
         "GMAC/s",
         macs,

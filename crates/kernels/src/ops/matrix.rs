@@ -24,6 +24,9 @@ impl Element for f64 {
     const ONE: f64 = 1.0;
 }
 
+/// Tokens multiplied at a time: 1024 of width 1024 are 4 MB.
+const TOKENS: usize = 1024;
+
 /// Rows of H that one task computes: enough for the product to run near its peak, few enough to share among threads.
 /// It depends on the shape alone, so the sums are folded the same way at any thread count.
 fn band(n: usize) -> usize {
@@ -131,14 +134,23 @@ where
 /// When the lengths do not fit `n`: a caller's bug.
 pub fn syrk<T: Element + PartialEq>(x: &[T], n: usize, h: &mut [T]) {
     assert!(n > 0 && x.len().is_multiple_of(n) && h.len() == n * n, "syrk shapes");
-    let x = View::new(x, x.len() / n, n, n);
-    // A band of rows of H is one task; what lies right of its diagonal tile is filled by the mirror below.
+    // A band of rows of H is one task; what lies right of its diagonal tile is filled by the mirror below. Tokens come in
+    // portions that stay in cache while all bands read them.
     let band = band(n);
-    h.par_chunks_mut(band * n).enumerate().for_each(|(i, rows)| {
-        let (from, height) = (i * band, rows.len() / n);
-        let to = from + height;
-        gemm(T::ONE, x.columns(from, to).t(), x.columns(0, to), T::ONE, &mut ViewMut::new(rows, height, to, n));
-    });
+    for part in x.chunks(TOKENS * n) {
+        let part = View::new(part, part.len() / n, n, n);
+        h.par_chunks_mut(band * n).enumerate().for_each(|(i, rows)| {
+            let (from, height) = (i * band, rows.len() / n);
+            let to = from + height;
+            gemm(
+                T::ONE,
+                part.columns(from, to).t(),
+                part.columns(0, to),
+                T::ONE,
+                &mut ViewMut::new(rows, height, to, n),
+            );
+        });
+    }
     for i in 0..n {
         for j in 0..i {
             h[j * n + i] = h[i * n + j];
