@@ -79,7 +79,6 @@ fn main() {
         grid: scheme.grid(),
         group_len: 128,
         search: ScaleSearch::Hessian,
-        importance: &importance,
         fixed: None,
     };
     let seconds = time(|| drop(black_box(sweep(&w, &what))));

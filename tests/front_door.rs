@@ -1,5 +1,7 @@
 //! What a user relies on: a folder goes in, a complete smaller folder comes out, and the reports are true.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use safetensors::SafeTensors;

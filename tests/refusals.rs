@@ -1,5 +1,7 @@
 //! Bad input gets its own clear error before work starts, and no file is lost.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use half::bf16;

@@ -1,5 +1,7 @@
 //! A run killed at any instant is taken up by the same command and ends in the same bytes.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::path::Path;

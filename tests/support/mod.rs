@@ -1,6 +1,7 @@
 //! What the tests of the binary share: running it, and looking at folders.
 
 #![allow(dead_code, reason = "each test file uses its own part of this module")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use serde_json::Value;
 use std::collections::BTreeMap;

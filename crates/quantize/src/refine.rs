@@ -270,17 +270,9 @@ mod tests {
             let w: Vec<f32> = (0..n).map(|_| (r.unit() * 6.0 - 3.0) as f32).collect();
             let order = Order::natural(n);
             let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
-            let importance = vec![1.0; n];
             let search = ScaleSearch::MinMax;
-            let what = Sweep {
-                factor: &factor,
-                order: &order,
-                grid: scheme.grid(),
-                group_len: n,
-                search,
-                importance: &importance,
-                fixed: Some(grid),
-            };
+            let what =
+                Sweep { factor: &factor, order: &order, grid: scheme.grid(), group_len: n, search, fixed: Some(grid) };
             let of = |codes: Vec<u8>| Quantized {
                 scheme,
                 shape: [1, n],

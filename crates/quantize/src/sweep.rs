@@ -66,10 +66,9 @@ pub struct Sweep<'a> {
     pub grid: IntGrid,
     /// Inputs that share parameters.
     pub group_len: usize,
-    /// How parameters are fitted to a group.
+    /// How parameters are fitted to a group. The importance of a column in that fit is its D: what an error there still
+    /// costs after later columns have made up for it.
     pub search: ScaleSearch,
-    /// Weight of every column (original order) in that fit.
-    pub importance: &'a [f32],
     /// Parameters for the whole matrix, where one scale serves all rows.
     pub fixed: Option<GroupParams>,
 }
@@ -99,7 +98,6 @@ struct Chunk<'a> {
     w: Vec<f32>,
     /// Ŵ − W of the columns done, `[rows, n]`.
     delta: Vec<f32>,
-    importance: Vec<f32>,
 }
 
 impl<'a> Chunk<'a> {
@@ -114,7 +112,6 @@ impl<'a> Chunk<'a> {
             rows: original.len() / n,
             w: original.chunks_exact(n).flat_map(permuted).collect(),
             delta: vec![0.0; original.len()],
-            importance: permuted(what.importance),
         }
     }
 
@@ -188,7 +185,7 @@ impl<'a> Chunk<'a> {
     }
 
     fn fit(&self, w: &[f32], at: usize) -> GroupParams {
-        self.what.grid.fit(w, self.what.search.fit(&self.importance[at..at + w.len()]))
+        self.what.grid.fit(w, self.what.search.fit(&self.what.factor.diagonal()[at..at + w.len()]))
     }
 }
 
@@ -277,18 +274,10 @@ pub(crate) mod tests {
         IntGrid { bits: Bits::new(4).unwrap(), symmetric: true, scale: ScaleType::F32 }
     }
 
-    fn run(w: &[f32], h: &[f32], n: usize, order: &Order, group_len: usize) -> Vec<u8> {
+    fn run(w: &[f32], h: &[f32], order: &Order, group_len: usize) -> Vec<u8> {
         let factor = Factor::new(h, &order.columns, 0.0).unwrap();
-        let importance = vec![1.0; n];
-        let what = Sweep {
-            factor: &factor,
-            order,
-            grid: grid(),
-            group_len,
-            search: ScaleSearch::MinMax,
-            importance: &importance,
-            fixed: Some(FIXED),
-        };
+        let what =
+            Sweep { factor: &factor, order, grid: grid(), group_len, search: ScaleSearch::MinMax, fixed: Some(FIXED) };
         sweep(w, &what).0
     }
 
@@ -341,7 +330,7 @@ pub(crate) mod tests {
         for seed in 0..20 {
             let n = 20;
             let (h, w) = (random_h(n, seed), random_w(6 * n, seed + 100));
-            let ours = run(&w, &h, n, &Order::natural(n), n);
+            let ours = run(&w, &h, &Order::natural(n), n);
             assert_eq!(ours, gptq(&w, &h, n), "GPTQ, seed {seed}");
             assert_eq!(ours, obq(&w, &h, n), "OBQ, seed {seed}");
         }
@@ -380,7 +369,6 @@ pub(crate) mod tests {
                 grid: grid(),
                 group_len,
                 search: ScaleSearch::Hessian,
-                importance: &importance,
                 fixed: None,
             };
             let (codes, params) = sweep(&w, &what);
@@ -410,7 +398,7 @@ pub(crate) mod tests {
         // Oracle 5: 300 columns cross two block borders; the unblocked recursion in f64 is the reference.
         let n = 300;
         let (h, w) = (random_h(n, 4), random_w(2 * n, 5));
-        let ours = run(&w, &h, n, &Order::natural(n), n);
+        let ours = run(&w, &h, &Order::natural(n), n);
         let differing = ours.iter().zip(gptq(&w, &h, n)).filter(|(a, b)| **a != *b).count();
         // f32 sums can flip a tie here and there, and a flip changes what follows in its row.
         assert!(differing * 50 < ours.len(), "{differing} of {}", ours.len());
@@ -423,7 +411,7 @@ pub(crate) mod tests {
         let w = random_w(3 * n, 9);
         let h: Vec<f32> = (0..n * n).map(|i| if i % (n + 1) == 0 { 1.0 + (i % 7) as f32 } else { 0.0 }).collect();
         let nearest: Vec<u8> = w.iter().map(|&x| grid().nearest(x, FIXED)).collect();
-        assert_eq!(run(&w, &h, n, &Order::natural(n), 16), nearest);
+        assert_eq!(run(&w, &h, &Order::natural(n), 16), nearest);
     }
 
     #[test]
@@ -443,7 +431,7 @@ pub(crate) mod tests {
         let mut traces = Vec::new();
         for order in [Order::natural(n), Order::by_importance(&importance, n)] {
             let d: f64 = Factor::new(&h, &order.columns, 0.0).unwrap().diagonal().iter().map(|&d| f64::from(d)).sum();
-            let measured = loss(&run(&w, &h, n, &order, n));
+            let measured = loss(&run(&w, &h, &order, n));
             assert!((measured / (s2 * d / 12.0) - 1.0).abs() < 0.02, "{measured} {}", s2 * d / 12.0);
             traces.push(d);
         }

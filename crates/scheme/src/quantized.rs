@@ -124,7 +124,8 @@ mod tests {
 
     #[test]
     fn contradictions_are_named() {
-        let broken: [(fn(&mut Quantized), &str); 6] = [
+        type Breakage = fn(&mut Quantized);
+        let broken: [(Breakage, &str); 6] = [
             (|q| q.codes.truncate(7), "codes: 7 entries where the shape asks for 8"),
             (|q| q.codes[0] = 16, "code 16 lies beyond a 4-bit grid"),
             (|q| q.zeros[1] = 200, "zero point 200 lies beyond a 4-bit grid"),

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 /// A number the products are compiled for.
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Element: Copy + PartialEq + Send + Sync + 'static {
     /// 0.
     const ZERO: Self;
     /// 1.
@@ -92,10 +92,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
 ///
 /// # Panics
 /// When the shapes do not chain: a caller's bug.
-pub fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: &mut ViewMut<'_, T>)
-where
-    T: PartialEq,
-{
+pub fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: &mut ViewMut<'_, T>) {
     assert!(a.cols == b.rows && a.rows == c.rows && b.cols == c.cols, "matrix shapes");
     if c.rows == 0 || c.cols == 0 {
         return;
@@ -132,7 +129,7 @@ where
 ///
 /// # Panics
 /// When the lengths do not fit `n`: a caller's bug.
-pub fn syrk<T: Element + PartialEq>(x: &[T], n: usize, h: &mut [T]) {
+pub fn syrk<T: Element>(x: &[T], n: usize, h: &mut [T]) {
     assert!(n > 0 && x.len().is_multiple_of(n) && h.len() == n * n, "syrk shapes");
     // A band of rows of H is one task; what lies right of its diagonal tile is filled by the mirror below. Tokens come in
     // portions that stay in cache while all bands read them.

@@ -1,5 +1,5 @@
 //! GPTQ (Frantar et al. 2023), with what has been learned since: group-aware activation order, scales searched under
-//! the importance of their inputs, coordinate descent over the codes, and scales refitted under the full Hessian.
+//! what an error of each input still costs, coordinate descent over the codes, and scales refitted under the full Hessian.
 
 use super::rtn::{fit, importance};
 use super::{Linear, Method, Needs, Solved, assemble};
@@ -68,7 +68,6 @@ fn solve_linear(
         grid: linear.scheme.grid(),
         group_len: linear.scheme.group_len(n),
         search,
-        importance,
         fixed: whole.then(|| fit(linear, search, importance)[0]),
     };
     let (codes, params) = sweep(linear.weight, &what);
