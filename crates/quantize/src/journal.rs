@@ -72,6 +72,22 @@ impl Journal {
         out.with_file_name(name)
     }
 
+    /// Whether an unfinished run with the same `identity` has units to take up. Writes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Leftover`] for one with another identity, unless it is to be discarded by `force`.
+    pub(crate) fn resumable(out: &Path, identity: &Value, force: bool) -> Result<bool, Error> {
+        let dir = Journal::folder(out);
+        match started_with(&dir) {
+            Some(theirs) if theirs != *identity && !force => Err(leftover(&dir, &theirs, identity)),
+            Some(theirs) => {
+                let journal = std::fs::read(dir.join("journal.jsonl")).unwrap_or_default();
+                Ok(theirs == *identity && journal.contains(&b'\n'))
+            }
+            None => Ok(false),
+        }
+    }
+
     /// Opens the work folder of `out`, taking up an unfinished run with the same `identity`. Another run's leftover is
     /// refused by the name of what differs, or discarded with `force`.
     pub(crate) fn open(out: &Path, identity: &Value, force: bool) -> Result<Self, Error> {
@@ -79,11 +95,9 @@ impl Journal {
         std::fs::create_dir_all(&dir).map_err(io(&dir, "creating the work folder"))?;
         let lock = Journal::lock(&dir)?;
         let (identity_file, journal_file) = (dir.join("run.json"), dir.join("journal.jsonl"));
-        let theirs: Option<Value> = std::fs::read(&identity_file).ok().and_then(|b| serde_json::from_slice(&b).ok());
-        if let Some(theirs) = theirs.filter(|t| t != identity) {
+        if let Some(theirs) = started_with(&dir).filter(|t| t != identity) {
             if !force {
-                let (what, theirs, ours) = first_difference("", &theirs, identity);
-                return Err(Error::Leftover { work: dir, what, theirs, ours });
+                return Err(leftover(&dir, &theirs, identity));
             }
             for entry in std::fs::read_dir(&dir).map_err(io(&dir, "listing the work folder"))?.flatten() {
                 let path = entry.path();
@@ -218,6 +232,16 @@ fn fingerprint(path: &Path) -> std::io::Result<String> {
         read(size / 256 * i, PAGE)?;
     }
     Ok(hash.finalize().to_hex().to_string())
+}
+
+/// The identity an unfinished run was started with.
+fn started_with(dir: &Path) -> Option<Value> {
+    serde_json::from_slice(&std::fs::read(dir.join("run.json")).ok()?).ok()
+}
+
+fn leftover(dir: &Path, theirs: &Value, ours: &Value) -> Error {
+    let (what, theirs, ours) = first_difference("", theirs, ours);
+    Error::Leftover { work: dir.to_owned(), what, theirs, ours }
 }
 
 /// Path and values of the first leaf in which two objects differ.

@@ -255,14 +255,20 @@ impl<'a> Units<'a> {
             Some(spec) => (0..spec.layers).flat_map(|b| spec.block_linears(b)).map(|(r, m)| (m, r)).collect(),
             None => BTreeMap::new(),
         };
+        let block_of: BTreeMap<String, usize> = match self.spec {
+            Some(spec) => {
+                (0..spec.layers).flat_map(|b| spec.block_tensors(b).into_iter().map(move |t| (t.name, b))).collect()
+            }
+            None => BTreeMap::new(),
+        };
         let mut names: Vec<&str> = self.input.names().collect();
         names.sort_by_key(|n| natural_key(n));
         let mut blocks: BTreeMap<usize, Vec<PlannedTensor>> = BTreeMap::new();
         let mut outside = Vec::new();
         for name in names {
             let tensor = self.tensor(name, &roles)?;
-            match self.block_of(name) {
-                Some(block) => blocks.entry(block).or_default().push(tensor),
+            match block_of.get(name) {
+                Some(&block) => blocks.entry(block).or_default().push(tensor),
                 None => outside.push(tensor),
             }
         }
@@ -280,12 +286,6 @@ impl<'a> Units<'a> {
         let blocks =
             blocks.into_iter().map(|(b, tensors)| Unit { label: format!("block {b}"), block: Some(b), tensors });
         Ok(alone.chain(blocks).collect())
-    }
-
-    fn block_of(&self, name: &str) -> Option<usize> {
-        let spec = self.spec?;
-        let (index, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        index.parse().ok().filter(|&b| b < spec.layers)
     }
 
     fn tensor(&self, name: &str, roles: &BTreeMap<String, Role>) -> Result<PlannedTensor, Error> {

@@ -89,13 +89,12 @@ pub fn run(
     check_place(input, out, options.force)?;
     let identity = identity(input, plan, windows)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
-    let fresh = !Journal::folder(out).join("journal.jsonl").exists();
-    if fresh {
+    if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
         check_finite(input)?;
         ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)?)?;
     }
+    std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
     let mut journal = Journal::open(out, &identity, options.force)?;
     let output = open_output(plan, &mut journal)?;
     let (done, total) = (journal.lines.len(), plan.units.len());
@@ -357,7 +356,8 @@ fn publish(
         if let Some(parent) = to.parent() {
             std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
         }
-        std::fs::copy(&from, &to).map_err(io(&to, "copying"))?;
+        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
+        copy().map_err(io(&to, "copying"))?;
     }
     let pretty = |v: &serde_json::Value| format!("{v:#}\n").into_bytes();
     write_durably(&dir.join("config.json"), &pretty(&plan.config))?;

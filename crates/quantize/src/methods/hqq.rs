@@ -25,7 +25,7 @@ impl Method for Hqq {
     }
 
     fn summary(&self) -> &'static str {
-        "half-quadratic fit of each group's grid to most of its weights; needs no calibration"
+        "half-quadratic fit of each zero point to most of its group; needs no calibration, made for --asymmetric"
     }
 
     fn needs(&self, _: &SolverOptions) -> Needs {
