@@ -7,6 +7,9 @@
 use super::matrix::Element;
 use std::ops::{Add, Mul, Sub};
 
+/// The dense factor costs K multiply-adds an entry; beyond this a transform by smaller blocks is the better bargain.
+const LARGEST_ORDER: usize = 256;
+
 /// A number that can be transformed.
 pub trait Signed: Element + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + From<f32> {
     /// 1/√n, rounded once.
@@ -45,7 +48,7 @@ impl Hadamard {
         }
         // The largest power of two is the fastest split; K keeps factors of four where Paley needs them.
         let twos = n.trailing_zeros();
-        let candidates = (0..=twos).map(|k| n >> (twos - k));
+        let candidates = (0..=twos).map(|k| n >> (twos - k)).take_while(|&order| order <= LARGEST_ORDER);
         let (order, signs) = candidates.into_iter().find_map(|order| Some((order, matrix(order)?)))?;
         Some(Hadamard { n, order, signs })
     }
@@ -177,7 +180,7 @@ mod tests {
             let y = transform(&x);
             for (i, y) in y.iter().enumerate() {
                 // Sylvester's matrix: the sign is the parity of the bits two indices share.
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let dot: f64 = x.iter().enumerate().map(|(j, v)| sign(j) * v).sum();
                 assert!((y - dot / (n as f64).sqrt()).abs() < 1e-12);
             }
