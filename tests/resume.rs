@@ -7,7 +7,7 @@ mod support;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use support::{QUICK, assert_same, bitmill, books, failure, success};
+use support::{QUICK, assert_same, bitmill, books, copy_of_books, failure, success};
 
 fn command(out: &Path, extra: &[&str]) -> Command {
     let mut command = bitmill(["quantize"]);
@@ -75,6 +75,32 @@ fn another_command_refuses_the_leftover_by_name() {
     let fresh = dir.path().join("fresh");
     success(&mut command(&fresh, &["--bits", "3"]));
     assert_same(&fresh, &out);
+}
+
+#[test]
+fn another_input_refuses_the_leftover_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (copy_of_books(dir.path()), dir.path().join("out"));
+    let run = || {
+        let mut command = bitmill(["quantize"]);
+        command.arg(&model).arg("-o").arg(&out).args(QUICK);
+        command
+    };
+    let mut child = run().stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    while committed(&out) < 4 && child.try_wait().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    let _ = child.kill();
+    child.wait().unwrap();
+    assert!((4..11).contains(&committed(&out)), "killed half-way");
+    // One number of one weight changes, and nothing else.
+    let file = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let said = failure(&mut run(), 1);
+    assert!(said.contains("another weights.model.safetensors"), "{said}");
 }
 
 #[test]

@@ -194,7 +194,7 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, windows: Option<&Windows
     let mut weights = serde_json::Map::new();
     for path in input.shard_paths() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        weights.insert(name, json!(fingerprint(path).map_err(io(path, "reading"))?));
+        weights.insert(name, json!(hash_file(path)?));
     }
     let tokens = windows.map(|w| {
         let mut hash = blake3::Hasher::new();
@@ -212,25 +212,10 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, windows: Option<&Windows
     }))
 }
 
-/// Hash of a shard's size, its header and 256 pages spread over it: enough to tell a fine-tune, in which every tensor
-/// differs, without reading a model twice.
-fn fingerprint(path: &Path) -> std::io::Result<String> {
-    const PAGE: u64 = 4096;
-    let mut file = File::open(path)?;
-    let size = file.metadata()?.len();
+/// Hash of a whole file, by all threads: at memory speed it costs far less than what it protects.
+pub(crate) fn hash_file(path: &Path) -> Result<String, Error> {
     let mut hash = blake3::Hasher::new();
-    hash.update(&size.to_le_bytes());
-    let mut read = |at: u64, length: u64| -> std::io::Result<()> {
-        file.seek(SeekFrom::Start(at))?;
-        let mut bytes = Vec::new();
-        Read::by_ref(&mut file).take(length).read_to_end(&mut bytes)?;
-        hash.update(&bytes);
-        Ok(())
-    };
-    read(0, 1 << 20)?;
-    for i in 0..256 {
-        read(size / 256 * i, PAGE)?;
-    }
+    hash.update_mmap_rayon(path).map_err(io(path, "reading"))?;
     Ok(hash.finalize().to_hex().to_string())
 }
 

@@ -1,7 +1,7 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
 use crate::block::{Flow, Target};
-use crate::journal::{Journal, Line, TensorRecord, identity, io, write_durably};
+use crate::journal::{Journal, Line, TensorRecord, hash_file, identity, io, write_durably};
 use crate::{Action, Error, Linear, Plan, Unit};
 use bitmill_calibrate::{Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, ensure_free};
@@ -331,14 +331,6 @@ impl Calibrated<'_> {
         let Calibrated { spec, rope, length, budget, spill, hidden } = self;
         Flow { spec, rope, length: *length, budget: *budget, spill, hidden }
     }
-}
-
-/// Hash of a whole file.
-fn hash_file(path: &Path) -> Result<String, Error> {
-    let mut hash = blake3::Hasher::new();
-    let mut file = std::fs::File::open(path).map_err(io(path, "reading"))?;
-    std::io::copy(&mut file, &mut hash).map_err(io(path, "reading"))?;
-    Ok(hash.finalize().to_hex().to_string())
 }
 
 /// Completes the folder and gives it its name.
