@@ -1,7 +1,7 @@
 """Writes the golden files of crates/checkpoint: tensors packed by compressed-tensors and GPTQModel themselves, and the
 weights those libraries read back from them. Every file records the versions that made it.
 
-    python tools/reference/golden_formats.py crates/checkpoint/tests/golden
+    python tools/reference/golden_formats.py [FOLDER, by default crates/checkpoint/tests/golden]
 """
 
 import json
@@ -117,7 +117,8 @@ def write(path, tensors, quantization):
 
 
 def main():
-    out = Path(sys.argv[1])
+    here = Path(__file__).resolve().parent
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parents[1] / "crates/checkpoint/tests/golden"
     out.mkdir(parents=True, exist_ok=True)
     # Widths that fill no word, in both directions.
     pack = [(bits, sym, strategy, group, (5, 24) if bits % 2 else (9, 16))
