@@ -8,7 +8,9 @@ use rayon::prelude::*;
 pub struct SiteStats {
     n: usize,
     tokens: u64,
-    /// Σ x·xᵀ, row-major `[n, n]`, symmetric.
+    /// Σ r, the weights of the tokens.
+    weight: f64,
+    /// Σ r·x·xᵀ, row-major `[n, n]`, symmetric.
     gram: Vec<f32>,
     sum: Vec<f64>,
     abs_sum: Vec<f64>,
@@ -22,6 +24,7 @@ impl SiteStats {
         SiteStats {
             n,
             tokens: 0,
+            weight: 0.0,
             gram: vec![0.0; n * n],
             sum: vec![0.0; n],
             abs_sum: vec![0.0; n],
@@ -32,9 +35,24 @@ impl SiteStats {
     /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
     /// tokens.
     pub fn add(&mut self, x: &[f32]) {
+        self.weight += (x.len() / self.n) as f64;
+        syrk(x, self.n, &mut self.gram);
+        self.add_moments(x);
+    }
+
+    /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0 leaves
+    /// a token out. Means and maxima stay unweighted.
+    pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
+        let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
+        let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
+        self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
+        syrk(&scaled, self.n, &mut self.gram);
+        self.add_moments(x);
+    }
+
+    fn add_moments(&mut self, x: &[f32]) {
         let n = self.n;
         self.tokens += (x.len() / n) as u64;
-        syrk(x, n, &mut self.gram);
         const COLUMNS: usize = 64;
         let bands = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
         bands.zip(self.abs_max.par_chunks_mut(COLUMNS)).enumerate().for_each(|(band, ((sum, abs_sum), abs_max))| {
@@ -61,10 +79,10 @@ impl SiteStats {
         self.tokens
     }
 
-    /// H = E[x·xᵀ], row-major `[n, n]`.
+    /// H = E[x·xᵀ], weighted where tokens were, row-major `[n, n]`.
     #[must_use]
     pub fn hessian(&self) -> Vec<f32> {
-        let scale = 1.0 / self.tokens.max(1) as f32;
+        let scale = if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 };
         self.gram.iter().map(|v| v * scale).collect()
     }
 
@@ -96,6 +114,24 @@ impl SiteStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_weight_of_k_is_the_token_k_times() {
+        // Oracle 1: weights of 1 change nothing. Oracle 13: weight k equals k copies, weight 0 none.
+        let (tokens, n) = (40, 24);
+        let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
+        let (mut plain, mut ones, mut weighted, mut copied) =
+            (SiteStats::new(n), SiteStats::new(n), SiteStats::new(n), SiteStats::new(n));
+        plain.add(&x);
+        ones.add_weighted(&x, &vec![1.0; tokens]);
+        assert_eq!(plain, ones);
+        let weights: Vec<f32> = (0..tokens).map(|t| (t % 4) as f32).collect();
+        weighted.add_weighted(&x, &weights);
+        for (row, &w) in x.chunks(n).zip(&weights) {
+            (0..w as usize).for_each(|_| copied.add(row));
+        }
+        assert!(weighted.hessian().iter().zip(copied.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
 
     #[test]
     fn streaming_equals_one_pass_by_definition() {
