@@ -40,8 +40,8 @@ impl SiteStats {
         self.add_moments(x);
     }
 
-    /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0 leaves
-    /// a token out. Means and maxima stay unweighted.
+    /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0
+    /// leaves a token out. Means and maxima stay unweighted.
     pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
         let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
         let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();

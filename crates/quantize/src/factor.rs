@@ -50,11 +50,7 @@ impl Factor {
             for j in 0..=i {
                 let (r, c) = (at(i), at(j));
                 let v = f64::from(h[r * n + c]);
-                m[i * n + j] = match (r == c, v <= 0.0) {
-                    (false, _) => v,
-                    (true, true) => mean * f64::from(1.0 + damping),
-                    (true, false) => v + f64::from(damping) * mean,
-                };
+                m[i * n + j] = if r == c { raised(v, mean, damping) } else { v };
             }
         }
         if !cholesky(&mut m, n) {
@@ -98,13 +94,17 @@ impl Factor {
 
 /// H with `damping` times its mean diagonal added, and the mean diagonal where an input was never active.
 pub(crate) fn damped(h: &[f32], n: usize, damping: f32) -> Vec<f32> {
-    let mean = mean_diagonal(h, n) as f32;
+    let mean = mean_diagonal(h, n);
     let mut out = h.to_vec();
-    for i in 0..n {
-        let d = &mut out[i * n + i];
-        *d = if *d <= 0.0 { mean * (1.0 + damping) } else { *d + damping * mean };
+    for d in out.iter_mut().step_by(n + 1) {
+        *d = raised(f64::from(*d), mean, damping) as f32;
     }
     out
+}
+
+/// A damped diagonal entry; NaN stays NaN, for the factorisation to refuse.
+fn raised(d: f64, mean: f64, damping: f32) -> f64 {
+    (if d <= 0.0 { mean } else { d }) + f64::from(damping) * mean
 }
 
 /// Mean of the diagonal; 1 for an H of zeros, which then stands for plain rounding.

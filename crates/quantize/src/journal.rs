@@ -95,18 +95,11 @@ impl Journal {
         std::fs::create_dir_all(&dir).map_err(io(&dir, "creating the work folder"))?;
         let lock = Journal::lock(&dir)?;
         let (identity_file, journal_file) = (dir.join("run.json"), dir.join("journal.jsonl"));
-        if let Some(theirs) = started_with(&dir).filter(|t| t != identity) {
-            if !force {
-                return Err(leftover(&dir, &theirs, identity));
-            }
-            for entry in std::fs::read_dir(&dir).map_err(io(&dir, "listing the work folder"))?.flatten() {
-                let path = entry.path();
-                if path.file_name().is_some_and(|n| n == "lock") {
-                    continue;
-                }
-                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-                removed.map_err(io(&path, "discarding an unfinished run"))?;
-            }
+        match started_with(&dir) {
+            Some(theirs) if theirs == *identity => {}
+            Some(theirs) if !force => return Err(leftover(&dir, &theirs, identity)),
+            // Another run's, or one whose identity was being discarded when it was killed.
+            _ => discard(&dir, &journal_file)?,
         }
         write_durably(&identity_file, identity.to_string().as_bytes())?;
         let mut options = File::options();
@@ -219,6 +212,24 @@ pub(crate) fn hash_file(path: &Path) -> Result<String, Error> {
     Ok(hash.finalize().to_hex().to_string())
 }
 
+/// Empties a work folder but for its lock. The journal goes first: whatever a kill leaves of the rest, no line of it can
+/// be taken for a finished unit of the next run.
+fn discard(dir: &Path, journal: &Path) -> Result<(), Error> {
+    let remove = |path: &Path| {
+        let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        removed.map_err(io(path, "discarding an unfinished run"))
+    };
+    if journal.exists() {
+        remove(journal)?;
+    }
+    for entry in std::fs::read_dir(dir).map_err(io(dir, "listing the work folder"))?.flatten() {
+        if entry.file_name() != "lock" {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// The identity an unfinished run was started with.
 fn started_with(dir: &Path) -> Option<Value> {
     serde_json::from_slice(&std::fs::read(dir.join("run.json")).ok()?).ok()
@@ -284,5 +295,18 @@ mod tests {
         let error = Journal::open(&out, &other, false).err().unwrap().to_string();
         assert!(error.contains("another method (\"gptq\" there, \"rtn\" now)"), "{error}");
         assert!(Journal::open(&out, &other, true).unwrap().lines.is_empty());
+    }
+
+    #[test]
+    fn a_journal_without_its_identity_is_not_taken_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, identity) = (dir.path().join("out"), json!({"a": 1}));
+        let mut journal = Journal::open(&out, &identity, false).unwrap();
+        journal.append(line(0)).unwrap();
+        drop(journal);
+        // What a kill could leave of a discarded run.
+        std::fs::remove_file(Journal::folder(&out).join("run.json")).unwrap();
+        assert!(!Journal::resumable(&out, &json!({"a": 2}), false).unwrap());
+        assert!(Journal::open(&out, &json!({"a": 2}), false).unwrap().lines.is_empty());
     }
 }
