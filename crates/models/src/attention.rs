@@ -4,10 +4,12 @@
 //! repeated. Tokens go in chunks, each against only the keys its tokens can see: the scores of a chunk stay in cache, no
 //! mask exists, and the half above the diagonal is mostly not computed.
 
+use crate::backward::values;
 use crate::ops::{floats, softmax};
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows of scores computed at once: enough for an efficient product, few enough that the diagonal wastes little.
 const ROWS: usize = 256;
@@ -84,24 +86,107 @@ impl Inputs<'_> {
         let end = begin + out.len() / width;
         let oldest = (begin + 1).saturating_sub(window);
         let (rows, keys) = ((end - begin) * group, end - oldest);
-        let scale = (dim as f64).powf(-0.5) as f32;
         let (mut scores, mut mixed) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * dim]);
         for head in 0..kv_heads {
             let q = View::new(&self.q[(head * tokens + begin) * row..], rows, dim, dim);
             let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
-            gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(&mut scores, rows, keys, keys));
-            for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
-                let past = begin + i / group + 1;
-                let (first, past) = (past.saturating_sub(window).max(oldest) - oldest, past - oldest);
-                scores[..first].fill(0.0);
-                softmax(&mut scores[first..past], scale);
-                scores[past..].fill(0.0);
-            }
+            self.weights(q, k, begin, (oldest, window), &mut scores);
             gemm(1.0, View::new(&scores, rows, keys, keys), v, 0.0, &mut ViewMut::new(&mut mixed, rows, dim, dim));
             for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
                 out[head * row..][..row].copy_from_slice(mixed);
             }
+        }
+    }
+}
+
+/// Gradients of `q`, `k` and `v`, laid out as they are in [`causal`], from `out`, what that returned for them, and
+/// `grad`, the gradient of it. The weights of the mix are computed again, a chunk of tokens at a time.
+pub(crate) fn backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    out: &Tensor,
+    grad: &[f32],
+    window: Option<usize>,
+) -> std::result::Result<(Vec<f32>, Vec<f32>, Vec<f32>), crate::Error> {
+    let (kv_heads, tokens, dim) = k.dims3()?;
+    let group = q.dim(1)? / tokens.max(1);
+    let (q, k, v, out) = (values(q)?, values(k)?, values(v)?, values(out)?);
+    let inputs = Inputs { q: &q, k: &k, v: &v, kv_heads, tokens, dim, group };
+    let mut gradients = Gradients { q: vec![0.0; q.len()], k: vec![0.0; k.len()], v: vec![0.0; v.len()] };
+    let chunk = (ROWS / group.max(1)).max(32);
+    for begin in (0..tokens).step_by(chunk) {
+        let tokens = begin..tokens.min(begin + chunk);
+        inputs.attend_backward(tokens, window.unwrap_or(usize::MAX), &out, grad, &mut gradients);
+    }
+    Ok((gradients.q, gradients.k, gradients.v))
+}
+
+struct Gradients {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Inputs<'_> {
+    /// Adds what the queries of a chunk of tokens contribute. With P the weights, O = PV, and S the scaled scores:
+    /// dV = PᵀdO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
+    fn attend_backward(&self, chunk: Range<usize>, window: usize, out: &[f32], grad: &[f32], into: &mut Gradients) {
+        let Inputs { kv_heads, tokens, dim, group, .. } = *self;
+        let (width, row) = (kv_heads * group * dim, group * dim);
+        let oldest = (chunk.start + 1).saturating_sub(window);
+        let (rows, keys) = (chunk.len() * group, chunk.end - oldest);
+        let scale = (dim as f64).powf(-0.5) as f32;
+        let (mut p, mut d) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * keys]);
+        let (mut d_out, mut along) = (vec![0.0f32; rows * dim], vec![0.0f32; rows]);
+        for head in 0..kv_heads {
+            let at = |token: usize| token * width + head * row;
+            for (i, token) in chunk.clone().enumerate() {
+                d_out[i * row..(i + 1) * row].copy_from_slice(&grad[at(token)..][..row]);
+                for (j, along) in along[i * group..(i + 1) * group].iter_mut().enumerate() {
+                    let range = at(token) + j * dim..at(token) + (j + 1) * dim;
+                    *along = grad[range.clone()].iter().zip(&out[range]).map(|(a, b)| a * b).sum();
+                }
+            }
+            let first_query = (head * tokens + chunk.start) * row;
+            let first_key = (head * tokens + oldest) * dim;
+            let first_value = oldest * kv_heads * dim + head * dim;
+            let q = View::new(&self.q[first_query..], rows, dim, dim);
+            let k = View::new(&self.k[first_key..], keys, dim, dim);
+            let v = View::new(&self.v[first_value..], keys, dim, kv_heads * dim);
+            self.weights(q, k, chunk.start, (oldest, window), &mut p);
+            let grad = View::new(&d_out, rows, dim, dim);
+            gemm(1.0, grad, v.t(), 0.0, &mut ViewMut::new(&mut d, rows, keys, keys));
+            for ((d, p), along) in d.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).zip(&along) {
+                d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - along));
+            }
+            let (p, d) = (View::new(&p, rows, keys, keys), View::new(&d, rows, keys, keys));
+            let d_v = &mut into.v[first_value..];
+            gemm(1.0, p.t(), grad, 1.0, &mut ViewMut::new(d_v, keys, dim, kv_heads * dim));
+            gemm(scale, d, k, 0.0, &mut ViewMut::new(&mut into.q[first_query..], rows, dim, dim));
+            gemm(scale, d.t(), q, 1.0, &mut ViewMut::new(&mut into.k[first_key..], keys, dim, dim));
+        }
+    }
+
+    /// Weights `[rows, keys]` with which a chunk of queries, of tokens from `begin` on, mixes the values from `oldest`.
+    fn weights(
+        &self,
+        q: View<'_, f32>,
+        k: View<'_, f32>,
+        begin: usize,
+        (oldest, window): (usize, usize),
+        p: &mut [f32],
+    ) {
+        let scale = (self.dim as f64).powf(-0.5) as f32;
+        let (rows, keys) = (q.rows(), k.rows());
+        gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(p, rows, keys, keys));
+        for (i, scores) in p.chunks_exact_mut(keys).enumerate() {
+            let past = begin + i / self.group + 1;
+            let (first, past) = (past.saturating_sub(window).max(oldest) - oldest, past - oldest);
+            scores[..first].fill(0.0);
+            softmax(&mut scores[first..past], scale);
+            scores[past..].fill(0.0);
         }
     }
 }

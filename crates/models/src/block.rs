@@ -1,5 +1,6 @@
 //! One decoder block: its weights, and its execution in five pieces that meet at the sites.
 
+use crate::backward::Heads;
 use crate::linear::{Input, Linear};
 use crate::weights::shaped;
 use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
@@ -20,14 +21,14 @@ use candle_nn::ops::rms_norm;
 /// All activations are `[tokens, width]` of one window. Cloning shares the tensors.
 #[derive(Debug, Clone)]
 pub struct Block {
-    linears: [Linear; 7],
-    norms: [Tensor; 2],
-    qk_norms: Option<[Tensor; 2]>,
-    group: usize,
-    head_dim: usize,
-    window: Option<usize>,
-    act: Act,
-    eps: f32,
+    pub(crate) linears: [Linear; 7],
+    pub(crate) norms: [Tensor; 2],
+    pub(crate) qk_norms: Option<[Tensor; 2]>,
+    pub(crate) group: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) window: Option<usize>,
+    pub(crate) act: Act,
+    pub(crate) eps: f32,
 }
 
 impl Block {
@@ -75,16 +76,27 @@ impl Block {
     /// # Errors
     /// [`Error::Window`] when `rope` was built for another length; [`Error::Tensor`] on a weight of another shape.
     pub fn attn_out(&self, x: &Tensor, rope: &RopeTable) -> Result<Tensor, Error> {
+        self.attend(&self.heads(x, rope)?)
+    }
+
+    /// Queries, keys and values of the site `attn_in`.
+    pub(crate) fn heads(&self, x: &Tensor, rope: &RopeTable) -> Result<Heads, Error> {
         let (cos, sin) = rope.for_window(x.dim(0)?)?;
         let [q, k, v] = [Role::Q, Role::K, Role::V].map(|role| self.at(role));
         let input = Input::new(x, &[q, k, v])?;
         let (mut q, mut k, v) = (q.read(&input)?, k.read(&input)?, v.read(&input)?);
+        let mut raw = None;
         if let Some([q_norm, k_norm]) = &self.qk_norms {
-            q = self.norm_heads(&q, q_norm)?;
-            k = self.norm_heads(&k, k_norm)?;
+            let normed = [self.norm_heads(&q, q_norm)?, self.norm_heads(&k, k_norm)?];
+            raw = Some([q, k]);
+            [q, k] = normed;
         }
         let (q, k) = (ops::rotate(&q, cos, sin, self.group)?, ops::rotate(&k, cos, sin, 1)?);
-        Ok(attention::causal(&q, &k, &v, self.window)?)
+        Ok(Heads { raw, q, k, v: v.contiguous()? })
+    }
+
+    pub(crate) fn attend(&self, heads: &Heads) -> Result<Tensor, Error> {
+        Ok(attention::causal(&heads.q, &heads.k, &heads.v, self.window)?)
     }
 
     /// Adds the attention's output to `h` and goes on to the site `mlp_in`; returns both, `[tokens, hidden]`.
@@ -102,19 +114,29 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn mlp_out(&self, x: &Tensor) -> Result<Tensor, Error> {
+        let (gate, up) = self.gates(x)?;
+        self.activate(gate, &up)
+    }
+
+    /// Both branches of the MLP before the activation, `[tokens, intermediate]`.
+    pub(crate) fn gates(&self, x: &Tensor) -> Result<(Tensor, Tensor), Error> {
         let [gate, up] = [Role::Gate, Role::Up].map(|role| self.at(role));
         let input = Input::new(x, &[gate, up])?;
-        let (gate, up) = (gate.read(&input)?, up.read(&input)?);
+        Ok((gate.read(&input)?, up.read(&input)?))
+    }
+
+    /// `act(gate) · up`, in the memory of `gate` where that can be.
+    pub(crate) fn activate(&self, gate: Tensor, up: &Tensor) -> Result<Tensor, Error> {
         let gate = match self.act {
             Act::Silu => {
-                ops::silu_mul(&gate, &up)?;
+                ops::silu_mul(&gate, up)?;
                 return Ok(gate);
             }
             Act::Gelu => gate.gelu_erf()?,
             Act::GeluTanh => gate.gelu()?,
             Act::Relu => gate.relu()?,
         };
-        ops::mul(&gate, &up)?;
+        ops::mul(&gate, up)?;
         Ok(gate)
     }
 

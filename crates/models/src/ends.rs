@@ -1,6 +1,8 @@
 //! What comes before the first block and after the last.
 
+use crate::backward::{backward_linear, values};
 use crate::linear::Linear;
+use crate::ops::rms_norm_backward;
 use crate::weights::shaped;
 use crate::{EMBEDDING, Error, FINAL_NORM, HEAD, ModelSpec, Weights};
 use bitmill_scheme::Activations;
@@ -65,6 +67,29 @@ impl Head {
     /// [`Error::Tensor`] when `h` has another width.
     pub fn logits(&self, h: &Tensor) -> Result<Tensor, Error> {
         self.linear.forward(&rms_norm(&h.contiguous()?, &self.norm, self.eps)?)
+    }
+
+    /// The gradients of `h [tokens, hidden]` and of the norm's weight `[hidden]`, from `grad [tokens, vocab]`, that of
+    /// the logits.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when `h` has another width.
+    pub fn backward(&self, h: &Tensor, grad: &[f32]) -> Result<(Vec<f32>, Vec<f32>), Error> {
+        let d_normed = backward_linear(&self.linear.weight, grad, h, None)?;
+        let (mut d_h, mut d_norm) = (vec![0.0; d_normed.len()], vec![0.0; self.norm.elem_count()]);
+        rms_norm_backward(&values(&h.contiguous()?)?, &values(&self.norm)?, self.eps, &d_normed, &mut d_h, &mut d_norm);
+        Ok((d_h, d_norm))
+    }
+
+    /// The weight of the final norm, `[hidden]`.
+    #[must_use]
+    pub fn norm(&self) -> &Tensor {
+        &self.norm
+    }
+
+    /// Replaces the weight of the final norm by another `[hidden]`.
+    pub fn set_norm(&mut self, weight: Tensor) {
+        self.norm = weight;
     }
 }
 

@@ -3,13 +3,15 @@
 //! An [`Arch`] turns a `config.json` into a [`ModelSpec`]: sizes, rotary embedding, windows, which biases exist, the name
 //! of every tensor. From there on no code knows which architecture it runs: [`Block`] holds the weights of one decoder
 //! block and executes it in five pieces that meet at the [`SITES`], the places where several linears read one activation.
-//! [`Ends`] are what comes before the first block and after the last.
+//! [`Ends`] are what comes before the first block and after the last. [`Block::backward`] is the chain rule over the same
+//! pieces, for refinement by gradients.
 //!
 //! Everything is f32 on the CPU, one window of tokens per call; callers run windows in parallel. No result depends on the
 //! number of threads. Nothing here calibrates or quantizes.
 
 mod arch;
 mod attention;
+mod backward;
 mod block;
 mod config;
 mod ends;
@@ -22,6 +24,7 @@ mod spec;
 mod weights;
 
 pub use arch::{ARCHES, Arch, spec};
+pub use backward::{BlockGradients, Trace};
 pub use block::Block;
 pub use ends::{Embedding, Ends, Head};
 pub use error::Error;

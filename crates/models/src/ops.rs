@@ -5,9 +5,11 @@
 //! contiguous f32 storage that stay on the calling rayon thread unless they are long. Rows are independent and every
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
+use crate::Act;
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::f64::consts::PI;
 
 /// Elements a thread takes at a time; below it, handing out work costs more than the work.
 const BLOCK: usize = 1 << 14;
@@ -178,6 +180,91 @@ impl CustomOp1 for RoundInt8 {
         });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
+}
+
+/// Adds to `d_x [rows, width]` the gradient through `y = x / rms(x) · weight` of every row, from `grad = ∂/∂y`, and to
+/// `d_weight [width]` that of the weight.
+pub(crate) fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    grad: &[f32],
+    d_x: &mut [f32],
+    d_weight: &mut [f32],
+) {
+    let width = weight.len();
+    let rows = x.chunks_exact(width).zip(grad.chunks_exact(width)).zip(d_x.chunks_exact_mut(width));
+    for ((x, grad), d_x) in rows {
+        let square: f32 = fold_products(x, x);
+        let inverse = 1.0 / (square / width as f32 + eps).sqrt();
+        let mut projected = [0.0f32; LANES];
+        for (j, ((&x, &g), &w)) in x.iter().zip(grad).zip(weight).enumerate() {
+            projected[j % LANES] += x * g * w;
+        }
+        let along = projected.iter().sum::<f32>() * inverse.powi(3) / width as f32;
+        for (((d, &x), (&g, &w)), d_w) in d_x.iter_mut().zip(x).zip(grad.iter().zip(weight)).zip(d_weight.iter_mut()) {
+            *d += g * w * inverse - x * along;
+            *d_w += g * x * inverse;
+        }
+    }
+}
+
+/// Σ a·b over a row, in the one fixed order of [`reduce`].
+fn fold_products(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for (j, (a, b)) in a.iter().zip(b).enumerate() {
+        lanes[j % LANES] += a * b;
+    }
+    lanes.iter().sum()
+}
+
+/// Gradients of `gate` and `up` from that of `act(gate) · up`.
+pub(crate) fn act_backward(act: Act, gate: &[f32], up: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let each = |f: fn(f32) -> (f32, f32)| {
+        let of = |((&g, &u), &d): ((&f32, &f32), &f32)| {
+            let (value, slope) = f(g);
+            (d * u * slope, d * value)
+        };
+        gate.iter().zip(up).zip(grad).map(of).unzip()
+    };
+    match act {
+        Act::Silu => each(|g| {
+            let sigmoid = 1.0 / (1.0 + exp(-g));
+            (g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid)))
+        }),
+        Act::Gelu => each(|g| {
+            let (x, density) = (f64::from(g), (-0.5 * f64::from(g).powi(2)).exp() / (2.0 * PI).sqrt());
+            let cdf = 0.5 * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt()));
+            ((x * cdf) as f32, (cdf + x * density) as f32)
+        }),
+        Act::GeluTanh => each(|g| {
+            let (a, b) = ((2.0 / PI).sqrt() as f32, 0.044_715);
+            let t = (a * (g + b * g * g * g)).tanh();
+            (0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * a * (1.0 + 3.0 * b * g * g))
+        }),
+        Act::Relu => each(|g| (g.max(0.0), f32::from(u8::from(g > 0.0)))),
+    }
+}
+
+/// The inverse of [`rotate`], which is its transpose: from `[kv_heads, tokens · group, head_dim]` to
+/// `[tokens, kv_heads · group · head_dim]`, rotated back. An attention factor in the table scales both alike.
+pub(crate) fn unrotate(x: &[f32], cos: &[f32], sin: &[f32], tokens: usize, dim: usize, group: usize) -> Vec<f32> {
+    let (half, row) = (dim / 2, dim * group);
+    let mut out = vec![0.0f32; x.len()];
+    let width = x.len() / tokens.max(1);
+    for (i, src) in x.chunks_exact(row).enumerate() {
+        let (head, token) = (i / tokens, i % tokens);
+        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+        let dst = &mut out[token * width + head * row..][..row];
+        for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
+            let ((c, d), (a, b)) = (src.split_at(half), dst.split_at_mut(half));
+            for j in 0..half {
+                a[j] = c[j] * cos[j] + d[j] * sin[j];
+                b[j] = d[j] * cos[j] - c[j] * sin[j];
+            }
+        }
+    }
+    out
 }
 
 /// Soft-max of `scale · row`, in place.

@@ -60,6 +60,12 @@ impl<'a, T: Element> View<'a, T> {
         View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// Number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Columns `from..to`.
     fn columns(self, from: usize, to: usize) -> Self {
         View { data: &self.data[(from * self.col_stride).min(self.data.len())..], cols: to - from, ..self }
