@@ -1,4 +1,4 @@
-//! Causal attention of one window.
+//! Attention inside one window: causal, or of every token to every other.
 //!
 //! The query heads of a group are stacked into one matrix against their shared keys, so keys and values are never
 //! repeated. Tokens go in chunks, each against only the keys its tokens can see: the scores of a chunk stay in cache, no
@@ -8,6 +8,7 @@ use crate::ops::{floats, softmax};
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows of scores computed at once: enough for an efficient product, few enough that the diagonal wastes little.
 const ROWS: usize = 256;
@@ -16,16 +17,40 @@ const ROWS: usize = 256;
 /// `k [kv_heads, tokens, head_dim]` and `v [tokens, kv_heads · head_dim]`; returns `[tokens, kv_heads · group · head_dim]`.
 /// A token sees itself and everything before it, or the latest `window` of those.
 pub(crate) fn causal(q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, &v.contiguous()?, &Causal { window: window.unwrap_or(usize::MAX) })
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { sight: Sight::Past { window: window.unwrap_or(usize::MAX) } })
 }
 
-struct Causal {
-    window: usize,
+/// The same where every token sees the whole window.
+pub(crate) fn bidirectional(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { sight: Sight::All })
 }
 
-impl CustomOp3 for Causal {
+/// What a token sees.
+#[derive(Clone, Copy)]
+enum Sight {
+    /// Itself and what came before it, `window` tokens in all.
+    Past { window: usize },
+    /// Everything.
+    All,
+}
+
+impl Sight {
+    /// The tokens that `token` of `tokens` sees.
+    fn of(self, token: usize, tokens: usize) -> Range<usize> {
+        match self {
+            Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+            Sight::All => 0..tokens,
+        }
+    }
+}
+
+struct Attention {
+    sight: Sight,
+}
+
+impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
-        "causal-attention"
+        "attention"
     }
 
     fn cpu_fwd(
@@ -41,7 +66,7 @@ impl CustomOp3 for Causal {
         let group = rows / tokens.max(1);
         if q_layout.dims() != [kv_heads, tokens * group, dim] || v_layout.dims() != [tokens, kv_heads * dim] {
             bail!(
-                "causal-attention: queries {:?}, keys {:?}, values {:?}",
+                "attention: queries {:?}, keys {:?}, values {:?}",
                 q_layout.shape(),
                 k_layout.shape(),
                 v_layout.shape()
@@ -61,7 +86,7 @@ impl CustomOp3 for Causal {
         let mut out = vec![0.0f32; tokens * width];
         out.par_chunks_mut((chunk * width).max(1))
             .enumerate()
-            .for_each(|(i, out)| inputs.attend(i * chunk, self.window, out));
+            .for_each(|(i, out)| inputs.attend(i * chunk, self.sight, out));
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }
@@ -78,12 +103,13 @@ struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// Fills `out`, the rows of the tokens from `begin` on.
-    fn attend(&self, begin: usize, window: usize, out: &mut [f32]) {
+    fn attend(&self, begin: usize, sight: Sight, out: &mut [f32]) {
         let Inputs { kv_heads, tokens, dim, group, .. } = *self;
         let (width, row) = (kv_heads * group * dim, group * dim);
         let end = begin + out.len() / width;
-        let oldest = (begin + 1).saturating_sub(window);
-        let (rows, keys) = ((end - begin) * group, end - oldest);
+        // Sight moves on with the token, so the first of the chunk sees the oldest key and the last the newest.
+        let (oldest, newest) = (sight.of(begin, tokens).start, sight.of(end - 1, tokens).end);
+        let (rows, keys) = ((end - begin) * group, newest - oldest);
         let scale = (dim as f64).powf(-0.5) as f32;
         let (mut scores, mut mixed) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * dim]);
         for head in 0..kv_heads {
@@ -92,8 +118,8 @@ impl Inputs<'_> {
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
             gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(&mut scores, rows, keys, keys));
             for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
-                let past = begin + i / group + 1;
-                let (first, past) = (past.saturating_sub(window).max(oldest) - oldest, past - oldest);
+                let seen = sight.of(begin + i / group, tokens);
+                let (first, past) = (seen.start - oldest, seen.end - oldest);
                 scores[..first].fill(0.0);
                 softmax(&mut scores[first..past], scale);
                 scores[past..].fill(0.0);
@@ -112,12 +138,15 @@ mod tests {
     use candle_core::Device;
 
     /// The definition, one query at a time in f64.
-    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], window: usize) -> Vec<Vec<f64>> {
+    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], sight: Sight) -> Vec<Vec<f64>> {
         let (tokens, dim) = (v.len(), k[0][0].len());
         let group = q[0].len() / tokens;
         let attend = |token: usize, head: usize| {
             let (query, kv) = (&q[head / group][token * group + head % group], head / group);
-            let seen = (token + 1).saturating_sub(window)..=token;
+            let seen = match sight {
+                Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+                Sight::All => 0..tokens,
+            };
             let dot = |key: &[f32]| query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
             let weights: Vec<f64> = seen.clone().map(|t| (dot(&k[kv][t]) / (dim as f64).sqrt()).exp()).collect();
             let sum: f64 = weights.iter().sum();
@@ -137,10 +166,15 @@ mod tests {
         {
             let (q, k) = (random(&[kv_heads, tokens * group, dim]), random(&[kv_heads, tokens, dim]));
             let v = random(&[tokens, kv_heads * dim]);
-            for window in [None, Some(1), Some(3), Some(64), Some(1000)] {
-                let got = causal(&q, &k, &v, window).unwrap().to_vec2::<f32>().unwrap();
+            for window in [None, Some(1), Some(3), Some(64), Some(1000), Some(usize::MAX)] {
+                // The last stands for no direction at all.
+                let (got, sight) = match window {
+                    Some(usize::MAX) => (bidirectional(&q, &k, &v).unwrap(), Sight::All),
+                    _ => (causal(&q, &k, &v, window).unwrap(), Sight::Past { window: window.unwrap_or(usize::MAX) }),
+                };
+                let got = got.to_vec2::<f32>().unwrap();
                 let (q, k, v) = (q.to_vec3().unwrap(), k.to_vec3().unwrap(), v.to_vec2().unwrap());
-                let expected = naive(&q, &k, &v, window.unwrap_or(usize::MAX));
+                let expected = naive(&q, &k, &v, sight);
                 for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
                     assert!(
                         (f64::from(*got) - expected).abs() < 1e-5,

@@ -48,6 +48,11 @@ pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&RoundInt8)
 }
 
+/// Layer norm of every row of `x [rows, width]`: `(x − mean) / √(var + eps) · weight + bias`, variance over `width`.
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    x.apply_op3_no_bwd(weight, bias, &LayerNorm { eps })
+}
+
 struct Rotate {
     group: usize,
 }
@@ -177,6 +182,45 @@ impl CustomOp1 for RoundInt8 {
             }
         });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+struct LayerNorm {
+    eps: f32,
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = x_layout.shape().dims2()?;
+        if width == 0 || weight_layout.dims() != [width] || bias_layout.dims() != [width] {
+            bail!("layer-norm: rows of {width}, weight {:?}, bias {:?}", weight_layout.shape(), bias_layout.shape());
+        }
+        let (weight, bias) = (floats(weight, weight_layout)?, floats(bias, bias_layout)?);
+        let mut out = floats(x, x_layout)?.to_vec();
+        each_block(&mut out, width, |_, block| {
+            for row in block.chunks_exact_mut(width) {
+                let mean = reduce(row, 0.0, |a, v| a + v, |a, b| a + b) / width as f32;
+                // Two passes: the mean of squares minus the square of the mean loses all digits of a row far from zero.
+                let squares = reduce(row, 0.0, |a, v| a + (v - mean) * (v - mean), |a, b| a + b);
+                let inverse = 1.0 / (squares / width as f32 + self.eps).sqrt();
+                for ((v, &weight), &bias) in row.iter_mut().zip(weight).zip(bias) {
+                    *v = (*v - mean) * inverse * weight + bias;
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 }
 

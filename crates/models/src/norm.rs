@@ -1,0 +1,53 @@
+//! A norm: what is divided out of a row, and the parameters put in its place.
+
+use crate::weights::shaped;
+use crate::{Error, Weights, ops};
+use candle_core::Tensor;
+use candle_nn::ops::rms_norm;
+
+/// The kind of all norms of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / √(mean x² + ε) · w`.
+    Rms,
+    /// `(x − mean x) / √(var x + ε) · w + b`.
+    Layer,
+}
+
+/// One norm of rows of a fixed width.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm {
+    /// `[width]`.
+    pub(crate) weight: Tensor,
+    /// `[width]`, of a [`NormKind::Layer`].
+    pub(crate) bias: Option<Tensor>,
+    /// Added under the root.
+    pub(crate) eps: f32,
+}
+
+impl Norm {
+    /// Loads the tensors called `names`, weight and bias.
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        names: &[String; 2],
+        width: usize,
+        kind: NormKind,
+        eps: f64,
+    ) -> Result<Self, Error> {
+        let [weight, bias] = names;
+        let bias = match kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(shaped(weights, bias, &[width])?),
+        };
+        Ok(Norm { weight: shaped(weights, weight, &[width])?, bias, eps: eps as f32 })
+    }
+
+    /// `x [rows, width]`, normed row by row.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
+        let x = x.contiguous()?;
+        Ok(match &self.bias {
+            None => rms_norm(&x, &self.weight, self.eps)?,
+            Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
+        })
+    }
+}
