@@ -1,7 +1,8 @@
-"""Golden logits of tiny random checkpoints, of models/books-10m, and the int8 rounding of activations.
+"""Golden logits of tiny random checkpoints (of encoders: hidden states), of models/books-10m, and the int8 rounding of
+activations.
 
 Writes crates/models/tests/golden/<case>/{config.json,model.safetensors,golden.safetensors}: the tests of bitmill-models
-load the first two with our own code and compare with the logits in the third, which transformers computed in f32 with
+load the first two with our own code and compare with the output in the third, which transformers computed in f32 with
 eager attention. Every case is seeded, so running this again with the same versions writes the same bytes. A case that
 tests a feature (a window, a rope type) names a plainer config under which the same weights must give clearly different
 logits; otherwise the golden file would prove nothing.
@@ -22,7 +23,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "crates/models/tests/golden"
@@ -50,6 +51,20 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **BASE}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **BASE}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **BASE}
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **BASE}
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 48,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -200,13 +215,25 @@ CASES = {
     ),
 }
 
+# Encoders: as above, the output being hidden states; besides, a function from our names to those the checkpoint stores.
+ENCODERS = {
+    "bert": (BERT, {"hidden_act": "relu"}, 40, lambda name: name),
+    # Three channels a head, a wide epsilon, the names of a checkpoint that came from TensorFlow with a task's head.
+    "bert-old-names": (
+        BERT | {"hidden_size": 36, "num_attention_heads": 12, "num_hidden_layers": 1, "layer_norm_eps": 1e-2},
+        {"layer_norm_eps": 1e-12},
+        48,
+        lambda name: "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+    ),
+}
+
 
 def randomise(model, seed):
     """Weights wide enough that attention is far from uniform, norms and biases away from their defaults."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name.lower() and not name.endswith("bias"):
             value = 1.0 + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
@@ -219,6 +246,15 @@ def logits_of(folder, ids):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(ids[None], use_cache=False).logits[0].float()
+
+
+def hidden_states_of(folder, ids):
+    model, report = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    with torch.no_grad():
+        return model.eval()(ids[None]).last_hidden_state[0].float()
 
 
 def write_config(folder, config):
@@ -234,22 +270,36 @@ def write_case(seed, name, config, plainer, length):
     state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
+    write_golden(seed, folder, config, plainer, length, state, "logits", logits_of)
+
+
+def write_encoder(seed, name, config, plainer, length, stored):
+    folder = GOLDEN / name
+    write_config(folder, config)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    randomise(model, seed)
+    state = {stored(k): v.detach().float().contiguous() for k, v in model.state_dict().items()}
+    write_golden(seed, folder, config, plainer, length, state, "hidden_states", hidden_states_of)
+
+
+def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
+    """Stores the weights and the output on random tokens, which must not be that of the plainer config."""
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(1000 + seed))
-    logits = logits_of(folder, ids)
+    output = output_of(folder, ids)
 
     plain = folder / "plainer"
     write_config(plain, config | plainer)
     shutil.copy(folder / "model.safetensors", plain / "model.safetensors")
-    difference = (logits - logits_of(plain, ids)).abs().max().item()
+    difference = (output - output_of(plain, ids)).abs().max().item()
     shutil.rmtree(plain)
-    assert difference > 1e-3, f"{name}: the plainer config gives the same logits ({difference})"
+    assert difference > 1e-3, f"{folder.name}: the plainer config gives the same {kind} ({difference})"
     save_file(
-        {"input_ids": ids, "logits": logits.contiguous()},
+        {"input_ids": ids, kind: output.contiguous()},
         folder / "golden.safetensors",
         metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
     )
-    print(f"{name:28} |logit| {logits.abs().max():7.3f}  plainer config differs by {difference:.3f}")
+    print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer config differs by {difference:.3f}")
 
 
 def write_books():
@@ -298,6 +348,8 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     for index, (name, (config, plainer, length)) in enumerate(CASES.items()):
         write_case(index, name, config, plainer, length)
+    for index, (name, (config, plainer, length, stored)) in enumerate(ENCODERS.items()):
+        write_encoder(100 + index, name, config, plainer, length, stored)
     write_books()
     write_int8()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

@@ -56,6 +56,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A sentence-transformers file that asks for something that is not computed here.
+    #[error("{file}: {reason}", file = file.display())]
+    Sentences {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it, and the remedy.
+        reason: String,
+    },
     /// Two models that cannot be compared.
     #[error("{model} cannot be compared with {reference}: {reason}", model = model.display(), reference = reference.display())]
     Incomparable {

@@ -60,11 +60,11 @@ pub fn evaluate(
     progress: &mut dyn FnMut(usize, usize),
     mut logits: Option<LogitsSink<'_>>,
 ) -> Result<Evaluation, Error> {
-    let spec = bitmill_models::spec(what.model.config())?;
+    let spec = bitmill_models::spec_of(what.model)?;
     let reference = match what.reference {
         None => None,
         Some(checkpoint) => {
-            let other = bitmill_models::spec(checkpoint.config())?;
+            let other = bitmill_models::spec_of(checkpoint)?;
             if other.vocab != spec.vocab {
                 let reason = format!("their vocabularies have {} and {} entries", spec.vocab, other.vocab);
                 let (model, reference) = (what.model.dir().to_owned(), checkpoint.dir().to_owned());
@@ -79,8 +79,9 @@ pub fn evaluate(
         done += 1;
         progress(done, steps);
     };
-    let last = run_blocks(what.model, &spec, windows, &what, "model", &mut tick)?;
+    // Whether there is a head is known before the work of reaching it.
     let head = Head::load(&spec, what.model)?;
+    let last = run_blocks(what.model, &spec, windows, &what, "model", &mut tick)?;
     let other = match &reference {
         None => None,
         Some((checkpoint, spec)) => {
@@ -116,7 +117,7 @@ pub fn evaluate(
 }
 
 /// The activations after the last block of a model.
-fn run_blocks(
+pub(crate) fn run_blocks(
     checkpoint: &Checkpoint,
     spec: &ModelSpec,
     windows: &Windows,
@@ -124,10 +125,10 @@ fn run_blocks(
     name: &str,
     tick: &mut dyn FnMut(),
 ) -> Result<Stream, Error> {
-    let (count, length) = (windows.count(), windows.length);
-    let rope = RopeTable::new(&spec.rope, length)?;
+    let (count, lengths) = (windows.count(), windows.lengths());
+    let rope = RopeTable::new(&spec.rope, windows.length)?;
     let spill = what.spill_dir.join(format!(".bitmill-eval-{}-{name}", std::process::id()));
-    let stream = Stream::new(StreamKind::F32, count, length, spec.hidden, what.stream_memory / 2, &spill)?;
+    let stream = Stream::of_lengths(StreamKind::F32, &lengths, spec.hidden, what.stream_memory / 2, &spill)?;
     {
         let embedding = Embedding::load(spec, checkpoint)?;
         (0..count).into_par_iter().try_for_each(|w| {
@@ -137,7 +138,7 @@ fn run_blocks(
     for index in 0..spec.layers {
         let block = Block::load(spec, index, checkpoint)?;
         (0..count).into_par_iter().try_for_each(|w| {
-            let h = Tensor::from_vec(stream.read(w)?, (length, spec.hidden), &Device::Cpu)?;
+            let h = Tensor::from_vec(stream.read(w)?, (lengths[w], spec.hidden), &Device::Cpu)?;
             stream.write(w, &block.forward(&h, &rope)?.flatten_all()?.to_vec1::<f32>()?)
         })?;
         tick();

@@ -1,20 +1,25 @@
-//! Text through a model: tokens, windows, activation streams, statistics per site, perplexity and KL divergence.
+//! Text through a model: tokens, windows, activation streams, statistics per site, perplexity and KL divergence, sentence
+//! embeddings.
 //!
 //! Everything here runs a model block by block over a fixed set of windows, so that one block's weights are in memory at
 //! a time. Work is split by window and folded in window order: the same input gives the same bits at any thread count.
 
+mod embeddings;
 mod error;
 mod eval;
 mod metrics;
+mod pooling;
 mod sentencepiece;
 mod stats;
 mod stream;
 mod tokenizer;
 mod windows;
 
+pub use embeddings::{Cosine, Similarity, compare_embeddings};
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
 pub use metrics::{Divergence, Perplexity, Summary};
+pub use pooling::{Pooling, Sentences};
 pub use sentencepiece::to_tokenizer_json;
 pub use stats::SiteStats;
 pub use stream::{Stream, StreamKind, in_order};

@@ -19,12 +19,11 @@ pub enum StreamKind {
     F32,
 }
 
-/// Activations `[windows, length, width]`, read and written by window, each from any thread.
+/// Activations `[tokens, width]` of every window, read and written by window, each from any thread.
 #[derive(Debug)]
 pub struct Stream {
-    windows: usize,
-    /// Entries of one window: length × width.
-    window: usize,
+    /// Where each window begins, in entries, and where the last one ends.
+    starts: Vec<usize>,
     store: Store,
 }
 
@@ -47,7 +46,8 @@ impl Stream {
         windows as u64 * length as u64 * width as u64 * if kind == StreamKind::Bf16 { 2 } else { 4 }
     }
 
-    /// A stream of zeros. Beyond `budget` bytes it lives in a new file `spill`, which is deleted with the stream.
+    /// A stream of zeros for windows of equal length. Beyond `budget` bytes it lives in a new file `spill`, which is
+    /// deleted with the stream.
     ///
     /// # Errors
     /// [`Error::Stream`] when the file cannot be made.
@@ -59,7 +59,26 @@ impl Stream {
         budget: u64,
         spill: &Path,
     ) -> Result<Self, Error> {
-        let bytes = Stream::bytes(kind, windows, length, width);
+        Stream::of_lengths(kind, &vec![length; windows], width, budget, spill)
+    }
+
+    /// The same for windows of `lengths` tokens.
+    ///
+    /// # Errors
+    /// As [`Stream::new`].
+    pub fn of_lengths(
+        kind: StreamKind,
+        lengths: &[usize],
+        width: usize,
+        budget: u64,
+        spill: &Path,
+    ) -> Result<Self, Error> {
+        let mut starts = vec![0];
+        for length in lengths {
+            starts.push(starts[starts.len() - 1] + length * width);
+        }
+        let bytes = Stream::bytes(kind, 1, starts[lengths.len()], 1);
+        let entries = |length: &usize| length * width;
         let store = if bytes > budget {
             let open = || -> std::io::Result<File> {
                 let file = File::options().read(true).write(true).create(true).truncate(true).open(spill)?;
@@ -71,18 +90,23 @@ impl Stream {
         } else {
             match kind {
                 StreamKind::Bf16 => {
-                    Store::Bf16((0..windows).map(|_| RwLock::new(vec![bf16::ZERO; length * width])).collect())
+                    Store::Bf16(lengths.iter().map(|l| RwLock::new(vec![bf16::ZERO; entries(l)])).collect())
                 }
-                StreamKind::F32 => Store::F32((0..windows).map(|_| RwLock::new(vec![0.0; length * width])).collect()),
+                StreamKind::F32 => Store::F32(lengths.iter().map(|l| RwLock::new(vec![0.0; entries(l)])).collect()),
             }
         };
-        Ok(Stream { windows, window: length * width, store })
+        Ok(Stream { starts, store })
     }
 
     /// Number of windows.
     #[must_use]
     pub fn windows(&self) -> usize {
-        self.windows
+        self.starts.len() - 1
+    }
+
+    /// Entries of `window`: its tokens × width.
+    fn entries(&self, window: usize) -> usize {
+        self.starts[window + 1] - self.starts[window]
     }
 
     /// Whether the stream lives in a file.
@@ -98,16 +122,16 @@ impl Stream {
         }
     }
 
-    /// The activations of `window`, row-major `[length, width]`.
+    /// The activations of `window`, row-major `[tokens, width]`.
     ///
     /// # Errors
     /// [`Error::Stream`] when the spill file cannot be read.
     pub fn read(&self, window: usize) -> Result<Vec<f32>, Error> {
-        let start = (window * self.window) as u64;
+        let (start, entries) = (self.starts[window] as u64, self.entries(window));
         match &self.store {
             Store::F32(data) => Ok(data[window].read().unwrap_or_else(PoisonError::into_inner).clone()),
             Store::Bf16(data) => {
-                let mut out = vec![0.0; self.window];
+                let mut out = vec![0.0; entries];
                 data[window].read().unwrap_or_else(PoisonError::into_inner).convert_to_f32_slice(&mut out);
                 Ok(out)
             }
@@ -115,12 +139,12 @@ impl Stream {
                 let fail = |source| Error::Stream { file: path.clone(), source };
                 match kind {
                     StreamKind::F32 => {
-                        let mut bytes = vec![0u8; self.window * 4];
+                        let mut bytes = vec![0u8; entries * 4];
                         file.read_exact_at(&mut bytes, start * 4).map_err(fail)?;
                         Ok(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
                     }
                     StreamKind::Bf16 => {
-                        let mut bytes = vec![0u8; self.window * 2];
+                        let mut bytes = vec![0u8; entries * 2];
                         file.read_exact_at(&mut bytes, start * 2).map_err(fail)?;
                         Ok(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect())
                     }
@@ -134,8 +158,8 @@ impl Stream {
     /// # Errors
     /// [`Error::Stream`] when the spill file cannot be written.
     pub fn write(&self, window: usize, values: &[f32]) -> Result<(), Error> {
-        debug_assert_eq!(values.len(), self.window, "activations of one window");
-        let start = (window * self.window) as u64;
+        debug_assert_eq!(values.len(), self.entries(window), "activations of one window");
+        let start = self.starts[window] as u64;
         match &self.store {
             Store::F32(data) => data[window].write().unwrap_or_else(PoisonError::into_inner).copy_from_slice(values),
             Store::Bf16(data) => {
@@ -161,7 +185,7 @@ impl Stream {
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
         let mut out = std::io::BufWriter::with_capacity(1 << 20, File::create(path).map_err(fail)?);
-        for window in 0..self.windows {
+        for window in 0..self.windows() {
             let values = self.read(window)?;
             let bytes: Vec<u8> = match self.kind() {
                 StreamKind::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
@@ -181,12 +205,12 @@ impl Stream {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
         let mut file = File::open(path).map_err(fail)?;
         let width = if self.kind() == StreamKind::Bf16 { 2 } else { 4 };
-        let expected = (self.windows * self.window * width) as u64;
+        let expected = (self.starts[self.windows()] * width) as u64;
         if file.metadata().map_err(fail)?.len() != expected {
             return Err(fail(std::io::Error::other(format!("it has not the {expected} bytes of this stream"))));
         }
-        let mut bytes = vec![0u8; self.window * width];
-        for window in 0..self.windows {
+        for window in 0..self.windows() {
+            let mut bytes = vec![0u8; self.entries(window) * width];
             file.read_exact(&mut bytes).map_err(fail)?;
             let values: Vec<f32> = if width == 2 {
                 bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect()
@@ -253,6 +277,26 @@ mod tests {
             }
             assert_eq!(files[0], files[1]);
             assert!(!dir.path().join("spill").exists(), "a spill file goes with its stream");
+        }
+    }
+
+    #[test]
+    fn windows_of_unequal_length_do_not_touch() {
+        let dir = tempfile::tempdir().unwrap();
+        let lengths = [3, 1, 7];
+        for budget in [0, u64::MAX] {
+            let s = Stream::of_lengths(StreamKind::F32, &lengths, 2, budget, &dir.path().join("spill")).unwrap();
+            for (w, length) in lengths.iter().enumerate() {
+                s.write(w, &vec![w as f32 + 1.0; length * 2]).unwrap();
+            }
+            let saved = dir.path().join(format!("saved-{budget}"));
+            s.save(&saved).unwrap();
+            let again = Stream::of_lengths(StreamKind::F32, &lengths, 2, budget, &dir.path().join("again")).unwrap();
+            again.load(&saved).unwrap();
+            for (w, length) in lengths.iter().enumerate() {
+                assert_eq!(s.read(w).unwrap(), vec![w as f32 + 1.0; length * 2]);
+                assert_eq!(again.read(w).unwrap(), s.read(w).unwrap());
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{Error, sentencepiece};
 use std::path::{Path, PathBuf};
+use tokenizers::{PostProcessor, TruncationDirection};
 
 /// A tokenizer and the token that opens every window.
 pub struct Tokenizer {
@@ -52,10 +53,35 @@ impl Tokenizer {
             .map_err(|e| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() })?
             .get_ids()
             .to_vec();
+        self.checked(ids, vocab)
+    }
+
+    fn checked(&self, ids: Vec<u32>, vocab: usize) -> Result<Vec<u32>, Error> {
         match ids.iter().find(|&&id| id as usize >= vocab) {
             Some(&token) => Err(Error::Vocabulary { dir: self.dir.clone(), token, vocab }),
             None => Ok(ids),
         }
+    }
+
+    /// Token ids of one sentence with the special tokens the tokenizer itself puts around it (`[CLS]` … `[SEP]`), the
+    /// sentence cut so that there are at most `limit` in all.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`]; [`Error::Window`] when the special tokens leave no room.
+    pub fn sentence(&self, text: &str, vocab: usize, limit: usize) -> Result<Vec<u32>, Error> {
+        let fail = |reason: String| Error::Tokenizer { file: self.dir.clone(), reason };
+        let frame = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
+        if limit <= frame {
+            let reason = format!("the tokenizer adds {frame} special tokens to every sentence");
+            return Err(Error::Window { window: limit, reason });
+        }
+        let mut encoding = self.inner.encode(text, false).map_err(|e| fail(e.to_string()))?;
+        encoding.truncate(limit - frame, 0, TruncationDirection::Right);
+        let encoding = self.inner.post_process(encoding, None, true).map_err(|e| fail(e.to_string()))?;
+        if encoding.get_type_ids().iter().any(|&t| t != 0) {
+            return Err(fail("it gives the tokens of a single sentence several types, which is unsupported".into()));
+        }
+        self.checked(encoding.get_ids().to_vec(), vocab)
     }
 
     /// The token that opens every window, if the model was trained with one.

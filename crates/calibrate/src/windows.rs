@@ -1,14 +1,15 @@
-//! Texts cut into windows of equal length.
+//! Texts cut into windows: of equal length for a decoder, of one sentence each for an encoder.
 
 use crate::{Error, Tokenizer};
 use std::path::{Path, PathBuf};
 
-/// Token windows of one length, each opened by BOS where the model uses one.
+/// What the model reads at a time. A decoder's windows are all of one length and open with BOS where the model uses one;
+/// an encoder's are sentences as its tokenizer frames them, of any length, so that no token of them is padding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
-    /// `[windows][tokens]`, all of the same length.
+    /// `[windows][tokens]`.
     pub tokens: Vec<Vec<u32>>,
-    /// Tokens per window, BOS included.
+    /// Tokens of the longest window, special tokens included.
     pub length: usize,
     /// Tokens of the text they were cut from.
     pub text_tokens: usize,
@@ -66,6 +67,47 @@ impl Windows {
         }
         let names: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
         Windows::pack(&names.join(", "), &ids, tokenizer.bos(), length, count, seed)
+    }
+
+    /// The sentences of `texts`, one a line and blank lines skipped, each cut to at most `limit` tokens with the special
+    /// tokens the tokenizer puts around it.
+    ///
+    /// Sentence i of N is line i·⌊L/N⌋ of the L lines. N is `count`, or L where that is less. A `seed` other than 0 moves
+    /// every choice by a reproducible random part of the stride.
+    ///
+    /// # Errors
+    /// [`Error::ShortText`] when there is no sentence; as [`Tokenizer::sentence`].
+    pub fn sentences(
+        texts: &[(String, String)],
+        tokenizer: &Tokenizer,
+        vocab: usize,
+        limit: usize,
+        count: usize,
+        seed: u64,
+    ) -> Result<Self, Error> {
+        let lines = texts.iter().flat_map(|(_, text)| text.lines()).map(str::trim);
+        let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+        if lines.is_empty() {
+            let names: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
+            return Err(Error::ShortText { name: names.join(", "), tokens: 0, needed: 1 });
+        }
+        let count = count.clamp(1, lines.len());
+        let stride = lines.len() / count;
+        let line = |i: usize| match seed {
+            0 => i * stride,
+            _ => i * stride + (splitmix(seed.wrapping_add(i as u64)) % stride as u64) as usize,
+        };
+        let tokens =
+            (0..count).map(|i| tokenizer.sentence(lines[line(i)], vocab, limit)).collect::<Result<Vec<_>, _>>()?;
+        let length = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let text_tokens = tokens.iter().map(Vec::len).sum();
+        Ok(Windows { tokens, length, text_tokens })
+    }
+
+    /// Tokens of every window.
+    #[must_use]
+    pub fn lengths(&self) -> Vec<usize> {
+        self.tokens.iter().map(Vec::len).collect()
     }
 
     /// Number of windows.

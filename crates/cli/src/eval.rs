@@ -1,18 +1,24 @@
-//! `bitmill eval`: how well a model predicts a text, and how far it is from another.
+//! `bitmill eval`: how well a model predicts a text, and how far it is from another; for an encoder, how far its
+//! embeddings of sentences are from another's.
 
 use crate::Common;
 use crate::progress::Progress;
-use anyhow::Context;
-use bitmill_calibrate::{Comparison, Evaluation, Tokenizer, Windows, evaluate, read_texts};
-use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec};
+use anyhow::{Context, bail};
+use bitmill_calibrate::{
+    Comparison, Error, Evaluation, Sentences, Similarity, Tokenizer, Windows, compare_embeddings, evaluate, read_texts,
+};
+use bitmill_checkpoint::{Checkpoint, Dtype, Output, OutputPlan, TensorSpec};
+use bitmill_models::ModelSpec;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Measure perplexity, and KL divergence from a reference model
+/// Measure perplexity and KL divergence from a reference model; of encoders, cosine similarity of embeddings
 ///
-/// Each window is BOS + text tokens; every position after the first is scored. Both models run in f32 from their stored
-/// weights, in the same pass; dense folders and every format bitmill writes are read.
+/// Decoders: each window is BOS + text tokens; every position after the first is scored. Encoders: each line of the text is
+/// a sentence, embedded as the folder's sentence-transformers files say (else by mean pooling) and compared with the
+/// reference's embedding. Models run in f32 from their stored weights; dense folders and every format bitmill writes are
+/// read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model
@@ -20,18 +26,21 @@ pub(crate) struct Args {
     /// Folder of the full-precision model to compare with
     #[arg(long, value_name = "MODEL")]
     reference: Option<PathBuf>,
-    /// Text to predict; it must not overlap the calibration text
+    /// Text to predict or embed; it must not overlap the calibration text
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     text: Vec<PathBuf>,
-    /// Tokens per window, BOS included
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    window: usize,
-    /// Windows, spread evenly over the text; by default as many as it holds
+    /// Tokens per window, BOS included [default: 512]; of an encoder, most tokens per sentence [default: as its folder says]
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+    /// Windows or sentences, spread evenly over the text; by default as many as it holds
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
     /// Also write the tokens (`input_ids`) and logits (`logits.N` of window N) to this safetensors file
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
+    /// Also write an encoder's embeddings, of length 1 (`embeddings`, one row per sentence), to this safetensors file
+    #[arg(long, value_name = "FILE", conflicts_with = "logits")]
+    embeddings: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
 }
@@ -40,18 +49,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let model = Checkpoint::open(&args.model)?;
     let reference = args.reference.as_deref().map(Checkpoint::open).transpose()?;
-    let spec = bitmill_models::spec(model.config())?;
-    if args.window > spec.max_positions {
-        let (window, reason) = (args.window, format!("the model's context is {} tokens", spec.max_positions));
-        return Err(bitmill_calibrate::Error::Window { window, reason }.into());
-    }
-    let tokenizer = Tokenizer::open(model.dir(), spec.bos)?;
-    let texts = read_texts(&args.text)?;
-    let count = args.windows.unwrap_or(usize::MAX);
-    let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, args.window, count, 0)?;
-    if let Some(asked) = args.windows.filter(|&n| n > windows.count()) {
-        eprintln!("note: the text holds {} windows of {} tokens, not {asked}", windows.count(), args.window);
-    }
+    let spec = bitmill_models::spec_of(&model)?;
     let spill = std::env::temp_dir();
     let what = Comparison {
         model: &model,
@@ -59,19 +57,91 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         stream_memory: args.common.stream_memory,
         spill_dir: &spill,
     };
+    let tokenizer = Tokenizer::open(model.dir(), spec.bos)?;
+    let texts = read_texts(&args.text)?;
     let started = Instant::now();
     let mut bar = None;
     let mut tick = |done: usize, total: usize| {
         bar.get_or_insert_with(|| Progress::new(total as u64)).set(done as u64);
     };
-    let result = match &args.logits {
-        None => evaluate(what, &windows, &mut tick, None)?,
-        Some(file) => with_logits(what, &windows, spec.vocab, file, &mut tick)?,
-    };
-    if let Some(bar) = bar {
-        bar.finish();
+    if spec.causal {
+        let windows = text_windows(args, &spec, &tokenizer, &texts)?;
+        let result = match &args.logits {
+            None => evaluate(what, &windows, &mut tick, None)?,
+            Some(file) => with_logits(what, &windows, spec.vocab, file, &mut tick)?,
+        };
+        if let Some(bar) = bar {
+            bar.finish();
+        }
+        print(args, &result, started.elapsed().as_secs_f64())
+    } else {
+        let (sentences, how) = sentences(args, &spec, &tokenizer, &texts)?;
+        let (result, embeddings) = compare_embeddings(what, &sentences, how, &mut tick)?;
+        if let Some(file) = &args.embeddings {
+            write_embeddings(file, &embeddings)?;
+        }
+        if let Some(bar) = bar {
+            bar.finish();
+        }
+        print_similarity(args, &result, started.elapsed().as_secs_f64())
     }
-    print(args, &result, started.elapsed().as_secs_f64())
+}
+
+/// The windows of a decoder.
+fn text_windows(
+    args: &Args,
+    spec: &ModelSpec,
+    tokenizer: &Tokenizer,
+    texts: &[(String, String)],
+) -> anyhow::Result<Windows> {
+    if args.embeddings.is_some() {
+        bail!("--embeddings is for encoders; a {} model predicts tokens, which --logits writes", spec.model_type);
+    }
+    let window = args.window.unwrap_or(512);
+    fits(window, spec)?;
+    let count = args.windows.unwrap_or(usize::MAX);
+    let windows = Windows::from_texts(texts, tokenizer, spec.vocab, window, count, 0)?;
+    if let Some(asked) = args.windows.filter(|&n| n > windows.count()) {
+        eprintln!("note: the text holds {} windows of {window} tokens, not {asked}", windows.count());
+    }
+    Ok(windows)
+}
+
+/// The sentences of an encoder, and what becomes of them.
+fn sentences(
+    args: &Args,
+    spec: &ModelSpec,
+    tokenizer: &Tokenizer,
+    texts: &[(String, String)],
+) -> anyhow::Result<(Windows, Sentences)> {
+    if args.logits.is_some() {
+        bail!("--logits is for decoders; a {} model embeds text, and --embeddings writes that", spec.model_type);
+    }
+    if args.reference.is_none() && args.embeddings.is_none() {
+        bail!(
+            "a {} model predicts no tokens, so it has no perplexity; give --reference MODEL to compare its embeddings with, \
+             or --embeddings FILE to write them",
+            spec.model_type
+        );
+    }
+    let how = Sentences::read(&args.model)?;
+    if let Some(window) = args.window {
+        fits(window, spec)?;
+    }
+    let limit = args.window.or(how.limit).unwrap_or(spec.max_positions).min(spec.max_positions);
+    let count = args.windows.unwrap_or(usize::MAX);
+    let sentences = Windows::sentences(texts, tokenizer, spec.vocab, limit, count, 0)?;
+    if let Some(asked) = args.windows.filter(|&n| n > sentences.count()) {
+        eprintln!("note: the text holds {} sentences, not {asked}", sentences.count());
+    }
+    Ok((sentences, how))
+}
+
+fn fits(window: usize, spec: &ModelSpec) -> Result<(), Error> {
+    if window > spec.max_positions {
+        return Err(Error::Window { window, reason: format!("the model's context is {} tokens", spec.max_positions) });
+    }
+    Ok(())
 }
 
 /// Evaluates and writes `input_ids [windows, window]` and, for each window N, `logits.N [window, vocab]`: one tensor a
@@ -88,37 +158,79 @@ fn with_logits(
         (0..count).map(|w| (TensorSpec::new(format!("logits.{w}"), Dtype::F32, vec![length, vocab]), w)).collect();
     let ids = TensorSpec::new("input_ids", Dtype::I64, vec![count, length]);
     let specs = std::iter::once(ids).chain(names.iter().map(|(s, _)| s.clone())).collect();
+    let mut result = None;
+    write_file(file, specs, |output| {
+        let tokens: Vec<u8> = windows.tokens.iter().flatten().flat_map(|&t| i64::from(t).to_le_bytes()).collect();
+        output.write("input_ids", &tokens)?;
+        let evaluation = evaluate(
+            what,
+            windows,
+            tick,
+            Some(&mut |w, logits| {
+                let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
+                Ok(output.write(&format!("logits.{w}"), &bytes)?)
+            }),
+        )?;
+        result = Some(evaluation);
+        Ok(())
+    })?;
+    result.context("nothing was evaluated")
+}
+
+/// Writes `embeddings [sentences, hidden]`.
+fn write_embeddings(file: &Path, embeddings: &[Vec<f32>]) -> anyhow::Result<()> {
+    let width = embeddings.first().map_or(0, Vec::len);
+    let spec = TensorSpec::new("embeddings", Dtype::F32, vec![embeddings.len(), width]);
+    write_file(file, vec![spec], |output| {
+        let bytes: Vec<u8> = embeddings.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(output.write("embeddings", &bytes)?)
+    })
+}
+
+/// Writes one safetensors file, which appears under its name only when `fill` is done with it.
+fn write_file(
+    file: &Path,
+    specs: Vec<TensorSpec>,
+    fill: impl FnOnce(&Output) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let plan = OutputPlan::new(specs, u64::MAX)?;
     let folder = file.with_extension("draft");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
     let output = plan.create(&folder)?;
-    let tokens: Vec<u8> = windows.tokens.iter().flatten().flat_map(|&t| i64::from(t).to_le_bytes()).collect();
-    output.write("input_ids", &tokens)?;
-    let result = evaluate(
-        what,
-        windows,
-        tick,
-        Some(&mut |w, logits| {
-            let bytes: Vec<u8> = logits.iter().flat_map(|v| v.to_le_bytes()).collect();
-            Ok(output.write(&format!("logits.{w}"), &bytes)?)
-        }),
-    )?;
+    fill(&output)?;
     output.sync()?;
     let (written, _) = plan.files().next().context("no file was planned")?;
     std::fs::rename(folder.join(written), file).with_context(|| format!("naming {}", file.display()))?;
     std::fs::remove_dir_all(&folder).with_context(|| format!("removing {}", folder.display()))?;
-    Ok(result)
+    Ok(())
+}
+
+/// Prints a result as JSON, with what it is of.
+fn print_json(args: &Args, result: &impl serde::Serialize, seconds: f64) -> anyhow::Result<()> {
+    let mut value = json!({"model": args.model, "reference": args.reference, "text": args.text, "seconds": seconds});
+    if let (Some(all), serde_json::Value::Object(result)) = (value.as_object_mut(), serde_json::to_value(result)?) {
+        all.extend(result);
+    }
+    println!("{value:#}");
+    Ok(())
+}
+
+fn print_similarity(args: &Args, s: &Similarity, seconds: f64) -> anyhow::Result<()> {
+    if args.common.json {
+        return print_json(args, s, seconds);
+    }
+    let Similarity { sentences, tokens, longest, .. } = s;
+    println!("{sentences} sentences, {tokens} tokens, {longest} in the longest, {seconds:.1} s");
+    if let Some(c) = &s.cosine {
+        println!("cosine similarity   {:.6} ± {:.6} of embeddings to the reference's", c.mean, c.error);
+        println!("  min {:.6}  1% {:.6}  10% {:.6}  median {:.6}", c.min, c.p1, c.p10, c.median);
+    }
+    Ok(())
 }
 
 fn print(args: &Args, e: &Evaluation, seconds: f64) -> anyhow::Result<()> {
     if args.common.json {
-        let mut value =
-            json!({"model": args.model, "reference": args.reference, "text": args.text, "seconds": seconds});
-        if let (Some(all), serde_json::Value::Object(result)) = (value.as_object_mut(), serde_json::to_value(e)?) {
-            all.extend(result);
-        }
-        println!("{value:#}");
-        return Ok(());
+        return print_json(args, e, seconds);
     }
     println!("{} windows of {} tokens, {seconds:.1} s", e.windows, e.window);
     println!("perplexity          {:.4} ± {:.4}", e.perplexity.value, e.perplexity.error);

@@ -3,7 +3,7 @@
 use crate::progress::Progress;
 use crate::{Common, units};
 use anyhow::{Context, bail};
-use bitmill_calibrate::{BUNDLED_TEXT, Tokenizer, Windows, read_texts};
+use bitmill_calibrate::{BUNDLED_TEXT, Sentences, Tokenizer, Windows, read_texts};
 use bitmill_checkpoint::{Checkpoint, FORMATS};
 use bitmill_models::SITES;
 use bitmill_quantize::{Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions};
@@ -69,10 +69,10 @@ pub(crate) struct Args {
     /// Calibration text; by default MODEL/calibration.txt, or else a text that comes with bitmill
     #[arg(long, value_name = "FILE", num_args = 1..)]
     calibration: Vec<PathBuf>,
-    /// Calibration windows
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = parse_positive)]
-    samples: usize,
-    /// Tokens per window; shortened to the model's context
+    /// Calibration windows; of an encoder, sentences [default: 128, or 2048 sentences]
+    #[arg(long, value_name = "N", value_parser = parse_positive)]
+    samples: Option<usize>,
+    /// Tokens per window, or at most per sentence; shortened to the model's context
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_positive)]
     sequence_length: usize,
     /// Regular expression of module names to leave as they are, matched from the start of the name
@@ -168,7 +168,9 @@ impl Args {
         Ok(Scheme::int(Bits::new(self.bits.unwrap_or(4))?, !self.asymmetric, granularity))
     }
 
-    fn settings(&self) -> anyhow::Result<Settings> {
+    fn settings(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
+        // A sentence is a tenth or less of a window, and a Hessian needs several times as many tokens as it has rows.
+        let sentences = bitmill_models::spec(input.config()).is_ok_and(|spec| !spec.causal);
         let scheme = self.scheme()?;
         let default_format = match scheme.activations {
             Activations::Full => "pack-quantized",
@@ -195,7 +197,7 @@ impl Args {
                 scale_refits: self.scale_refits,
             },
             ignore: self.ignore.clone(),
-            samples: self.samples,
+            samples: self.samples.unwrap_or(if sentences { 2048 } else { 128 }),
             sequence_length: self.sequence_length,
             seed: self.seed,
             shard_bytes: self.max_shard_size,
@@ -206,7 +208,7 @@ impl Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let input = Checkpoint::open(&args.model)?;
-    let plan = Plan::new(&input, &args.settings()?)?;
+    let plan = Plan::new(&input, &args.settings(&input)?)?;
     for note in &plan.notes {
         eprintln!("note: {note}");
     }
@@ -214,7 +216,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let text = calibration.as_ref().map(|c| c.0.as_str());
     let windows = calibration.as_ref().map(|c| &c.1);
     if let (Some(text), Some(w)) = (text, windows) {
-        eprintln!("calibrating on {} windows of {} tokens from {text}", w.count(), w.length);
+        eprintln!("calibrating on {} from {text}", amount(w));
     } else if !args.calibration.is_empty() {
         eprintln!("note: method {} needs no calibration; the text given is not used", args.method);
     }
@@ -249,12 +251,31 @@ fn calibration(args: &Args, input: &Checkpoint, plan: &Plan) -> anyhow::Result<(
         (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
     };
     let tokenizer = Tokenizer::open(input.dir(), spec.bos)?;
-    let length = args.sequence_length.min(spec.max_positions);
-    let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, length, args.samples, args.seed)?;
-    if windows.count() < args.samples {
-        eprintln!("note: {name} holds {} windows of {length} tokens, not {}", windows.count(), args.samples);
+    let Settings { samples, sequence_length, seed, .. } = plan.settings;
+    let length = sequence_length.min(spec.max_positions);
+    let windows = match spec.causal {
+        true => Windows::from_texts(&texts, &tokenizer, spec.vocab, length, samples, seed)?,
+        false => {
+            // Positions that the model's own pipeline never reaches would only dilute the statistics.
+            let limit = Sentences::read(input.dir())?.limit.unwrap_or(length).min(length);
+            Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?
+        }
+    };
+    // By default an encoder takes what the text has; a number that was asked for and missed is worth a note.
+    if windows.count() < samples && (spec.causal || args.samples.is_some()) {
+        eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
     }
     Ok((name, windows))
+}
+
+/// How much text `windows` are.
+fn amount(windows: &Windows) -> String {
+    match windows.tokens.iter().all(|t| t.len() == windows.length) {
+        true => format!("{} windows of {} tokens", windows.count(), windows.length),
+        false => {
+            format!("{} sentences of up to {} tokens, {} in all", windows.count(), windows.length, windows.text_tokens)
+        }
+    }
 }
 
 /// The first Ctrl-C asks for a clean stop, the second ends the process; neither loses what is finished.
@@ -361,7 +382,8 @@ fn dry_run(args: &Args, plan: &Plan, text: Option<&str>, windows: Option<&Window
 fn stream_bytes(args: &Args, plan: &Plan, windows: Option<&Windows>) -> u64 {
     let (Some(spec), Some(w)) = (&plan.spec, windows) else { return 0 };
     let widths = spec.hidden + 2 * spec.intermediate.max(spec.heads * spec.head_dim);
-    ((w.count() * w.length * widths * 2) as u64).min(args.common.stream_memory)
+    let tokens: usize = w.tokens.iter().map(Vec::len).sum();
+    ((tokens * widths * 2) as u64).min(args.common.stream_memory)
 }
 
 fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds: f64) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! Causal attention of one window.
+//! Attention inside one window: causal, or of every token to every other.
 //!
 //! The query heads of a group are stacked into one matrix against their shared keys, so keys and values are never
 //! repeated. Tokens go in chunks, each against only the keys its tokens can see: the scores of a chunk stay in cache, no
@@ -16,18 +16,37 @@ const ROWS: usize = 256;
 
 /// Attends `q [kv_heads, tokens · group, head_dim]`, rows in order of token, then head, to
 /// `k [kv_heads, tokens, head_dim]` and `v [tokens, kv_heads · head_dim]`; returns `[tokens, kv_heads · group · head_dim]`.
-/// A token sees itself and everything before it, or the latest `window` of those.
-pub(crate) fn causal(q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, &v.contiguous()?, &Causal { window: window.unwrap_or(usize::MAX) })
+/// Every token mixes the values of what it sees.
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sight: Sight) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { sight })
 }
 
-struct Causal {
-    window: usize,
+/// What a token sees.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Sight {
+    /// Itself and what came before it, `window` tokens in all.
+    Past { window: usize },
+    /// Everything.
+    All,
 }
 
-impl CustomOp3 for Causal {
+impl Sight {
+    /// The tokens that `token` of `tokens` sees.
+    fn of(self, token: usize, tokens: usize) -> Range<usize> {
+        match self {
+            Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+            Sight::All => 0..tokens,
+        }
+    }
+}
+
+struct Attention {
+    sight: Sight,
+}
+
+impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
-        "causal-attention"
+        "attention"
     }
 
     fn cpu_fwd(
@@ -43,7 +62,7 @@ impl CustomOp3 for Causal {
         let group = rows / tokens.max(1);
         if q_layout.dims() != [kv_heads, tokens * group, dim] || v_layout.dims() != [tokens, kv_heads * dim] {
             bail!(
-                "causal-attention: queries {:?}, keys {:?}, values {:?}",
+                "attention: queries {:?}, keys {:?}, values {:?}",
                 q_layout.shape(),
                 k_layout.shape(),
                 v_layout.shape()
@@ -63,7 +82,7 @@ impl CustomOp3 for Causal {
         let mut out = vec![0.0f32; tokens * width];
         out.par_chunks_mut((chunk * width).max(1))
             .enumerate()
-            .for_each(|(i, out)| inputs.attend(i * chunk, self.window, out));
+            .for_each(|(i, out)| inputs.attend(i * chunk, self.sight, out));
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }
@@ -80,18 +99,19 @@ struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// Fills `out`, the rows of the tokens from `begin` on.
-    fn attend(&self, begin: usize, window: usize, out: &mut [f32]) {
+    fn attend(&self, begin: usize, sight: Sight, out: &mut [f32]) {
         let Inputs { kv_heads, tokens, dim, group, .. } = *self;
         let (width, row) = (kv_heads * group * dim, group * dim);
         let end = begin + out.len() / width;
-        let oldest = (begin + 1).saturating_sub(window);
-        let (rows, keys) = ((end - begin) * group, end - oldest);
+        // Sight moves on with the token, so the first of the chunk sees the oldest key and the last the newest.
+        let (oldest, newest) = (sight.of(begin, tokens).start, sight.of(end - 1, tokens).end);
+        let (rows, keys) = ((end - begin) * group, newest - oldest);
         let (mut scores, mut mixed) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * dim]);
         for head in 0..kv_heads {
             let q = View::new(&self.q[(head * tokens + begin) * row..], rows, dim, dim);
             let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
-            self.weights(q, k, begin, (oldest, window), &mut scores);
+            self.weights(q, k, begin, (oldest, sight), &mut scores);
             gemm(1.0, View::new(&scores, rows, keys, keys), v, 0.0, &mut ViewMut::new(&mut mixed, rows, dim, dim));
             for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
                 out[head * row..][..row].copy_from_slice(mixed);
@@ -100,7 +120,7 @@ impl Inputs<'_> {
     }
 }
 
-/// Gradients of `q`, `k` and `v`, laid out as they are in [`causal`], from `out`, what that returned for them, and
+/// Gradients of `q`, `k` and `v`, laid out as they are in [`attend`], from `out`, what that returned for them, and
 /// `grad`, the gradient of it. The weights of the mix are computed again, a chunk of tokens at a time.
 pub(crate) fn backward(
     q: &Tensor,
@@ -108,7 +128,7 @@ pub(crate) fn backward(
     v: &Tensor,
     out: &Tensor,
     grad: &[f32],
-    window: Option<usize>,
+    sight: Sight,
 ) -> std::result::Result<(Vec<f32>, Vec<f32>, Vec<f32>), crate::Error> {
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
@@ -118,7 +138,7 @@ pub(crate) fn backward(
     let chunk = (ROWS / group.max(1)).max(32);
     for begin in (0..tokens).step_by(chunk) {
         let tokens = begin..tokens.min(begin + chunk);
-        inputs.attend_backward(tokens, window.unwrap_or(usize::MAX), &out, grad, &mut gradients);
+        inputs.attend_backward(tokens, sight, &out, grad, &mut gradients);
     }
     Ok((gradients.q, gradients.k, gradients.v))
 }
@@ -132,11 +152,11 @@ struct Gradients {
 impl Inputs<'_> {
     /// Adds what the queries of a chunk of tokens contribute. With P the weights, O = PV, and S the scaled scores:
     /// dV = PᵀdO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
-    fn attend_backward(&self, chunk: Range<usize>, window: usize, out: &[f32], grad: &[f32], into: &mut Gradients) {
+    fn attend_backward(&self, chunk: Range<usize>, sight: Sight, out: &[f32], grad: &[f32], into: &mut Gradients) {
         let Inputs { kv_heads, tokens, dim, group, .. } = *self;
         let (width, row) = (kv_heads * group * dim, group * dim);
-        let oldest = (chunk.start + 1).saturating_sub(window);
-        let (rows, keys) = (chunk.len() * group, chunk.end - oldest);
+        let (oldest, newest) = (sight.of(chunk.start, tokens).start, sight.of(chunk.end - 1, tokens).end);
+        let (rows, keys) = (chunk.len() * group, newest - oldest);
         let scale = (dim as f64).powf(-0.5) as f32;
         let (mut p, mut d) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * keys]);
         let (mut d_out, mut along) = (vec![0.0f32; rows * dim], vec![0.0f32; rows]);
@@ -155,7 +175,7 @@ impl Inputs<'_> {
             let q = View::new(&self.q[first_query..], rows, dim, dim);
             let k = View::new(&self.k[first_key..], keys, dim, dim);
             let v = View::new(&self.v[first_value..], keys, dim, kv_heads * dim);
-            self.weights(q, k, chunk.start, (oldest, window), &mut p);
+            self.weights(q, k, chunk.start, (oldest, sight), &mut p);
             let grad = View::new(&d_out, rows, dim, dim);
             gemm(1.0, grad, v.t(), 0.0, &mut ViewMut::new(&mut d, rows, keys, keys));
             for ((d, p), along) in d.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).zip(&along) {
@@ -175,15 +195,15 @@ impl Inputs<'_> {
         q: View<'_, f32>,
         k: View<'_, f32>,
         begin: usize,
-        (oldest, window): (usize, usize),
+        (oldest, sight): (usize, Sight),
         p: &mut [f32],
     ) {
         let scale = (self.dim as f64).powf(-0.5) as f32;
         let (rows, keys) = (q.rows(), k.rows());
         gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(p, rows, keys, keys));
         for (i, scores) in p.chunks_exact_mut(keys).enumerate() {
-            let past = begin + i / self.group + 1;
-            let (first, past) = (past.saturating_sub(window).max(oldest) - oldest, past - oldest);
+            let seen = sight.of(begin + i / self.group, self.tokens);
+            let (first, past) = (seen.start - oldest, seen.end - oldest);
             scores[..first].fill(0.0);
             softmax(&mut scores[first..past], scale);
             scores[past..].fill(0.0);
@@ -197,12 +217,15 @@ mod tests {
     use candle_core::Device;
 
     /// The definition, one query at a time in f64.
-    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], window: usize) -> Vec<Vec<f64>> {
+    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], sight: Sight) -> Vec<Vec<f64>> {
         let (tokens, dim) = (v.len(), k[0][0].len());
         let group = q[0].len() / tokens;
         let attend = |token: usize, head: usize| {
             let (query, kv) = (&q[head / group][token * group + head % group], head / group);
-            let seen = (token + 1).saturating_sub(window)..=token;
+            let seen = match sight {
+                Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+                Sight::All => 0..tokens,
+            };
             let dot = |key: &[f32]| query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
             let weights: Vec<f64> = seen.clone().map(|t| (dot(&k[kv][t]) / (dim as f64).sqrt()).exp()).collect();
             let sum: f64 = weights.iter().sum();
@@ -222,10 +245,16 @@ mod tests {
         {
             let (q, k) = (random(&[kv_heads, tokens * group, dim]), random(&[kv_heads, tokens, dim]));
             let v = random(&[tokens, kv_heads * dim]);
-            for window in [None, Some(1), Some(3), Some(64), Some(1000)] {
-                let got = causal(&q, &k, &v, window).unwrap().to_vec2::<f32>().unwrap();
+            for window in [None, Some(1), Some(3), Some(64), Some(1000), Some(usize::MAX)] {
+                // The last stands for no direction at all.
+                let sight = match window {
+                    Some(usize::MAX) => Sight::All,
+                    _ => Sight::Past { window: window.unwrap_or(usize::MAX) },
+                };
+                let got = attend(&q, &k, &v, sight).unwrap();
+                let got = got.to_vec2::<f32>().unwrap();
                 let (q, k, v) = (q.to_vec3().unwrap(), k.to_vec3().unwrap(), v.to_vec2().unwrap());
-                let expected = naive(&q, &k, &v, window.unwrap_or(usize::MAX));
+                let expected = naive(&q, &k, &v, sight);
                 for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
                     assert!(
                         (f64::from(*got) - expected).abs() < 1e-5,

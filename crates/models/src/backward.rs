@@ -7,7 +7,7 @@
 //!
 //! Gradients pass through the rounding of activations as if it were not there (straight-through).
 
-use crate::ops::{act_backward, floats, rms_norm_backward, unrotate};
+use crate::ops::{act_backward, floats, gated_backward, norm_backward, unrotate};
 use crate::{Block, Error, NormRole, Role, RopeTable, attention};
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{Layout, Storage, Tensor};
@@ -21,12 +21,15 @@ pub struct Trace {
     attn_in: Tensor,
     heads: Heads,
     attn_out: Tensor,
-    /// The residual stream after the attention.
+    /// The residual stream after the attention, before and after a norm of it.
+    attn_sum: Tensor,
     middle: Tensor,
     mlp_in: Tensor,
-    gate: Tensor,
+    gate: Option<Tensor>,
     up: Tensor,
     mlp_out: Tensor,
+    /// What leaves the block, before a norm of it.
+    mlp_sum: Tensor,
 }
 
 /// Queries, keys and values of one window.
@@ -42,22 +45,20 @@ pub(crate) struct Heads {
     pub(crate) v: Tensor,
 }
 
-/// Gradients of one block's parameters, each laid out as the parameter.
+/// Gradients of one block's parameters, each laid out as the parameter; of parts that a block lacks they are empty.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockGradients {
     /// Of the linears' weights `[out, in]`, by [`Role`].
     pub linears: [Vec<f32>; 7],
     /// Of the norms' weights `[hidden]`, by [`NormRole`].
-    pub norms: [Vec<f32>; 2],
+    pub norms: [Vec<f32>; 4],
 }
 
 impl BlockGradients {
     /// Adds another window's gradients.
     pub fn add(&mut self, other: &BlockGradients) {
         let own = self.linears.iter_mut().chain(&mut self.norms);
-        for (a, b) in own.zip(other.linears.iter().chain(&other.norms)) {
-            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-        }
+        own.zip(other.linears.iter().chain(&other.norms)).for_each(|(a, b)| accumulate(a, b));
     }
 }
 
@@ -70,15 +71,19 @@ impl Block {
         let attn_in = self.attn_in(h)?;
         let heads = self.heads(&attn_in, rope)?;
         let attn_out = self.attend(&heads)?;
-        let (middle, mlp_in) = self.mlp_in(h, &attn_out)?;
-        let (gate, up) = self.gates(&mlp_in)?;
-        let mlp_out = self.activate(gate.copy()?, &up)?;
-        let out = self.finish(&middle, &mlp_out)?;
-        Ok((out, Trace { h: h.contiguous()?, attn_in, heads, attn_out, middle, mlp_in, gate, up, mlp_out }))
+        let attn_sum = self.attn_sum(h, &attn_out)?;
+        let middle = self.normed(NormRole::AttnResidual, &attn_sum)?;
+        let mlp_in = self.normed(NormRole::PostAttention, &middle)?;
+        let (gate, up) = self.branches(&mlp_in)?;
+        let mlp_out = self.gated(gate.as_ref().map(Tensor::copy).transpose()?, up.clone())?;
+        let mlp_sum = self.mlp_sum(&middle, &mlp_out)?;
+        let out = self.normed(NormRole::MlpResidual, &mlp_sum)?;
+        let h = h.contiguous()?;
+        Ok((out, Trace { h, attn_in, heads, attn_out, attn_sum, middle, mlp_in, gate, up, mlp_out, mlp_sum }))
     }
 
-    /// From `grad [tokens, hidden]`, the gradient of a loss at the output of this window, to its gradient at the input
-    /// and, where `parameters` is given, the gradients of the parameters, which are added to it.
+    /// From `grad [tokens, hidden]`, the gradient of a loss at the output of this window, to its gradient at the input.
+    /// The gradients of the parameters are added to `parameters`; where that is `None` they are not computed.
     ///
     /// # Errors
     /// [`Error::Tensor`] when the trace is of another block's shape.
@@ -87,61 +92,92 @@ impl Block {
         trace: &Trace,
         rope: &RopeTable,
         grad: Vec<f32>,
-        mut parameters: Option<&mut BlockGradients>,
+        parameters: Option<&mut BlockGradients>,
     ) -> Result<Vec<f32>, Error> {
-        let tokens = trace.h.dim(0)?;
-        let mut linear = |role: Role, grad: &[f32], x: &Tensor| -> Result<Vec<f32>, Error> {
-            let into = parameters.as_deref_mut().map(|p| p.linears[role as usize].as_mut_slice());
-            backward_linear(self.linear(role), grad, x, into)
-        };
-        // The MLP.
-        let d_out = linear(Role::Down, &grad, &trace.mlp_out)?;
-        let (d_gate, d_up) = act_backward(self.act, &values(&trace.gate)?, &values(&trace.up)?, &d_out);
-        let mut d_in = linear(Role::Gate, &d_gate, &trace.mlp_in)?;
-        accumulate(&mut d_in, &linear(Role::Up, &d_up, &trace.mlp_in)?);
-        let hidden = trace.h.dim(1)?;
-        let mut d_norms = [vec![0.0; hidden], vec![0.0; hidden]];
-        let mut d_middle = grad;
-        let mut norm = |role: NormRole, x: &Tensor, grad: &[f32], into: &mut [f32]| -> Result<(), Error> {
-            let weight = values(self.norm(role))?;
-            rms_norm_backward(&values(x)?, &weight, self.eps, grad, into, &mut d_norms[role as usize]);
-            Ok(())
-        };
-        norm(NormRole::PostAttention, &trace.middle, &d_in, &mut d_middle)?;
-        // The attention.
-        let d_attn = linear(Role::O, &d_middle, &trace.attn_out)?;
-        let Heads { q, k, v, .. } = &trace.heads;
-        let (d_q, d_k, d_v) = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.window)?;
-        let (cos, sin) = rope.for_window(tokens)?;
-        let (cos, sin) = (values(cos)?, values(sin)?);
-        let mut d_q = unrotate(&d_q, &cos, &sin, tokens, self.head_dim, self.group);
-        let mut d_k = unrotate(&d_k, &cos, &sin, tokens, self.head_dim, 1);
-        if let (Some(raw), Some(norms)) = (&trace.heads.raw, &self.qk_norms) {
-            // The norms of single heads are not trained; their weights' gradients are dropped.
-            for (grad, (x, weight)) in [&mut d_q, &mut d_k].into_iter().zip(raw.iter().zip(norms)) {
-                let (weight, mut through) = (values(weight)?, vec![0.0; grad.len()]);
-                rms_norm_backward(&values(x)?, &weight, self.eps, grad, &mut through, &mut vec![0.0; weight.len()]);
-                *grad = through;
-            }
-        }
-        let mut d_in = linear(Role::Q, &d_q, &trace.attn_in)?;
-        accumulate(&mut d_in, &linear(Role::K, &d_k, &trace.attn_in)?);
-        accumulate(&mut d_in, &linear(Role::V, &d_v, &trace.attn_in)?);
-        let mut d_h = d_middle;
-        norm(NormRole::Input, &trace.h, &d_in, &mut d_h)?;
-        if let Some(parameters) = parameters {
-            parameters.norms.iter_mut().zip(&d_norms).for_each(|(a, b)| accumulate(a, b));
-        }
+        let mut chain = Chain { block: self, parameters };
+        let grad = chain.norm(NormRole::MlpResidual, &trace.mlp_sum, grad)?;
+        let mut d_middle = chain.mlp(trace, &grad)?;
+        accumulate(&mut d_middle, &grad);
+        let grad = chain.norm(NormRole::AttnResidual, &trace.attn_sum, d_middle)?;
+        let mut d_h = chain.attention(trace, rope, &grad)?;
+        accumulate(&mut d_h, &grad);
         Ok(d_h)
     }
 
     /// Gradients of zero, in this block's shapes.
     #[must_use]
     pub fn no_gradients(&self) -> BlockGradients {
+        let zeros = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
         BlockGradients {
-            linears: Role::ALL.map(|role| vec![0.0; self.linear(role).elem_count()]),
-            norms: NormRole::ALL.map(|role| vec![0.0; self.norm(role).elem_count()]),
+            linears: Role::ALL.map(|role| zeros(self.linears[role as usize].as_ref().map(|l| &l.weight))),
+            norms: NormRole::ALL.map(|role| zeros(self.norms[role as usize].as_ref().map(|n| &n.weight))),
         }
+    }
+}
+
+/// The chain rule through the parts of one block.
+struct Chain<'a> {
+    block: &'a Block,
+    parameters: Option<&'a mut BlockGradients>,
+}
+
+impl Chain<'_> {
+    /// Through a linear that read `x`.
+    fn linear(&mut self, role: Role, grad: &[f32], x: &Tensor) -> Result<Vec<f32>, Error> {
+        let into = self.parameters.as_deref_mut().map(|p| p.linears[role as usize].as_mut_slice());
+        backward_linear(self.block.linear(role), grad, x, into)
+    }
+
+    /// Through the norm at `role`, if the block has one.
+    fn norm(&mut self, role: NormRole, x: &Tensor, grad: Vec<f32>) -> Result<Vec<f32>, Error> {
+        let Some(norm) = &self.block.norms[role as usize] else { return Ok(grad) };
+        match &mut self.parameters {
+            Some(parameters) => norm.backward(x, &grad, &mut parameters.norms[role as usize]),
+            None => norm.backward(x, &grad, &mut vec![0.0; norm.weight.elem_count()]),
+        }
+    }
+
+    /// Through the MLP, back to the residual stream it read.
+    fn mlp(&mut self, trace: &Trace, grad: &[f32]) -> Result<Vec<f32>, Error> {
+        let d_out = self.linear(Role::Down, grad, &trace.mlp_out)?;
+        let (act, up) = (self.block.act, values(&trace.up)?);
+        let d_in = match &trace.gate {
+            None => self.linear(Role::Up, &act_backward(act, &up, &d_out), &trace.mlp_in)?,
+            Some(gate) => {
+                let (d_gate, d_up) = gated_backward(act, &values(gate)?, &up, &d_out);
+                let mut d_in = self.linear(Role::Gate, &d_gate, &trace.mlp_in)?;
+                accumulate(&mut d_in, &self.linear(Role::Up, &d_up, &trace.mlp_in)?);
+                d_in
+            }
+        };
+        self.norm(NormRole::PostAttention, &trace.middle, d_in)
+    }
+
+    /// Through the attention, back to the residual stream it read.
+    fn attention(&mut self, trace: &Trace, rope: &RopeTable, grad: &[f32]) -> Result<Vec<f32>, Error> {
+        let Block { head_dim, group, eps, qk_norms, .. } = self.block;
+        let d_attn = self.linear(Role::O, grad, &trace.attn_out)?;
+        let Heads { q, k, v, raw } = &trace.heads;
+        let (d_q, d_k, d_v) = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.block.sight)?;
+        let tokens = trace.h.dim(0)?;
+        let table = rope.for_window(tokens)?;
+        let table = table.map(|(cos, sin)| Ok::<_, Error>((values(cos)?, values(sin)?))).transpose()?;
+        let table = table.as_ref().map(|(cos, sin)| (&**cos, &**sin));
+        let mut d_q = unrotate(&d_q, table, (tokens, *head_dim, *group));
+        let mut d_k = unrotate(&d_k, table, (tokens, *head_dim, 1));
+        if let (Some(raw), Some(norms)) = (raw, qk_norms) {
+            // The norms of single heads are not trained; their weights' gradients are dropped.
+            for (grad, (x, weight)) in [&mut d_q, &mut d_k].into_iter().zip(raw.iter().zip(norms)) {
+                let (weight, mut through) = (values(weight)?, vec![0.0; grad.len()]);
+                let mut dropped = vec![0.0; weight.len()];
+                norm_backward(&values(x)?, &weight, (*eps, false), grad, &mut through, &mut dropped);
+                *grad = through;
+            }
+        }
+        let mut d_in = self.linear(Role::Q, &d_q, &trace.attn_in)?;
+        accumulate(&mut d_in, &self.linear(Role::K, &d_k, &trace.attn_in)?);
+        accumulate(&mut d_in, &self.linear(Role::V, &d_v, &trace.attn_in)?);
+        self.norm(NormRole::Input, &trace.h, d_in)
     }
 }
 

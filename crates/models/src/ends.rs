@@ -1,19 +1,30 @@
 //! What comes before the first block and after the last.
 
-use crate::backward::{backward_linear, values};
+use crate::backward::backward_linear;
 use crate::linear::Linear;
-use crate::ops::rms_norm_backward;
+use crate::norm::Norm;
 use crate::weights::shaped;
-use crate::{EMBEDDING, Error, FINAL_NORM, HEAD, ModelSpec, Weights};
+use crate::{Error, ModelSpec, Weights, ops};
 use bitmill_scheme::Activations;
 use candle_core::{Device, Tensor};
-use candle_nn::ops::rms_norm;
 
-/// The token embedding.
+/// The token embedding, and what is added to it.
 #[derive(Debug, Clone)]
 pub struct Embedding {
     /// `[vocab, hidden]`.
     weight: Tensor,
+    added: Option<Added>,
+}
+
+/// Learned embeddings beside those of the tokens.
+#[derive(Debug, Clone)]
+struct Added {
+    /// `[max_positions, hidden]`.
+    positions: Tensor,
+    /// Of the first type, which every token of a single text has: `[hidden]`.
+    token_type: Tensor,
+    /// Of the sum.
+    norm: Norm,
 }
 
 impl Embedding {
@@ -22,43 +33,74 @@ impl Embedding {
     /// # Errors
     /// A tensor that is missing, unreadable or of another shape.
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
-        Ok(Embedding { weight: shaped(weights, EMBEDDING, &[spec.vocab, spec.hidden])? })
+        let weight = shaped(weights, &spec.embedding(), &[spec.vocab, spec.hidden])?;
+        let added = match &spec.layout.added {
+            None => None,
+            Some(added) => {
+                let types = shaped(weights, &spec.spell(added.types), &[spec.token_types, spec.hidden])?;
+                let names = spec.norm_parts(&spec.spell(added.norm));
+                Some(Added {
+                    positions: shaped(weights, &spec.spell(added.positions), &[spec.max_positions, spec.hidden])?,
+                    token_type: types.get(0)?,
+                    norm: Norm::load(weights, &names, spec.hidden, spec.norm, spec.norm_eps)?,
+                })
+            }
+        };
+        Ok(Embedding { weight, added })
     }
 
     /// The residual stream `[tokens, hidden]` that enters the first block.
     ///
     /// # Errors
-    /// [`Error::Token`] for an id beyond the vocabulary.
+    /// [`Error::Token`] for an id beyond the vocabulary, [`Error::Positions`] for more tokens than there are positions.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor, Error> {
         let vocab = self.weight.dim(0)?;
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::Token { token, vocab });
         }
-        Ok(self.weight.index_select(&Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?, 0)?)
+        let h = self.weight.index_select(&Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?, 0)?;
+        let Some(Added { positions, token_type, norm }) = &self.added else { return Ok(h) };
+        if tokens.len() > positions.dim(0)? {
+            return Err(Error::Positions { tokens: tokens.len(), positions: positions.dim(0)? });
+        }
+        ops::add(&h, token_type)?;
+        ops::add(&h, &positions.narrow(0, 0, tokens.len())?)?;
+        norm.forward(&h)
     }
 }
 
 /// The final norm and the output head.
 #[derive(Debug, Clone)]
 pub struct Head {
-    norm: Tensor,
+    norm: Option<Norm>,
     linear: Linear,
-    eps: f32,
 }
 
 impl Head {
     /// Loads the final norm and the head, which is the embedding where the model ties them.
     ///
     /// # Errors
-    /// A tensor that is missing, unreadable or of another shape.
+    /// [`Error::NoHead`] for a model without one; a tensor that is missing, unreadable or of another shape.
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
-        let linear = if spec.tied {
-            let weight = shaped(weights, EMBEDDING, &[spec.vocab, spec.hidden])?;
-            Linear { weight, bias: None, activations: Activations::Full }
-        } else {
-            Linear::load(weights, HEAD, [spec.vocab, spec.hidden], false)?
+        Head::with(spec, weights, || shaped(weights, &spec.embedding(), &[spec.vocab, spec.hidden]))
+    }
+
+    /// The same with another way to come by the embedding.
+    fn with(
+        spec: &ModelSpec,
+        weights: &dyn Weights,
+        embedding: impl FnOnce() -> Result<Tensor, Error>,
+    ) -> Result<Self, Error> {
+        let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
+        let linear = match spec.tied {
+            true => Linear { weight: embedding()?, bias: None, activations: Activations::Full },
+            false => Linear::load(weights, &head, [spec.vocab, spec.hidden], false)?,
         };
-        Ok(Head { norm: shaped(weights, FINAL_NORM, &[spec.hidden])?, linear, eps: spec.norm_eps as f32 })
+        let load = |module| {
+            let names = spec.norm_parts(&spec.spell(module));
+            Norm::load(weights, &names, spec.hidden, spec.norm, spec.norm_eps)
+        };
+        Ok(Head { norm: spec.layout.final_norm.map(load).transpose()?, linear })
     }
 
     /// Logits `[tokens, vocab]` of the residual stream `h [tokens, hidden]` that leaves the last block.
@@ -66,30 +108,22 @@ impl Head {
     /// # Errors
     /// [`Error::Tensor`] when `h` has another width.
     pub fn logits(&self, h: &Tensor) -> Result<Tensor, Error> {
-        self.linear.forward(&rms_norm(&h.contiguous()?, &self.norm, self.eps)?)
+        match &self.norm {
+            Some(norm) => self.linear.forward(&norm.forward(h)?),
+            None => self.linear.forward(h),
+        }
     }
 
-    /// The gradients of `h [tokens, hidden]` and of the norm's weight `[hidden]`, from `grad [tokens, vocab]`, that of
-    /// the logits.
+    /// The gradient of `h [tokens, hidden]` from `grad [tokens, vocab]`, that of the logits.
     ///
     /// # Errors
     /// [`Error::Tensor`] when `h` has another width.
-    pub fn backward(&self, h: &Tensor, grad: &[f32]) -> Result<(Vec<f32>, Vec<f32>), Error> {
-        let d_normed = backward_linear(&self.linear.weight, grad, h, None)?;
-        let (mut d_h, mut d_norm) = (vec![0.0; d_normed.len()], vec![0.0; self.norm.elem_count()]);
-        rms_norm_backward(&values(&h.contiguous()?)?, &values(&self.norm)?, self.eps, &d_normed, &mut d_h, &mut d_norm);
-        Ok((d_h, d_norm))
-    }
-
-    /// The weight of the final norm, `[hidden]`.
-    #[must_use]
-    pub fn norm(&self) -> &Tensor {
-        &self.norm
-    }
-
-    /// Replaces the weight of the final norm by another `[hidden]`.
-    pub fn set_norm(&mut self, weight: Tensor) {
-        self.norm = weight;
+    pub fn backward(&self, h: &Tensor, grad: &[f32]) -> Result<Vec<f32>, Error> {
+        let d_h = backward_linear(&self.linear.weight, grad, h, None)?;
+        match &self.norm {
+            None => Ok(d_h),
+            Some(norm) => Ok(norm.backward(h, &d_h, &mut vec![0.0; norm.weight.elem_count()])?),
+        }
     }
 }
 
@@ -109,12 +143,8 @@ impl Ends {
     /// As [`Embedding::load`] and [`Head::load`].
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
         let embedding = Embedding::load(spec, weights)?;
-        if !spec.tied {
-            return Ok(Ends { embedding, head: Head::load(spec, weights)? });
-        }
-        let linear = Linear { weight: embedding.weight.clone(), bias: None, activations: Activations::Full };
-        let norm = shaped(weights, FINAL_NORM, &[spec.hidden])?;
-        Ok(Ends { embedding, head: Head { norm, linear, eps: spec.norm_eps as f32 } })
+        let head = Head::with(spec, weights, || Ok(embedding.weight.clone()))?;
+        Ok(Ends { embedding, head })
     }
 
     /// See [`Embedding::embed`].

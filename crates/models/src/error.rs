@@ -56,6 +56,20 @@ pub enum Error {
         /// Rows of the table.
         longest: usize,
     },
+    /// A window longer than the model has positions.
+    #[error("a window of {tokens} tokens for a model with {positions} positions; cut it shorter")]
+    Positions {
+        /// Length of the window.
+        tokens: usize,
+        /// Rows of the position embedding.
+        positions: usize,
+    },
+    /// Logits asked of a model that ends in hidden states.
+    #[error("a {model_type} model has no output head, so it predicts no tokens; compare its embeddings instead")]
+    NoHead {
+        /// `model_type` of the config.
+        model_type: String,
+    },
     /// The checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] bitmill_checkpoint::Error),

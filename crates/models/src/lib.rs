@@ -1,8 +1,8 @@
 //! Model architectures as data, and the one forward pass they share.
 //!
-//! An [`Arch`] turns a `config.json` into a [`ModelSpec`]: sizes, rotary embedding, windows, which biases exist, the name
-//! of every tensor. From there on no code knows which architecture it runs: [`Block`] holds the weights of one decoder
-//! block and executes it in five pieces that meet at the [`SITES`], the places where several linears read one activation.
+//! An [`Arch`] turns a `config.json` into a [`ModelSpec`]: sizes, positions, windows, which norms and biases exist, the name
+//! of every tensor. From there on no code knows which architecture it runs, decoder or encoder: [`Block`] holds the weights
+//! of one block and executes it in five pieces that meet at the [`SITES`], the places where several linears read one activation.
 //! [`Ends`] are what comes before the first block and after the last. [`Block::backward`] is the chain rule over the same
 //! pieces, for refinement by gradients.
 //!
@@ -16,19 +16,23 @@ mod block;
 mod config;
 mod ends;
 mod error;
+mod layout;
 mod linear;
+mod norm;
 mod ops;
 mod rope;
 mod sites;
 mod spec;
 mod weights;
 
-pub use arch::{ARCHES, Arch, spec};
+pub use arch::{ARCHES, Arch, spec, spec_of};
 pub use backward::{BlockGradients, Trace};
 pub use block::Block;
 pub use ends::{Embedding, Ends, Head};
 pub use error::Error;
+pub use layout::{Added, EMBEDDING, FINAL_NORM, HEAD, Layout, Spelling};
+pub use norm::NormKind;
 pub use rope::{Rope, RopeKind, RopeTable};
 pub use sites::{Absorb, NormRole, Role, SITES, Site};
-pub use spec::{Act, EMBEDDING, FINAL_NORM, HEAD, ModelSpec, TensorSlot};
+pub use spec::{Act, ModelSpec, TensorSlot};
 pub use weights::Weights;

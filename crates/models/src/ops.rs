@@ -50,6 +50,11 @@ pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&RoundInt8)
 }
 
+/// Layer norm of every row of `x [rows, width]`: `(x − mean) / √(var + eps) · weight + bias`, variance over `width`.
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    x.apply_op3_no_bwd(weight, bias, &LayerNorm { eps })
+}
+
 struct Rotate {
     group: usize,
 }
@@ -182,80 +187,134 @@ impl CustomOp1 for RoundInt8 {
     }
 }
 
-/// Adds to `d_x [rows, width]` the gradient through `y = x / rms(x) · weight` of every row, from `grad = ∂/∂y`, and to
-/// `d_weight [width]` that of the weight.
-pub(crate) fn rms_norm_backward(
+struct LayerNorm {
+    eps: f32,
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = x_layout.shape().dims2()?;
+        if width == 0 || weight_layout.dims() != [width] || bias_layout.dims() != [width] {
+            bail!("layer-norm: rows of {width}, weight {:?}, bias {:?}", weight_layout.shape(), bias_layout.shape());
+        }
+        let (weight, bias) = (floats(weight, weight_layout)?, floats(bias, bias_layout)?);
+        let mut out = floats(x, x_layout)?.to_vec();
+        each_block(&mut out, width, |_, block| {
+            for row in block.chunks_exact_mut(width) {
+                let mean = reduce(row, 0.0, |a, v| a + v, |a, b| a + b) / width as f32;
+                // Two passes: the mean of squares minus the square of the mean loses all digits of a row far from zero.
+                let squares = reduce(row, 0.0, |a, v| a + (v - mean) * (v - mean), |a, b| a + b);
+                let inverse = 1.0 / (squares / width as f32 + self.eps).sqrt();
+                for ((v, &weight), &bias) in row.iter_mut().zip(weight).zip(bias) {
+                    *v = (*v - mean) * inverse * weight + bias;
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+}
+
+/// Adds to `d_x [rows, width]` the gradient through a norm of every row, from `grad = ∂/∂y`, and to `d_weight [width]`
+/// that of the norm's weight. With x̂ the normed row, `y = x̂ · weight (+ bias)`: x̂ is `x / rms(x)`, or, where `center` is
+/// set, `(x − mean x) / √var x`.
+pub(crate) fn norm_backward(
     x: &[f32],
     weight: &[f32],
-    eps: f32,
+    (eps, center): (f32, bool),
     grad: &[f32],
     d_x: &mut [f32],
     d_weight: &mut [f32],
 ) {
     let width = weight.len();
+    let mean_of = |sum: f32| sum / width as f32;
+    let total = |row: &[f32]| reduce(row, 0.0, |a, v| a + v, |a, b| a + b);
+    let (mut normed, mut scaled) = (vec![0.0f32; width], vec![0.0f32; width]);
     let rows = x.chunks_exact(width).zip(grad.chunks_exact(width)).zip(d_x.chunks_exact_mut(width));
     for ((x, grad), d_x) in rows {
-        let square: f32 = fold_products(x, x);
-        let inverse = 1.0 / (square / width as f32 + eps).sqrt();
-        let mut projected = [0.0f32; LANES];
-        for (j, ((&x, &g), &w)) in x.iter().zip(grad).zip(weight).enumerate() {
-            projected[j % LANES] += x * g * w;
+        let mean = if center { mean_of(total(x)) } else { 0.0 };
+        let squares = reduce(x, 0.0, |a, v| a + (v - mean) * (v - mean), |a, b| a + b);
+        let inverse = 1.0 / (mean_of(squares) + eps).sqrt();
+        let mut along = [0.0f32; LANES];
+        for j in 0..width {
+            normed[j] = (x[j] - mean) * inverse;
+            scaled[j] = grad[j] * weight[j];
+            along[j % LANES] += scaled[j] * normed[j];
+            d_weight[j] += grad[j] * normed[j];
         }
-        let along = projected.iter().sum::<f32>() * inverse.powi(3) / width as f32;
-        for (((d, &x), (&g, &w)), d_w) in d_x.iter_mut().zip(x).zip(grad.iter().zip(weight)).zip(d_weight.iter_mut()) {
-            *d += g * w * inverse - x * along;
-            *d_w += g * x * inverse;
+        let along = mean_of(along.iter().sum());
+        let level = if center { mean_of(total(&scaled)) } else { 0.0 };
+        for ((d, &s), &n) in d_x.iter_mut().zip(&scaled).zip(&normed) {
+            *d += inverse * (s - level - n * along);
         }
     }
-}
-
-/// Σ a·b over a row, in the one fixed order of [`reduce`].
-fn fold_products(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    for (j, (a, b)) in a.iter().zip(b).enumerate() {
-        lanes[j % LANES] += a * b;
-    }
-    lanes.iter().sum()
 }
 
 /// Gradients of `gate` and `up` from that of `act(gate) · up`.
-pub(crate) fn act_backward(act: Act, gate: &[f32], up: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let each = |f: fn(f32) -> (f32, f32)| {
-        let of = |((&g, &u), &d): ((&f32, &f32), &f32)| {
-            let (value, slope) = f(g);
-            (d * u * slope, d * value)
-        };
-        gate.iter().zip(up).zip(grad).map(of).unzip()
+pub(crate) fn gated_backward(act: Act, gate: &[f32], up: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let of = |((&g, &u), &d): ((&f32, &f32), &f32)| {
+        let (value, slope) = value_and_slope(act, g);
+        (d * u * slope, d * value)
     };
+    gate.iter().zip(up).zip(grad).map(of).unzip()
+}
+
+/// Gradient of `x` from that of `act(x)`.
+pub(crate) fn act_backward(act: Act, x: &[f32], grad: &[f32]) -> Vec<f32> {
+    x.iter().zip(grad).map(|(&x, &d)| d * value_and_slope(act, x).1).collect()
+}
+
+/// `act(x)` and its derivative.
+fn value_and_slope(act: Act, x: f32) -> (f32, f32) {
     match act {
-        Act::Silu => each(|g| {
-            let sigmoid = 1.0 / (1.0 + exp(-g));
-            (g * sigmoid, sigmoid * (1.0 + g * (1.0 - sigmoid)))
-        }),
-        Act::Gelu => each(|g| {
-            let (x, density) = (f64::from(g), (-0.5 * f64::from(g).powi(2)).exp() / (2.0 * PI).sqrt());
-            let cdf = 0.5 * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt()));
-            ((x * cdf) as f32, (cdf + x * density) as f32)
-        }),
-        Act::GeluTanh => each(|g| {
+        Act::Silu => {
+            let sigmoid = 1.0 / (1.0 + exp(-x));
+            (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+        }
+        Act::Gelu => {
+            let (wide, density) = (f64::from(x), (-0.5 * f64::from(x).powi(2)).exp() / (2.0 * PI).sqrt());
+            let cdf = 0.5 * (1.0 + candle_core::cpu::erf::erf_f64(wide / 2f64.sqrt()));
+            ((wide * cdf) as f32, (cdf + wide * density) as f32)
+        }
+        Act::GeluTanh => {
             let (a, b) = ((2.0 / PI).sqrt() as f32, 0.044_715);
-            let t = (a * (g + b * g * g * g)).tanh();
-            (0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * a * (1.0 + 3.0 * b * g * g))
-        }),
-        Act::Relu => each(|g| (g.max(0.0), f32::from(u8::from(g > 0.0)))),
+            let t = (a * (x + b * x * x * x)).tanh();
+            (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * a * (1.0 + 3.0 * b * x * x))
+        }
+        Act::Relu => (x.max(0.0), f32::from(u8::from(x > 0.0))),
     }
 }
 
 /// The inverse of [`rotate`], which is its transpose: from `[kv_heads, tokens · group, head_dim]` to
 /// `[tokens, kv_heads · group · head_dim]`, rotated back. An attention factor in the table scales both alike.
-pub(crate) fn unrotate(x: &[f32], cos: &[f32], sin: &[f32], tokens: usize, dim: usize, group: usize) -> Vec<f32> {
+/// Without a table of `(cos, sin)`, heads are only put back in their places.
+pub(crate) fn unrotate(
+    x: &[f32],
+    table: Option<(&[f32], &[f32])>,
+    (tokens, dim, group): (usize, usize, usize),
+) -> Vec<f32> {
     let (half, row) = (dim / 2, dim * group);
     let mut out = vec![0.0f32; x.len()];
     let width = x.len() / tokens.max(1);
     for (i, src) in x.chunks_exact(row).enumerate() {
         let (head, token) = (i / tokens, i % tokens);
-        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
         let dst = &mut out[token * width + head * row..][..row];
+        let Some((cos, sin)) = table else {
+            dst.copy_from_slice(src);
+            continue;
+        };
+        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
         for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
             let ((c, d), (a, b)) = (src.split_at(half), dst.split_at_mut(half));
             for j in 0..half {

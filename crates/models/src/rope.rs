@@ -161,11 +161,11 @@ fn llama3(f: f32, factor: f32, low: f32, high: f32, original: f32) -> f32 {
     }
 }
 
-/// Cosines and sines of the positions of one window.
+/// Cosines and sines of the positions of one window; nothing for a model that does not rotate.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
-    cos: Tensor,
-    sin: Tensor,
+    /// Cosines and sines, each `[longest, dim / 2]`.
+    turns: Option<(Tensor, Tensor)>,
     shortest: usize,
     longest: usize,
 }
@@ -176,10 +176,13 @@ impl RopeTable {
     ///
     /// # Errors
     /// [`Error::Window`] for a window of no tokens.
-    pub fn new(rope: &Rope, tokens: usize) -> Result<Self, Error> {
+    pub fn new<'a>(rope: impl Into<Option<&'a Rope>>, tokens: usize) -> Result<Self, Error> {
         if tokens == 0 {
             return Err(Error::Window { tokens, shortest: 1, longest: usize::MAX });
         }
+        let Some(rope) = rope.into() else {
+            return Ok(RopeTable { turns: None, shortest: 1, longest: tokens });
+        };
         let (frequencies, scale) = (rope.frequencies(tokens), rope.attention());
         let table = |turn: fn(f32) -> f32| {
             let angle = |p: usize| frequencies.iter().map(move |f| turn(p as f32 * f) * scale);
@@ -189,13 +192,14 @@ impl RopeTable {
                 &Device::Cpu,
             )
         };
-        Ok(RopeTable { cos: table(f32::cos)?, sin: table(f32::sin)?, shortest: rope.shortest(tokens), longest: tokens })
+        let turns = Some((table(f32::cos)?, table(f32::sin)?));
+        Ok(RopeTable { turns, shortest: rope.shortest(tokens), longest: tokens })
     }
 
     /// Cosines and sines `[longest, dim / 2]`, after checking that a window of `tokens` may use them.
-    pub(crate) fn for_window(&self, tokens: usize) -> Result<(&Tensor, &Tensor), Error> {
+    pub(crate) fn for_window(&self, tokens: usize) -> Result<Option<(&Tensor, &Tensor)>, Error> {
         if (self.shortest..=self.longest).contains(&tokens) {
-            Ok((&self.cos, &self.sin))
+            Ok(self.turns.as_ref().map(|(cos, sin)| (cos, sin)))
         } else {
             Err(Error::Window { tokens, shortest: self.shortest, longest: self.longest })
         }

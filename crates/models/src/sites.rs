@@ -14,9 +14,9 @@ pub enum Role {
     V,
     /// Output of the attention, `[hidden, heads · head_dim]`.
     O,
-    /// The gated branch of the MLP, `[intermediate, hidden]`.
+    /// The gated branch of the MLP, `[intermediate, hidden]`; not every MLP has one.
     Gate,
-    /// The linear branch of the MLP, `[intermediate, hidden]`.
+    /// The linear branch of a gated MLP, the only one of a plain MLP, `[intermediate, hidden]`.
     Up,
     /// Output of the MLP, `[hidden, intermediate]`.
     Down,
@@ -25,20 +25,6 @@ pub enum Role {
 impl Role {
     /// Every linear, in execution order.
     pub const ALL: [Role; 7] = [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down];
-
-    /// The module's path inside its block.
-    #[must_use]
-    pub const fn module(self) -> &'static str {
-        match self {
-            Role::Q => "self_attn.q_proj",
-            Role::K => "self_attn.k_proj",
-            Role::V => "self_attn.v_proj",
-            Role::O => "self_attn.o_proj",
-            Role::Gate => "mlp.gate_proj",
-            Role::Up => "mlp.up_proj",
-            Role::Down => "mlp.down_proj",
-        }
-    }
 
     /// The site whose activation this linear reads.
     #[must_use]
@@ -52,27 +38,23 @@ impl Role {
     }
 }
 
-/// One norm of a block that feeds linears.
+/// A place of a block where a norm may stand; each architecture has some of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum NormRole {
-    /// Before the attention.
+    /// Before the attention, beside the residual stream (pre-norm).
     Input,
-    /// Before the MLP.
+    /// In the residual stream itself, once the attention is added (post-norm).
+    AttnResidual,
+    /// Before the MLP, beside the residual stream (pre-norm).
     PostAttention,
+    /// In the residual stream itself, once the MLP is added (post-norm).
+    MlpResidual,
 }
 
 impl NormRole {
-    /// Both norms, in execution order.
-    pub const ALL: [NormRole; 2] = [NormRole::Input, NormRole::PostAttention];
-
-    /// The module's path inside its block.
-    #[must_use]
-    pub const fn module(self) -> &'static str {
-        match self {
-            NormRole::Input => "input_layernorm",
-            NormRole::PostAttention => "post_attention_layernorm",
-        }
-    }
+    /// Every place, in execution order.
+    pub const ALL: [NormRole; 4] =
+        [NormRole::Input, NormRole::AttnResidual, NormRole::PostAttention, NormRole::MlpResidual];
 }
 
 /// What can take over the inverse of a scale applied to the input channels of a site's linears.
@@ -92,16 +74,17 @@ pub struct Site {
     pub name: &'static str,
     /// The linears that read the activation.
     pub linears: &'static [Role],
-    /// What can absorb a scale of the activation's channels.
-    pub absorbed_by: Absorb,
+    /// What can absorb a scale of the activation's channels, if anything.
+    pub absorbed_by: Option<Absorb>,
 }
 
-/// Every site of a block, in execution order: the outputs of the five pieces of [`crate::Block`] but the last.
+/// Every site of a block, in execution order: the outputs of the five pieces of [`crate::Block`] but the last. This is the
+/// fullest block, pre-norm with a gated MLP; [`crate::ModelSpec::sites`] narrows it to what an architecture has.
 pub static SITES: [Site; 4] = [
-    Site { name: "attn_in", linears: &[Role::Q, Role::K, Role::V], absorbed_by: Absorb::Norm(NormRole::Input) },
-    Site { name: "attn_out", linears: &[Role::O], absorbed_by: Absorb::Linear(Role::V) },
-    Site { name: "mlp_in", linears: &[Role::Gate, Role::Up], absorbed_by: Absorb::Norm(NormRole::PostAttention) },
-    Site { name: "mlp_out", linears: &[Role::Down], absorbed_by: Absorb::Linear(Role::Up) },
+    Site { name: "attn_in", linears: &[Role::Q, Role::K, Role::V], absorbed_by: Some(Absorb::Norm(NormRole::Input)) },
+    Site { name: "attn_out", linears: &[Role::O], absorbed_by: Some(Absorb::Linear(Role::V)) },
+    Site { name: "mlp_in", linears: &[Role::Gate, Role::Up], absorbed_by: Some(Absorb::Norm(NormRole::PostAttention)) },
+    Site { name: "mlp_out", linears: &[Role::Down], absorbed_by: Some(Absorb::Linear(Role::Up)) },
 ];
 
 #[cfg(test)]
@@ -121,23 +104,13 @@ mod tests {
     fn what_absorbs_a_site_runs_before_it() {
         for (i, site) in SITES.iter().enumerate() {
             match site.absorbed_by {
-                Absorb::Linear(role) => {
+                Some(Absorb::Linear(role)) => {
                     let reads = SITES.iter().position(|s| s == role.site()).unwrap();
                     assert!(reads < i, "{} is absorbed by {role:?}", site.name);
                 }
-                Absorb::Norm(norm) => assert_eq!(i, 2 * NormRole::ALL.iter().position(|&n| n == norm).unwrap()),
+                Some(Absorb::Norm(norm)) => assert_eq!(i, NormRole::ALL.iter().position(|&n| n == norm).unwrap()),
+                None => panic!("{}: the fullest block can absorb everywhere", site.name),
             }
         }
-    }
-
-    #[test]
-    fn names_are_unique() {
-        let mut names: Vec<_> =
-            Role::ALL.iter().map(|r| r.module()).chain(NormRole::ALL.iter().map(|n| n.module())).collect();
-        names.extend(SITES.iter().map(|s| s.name));
-        let all = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all);
     }
 }

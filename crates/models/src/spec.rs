@@ -1,15 +1,9 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
-use crate::{NormRole, Role, Rope};
+use crate::layout::{Layout, Spelling};
+use crate::{Absorb, NormKind, NormRole, Role, Rope, SITES, Site};
 
-/// The tensor of token embeddings, `[vocab, hidden]`.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The tensor of the norm after the last block, `[hidden]`.
-pub const FINAL_NORM: &str = "model.norm.weight";
-/// The module of the output head, `[vocab, hidden]`.
-pub const HEAD: &str = "lm_head";
-
-/// The activation of the gated MLP.
+/// The activation of the MLP: of its gate, or of its only branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
     /// `x · sigmoid(x)`.
@@ -27,11 +21,15 @@ pub enum Act {
 pub struct ModelSpec {
     /// `model_type` of the config.
     pub model_type: String,
+    /// The tensors there are.
+    pub layout: &'static Layout,
+    /// How their names are written.
+    pub spelling: &'static Spelling,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Width inside the MLP.
     pub intermediate: usize,
-    /// Number of decoder blocks.
+    /// Number of blocks.
     pub layers: usize,
     /// Rows of the embedding and of the head.
     pub vocab: usize,
@@ -39,13 +37,19 @@ pub struct ModelSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head; even.
+    /// Width of one head; even where it is rotated.
     pub head_dim: usize,
-    /// Added to the mean square inside every RMS norm.
+    /// The kind of every norm.
+    pub norm: NormKind,
+    /// Added under the root of every norm.
     pub norm_eps: f64,
-    /// Rotary position embedding.
-    pub rope: Rope,
-    /// For each block, how many latest positions (its own included) a token attends to; `None` is all of them.
+    /// Rotary position embedding, where positions do not come in with the tokens.
+    pub rope: Option<Rope>,
+    /// Kinds of tokens with an embedding of their own; 0 where tokens have no kinds.
+    pub token_types: usize,
+    /// Whether a token attends to what came before it only.
+    pub causal: bool,
+    /// For each block, how many latest positions (its own included) a causal token attends to; `None` is all of them.
     pub windows: Vec<Option<usize>>,
     /// Whether Q, K and V have biases.
     pub qkv_bias: bool,
@@ -83,28 +87,132 @@ impl ModelSpec {
         self.heads / self.kv_heads
     }
 
+    /// Whether a block has this linear.
+    #[must_use]
+    pub fn has(&self, role: Role) -> bool {
+        self.layout.linears.iter().any(|(r, _)| *r == role)
+    }
+
+    /// Whether a block has this norm.
+    #[must_use]
+    pub fn has_norm(&self, norm: NormRole) -> bool {
+        self.layout.norms.iter().any(|(n, _)| *n == norm)
+    }
+
     /// Module name of `role` in block `block`: `model.layers.0.self_attn.q_proj`.
+    ///
+    /// # Panics
+    /// Where a block has no such linear ([`ModelSpec::has`]).
     #[must_use]
     pub fn module(&self, block: usize, role: Role) -> String {
-        format!("model.layers.{block}.{}", role.module())
+        match self.layout.linears.iter().find(|(r, _)| *r == role) {
+            Some((_, module)) => self.in_block(block, module),
+            None => panic!("{} blocks have no {role:?}", self.model_type),
+        }
     }
 
     /// Tensor name of the weight of `norm` in block `block`.
+    ///
+    /// # Panics
+    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
     #[must_use]
     pub fn norm(&self, block: usize, norm: NormRole) -> String {
-        format!("model.layers.{block}.{}.weight", norm.module())
+        let [weight, _] = self.norm_tensors(block, norm);
+        weight
+    }
+
+    /// Tensor names of the weight and, where the kind has one, the bias of `norm` in block `block`.
+    pub(crate) fn norm_tensors(&self, block: usize, norm: NormRole) -> [String; 2] {
+        match self.layout.norms.iter().find(|(n, _)| *n == norm) {
+            Some((_, module)) => self.norm_parts(&self.in_block(block, module)),
+            None => panic!("{} blocks have no norm {norm:?}", self.model_type),
+        }
     }
 
     /// Tensor names of the norms of queries and keys in block `block`, used where [`ModelSpec::qk_norm`] is set.
     #[must_use]
     pub fn qk_norms(&self, block: usize) -> [String; 2] {
-        ["q_norm", "k_norm"].map(|norm| format!("model.layers.{block}.self_attn.{norm}.weight"))
+        self.layout.qk_norms.map(|norm| format!("{}.weight", self.in_block(block, norm)))
+    }
+
+    /// The tensor of token embeddings, `[vocab, hidden]`.
+    #[must_use]
+    pub fn embedding(&self) -> String {
+        self.spell(self.layout.tokens)
+    }
+
+    /// The module of the output head, where there is one.
+    #[must_use]
+    pub fn head(&self) -> Option<String> {
+        self.layout.head.map(|head| self.spell(head))
+    }
+
+    /// The linear over the vocabulary that a loader may build without a tensor of its own: the output head, or for an
+    /// encoder that of the masked-language-model head its checkpoint carries, if any tensor there `starts_with` its name.
+    #[must_use]
+    pub fn tied_head(&self, starts_with: impl Fn(&str) -> bool) -> Option<String> {
+        self.head().or_else(|| {
+            let task = self.layout.task_head.filter(|task| starts_with(task))?;
+            Some(format!("{task}decoder"))
+        })
     }
 
     /// The linears of block `block`, in execution order, with their module names.
     #[must_use]
     pub fn block_linears(&self, block: usize) -> Vec<(Role, String)> {
-        Role::ALL.iter().map(|&role| (role, self.module(block, role))).collect()
+        self.layout.linears.iter().map(|(role, module)| (*role, self.in_block(block, module))).collect()
+    }
+
+    /// The sites of a block, in execution order.
+    #[must_use]
+    pub fn sites(&self) -> [Site; 4] {
+        SITES.map(|site| Site {
+            name: site.name,
+            linears: match site.linears {
+                [Role::Gate, plain @ ..] if !self.has(Role::Gate) => plain,
+                all => all,
+            },
+            absorbed_by: site.absorbed_by.filter(|absorb| match absorb {
+                // In post-norm models a site reads the residual stream, which carries its scale on to the next sum.
+                Absorb::Norm(norm) => self.has_norm(*norm),
+                // A plain MLP has the activation between Up and Down, and of those only ReLU lets a scale through.
+                Absorb::Linear(Role::Up) => self.has(Role::Gate) || self.act == Act::Relu,
+                Absorb::Linear(_) => true,
+            }),
+        })
+    }
+
+    /// The same model in the first spelling whose tensors are `stored`; as it is where none fits.
+    #[must_use]
+    pub fn spelled_as(self, stored: impl Fn(&str) -> bool) -> Self {
+        let fits = |spelling: &&'static Spelling| {
+            let spec = ModelSpec { spelling, ..self.clone() };
+            let norm = self.layout.norms.first().map(|(norm, _)| spec.norm(0, *norm));
+            stored(&spec.embedding()) && norm.is_none_or(|norm| stored(&norm))
+        };
+        match self.layout.spellings.iter().find(fits) {
+            Some(spelling) => ModelSpec { spelling, ..self },
+            None => self,
+        }
+    }
+
+    /// A name as this checkpoint writes it.
+    pub(crate) fn spell(&self, name: &str) -> String {
+        format!("{}{name}", self.spelling.prefix)
+    }
+
+    /// Tensor names of the weight and bias of a norm's module.
+    pub(crate) fn norm_parts(&self, module: &str) -> [String; 2] {
+        self.spelling.norm.map(|part| format!("{module}.{part}"))
+    }
+
+    fn in_block(&self, block: usize, module: &str) -> String {
+        format!("{}{}{block}.{module}", self.spelling.prefix, self.layout.blocks)
+    }
+
+    fn norm_slots(&self, names: [String; 2]) -> impl Iterator<Item = TensorSlot> + use<> {
+        let (hidden, parts) = (self.hidden, if self.norm == NormKind::Layer { 2 } else { 1 });
+        names.into_iter().take(parts).map(move |name| TensorSlot::new(name, &[hidden]))
     }
 
     /// Shape `[out, in]` of a linear.
@@ -141,27 +249,45 @@ impl ModelSpec {
                 slots.push(TensorSlot::new(format!("{module}.bias"), &shape[..1]));
             }
         }
-        for norm in NormRole::ALL {
-            slots.push(TensorSlot::new(self.norm(block, norm), &[self.hidden]));
+        for (norm, _) in self.layout.norms {
+            slots.extend(self.norm_slots(self.norm_tensors(block, *norm)));
         }
         if self.qk_norm {
             slots.extend(self.qk_norms(block).map(|name| TensorSlot::new(name, &[self.head_dim])));
         }
-        let rotary = format!("model.layers.{block}.self_attn.rotary_emb.inv_freq");
-        slots.push(TensorSlot { optional: true, ..TensorSlot::new(rotary, &[self.head_dim / 2]) });
+        if self.rope.is_some() {
+            let rotary = self.in_block(block, "self_attn.rotary_emb.inv_freq");
+            slots.push(TensorSlot { optional: true, ..TensorSlot::new(rotary, &[self.head_dim / 2]) });
+        }
         slots
     }
 
-    /// Every tensor the architecture owns, each once: embedding, blocks in order, final norm, head.
+    /// Every tensor the architecture owns, each once: embeddings, blocks in order, final norm, head.
     #[must_use]
     pub fn tensors(&self) -> Vec<TensorSlot> {
-        let mut slots = vec![TensorSlot::new(EMBEDDING.into(), &[self.vocab, self.hidden])];
+        let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
+        if let Some(added) = &self.layout.added {
+            slots.push(TensorSlot::new(self.spell(added.positions), &[self.max_positions, self.hidden]));
+            slots.push(TensorSlot::new(self.spell(added.types), &[self.token_types, self.hidden]));
+            slots.extend(self.norm_slots(self.norm_parts(&self.spell(added.norm))));
+            let ids = TensorSlot::new(self.spell(added.position_ids), &[1, self.max_positions]);
+            slots.push(TensorSlot { optional: true, ..ids });
+        }
         slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
-        slots.push(TensorSlot::new(FINAL_NORM.into(), &[self.hidden]));
-        slots.push(TensorSlot {
-            optional: self.tied,
-            ..TensorSlot::new(format!("{HEAD}.weight"), &[self.vocab, self.hidden])
-        });
+        if let Some(norm) = self.layout.final_norm {
+            slots.extend(self.norm_slots(self.norm_parts(&self.spell(norm))));
+        }
+        if let Some(head) = self.head() {
+            let head = TensorSlot::new(format!("{head}.weight"), &[self.vocab, self.hidden]);
+            slots.push(TensorSlot { optional: self.tied, ..head });
+        }
+        if let Some(pooler) = self.layout.pooler {
+            let pooler = self.spell(pooler);
+            for (part, shape) in [("weight", &[self.hidden, self.hidden][..]), ("bias", &[self.hidden])] {
+                let slot = TensorSlot::new(format!("{pooler}.{part}"), shape);
+                slots.push(TensorSlot { optional: true, ..slot });
+            }
+        }
         slots
     }
 }

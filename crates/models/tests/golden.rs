@@ -1,11 +1,12 @@
-//! Logits of every golden checkpoint against transformers: one harness, a folder per case.
+//! Logits of every golden checkpoint, or the hidden states of an encoder, against transformers: one harness, a folder per
+//! case.
 //!
 //! The files come from `tools/reference/golden_logits.py`, which records the versions it ran with in their metadata.
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test")]
 
 use bitmill_checkpoint::Checkpoint;
-use bitmill_models::{ARCHES, Block, Ends, ModelSpec, RopeTable, Weights, spec};
+use bitmill_models::{ARCHES, Block, Embedding, Head, ModelSpec, RopeTable, Weights, spec_of};
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -25,14 +26,17 @@ fn ids(golden: &BTreeMap<String, Tensor>) -> Vec<u32> {
     golden["input_ids"].to_dtype(DType::U32).unwrap().to_vec1().unwrap()
 }
 
-fn logits(spec: &ModelSpec, weights: &dyn Weights, ids: &[u32]) -> Tensor {
-    let ends = Ends::load(spec, weights).unwrap();
+/// Logits where the model has a head, hidden states otherwise.
+fn output(spec: &ModelSpec, weights: &dyn Weights, ids: &[u32]) -> Tensor {
     let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
-    let mut h = ends.embed(ids).unwrap();
+    let mut h = Embedding::load(spec, weights).unwrap().embed(ids).unwrap();
     for index in 0..spec.layers {
         h = Block::load(spec, index, weights).unwrap().forward(&h, &rope).unwrap();
     }
-    ends.logits(&h).unwrap()
+    match spec.head() {
+        Some(_) => Head::load(spec, weights).unwrap().logits(&h).unwrap(),
+        None => h,
+    }
 }
 
 fn assert_close(case: &str, got: &Tensor, expected: &Tensor) {
@@ -40,7 +44,7 @@ fn assert_close(case: &str, got: &Tensor, expected: &Tensor) {
     let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let worst = flat(got).iter().zip(flat(expected)).map(|(g, e)| (g - e).abs() / e.abs().max(1.0)).fold(0.0, f32::max);
     println!("{case}: {worst:.1e}");
-    assert!(worst <= TOLERANCE, "{case}: logits differ by {worst}");
+    assert!(worst <= TOLERANCE, "{case}: outputs differ by {worst}");
 }
 
 /// Every tensor stored is claimed exactly once, every tensor required is stored, all in the shapes the config implies.
@@ -58,17 +62,18 @@ fn assert_claimed(case: &str, spec: &ModelSpec, checkpoint: &Checkpoint) {
 }
 
 #[test]
-fn every_golden_checkpoint_gives_the_reference_logits() {
+fn every_golden_checkpoint_gives_the_reference_output() {
     let mut types = BTreeSet::new();
     let mut folders: Vec<PathBuf> = std::fs::read_dir(golden()).unwrap().map(|e| e.unwrap().path()).collect();
     folders.sort();
     for folder in folders.iter().filter(|f| f.join("config.json").exists()) {
         let case = folder.file_name().unwrap().to_string_lossy();
         let checkpoint = Checkpoint::open(folder).unwrap();
-        let spec = spec(checkpoint.config()).unwrap();
+        let spec = spec_of(&checkpoint).unwrap();
         assert_claimed(&case, &spec, &checkpoint);
         let golden = load(folder.join("golden.safetensors"));
-        assert_close(&case, &logits(&spec, &checkpoint, &ids(&golden)), &golden["logits"]);
+        let expected = if spec.head().is_some() { &golden["logits"] } else { &golden["hidden_states"] };
+        assert_close(&case, &output(&spec, &checkpoint, &ids(&golden)), expected);
         types.insert(spec.model_type);
     }
     let known: BTreeSet<String> = ARCHES.iter().flat_map(|a| a.model_types()).map(ToString::to_string).collect();
@@ -79,10 +84,10 @@ fn every_golden_checkpoint_gives_the_reference_logits() {
 fn books_10m_gives_the_reference_logits() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/books-10m");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let spec = spec(checkpoint.config()).unwrap();
+    let spec = spec_of(&checkpoint).unwrap();
     assert_claimed("books-10m", &spec, &checkpoint);
     let golden = load(golden().join("books-10m/golden.safetensors"));
     let positions = golden["positions"].to_dtype(DType::U32).unwrap();
-    let got = logits(&spec, &checkpoint, &ids(&golden)).index_select(&positions, 0).unwrap();
+    let got = output(&spec, &checkpoint, &ids(&golden)).index_select(&positions, 0).unwrap();
     assert_close("books-10m", &got, &golden["logits"]);
 }

@@ -8,7 +8,7 @@ use crate::journal::TensorRecord;
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, SolverOptions};
 use bitmill_calibrate::{SiteStats, Stream, StreamKind, in_order};
-use bitmill_models::{Block, ModelSpec, Role, RopeTable, SITES, Site};
+use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
 use bitmill_scheme::Scheme;
 use candle_core::{Device, Tensor};
 use std::path::Path;
@@ -21,8 +21,8 @@ const BATCH_TOKENS: usize = 16_384;
 pub(crate) struct Flow<'a> {
     pub(crate) spec: &'a ModelSpec,
     pub(crate) rope: &'a RopeTable,
-    /// Tokens per window.
-    pub(crate) length: usize,
+    /// Tokens of each window.
+    pub(crate) lengths: &'a [usize],
     /// Bytes one stream may take in memory.
     pub(crate) budget: u64,
     /// Folder of spilled streams.
@@ -72,7 +72,7 @@ impl Flow<'_> {
     ) -> Result<(), Error> {
         let spec = self.spec;
         let mut x: Option<Stream> = None;
-        for (i, at) in SITES.iter().enumerate() {
+        for (i, at) in spec.sites().iter().enumerate() {
             site(at)?;
             let width = spec.linear_shape(at.linears[0])[1];
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| at.linears.contains(&t.role)).collect();
@@ -131,7 +131,8 @@ impl Flow<'_> {
         compute: impl Fn(usize) -> Result<Vec<f32>, Error> + Sync,
         mut stats: Option<&mut SiteStats>,
     ) -> Result<(), Error> {
-        let batch = (BATCH_TOKENS / self.length).clamp(1, 64);
+        let longest = self.lengths.iter().copied().max().unwrap_or(1);
+        let batch = (BATCH_TOKENS / longest).clamp(1, 64);
         in_order(self.hidden.windows(), batch, compute, |_, activations| {
             if let Some(stats) = stats.as_deref_mut() {
                 stats.add(&activations.concat());
@@ -142,13 +143,13 @@ impl Flow<'_> {
 
     fn stream(&self, width: usize, site: &str) -> Result<Stream, Error> {
         let spill = self.spill.join(format!("site-{site}"));
-        Ok(Stream::new(StreamKind::Bf16, self.hidden.windows(), self.length, width, self.budget, &spill)?)
+        Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?)
     }
 
     fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {
         let values = stream.read(w)?;
-        let width = values.len() / self.length;
-        Ok(Tensor::from_vec(values, (self.length, width), &Device::Cpu)?)
+        let (length, width) = (self.lengths[w], values.len() / self.lengths[w]);
+        Ok(Tensor::from_vec(values, (length, width), &Device::Cpu)?)
     }
 }
 

@@ -194,6 +194,12 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, windows: Option<&Windows
         w.tokens.iter().flatten().for_each(|t| {
             hash.update(&t.to_le_bytes());
         });
+        // Where windows differ in length, the tokens alone do not say where one ends.
+        if w.lengths().iter().any(|&length| length != w.length) {
+            w.lengths().iter().for_each(|&length| {
+                hash.update(&(length as u64).to_le_bytes());
+            });
+        }
         json!({"windows": w.count(), "length": w.length, "tokens": hash.finalize().to_hex().as_str()})
     });
     Ok(json!({

@@ -88,7 +88,7 @@ impl Plan {
         })?;
         let calibrated = method.needs(&settings.solver) == Needs::Hessian;
         let mut notes = Vec::new();
-        let spec = match bitmill_models::spec(input.config()) {
+        let spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
             Err(e) if calibrated => {
                 return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
@@ -107,7 +107,7 @@ impl Plan {
         if layers.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
         }
-        let ignored = left_dense(input, &units);
+        let ignored = left_dense(input, spec.as_ref(), &units);
         let mut config = input.config().clone();
         config["quantization_config"] = format.config(&layers, &ignored)?;
         let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
@@ -183,7 +183,7 @@ fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
 
 /// Names of linears that stay dense, for the `ignore` list of loaders: matrices outside the quantized set that a loader
 /// builds as linear layers.
-fn left_dense(input: &Checkpoint, units: &[Unit]) -> Vec<String> {
+fn left_dense(input: &Checkpoint, spec: Option<&ModelSpec>, units: &[Unit]) -> Vec<String> {
     let mut names: Vec<String> = (units.iter().flat_map(|u| &u.tensors))
         .filter(|t| t.action == Action::Copy && input.spec(&t.name).is_some_and(|s| s.shape.len() == 2))
         .filter_map(|t| t.name.strip_suffix(".weight"))
@@ -191,9 +191,11 @@ fn left_dense(input: &Checkpoint, units: &[Unit]) -> Vec<String> {
         .map(str::to_owned)
         .collect();
     // A tied head has no tensor of its own, yet loaders build it as a linear.
-    if !names.iter().any(|n| n == bitmill_models::HEAD) {
-        names.push(bitmill_models::HEAD.into());
-    }
+    let head = match spec {
+        Some(spec) => spec.tied_head(|prefix| input.names().any(|n| n.starts_with(prefix))),
+        None => Some(bitmill_models::HEAD.into()),
+    };
+    names.extend(head.filter(|head| !names.contains(head)));
     names
 }
 

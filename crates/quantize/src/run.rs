@@ -281,7 +281,7 @@ fn write_quantized(
 struct Calibrated<'a> {
     spec: &'a ModelSpec,
     rope: RopeTable,
-    length: usize,
+    lengths: Vec<usize>,
     budget: u64,
     spill: PathBuf,
     hidden: Stream,
@@ -294,10 +294,10 @@ impl<'a> Calibrated<'a> {
         };
         // Three streams exist at a time: the residual, and a site's input and output.
         let budget = worker.options.stream_memory / 3;
-        let (count, length) = (windows.count(), windows.length);
+        let (count, lengths) = (windows.count(), windows.lengths());
         let spill = journal.dir().join("stream-spill");
-        let hidden = Stream::new(StreamKind::Bf16, count, length, spec.hidden, budget, &spill)?;
-        let rope = RopeTable::new(&spec.rope, length)?;
+        let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
+        let rope = RopeTable::new(&spec.rope, windows.length)?;
         let done = journal.lines.len();
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
         match saved {
@@ -322,14 +322,14 @@ impl<'a> Calibrated<'a> {
                 )?;
             }
         }
-        Ok(Some(Calibrated { spec, rope, length, budget, spill: journal.dir().to_owned(), hidden }))
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill: journal.dir().to_owned(), hidden }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, length, budget, spill, hidden } = self;
-        Flow { spec, rope, length: *length, budget: *budget, spill, hidden }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden } = self;
+        Flow { spec, rope, lengths, budget: *budget, spill, hidden }
     }
 }
 

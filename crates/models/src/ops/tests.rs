@@ -93,3 +93,29 @@ fn silu_saturates() {
         assert!((got - expected).abs() < 1e-6 * f32::max(1.0, expected.abs()), "{got} {expected}");
     }
 }
+
+#[test]
+fn layer_norm_equals_its_definition() {
+    for (rows, width) in [(1, 1), (3, 7), (5, 16), (2000, 33)] {
+        // Far from zero, where one pass over squares would fail.
+        let x = (Tensor::randn(0f32, 1.0, (rows, width), &Device::Cpu).unwrap() + 300.0).unwrap();
+        let weight = Tensor::randn(1f32, 0.3, width, &Device::Cpu).unwrap();
+        let bias = Tensor::randn(0f32, 0.3, width, &Device::Cpu).unwrap();
+        let got = layer_norm(&x, &weight, &bias, 1e-5).unwrap().to_vec2::<f32>().unwrap();
+        let (weight, bias) = (weight.to_vec1::<f32>().unwrap(), bias.to_vec1::<f32>().unwrap());
+        for (got, row) in got.iter().zip(x.to_vec2::<f32>().unwrap()) {
+            let mean = row.iter().map(|&v| f64::from(v)).sum::<f64>() / width as f64;
+            let variance = row.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / width as f64;
+            for (j, &v) in row.iter().enumerate() {
+                let expected =
+                    (f64::from(v) - mean) / (variance + 1e-5).sqrt() * f64::from(weight[j]) + f64::from(bias[j]);
+                assert!((f64::from(got[j]) - expected).abs() < 2e-4, "{rows} {width}: {} {expected}", got[j]);
+            }
+        }
+    }
+    let row = |n: usize| Tensor::zeros(n, candle_core::DType::F32, &Device::Cpu).unwrap();
+    assert!(
+        layer_norm(&Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap(), &row(3), &row(2), 1e-5)
+            .is_err()
+    );
+}

@@ -1,0 +1,61 @@
+//! A norm: what is divided out of a row, and the parameters put in its place.
+
+use crate::backward::values;
+use crate::weights::shaped;
+use crate::{Error, Weights, ops};
+use candle_core::Tensor;
+use candle_nn::ops::rms_norm;
+
+/// The kind of all norms of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / √(mean x² + ε) · w`.
+    Rms,
+    /// `(x − mean x) / √(var x + ε) · w + b`.
+    Layer,
+}
+
+/// One norm of rows of a fixed width.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm {
+    /// `[width]`.
+    pub(crate) weight: Tensor,
+    /// `[width]`, of a [`NormKind::Layer`].
+    pub(crate) bias: Option<Tensor>,
+    /// Added under the root.
+    pub(crate) eps: f32,
+}
+
+impl Norm {
+    /// Loads the tensors called `names`, weight and bias.
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        names: &[String; 2],
+        width: usize,
+        kind: NormKind,
+        eps: f64,
+    ) -> Result<Self, Error> {
+        let [weight, bias] = names;
+        let bias = match kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(shaped(weights, bias, &[width])?),
+        };
+        Ok(Norm { weight: shaped(weights, weight, &[width])?, bias, eps: eps as f32 })
+    }
+
+    /// `x [rows, width]`, normed row by row.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
+        let x = x.contiguous()?;
+        Ok(match &self.bias {
+            None => rms_norm(&x, &self.weight, self.eps)?,
+            Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
+        })
+    }
+    /// The gradient of `x [rows, width]` from `grad`, that of [`Norm::forward`]; adds the weight's to `d_weight [width]`.
+    pub(crate) fn backward(&self, x: &Tensor, grad: &[f32], d_weight: &mut [f32]) -> Result<Vec<f32>, Error> {
+        let mut d_x = vec![0.0; grad.len()];
+        let kind = (self.eps, self.bias.is_some());
+        ops::norm_backward(&values(&x.contiguous()?)?, &values(&self.weight)?, kind, grad, &mut d_x, d_weight);
+        Ok(d_x)
+    }
+}
