@@ -52,11 +52,26 @@ fn killed_runs_end_in_the_same_bytes() {
             assert!(String::from_utf8_lossy(&output.stderr).contains("exists"));
         } else if done > 0 {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(said.contains(&format!("taking up an unfinished run: {done} of 11")), "{said}");
+            assert!(said.contains(&format!("taking up an unfinished run: {done} of 12")), "{said}");
         }
         assert_same(&whole, &out);
         assert!(!dir.path().join(format!("killed-{}.bitmill-partial", spill.len())).exists());
     }
+}
+
+#[test]
+fn killed_tuning_goes_on_after_its_last_pass() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("killed"));
+    let extra = ["--bits", "2", "--tuning-passes", "4"];
+    success(&mut command(&whole, &extra));
+    // All blocks are committed; the kills fall into passes, between them, and into the writing of what came of them.
+    for delay in [0, 150, 400, 900] {
+        kill_after(&out, &extra, 11, Duration::from_millis(delay));
+    }
+    let output = command(&out, &extra).output().unwrap();
+    assert!(output.status.success() || String::from_utf8_lossy(&output.stderr).contains("exists"));
+    assert_same(&whole, &out);
 }
 
 #[test]
@@ -92,7 +107,7 @@ fn another_input_refuses_the_leftover_by_name() {
     }
     let _ = child.kill();
     child.wait().unwrap();
-    assert!((4..11).contains(&committed(&out)), "killed half-way");
+    assert!((4..12).contains(&committed(&out)), "killed half-way");
     // One number of one weight changes, and nothing else.
     let file = model.join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();

@@ -16,6 +16,7 @@
 //!     scheme: Scheme::int(Bits::new(4)?, true, Granularity::Group(128)),
 //!     scale_type: None,
 //!     solver: SolverOptions::default(),
+//!     tuning: None,
 //!     ignore: vec![],
 //!     samples: 128,
 //!     sequence_length: 512,

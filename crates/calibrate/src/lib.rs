@@ -24,7 +24,7 @@ pub use sentencepiece::to_tokenizer_json;
 pub use stats::SiteStats;
 pub use stream::{Stream, StreamKind, in_order};
 pub use tokenizer::Tokenizer;
-pub use windows::{Windows, read_texts};
+pub use windows::{Windows, read_texts, splitmix};
 
 /// Calibration text for models that bring none: prose from public-domain books, none of it in any evaluation text of
 /// this repository.

@@ -133,7 +133,8 @@ pub fn read_texts<P: AsRef<Path>>(files: &[P]) -> Result<Vec<(String, String)>, 
 }
 
 /// One step of the SplitMix64 generator: a well-mixed function of its argument.
-pub(crate) fn splitmix(x: u64) -> u64 {
+#[must_use]
+pub fn splitmix(x: u64) -> u64 {
     let z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

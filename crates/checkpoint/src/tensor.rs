@@ -1,8 +1,8 @@
 //! One tensor of a file: its description, and a view of its bytes with the conversions every reader needs.
 
 use crate::Error;
-use half::f16;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::path::Path;
@@ -62,6 +62,21 @@ impl TensorView<'_> {
             Dtype::BF16 => Ok(convert(self.bytes, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))),
             Dtype::F16 => Ok(halves(self.bytes)),
             Dtype::F64 => Ok(convert(self.bytes, |b| f64::from_le_bytes(b) as f32)),
+            _ => Err(self.wrong_dtype("F32, F16, BF16 or F64")),
+        }
+    }
+
+    /// `values` as the payload of a tensor of this one's type, each rounded to the nearest value of that type.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] for a type other than F32, F16, BF16 or F64.
+    pub fn with_values(&self, values: &[f32]) -> Result<Vec<u8>, Error> {
+        let each = values.iter().copied();
+        match self.dtype {
+            Dtype::F32 => Ok(each.flat_map(f32::to_le_bytes).collect()),
+            Dtype::BF16 => Ok(each.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect()),
+            Dtype::F16 => Ok(each.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect()),
+            Dtype::F64 => Ok(each.flat_map(|v| f64::from(v).to_le_bytes()).collect()),
             _ => Err(self.wrong_dtype("F32, F16, BF16 or F64")),
         }
     }
@@ -165,6 +180,11 @@ mod tests {
         assert!(got.iter().zip(&bits).all(|(&g, &b)| same(g, b)));
         let doubles: Vec<u8> = [1.5f64, -0.25].iter().flat_map(|d| d.to_le_bytes()).collect();
         assert_eq!(view(Dtype::F64, &[2], &doubles).to_f32().unwrap(), [1.5, -0.25]);
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
+            let values = [1.5f32, -0.25, 0.0, 3.0];
+            let bytes = view(dtype, &[4], &[]).with_values(&values).unwrap();
+            assert_eq!(view(dtype, &[4], &bytes).to_f32().unwrap(), values);
+        }
         let error = view(Dtype::I8, &[1], &[1]).to_f32().unwrap_err();
         assert_eq!(error.to_string(), "tensor t in f is I8, but F32, F16, BF16 or F64 is needed here");
     }

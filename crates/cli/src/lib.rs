@@ -3,6 +3,7 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod effort;
 mod eval;
 mod inspect;
 mod progress;

@@ -1,12 +1,13 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
+use crate::effort::Effort;
 use crate::progress::Progress;
-use crate::{Common, units};
+use crate::{Common, effort, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{BUNDLED_TEXT, Sentences, Tokenizer, Windows, read_texts};
 use bitmill_checkpoint::{Checkpoint, FORMATS};
 use bitmill_models::SITES;
-use bitmill_quantize::{Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions};
+use bitmill_quantize::{Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, StageRecord};
 use bitmill_scheme::{Activations, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
@@ -42,9 +43,16 @@ pub(crate) struct Args {
     /// Store a zero point per group
     #[arg(long)]
     asymmetric: bool,
-    /// How weights are rounded
-    #[arg(long, default_value = "gptq", value_parser = method_names(), hide_possible_values = true, long_help = method_help())]
-    method: String,
+    /// How much work to put in
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "balanced")]
+    effort: Effort,
+    /// How weights are rounded [default: what the effort says]
+    #[arg(long, value_name = "NAME", value_parser = method_names(), hide_possible_values = true, long_help = method_help())]
+    method: Option<String>,
+    /// Passes over the calibration text in which codes, scales and norms of the whole model are tuned against the
+    /// full-precision logits, after gptq; 0 leaves it out [default: what the effort says]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000))]
+    tuning_passes: Option<u32>,
     /// How the result is stored [default: what compressed-tensors uses for the scheme]
     #[arg(long, value_name = "FORMAT", value_parser = format_names(), hide_possible_values = true, long_help = format_help())]
     format: Option<String>,
@@ -172,12 +180,14 @@ impl Args {
         // A sentence is a tenth or less of a window, and a Hessian needs several times as many tokens as it has rows.
         let sentences = bitmill_models::spec(input.config()).is_ok_and(|spec| !spec.causal);
         let scheme = self.scheme()?;
+        let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
         let default_format = match scheme.activations {
             Activations::Full => "pack-quantized",
             Activations::DynamicInt8 => "int-quantized",
         };
         Ok(Settings {
-            method: self.method.clone(),
+            tuning: self.effort.tuning(&method, &scheme, self.tuning_passes),
+            method,
             format: self.format.clone().unwrap_or_else(|| default_format.into()),
             scheme,
             scale_type: self.scale_type.map(|t| match t {
@@ -186,11 +196,14 @@ impl Args {
                 Scales::F32 => ScaleType::F32,
             }),
             solver: SolverOptions {
-                scale_search: self.scale_search.map(|s| match s {
-                    Search::Minmax => ScaleSearch::MinMax,
-                    Search::Mse => ScaleSearch::Mse,
-                    Search::Hessian => ScaleSearch::Hessian,
-                }),
+                scale_search: self
+                    .scale_search
+                    .map(|s| match s {
+                        Search::Minmax => ScaleSearch::MinMax,
+                        Search::Mse => ScaleSearch::Mse,
+                        Search::Hessian => ScaleSearch::Hessian,
+                    })
+                    .or_else(|| self.effort.scale_search()),
                 damping: self.damping,
                 act_order: !self.no_act_order,
                 descent_sweeps: self.descent_sweeps,
@@ -208,24 +221,25 @@ impl Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let input = Checkpoint::open(&args.model)?;
-    let plan = Plan::new(&input, &args.settings(&input)?)?;
-    for note in &plan.notes {
-        eprintln!("note: {note}");
-    }
+    let plan = plan(args, &input)?;
     let calibration = if plan.calibrated { Some(calibration(args, &input, &plan)?) } else { None };
     let text = calibration.as_ref().map(|c| c.0.as_str());
     let windows = calibration.as_ref().map(|c| &c.1);
     if let (Some(text), Some(w)) = (text, windows) {
         eprintln!("calibrating on {} from {text}", amount(w));
     } else if !args.calibration.is_empty() {
-        eprintln!("note: method {} needs no calibration; the text given is not used", args.method);
+        eprintln!("note: method {} needs no calibration; the text given is not used", plan.settings.method);
+    }
+    let tokens = windows.map_or(0, |w| w.tokens.iter().map(|t| t.len() as u64).sum());
+    if let Some(cost) = effort::expected(&plan, tokens) {
+        eprintln!("{cost}");
     }
     if args.dry_run {
         return dry_run(args, &plan, text, windows);
     }
     let stop = stop_on_ctrl_c()?;
     let started = Instant::now();
-    let mut progress = Reporter::new(plan.units.len());
+    let mut progress = Reporter::new(plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     let options = RunOptions { force: args.force, stream_memory: args.common.stream_memory, stop: &stop };
     let result = bitmill_quantize::run(&input, &plan, windows, &args.output, options, &mut |e| progress.event(&e));
     progress.bar.finish();
@@ -235,6 +249,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     })?;
     report(args, &plan, text, &finished, started.elapsed().as_secs_f64())
+}
+
+/// The plan, after saying what the user should know of it.
+fn plan(args: &Args, input: &Checkpoint) -> anyhow::Result<Plan> {
+    let mut settings = args.settings(input)?;
+    let mut plan = Plan::new(input, &settings)?;
+    if let (None, Some(why)) = (args.tuning_passes, args.effort.too_large(&plan)) {
+        settings.tuning = None;
+        plan = Plan::new(input, &settings)?;
+        plan.notes.push(why);
+    }
+    for note in &plan.notes {
+        eprintln!("note: {note}");
+    }
+    Ok(plan)
 }
 
 /// The calibration text's name and its windows.
@@ -330,6 +359,12 @@ impl Reporter {
                 let name = record.tensor.rsplit('.').next().unwrap_or(&record.tensor);
                 self.bar.message(format!("{} {name}: relative error {:.2e}", self.label, record.relative_error));
             }
+            Event::Tuning { done, total, held_out } => {
+                self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
+                let (last, before) = held_out;
+                self.bar.message(format!("tuning step {done}/{total}: held-out loss {before:.5} -> {last:.5}"));
+            }
+            Event::Stage(stage) => self.bar.line(&tuned(stage)),
             Event::Committed { done, .. } => {
                 self.bar.set(*done as u64 * STEPS);
                 if !self.errors.is_empty() {
@@ -340,6 +375,13 @@ impl Reporter {
             _ => {}
         }
     }
+}
+
+/// What a stage brought, in one line.
+fn tuned(stage: &StageRecord) -> String {
+    let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
+    let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
+    format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
 }
 
 fn dry_run(args: &Args, plan: &Plan, text: Option<&str>, windows: Option<&Windows>) -> anyhow::Result<()> {
@@ -395,7 +437,7 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
             "output": done.out, "log": done.log, "method": plan.settings.method, "format": plan.format.name(),
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
-            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors,
+            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors, "stages": done.stages,
         });
         println!("{value:#}");
         return Ok(());

@@ -129,7 +129,7 @@ pub(crate) fn backward(
     out: &Tensor,
     grad: &[f32],
     sight: Sight,
-) -> std::result::Result<(Vec<f32>, Vec<f32>, Vec<f32>), crate::Error> {
+) -> std::result::Result<Gradients, crate::Error> {
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k, v, out) = (values(q)?, values(k)?, values(v)?, values(out)?);
@@ -140,13 +140,14 @@ pub(crate) fn backward(
         let tokens = begin..tokens.min(begin + chunk);
         inputs.attend_backward(tokens, sight, &out, grad, &mut gradients);
     }
-    Ok((gradients.q, gradients.k, gradients.v))
+    Ok(gradients)
 }
 
-struct Gradients {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+/// Gradients of the three inputs of [`attend`], each laid out as it.
+pub(crate) struct Gradients {
+    pub(crate) q: Vec<f32>,
+    pub(crate) k: Vec<f32>,
+    pub(crate) v: Vec<f32>,
 }
 
 impl Inputs<'_> {

@@ -158,13 +158,13 @@ impl Chain<'_> {
         let Block { head_dim, group, eps, qk_norms, .. } = self.block;
         let d_attn = self.linear(Role::O, grad, &trace.attn_out)?;
         let Heads { q, k, v, raw } = &trace.heads;
-        let (d_q, d_k, d_v) = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.block.sight)?;
+        let d = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.block.sight)?;
         let tokens = trace.h.dim(0)?;
         let table = rope.for_window(tokens)?;
         let table = table.map(|(cos, sin)| Ok::<_, Error>((values(cos)?, values(sin)?))).transpose()?;
         let table = table.as_ref().map(|(cos, sin)| (&**cos, &**sin));
-        let mut d_q = unrotate(&d_q, table, (tokens, *head_dim, *group));
-        let mut d_k = unrotate(&d_k, table, (tokens, *head_dim, 1));
+        let mut d_q = unrotate(&d.q, table, (tokens, *head_dim, *group));
+        let mut d_k = unrotate(&d.k, table, (tokens, *head_dim, 1));
         if let (Some(raw), Some(norms)) = (raw, qk_norms) {
             // The norms of single heads are not trained; their weights' gradients are dropped.
             for (grad, (x, weight)) in [&mut d_q, &mut d_k].into_iter().zip(raw.iter().zip(norms)) {
@@ -176,7 +176,7 @@ impl Chain<'_> {
         }
         let mut d_in = self.linear(Role::Q, &d_q, &trace.attn_in)?;
         accumulate(&mut d_in, &self.linear(Role::K, &d_k, &trace.attn_in)?);
-        accumulate(&mut d_in, &self.linear(Role::V, &d_v, &trace.attn_in)?);
+        accumulate(&mut d_in, &self.linear(Role::V, &d.v, &trace.attn_in)?);
         self.norm(NormRole::Input, &trace.h, d_in)
     }
 }

@@ -39,6 +39,25 @@ pub struct TensorRecord {
     pub seconds: f64,
 }
 
+/// What a stage that refines the whole model brought, on windows held out from it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageRecord {
+    /// Its name.
+    pub stage: String,
+    /// What the losses are.
+    pub loss: String,
+    /// Windows held out.
+    pub held_out_windows: usize,
+    /// Loss on them before the stage.
+    pub before: f64,
+    /// Loss on them after it; equal to `before` where the stage lost and was dropped.
+    pub after: f64,
+    /// The pass that was kept; 0 where the stage was dropped.
+    pub kept_pass: usize,
+    /// Seconds spent.
+    pub seconds: f64,
+}
+
 /// One line of the journal.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Line {
@@ -48,6 +67,9 @@ pub(crate) struct Line {
     pub(crate) stream: Option<String>,
     /// Its quantized tensors.
     pub(crate) tensors: Vec<TensorRecord>,
+    /// What a stage after the last unit brought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) stage: Option<StageRecord>,
 }
 
 /// An open work folder.
@@ -265,7 +287,7 @@ mod tests {
     use super::*;
 
     fn line(unit: usize) -> Line {
-        Line { unit, stream: None, tensors: vec![] }
+        Line { unit, stream: None, tensors: vec![], stage: None }
     }
 
     #[test]

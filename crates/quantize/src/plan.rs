@@ -68,6 +68,8 @@ pub struct Plan {
     pub files: Vec<PathBuf>,
     /// The output's `config.json`.
     pub config: serde_json::Value,
+    /// Numbers in all tensors of the input.
+    pub parameters: u64,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -86,7 +88,7 @@ impl Plan {
             name: settings.format.clone(),
             known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
         })?;
-        let calibrated = method.needs(&settings.solver) == Needs::Hessian;
+        let calibrated = method.needs(&settings.solver) == Needs::Hessian || settings.tuning.is_some();
         let mut notes = Vec::new();
         let spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
@@ -112,7 +114,9 @@ impl Plan {
         config["quantization_config"] = format.config(&layers, &ignored)?;
         let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
         let files = copied_files(input, &mut notes)?;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, notes })
+        let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
+        let parameters = sizes.sum();
+        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, notes })
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -154,7 +158,29 @@ impl Plan {
             let n = widest.max().unwrap_or(0);
             weights.sum::<u64>() * 3 + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
         };
-        self.units.iter().map(unit).max().unwrap_or(0) + if self.calibrated { stream } else { 0 }
+        let blocks = self.units.iter().map(unit).max().unwrap_or(0);
+        blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
+    }
+
+    /// Bytes of memory that tuning takes beside activations; 0 without tuning.
+    #[must_use]
+    pub fn tuning_memory(&self) -> u64 {
+        let of = |_| crate::learn::memory(self.quantized_size().0, self.parameters);
+        self.settings.tuning.as_ref().map_or(0, of)
+    }
+
+    /// Bytes of disk that the run takes while it works, beside its output.
+    #[must_use]
+    pub fn work_bytes(&self) -> u64 {
+        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.quantized_size().0))
+    }
+
+    /// Floating-point operations of tuning over windows of `tokens` tokens in all: a forward pass of the teacher, and
+    /// forward and backward passes of the model, at two operations per weight and token each, with twice that for the backward pass.
+    #[must_use]
+    pub fn tuning_operations(&self, tokens: u64) -> u64 {
+        let passes = self.settings.tuning.as_ref().map_or(0, |t| u64::from(t.passes));
+        8 * self.parameters * tokens * passes
     }
 }
 

@@ -1,10 +1,11 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
 use crate::block::{Flow, Target};
-use crate::journal::{Journal, Line, TensorRecord, hash_file, identity, io, write_durably};
+use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
+use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Plan, Unit};
 use bitmill_calibrate::{Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,17 @@ pub enum Event<'a> {
     },
     /// A tensor is finished.
     Tensor(&'a TensorRecord),
+    /// The rounded model is being tuned.
+    Tuning {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
+        /// Loss on held-out windows after the last pass, and before the first.
+        held_out: (f64, f64),
+    },
+    /// A stage over the whole model is finished.
+    Stage(&'a StageRecord),
     /// A unit is on disk.
     Committed {
         /// Units finished.
@@ -69,6 +81,8 @@ pub struct Finished {
     pub log: PathBuf,
     /// What became of every quantized tensor.
     pub tensors: Vec<TensorRecord>,
+    /// What stages over the whole model brought.
+    pub stages: Vec<StageRecord>,
     /// Bytes of the weight files.
     pub bytes: u64,
 }
@@ -92,12 +106,12 @@ pub fn run(
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
         check_finite(input)?;
-        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)?)?;
+        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + plan.work_bytes())?;
     }
     std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
     let mut journal = Journal::open(out, &identity, options.force)?;
     let output = open_output(plan, &mut journal)?;
-    let (done, total) = (journal.lines.len(), plan.units.len());
+    let (done, total) = (journal.lines.len(), plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     if done > 0 {
         observe(Event::Resumed { done, total });
     }
@@ -107,7 +121,14 @@ pub fn run(
         if options.stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped { done: unit, total });
         }
-        let label = &plan.units[unit].label;
+        let Some(label) = plan.units.get(unit).map(|unit| &unit.label) else {
+            (worker.observe)(Event::Started { unit, total, label: "tuning" });
+            let stage = worker.tune(windows, &journal)?;
+            worker.output.sync()?;
+            journal.append(Line { unit, stream: None, tensors: Vec::new(), stage: Some(stage) })?;
+            (worker.observe)(Event::Committed { done: unit + 1, total });
+            continue;
+        };
         (worker.observe)(Event::Started { unit, total, label });
         let tensors = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
@@ -115,14 +136,14 @@ pub fn run(
         };
         worker.output.sync()?;
         let stream = match (&flow, plan.units[unit].block) {
-            (Some(flow), Some(_)) if unit + 1 < total => {
+            (Some(flow), Some(_)) if unit + 1 < plan.units.len() => {
                 let file = journal.stream(unit + 1);
                 flow.hidden.save(&file)?;
                 Some(hash_file(&file)?)
             }
             _ => None,
         };
-        journal.append(Line { unit, stream, tensors })?;
+        journal.append(Line { unit, stream, tensors, stage: None })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
         (worker.observe)(Event::Committed { done: unit + 1, total });
@@ -176,7 +197,13 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
         std::fs::remove_dir_all(&dir).map_err(io(&dir, "clearing"))?;
     }
     std::fs::create_dir_all(&dir).map_err(io(&dir, "creating"))?;
+    // From the start, so that what is written so far can be read back.
+    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
     Ok(plan.output.create(&dir)?)
+}
+
+fn pretty(value: &serde_json::Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
 }
 
 struct Worker<'a, 'o> {
@@ -257,6 +284,46 @@ impl Worker<'_, '_> {
             },
         )?;
         Ok(records)
+    }
+
+    /// Tunes the whole rounded model and writes what came of it in the place of what was there.
+    fn tune(&mut self, windows: Option<&Windows>, journal: &Journal) -> Result<StageRecord, Error> {
+        let started = Instant::now();
+        let settings = &self.plan.settings;
+        let (Some(tuning), Some(spec), Some(windows)) = (&settings.tuning, &self.plan.spec, windows) else {
+            unreachable!("the plan asks for tuning only where a model is calibrated");
+        };
+        let lesson = Lesson {
+            spec,
+            input: self.input,
+            windows,
+            tuning,
+            seed: settings.seed,
+            work: journal.dir(),
+            stream_memory: self.options.stream_memory,
+            stop: self.options.stop,
+        };
+        let written = Checkpoint::open(&journal.output())?;
+        let read = |target: Target<'_>| match written.weight(target.module)? {
+            Weight::Quantized(quantized) => Ok((target.role, quantized)),
+            Weight::Dense(_) => unreachable!("{} was written quantized", target.module),
+        };
+        let blocks = self.plan.units.iter().filter(|unit| unit.block.is_some());
+        let start = blocks.map(|unit| unit.tensors.iter().filter_map(Target::of).map(read).collect());
+        let start = start.collect::<Result<Vec<Vec<_>>, Error>>()?;
+        let tuned = tune(lesson, start, &mut |step| {
+            (self.observe)(Event::Tuning { done: step.done, total: step.total, held_out: step.held_out });
+        })?;
+        for (block, role, quantized) in &tuned.linears {
+            self.write(&spec.module(*block, *role), quantized)?;
+        }
+        for (name, weight) in &tuned.norms {
+            let stored = self.input.tensor(name)?;
+            self.output.write(name, &stored.with_values(weight)?)?;
+        }
+        let record = StageRecord { seconds: started.elapsed().as_secs_f64(), ..tuned.record };
+        (self.observe)(Event::Stage(&record));
+        Ok(record)
     }
 
     fn write(&self, module: &str, quantized: &bitmill_scheme::Quantized) -> Result<(), Error> {
@@ -351,8 +418,7 @@ fn publish(
         let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
         copy().map_err(io(&to, "copying"))?;
     }
-    let pretty = |v: &serde_json::Value| format!("{v:#}\n").into_bytes();
-    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
     // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
     let manifest = json!({
@@ -361,6 +427,10 @@ fn publish(
         "tensors": tensors.iter().map(|t| json!({
             "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
             "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
+        })).collect::<Vec<_>>(),
+        "stages": stages.iter().map(|s| json!({
+            "stage": s.stage, "loss": s.loss, "held_out_windows": s.held_out_windows, "before": s.before,
+            "after": s.after, "kept_pass": s.kept_pass,
         })).collect::<Vec<_>>(),
     });
     write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
@@ -378,5 +448,5 @@ fn publish(
     }
     std::fs::rename(&dir, out).map_err(io(out, "naming the output"))?;
     journal.remove()?;
-    Ok(Finished { out: out.to_owned(), log, tensors, bytes: plan.output.total_bytes() })
+    Ok(Finished { out: out.to_owned(), log, tensors, stages, bytes: plan.output.total_bytes() })
 }

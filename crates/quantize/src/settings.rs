@@ -49,6 +49,37 @@ impl Default for SolverOptions {
     }
 }
 
+/// Refinement of the whole rounded model by gradients, after the last block.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuning {
+    /// Walks over the calibration windows.
+    pub passes: u32,
+    /// Windows per step.
+    pub batch: usize,
+    /// Largest step of a weight's position on the axis of codes; 0 leaves the codes alone.
+    pub codes: f32,
+    /// Largest step of a scale, as a share of it.
+    pub scales: f32,
+    /// Largest step of a norm's weight, as a share of it.
+    pub norms: f32,
+    /// Share of the tokens that the full-precision model says anew from the second pass on.
+    pub resample: f32,
+}
+
+impl Tuning {
+    /// `passes` walks over the windows, with rates for codes of `bits`: coarse codes leave more to be made up for.
+    #[must_use]
+    pub fn new(passes: u32, bits: u32) -> Self {
+        let scales = match bits {
+            ..=2 => 0.008,
+            3 => 0.004,
+            _ => 0.002,
+        };
+        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, resample: 0.3 }
+    }
+}
+
 /// The settings of a run. Two runs with equal settings on equal input end in equal bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,6 +94,8 @@ pub struct Settings {
     pub scale_type: Option<ScaleType>,
     /// Options of the method.
     pub solver: SolverOptions,
+    /// Refinement by gradients, if any.
+    pub tuning: Option<Tuning>,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.
     pub ignore: Vec<String>,
     /// Calibration windows; of an encoder, sentences.

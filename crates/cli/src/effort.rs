@@ -1,0 +1,95 @@
+//! `--effort`: how much work goes into a result, and what it is expected to cost.
+
+use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_quantize::{METHODS, Plan, ScaleSearch, Tuning};
+use bitmill_scheme::Scheme;
+use clap::ValueEnum;
+use std::time::{Duration, Instant};
+
+/// How much work to put in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Effort {
+    /// No calibration: weights are rounded with searched scales (rtn), or hqq where there are zero points
+    Fast,
+    /// Calibrated gptq, then one pass of tuning where the model is small enough for it
+    Balanced,
+    /// The same with eight passes of tuning
+    Best,
+}
+
+/// Above this many bytes of memory, tuning is only done when it is asked for.
+const MEMORY: u64 = 8 << 30;
+
+impl Effort {
+    /// The method, unless one is named.
+    pub(crate) fn method(self, scheme: &Scheme) -> &'static str {
+        match self {
+            Effort::Fast if scheme.symmetric() => "rtn",
+            Effort::Fast => "hqq",
+            _ => METHODS[0].name(),
+        }
+    }
+
+    /// The scale search, unless one is named; `None` leaves it to the method.
+    pub(crate) fn scale_search(self) -> Option<ScaleSearch> {
+        (self == Effort::Fast).then_some(ScaleSearch::Mse)
+    }
+
+    /// Tuning for `scheme`, unless passes are named: only what gptq rounded is worth it.
+    pub(crate) fn tuning(self, method: &str, scheme: &Scheme, passes: Option<u32>) -> Option<Tuning> {
+        let own = match self {
+            _ if method != METHODS[0].name() => 0,
+            Effort::Fast => 0,
+            Effort::Balanced => 1,
+            Effort::Best => 8,
+        };
+        let passes = passes.unwrap_or(own);
+        (passes > 0).then(|| Tuning::new(passes, scheme.bits().get()))
+    }
+
+    /// Why tuning that nobody asked for is left out of `plan`, if it should be.
+    pub(crate) fn too_large(self, plan: &Plan) -> Option<String> {
+        let memory = plan.tuning_memory();
+        (self != Effort::Best && memory > MEMORY).then(|| {
+            let size = crate::units::bytes(memory);
+            format!("tuning is left out, since it would hold {size} in memory; --tuning-passes 1 or --effort best asks for it")
+        })
+    }
+}
+
+/// What tuning will cost here, as a sentence; `None` without tuning. `tokens` are those of all windows.
+pub(crate) fn expected(plan: &Plan, tokens: u64) -> Option<String> {
+    let tuning = plan.settings.tuning.as_ref()?;
+    let operations = plan.tuning_operations(tokens) as f64;
+    // Attention, norms and logits take about as long again as they take operations less than products do.
+    let seconds = 1.5 * operations / (product_rate() * rayon::current_num_threads() as f64);
+    Some(format!(
+        "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine",
+        tuning.passes,
+        if tuning.passes == 1 { "" } else { "es" },
+        operations / f64::from(tuning.passes),
+        crate::units::bytes(plan.tuning_memory()),
+        span(seconds),
+    ))
+}
+
+/// Operations per second of one thread on a product of the size that occurs: the best of a tenth of a second.
+fn product_rate() -> f64 {
+    const N: usize = 256;
+    let (a, b, mut c) = (vec![0.5f32; N * N], vec![0.25f32; N * N], vec![0.0f32; N * N]);
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    while begin.elapsed() < Duration::from_millis(100) {
+        let started = Instant::now();
+        gemm(1.0, View::new(&a, N, N, N), View::new(&b, N, N, N), 0.0, &mut ViewMut::new(&mut c, N, N, N));
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    2.0 * (N * N * N) as f64 / best
+}
+
+fn span(seconds: f64) -> String {
+    match seconds {
+        ..90.0 => format!("{seconds:.0} s"),
+        90.0..5400.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.1} h", seconds / 3600.0),
+    }
+}

@@ -1,0 +1,194 @@
+//! What gradients can change about a rounded linear: which code each weight takes, and the scales.
+//!
+//! Every weight has a latent position u on its group's axis of codes; its code is the nearest whole number,
+//! ŵ = s·(clamp(round(u), 0, 2^b − 1) − z). Gradients pass the rounding as if it were not there (straight-through), so
+//! ∂ŵ/∂u = s and ∂ŵ/∂s = code − z. A latent starts on the side of its present code where the weight itself lies, so the first
+//! forward pass is the solution that was handed over, and a weight that the solver pushed to the far side of a threshold
+//! is the first to come back. This is SignRound's rounding variable (arXiv 2309.05516) with a reach of any number
+//! of codes, started from a solution instead of from round-to-nearest.
+
+use super::adam::{Adam, State};
+use bitmill_scheme::Quantized;
+use rayon::prelude::*;
+
+/// Step sizes of one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rates {
+    /// Of latents, in codes; 0 leaves the codes alone.
+    pub(super) codes: f32,
+    /// Of scales, as a share of each; 0 leaves them alone.
+    pub(super) scales: f32,
+    /// Of norms' weights, as a share of each; 0 leaves them alone.
+    pub(super) norms: f32,
+}
+
+/// How far from its code a latent may start. Nearer to a threshold (0.5), many codes would flip in the first steps, before
+/// the moments of the gradient mean anything.
+const START: f32 = 0.3;
+/// How far beyond the outermost codes a latent may go.
+const BEYOND: f32 = 0.49;
+
+/// One linear under training.
+#[derive(Clone)]
+pub(super) struct Rounding {
+    quantized: Quantized,
+    /// u, `[out, in]`.
+    latents: Vec<f32>,
+    /// Unrounded, laid out as the scales of `quantized`.
+    scales: Vec<f32>,
+    latent_moments: Adam,
+    scale_moments: Adam,
+}
+
+impl Rounding {
+    /// Starts from `quantized`, a rounding of `weight [out, in]`.
+    pub(super) fn new(quantized: Quantized, weight: &[f32]) -> Self {
+        let cols = quantized.shape[1];
+        let start = |(i, &w): (usize, &f32)| {
+            let (params, code) = (quantized.params(i / cols, quantized.group(i % cols)), f32::from(quantized.codes[i]));
+            (w / params.scale + f32::from(params.zero)).clamp(code - START, code + START)
+        };
+        let latents: Vec<f32> = weight.iter().enumerate().map(start).collect();
+        let scales = quantized.scales.clone();
+        let (latent_moments, scale_moments) = (Adam::new(latents.len()), Adam::new(scales.len()));
+        Rounding { quantized, latents, scales, latent_moments, scale_moments }
+    }
+
+    /// The present codes and scales.
+    pub(super) fn quantized(&self) -> &Quantized {
+        &self.quantized
+    }
+
+    /// One step against `grad [out, in]`, the gradient at Ŵ.
+    pub(super) fn step(&mut self, grad: &[f32], rates: Rates) {
+        if rates.scales > 0.0 {
+            let (by_scale, scales) = (self.scale_gradient(grad), &mut self.scales);
+            let old = scales.clone();
+            self.scale_moments.step(|i| by_scale[i] * old[i], rates.scales, |i, d| scales[i] *= 1.0 + d);
+        }
+        if rates.codes > 0.0 {
+            let (q, cols, latents) = (&self.quantized, self.quantized.shape[1], &mut self.latents);
+            let highest = f32::from(q.scheme.bits().max_code()) + BEYOND;
+            let scale = |i: usize| q.params(i / cols, q.group(i % cols)).scale;
+            let change = |i: usize, d: f32| latents[i] = (latents[i] + d).clamp(-BEYOND, highest);
+            self.latent_moments.step(|i| grad[i] * scale(i), rates.codes, change);
+        }
+        self.harden();
+    }
+
+    /// Σ grad · (code − zero) of every scale.
+    fn scale_gradient(&self, grad: &[f32]) -> Vec<f32> {
+        let (q, cols) = (&self.quantized, self.quantized.shape[1]);
+        let groups = q.scales.len() / q.shape[0].min(q.scales.len());
+        let mut sums = vec![0.0f32; q.scales.len()];
+        for (i, g) in grad.iter().enumerate() {
+            let (row, group) = (i / cols, q.group(i % cols));
+            let at = if q.scales.len() == 1 { 0 } else { row * groups + group };
+            sums[at] += g * (f32::from(q.codes[i]) - f32::from(q.params(row, group).zero));
+        }
+        sums
+    }
+
+    /// Brings codes and stored scales up to date with latents and scales.
+    fn harden(&mut self) {
+        let q = &mut self.quantized;
+        let (highest, scale) = (f32::from(q.scheme.bits().max_code()), q.scheme.scale);
+        q.codes.par_iter_mut().zip(&self.latents).for_each(|(code, u)| *code = u.round().clamp(0.0, highest) as u8);
+        q.scales.iter_mut().zip(&self.scales).for_each(|(stored, s)| *stored = scale.round(*s));
+    }
+
+    /// Saves what [`Rounding::new`] cannot make, or takes it up.
+    pub(super) fn exchange(&mut self, state: &mut State<'_>, steps: usize) -> std::io::Result<()> {
+        state.floats(&mut self.latents)?;
+        state.floats(&mut self.scales)?;
+        self.latent_moments.exchange(state, steps)?;
+        self.scale_moments.exchange(state, steps)?;
+        self.harden();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sweep::tests::{random_h, random_w};
+    use crate::{Linear, SolverOptions, loss, method};
+    use bitmill_scheme::{Bits, Granularity, ScaleType, Scheme};
+
+    /// Any scheme that a tuned linear may have, solved by GPTQ.
+    fn solved(bits: u32, symmetric: bool, granularity: Granularity, w: &[f32], h: &[f32], n: usize) -> Quantized {
+        let scheme = Scheme::int(Bits::new(bits).unwrap(), symmetric, granularity).with_scale(ScaleType::F32);
+        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme };
+        method("gptq").unwrap().solve(&[linear], Some(h), &SolverOptions::default()).unwrap().remove(0).quantized
+    }
+
+    /// 2ΔH, the gradient of tr(ΔHΔᵀ) at Ŵ.
+    fn gradient(w: &[f32], approximation: &[f32], h: &[f32], n: usize) -> Vec<f32> {
+        let delta: Vec<f32> = approximation.iter().zip(w).map(|(a, b)| a - b).collect();
+        let of = |i: usize| (0..n).map(|k| 2.0 * delta[i / n * n + k] * h[k * n + i % n]).sum();
+        (0..w.len()).map(of).collect()
+    }
+
+    #[test]
+    fn it_starts_from_what_was_handed_over() {
+        let n = 32;
+        let (h, w) = (random_h(n, 91), random_w(8 * n, 92));
+        for granularity in [Granularity::Group(16), Granularity::Channel, Granularity::Tensor] {
+            for (bits, symmetric) in [(2, true), (4, false), (8, true)] {
+                let q = solved(bits, symmetric, granularity, &w, &h, n);
+                let mut rounding = Rounding::new(q.clone(), &w);
+                rounding.harden();
+                assert_eq!(*rounding.quantized(), q);
+            }
+        }
+    }
+
+    #[test]
+    fn the_gradient_of_scales_is_the_slope_of_the_loss() {
+        let n = 32;
+        let (h, w) = (random_h(n, 93), random_w(8 * n, 94));
+        for granularity in [Granularity::Group(16), Granularity::Channel, Granularity::Tensor] {
+            let q = solved(3, false, granularity, &w, &h, n);
+            let grad = Rounding::new(q.clone(), &w).scale_gradient(&gradient(&w, &q.dequantize(), &h, n));
+            let total = |q: &Quantized| loss(&w, &q.dequantize(), &h).iter().sum::<f64>();
+            for (i, &g) in grad.iter().enumerate() {
+                let (mut up, mut down) = (q.clone(), q.clone());
+                let step = 1e-2 * q.scales[i].abs();
+                up.scales[i] += step;
+                down.scales[i] -= step;
+                let slope = (total(&up) - total(&down)) / f64::from(2.0 * step);
+                let size = grad.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+                assert!((slope - f64::from(g)).abs() < 2e-2 * f64::from(size), "{granularity:?} {i}: {slope} {g}");
+            }
+        }
+    }
+
+    #[test]
+    fn steps_lower_a_quadratic_loss_and_a_saved_state_goes_on_to_the_same_codes() {
+        let n = 32;
+        let (h, w) = (random_h(n, 95), random_w(16 * n, 96));
+        // Round to nearest leaves much to be found.
+        let scheme = Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(16)).with_scale(ScaleType::F32);
+        let linear = Linear { name: "x", weight: &w, shape: [16, n], scheme };
+        let q = method("rtn").unwrap().solve(&[linear], None, &SolverOptions::default()).unwrap().remove(0).quantized;
+        let total = |q: &Quantized| loss(&w, &q.dequantize(), &h).iter().sum::<f64>();
+        let (mut straight, mut saved) = (Rounding::new(q.clone(), &w), Vec::new());
+        let run = |rounding: &mut Rounding, steps: std::ops::Range<usize>| {
+            for step in steps {
+                let rate = 1.0 - step as f32 / 200.0;
+                let grad = gradient(&w, &rounding.quantized().dequantize(), &h, n);
+                rounding.step(&grad, Rates { codes: 0.02 * rate, scales: 0.005 * rate, norms: 0.0 });
+            }
+        };
+        run(&mut straight, 0..100);
+        straight.exchange(&mut State::Save(&mut saved), 100).unwrap();
+        run(&mut straight, 100..200);
+        let mut resumed = Rounding::new(q.clone(), &w);
+        resumed.exchange(&mut State::Load(&mut saved.as_slice()), 100).unwrap();
+        run(&mut resumed, 100..200);
+        assert_eq!(straight.quantized(), resumed.quantized());
+        let (before, after) = (total(&q), total(straight.quantized()));
+        assert!(after < 0.7 * before, "{before} {after}");
+        straight.quantized().validate().unwrap();
+    }
+}
