@@ -4,6 +4,7 @@
 //! alone, what becomes of every tensor; every refusal happens while it is made. [`run`] applies a plan block by block
 //! and can be killed at any instant.
 
+mod allocate;
 mod block;
 mod error;
 mod factor;
@@ -15,6 +16,7 @@ mod run;
 mod settings;
 mod sweep;
 
+pub use allocate::{Allocation, Choice, Impossible, allocate};
 pub use error::Error;
 pub use factor::Factor;
 pub use journal::TensorRecord;
