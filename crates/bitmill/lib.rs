@@ -14,6 +14,7 @@
 //!     method: "rtn".into(),
 //!     format: "pack-quantized".into(),
 //!     scheme: Scheme::int(Bits::new(4)?, true, Granularity::Group(128)),
+//!     layers: Default::default(),
 //!     scale_type: None,
 //!     solver: SolverOptions::default(),
 //!     tuning: None,

@@ -92,6 +92,22 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A statistics file that cannot be used for this model.
+    #[error("{file}: not usable as statistics of this model ({reason}); collect them again with `bitmill calibrate`", file = file.display())]
+    Statistics {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file operation failed.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The forward pass failed.
     #[error(transparent)]
     Model(#[from] bitmill_models::Error),

@@ -4,23 +4,29 @@
 //! Everything here runs a model block by block over a fixed set of windows, so that one block's weights are in memory at
 //! a time. Work is split by window and folded in window order: the same input gives the same bits at any thread count.
 
+mod collect;
 mod embeddings;
 mod error;
 mod eval;
 mod metrics;
 mod pooling;
+mod probe;
 mod sentencepiece;
+mod statistics;
 mod stats;
 mod stream;
 mod tokenizer;
 mod windows;
 
+pub use collect::{Pass, collect};
 pub use embeddings::{Cosine, Similarity, compare_embeddings};
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
 pub use metrics::{Divergence, Perplexity, Summary};
 pub use pooling::{Pooling, Sentences};
+pub use probe::{Replacement, probe};
 pub use sentencepiece::to_tokenizer_json;
+pub use statistics::{About, Statistics, StatisticsWriter, model_fingerprint};
 pub use stats::SiteStats;
 pub use stream::{Stream, StreamKind, in_order};
 pub use tokenizer::Tokenizer;

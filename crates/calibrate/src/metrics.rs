@@ -36,6 +36,18 @@ impl<'a> Distribution<'a> {
         f64::from(self.logits[token]) - self.log_sum
     }
 
+    /// p of every token.
+    pub(crate) fn probabilities(&self) -> Vec<f32> {
+        self.logits.iter().map(|&a| ((f64::from(a) - self.log_sum) as f32).exp()).collect()
+    }
+
+    /// KL(self ‖ other) where [`Distribution::probabilities`] of `self` are at hand: one exponential per token less.
+    pub(crate) fn divergence_by(&self, probabilities: &[f32], other: &Distribution<'_>) -> f64 {
+        let each = probabilities.iter().zip(self.logits.iter().zip(other.logits));
+        let terms = each.map(|(&p, (&a, &b))| f64::from(p) * (f64::from(a) - f64::from(b)));
+        (terms.sum::<f64>() + (other.log_sum - self.log_sum)).max(0.0)
+    }
+
     /// The most likely token; the first of equals.
     pub(crate) fn top(&self) -> usize {
         (1..self.logits.len()).fold(0, |best, i| if self.logits[i] > self.logits[best] { i } else { best })

@@ -115,6 +115,30 @@ impl Windows {
     pub fn count(&self) -> usize {
         self.tokens.len()
     }
+
+    /// Hash of the token ids.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = blake3::Hasher::new();
+        self.tokens.iter().flatten().for_each(|t| {
+            hash.update(&t.to_le_bytes());
+        });
+        // Where windows differ in length, the tokens alone do not say where one ends.
+        if self.lengths().iter().any(|&length| length != self.length) {
+            self.lengths().iter().for_each(|&length| {
+                hash.update(&(length as u64).to_le_bytes());
+            });
+        }
+        hash.finalize().to_hex().to_string()
+    }
+
+    /// `count` of the windows, evenly chosen; all of them where there are no more.
+    #[must_use]
+    pub fn sample(&self, count: usize) -> Windows {
+        let count = count.clamp(1, self.count());
+        let tokens = (0..count).map(|i| self.tokens[i * self.count() / count].clone()).collect();
+        Windows { tokens, ..self.clone() }
+    }
 }
 
 /// Reads text files as (name, content) pairs.

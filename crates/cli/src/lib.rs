@@ -3,11 +3,15 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod calibrate;
 mod effort;
 mod eval;
 mod inspect;
+mod mixed;
+mod plan;
 mod progress;
 mod quantize;
+mod text;
 mod units;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +28,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Quantize(quantize::Args),
+    Plan(plan::Args),
+    Calibrate(calibrate::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
 }
@@ -57,6 +63,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Quantize(args) => quantize::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
     };

@@ -1,17 +1,23 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
 use crate::effort::Effort;
+use crate::mixed::{self, MixtureArgs, Width};
 use crate::progress::Progress;
-use crate::{Common, effort, units};
-use anyhow::{Context, bail};
-use bitmill_calibrate::{BUNDLED_TEXT, Sentences, Tokenizer, Windows, read_texts};
+use crate::text::{Text, TextArgs};
+use crate::{Common, effort, plan, units};
+use anyhow::Context;
+use bitmill_calibrate::{Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS};
 use bitmill_models::SITES;
-use bitmill_quantize::{Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, StageRecord};
+use bitmill_quantize::{
+    Calibration, Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, StageRecord,
+    read_plan,
+};
 use bitmill_scheme::{Activations, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,13 +36,34 @@ pub(crate) struct Args {
     /// Folder to write; a log (OUT.log.jsonl) is written beside it
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
+    #[command(flatten)]
+    how: How,
+    /// Print the plan (sizes, memory, what becomes of every tensor) and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace OUT if it exists, and discard an unfinished run with other settings
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What decides the bytes of an output.
+#[derive(Debug, clap::Args)]
+pub(crate) struct How {
+    /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
+          "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "sequence_length", "seed", "size", "options", "least", "ignore", "max_shard_size"])]
+    plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
     #[arg(long, value_name = "NAME", value_parser = preset_names(), hide_possible_values = true,
           conflicts_with_all = ["bits", "group_size", "asymmetric"], long_help = scheme_help())]
     scheme: Option<String>,
-    /// Bits per weight, 2 to 8 [default: 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=8))]
-    bits: Option<u32>,
+    /// Bits per weight: 2 to 8 for every tensor, or with a point (3.5, 4.0) a mean that tensors of different widths
+    /// meet, scales included [default: 4]
+    #[arg(long, value_name = "N", value_parser = mixed::parse_width)]
+    bits: Option<Width>,
     /// Inputs that share one scale; -1 is one scale per output row, 0 one per tensor [default: 128]
     #[arg(long, value_name = "G", allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
     group_size: Option<i64>,
@@ -74,32 +101,16 @@ pub(crate) struct Args {
     /// Times gptq refits the scales to the codes
     #[arg(long, value_name = "N", default_value_t = SolverOptions::default().scale_refits)]
     scale_refits: u32,
-    /// Calibration text; by default MODEL/calibration.txt, or else a text that comes with bitmill
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    calibration: Vec<PathBuf>,
-    /// Calibration windows; of an encoder, sentences [default: 128, or 2048 sentences]
-    #[arg(long, value_name = "N", value_parser = parse_positive)]
-    samples: Option<usize>,
-    /// Tokens per window, or at most per sentence; shortened to the model's context
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = parse_positive)]
-    sequence_length: usize,
+    #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
+    mixed: MixtureArgs,
     /// Regular expression of module names to leave as they are, matched from the start of the name
     #[arg(long, value_name = "REGEX", action = ArgAction::Append, num_args = 1..)]
     ignore: Vec<String>,
-    /// Moves the calibration windows; 0 spaces them evenly
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
     /// Largest size of one weight file
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
-    /// Print the plan (sizes, memory, what becomes of every tensor) and stop
-    #[arg(long)]
-    dry_run: bool,
-    /// Replace OUT if it exists, and discard an unfinished run with other settings
-    #[arg(long)]
-    force: bool,
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -153,16 +164,12 @@ fn format_help() -> String {
     )
 }
 
-fn parse_positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is not a positive number"))
-}
-
 fn parse_damping(text: &str) -> Result<f32, String> {
     let valid = |d: &f32| (0.0..=1.0).contains(d);
     text.parse().ok().filter(valid).ok_or_else(|| format!("`{text}` is not a number from 0 to 1"))
 }
 
-impl Args {
+impl How {
     fn scheme(&self) -> anyhow::Result<Scheme> {
         if let Some(name) = &self.scheme {
             let preset = SCHEMES.iter().find(|p| p.name == name).context("no such scheme")?;
@@ -173,23 +180,38 @@ impl Args {
             0 => Granularity::Tensor,
             g => Granularity::Group(usize::try_from(g)?),
         };
-        Ok(Scheme::int(Bits::new(self.bits.unwrap_or(4))?, !self.asymmetric, granularity))
+        let bits = match self.bits {
+            Some(Width::Uniform(bits)) => bits,
+            // Of a mixture this scheme gives all but the widths.
+            Some(Width::Mean(_)) | None => 4,
+        };
+        Ok(Scheme::int(Bits::new(bits)?, !self.asymmetric, granularity))
     }
 
-    fn settings(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
-        // A sentence is a tenth or less of a window, and a Hessian needs several times as many tokens as it has rows.
-        let sentences = bitmill_models::spec(input.config()).is_ok_and(|spec| !spec.causal);
+    /// The settings of the flags, or of the plan file for `input`.
+    pub(crate) fn settings(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
+        let flags = self.flags(input)?;
+        match &self.plan {
+            Some(file) => Ok(read_plan(file, input, &flags)?),
+            None => Ok(flags),
+        }
+    }
+
+    fn flags(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
         let scheme = self.scheme()?;
         let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
+        // Statistics stand in for text, and tuning reads text.
+        let passes = self.tuning_passes.or((!self.mixed.stats.is_empty()).then_some(0));
         let default_format = match scheme.activations {
             Activations::Full => "pack-quantized",
             Activations::DynamicInt8 => "int-quantized",
         };
         Ok(Settings {
-            tuning: self.effort.tuning(&method, &scheme, self.tuning_passes),
+            tuning: self.effort.tuning(&method, &scheme, passes),
             method,
             format: self.format.clone().unwrap_or_else(|| default_format.into()),
             scheme,
+            layers: BTreeMap::new(),
             scale_type: self.scale_type.map(|t| match t {
                 Scales::F16 => ScaleType::F16,
                 Scales::Bf16 => ScaleType::Bf16,
@@ -210,38 +232,93 @@ impl Args {
                 scale_refits: self.scale_refits,
             },
             ignore: self.ignore.clone(),
-            samples: self.samples.unwrap_or(if sentences { 2048 } else { 128 }),
-            sequence_length: self.sequence_length,
-            seed: self.seed,
+            samples: self.text.samples(input),
+            sequence_length: self.text.sequence_length,
+            seed: self.text.seed,
             shard_bytes: self.max_shard_size,
         })
+    }
+}
+
+/// A plan, and what its method learns about activations from.
+pub(crate) struct Ready {
+    pub(crate) plan: Plan,
+    pub(crate) source: Source,
+    /// What the mixture is predicted to lose, where one was chosen.
+    pub(crate) predicted: Option<f64>,
+}
+
+/// How far [`How::ready`] goes where no mixture has to be chosen.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Reads {
+    /// Headers are enough.
+    Headers,
+    /// The method's text or statistics are opened.
+    Text,
+}
+
+impl How {
+    /// Plans the output `beside` which statistics for a mixture are kept.
+    pub(crate) fn ready(
+        &self,
+        input: &Checkpoint,
+        beside: &Path,
+        stream_memory: u64,
+        reads: Reads,
+    ) -> anyhow::Result<Ready> {
+        let mut settings = self.settings(input)?;
+        let mut plan = Plan::new(input, &settings)?;
+        if let (None, None, Some(why)) = (&self.plan, self.tuning_passes, self.effort.too_large(&plan)) {
+            settings.tuning = None;
+            plan = Plan::new(input, &settings)?;
+            plan.notes.push(why);
+        }
+        plan.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        let budget = self.mixed.budget(self.bits)?;
+        let source = match (reads, budget) {
+            (Reads::Headers, None) => Source::Nothing,
+            _ => Source::open(self, input, &plan)?,
+        };
+        let Some(budget) = budget else {
+            return Ok(Ready { plan, source, predicted: None });
+        };
+        let collected = match &source {
+            Source::Text(text) => Some(collect(beside, stream_memory, input, &plan, text)?),
+            _ => None,
+        };
+        let statistics = match (&source, &collected) {
+            (Source::Statistics(statistics), _) | (_, Some(statistics)) => statistics,
+            _ => anyhow::bail!("a mixture needs text or statistics"),
+        };
+        let mixture = self.mixed.mixture(input, &plan, statistics, budget)?;
+        let plan = Plan::new(input, &mixture.settings(&plan.settings))?;
+        Ok(Ready { plan, source, predicted: Some(mixture.predicted) })
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let input = Checkpoint::open(&args.model)?;
-    let plan = plan(args, &input)?;
-    let calibration = if plan.calibrated { Some(calibration(args, &input, &plan)?) } else { None };
-    let text = calibration.as_ref().map(|c| c.0.as_str());
-    let windows = calibration.as_ref().map(|c| &c.1);
-    if let (Some(text), Some(w)) = (text, windows) {
-        eprintln!("calibrating on {} from {text}", amount(w));
-    } else if !args.calibration.is_empty() {
-        eprintln!("note: method {} needs no calibration; the text given is not used", plan.settings.method);
-    }
-    let tokens = windows.map_or(0, |w| w.tokens.iter().map(|t| t.len() as u64).sum());
-    if let Some(cost) = effort::expected(&plan, tokens) {
-        eprintln!("{cost}");
-    }
+    let ready = args.how.ready(&input, &args.output, args.common.stream_memory, Reads::Text)?;
     if args.dry_run {
-        return dry_run(args, &plan, text, windows);
+        dry_run(args, &ready);
+        return Ok(());
     }
+    let Ready { plan, source, .. } = ready;
+    let text = match &source {
+        Source::Text(text) => Some(text.name.as_str()),
+        _ => None,
+    };
+    let calibration = match &source {
+        Source::Text(text) => Some(Calibration::Text(&text.windows)),
+        Source::Statistics(statistics) => Some(Calibration::Statistics(statistics)),
+        Source::Nothing => None,
+    };
     let stop = stop_on_ctrl_c()?;
     let started = Instant::now();
     let mut progress = Reporter::new(plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     let options = RunOptions { force: args.force, stream_memory: args.common.stream_memory, stop: &stop };
-    let result = bitmill_quantize::run(&input, &plan, windows, &args.output, options, &mut |e| progress.event(&e));
+    let result = bitmill_quantize::run(&input, &plan, calibration, &args.output, options, &mut |e| progress.event(&e));
     progress.bar.finish();
     let finished = result.inspect_err(|_| {
         if stop.load(Ordering::Relaxed) {
@@ -251,60 +328,54 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     report(args, &plan, text, &finished, started.elapsed().as_secs_f64())
 }
 
-/// The plan, after saying what the user should know of it.
-fn plan(args: &Args, input: &Checkpoint) -> anyhow::Result<Plan> {
-    let mut settings = args.settings(input)?;
-    let mut plan = Plan::new(input, &settings)?;
-    if let (None, Some(why)) = (args.tuning_passes, args.effort.too_large(&plan)) {
-        settings.tuning = None;
-        plan = Plan::new(input, &settings)?;
-        plan.notes.push(why);
-    }
-    for note in &plan.notes {
-        eprintln!("note: {note}");
-    }
-    Ok(plan)
+/// What tells the method about activations.
+pub(crate) enum Source {
+    Text(Text),
+    Statistics(Statistics),
+    Nothing,
 }
 
-/// The calibration text's name and its windows.
-fn calibration(args: &Args, input: &Checkpoint, plan: &Plan) -> anyhow::Result<(String, Windows)> {
-    let Some(spec) = &plan.spec else { bail!("no forward pass for this architecture") };
-    let beside = args.model.join("calibration.txt");
-    let (name, texts) = if !args.calibration.is_empty() {
-        let texts = read_texts(&args.calibration)?;
-        (texts.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "), texts)
-    } else if beside.is_file() {
-        (beside.display().to_string(), read_texts(&[beside])?)
-    } else {
-        let name = "the text that comes with bitmill (give --calibration FILE for text of the model's own use)";
-        (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
-    };
-    let tokenizer = Tokenizer::open(input.dir(), spec.bos)?;
-    let Settings { samples, sequence_length, seed, .. } = plan.settings;
-    let length = sequence_length.min(spec.max_positions);
-    let windows = match spec.causal {
-        true => Windows::from_texts(&texts, &tokenizer, spec.vocab, length, samples, seed)?,
-        false => {
-            // Positions that the model's own pipeline never reaches would only dilute the statistics.
-            let limit = Sentences::read(input.dir())?.limit.unwrap_or(length).min(length);
-            Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?
+impl Source {
+    fn open(how: &How, input: &Checkpoint, plan: &Plan) -> anyhow::Result<Source> {
+        if let Some(statistics) = how.mixed.statistics(input, plan)? {
+            if !how.text.calibration.is_empty() {
+                anyhow::bail!("--stats stands in for text; leave out either --stats or --calibration");
+            }
+            return Ok(Source::Statistics(statistics));
         }
-    };
-    // By default an encoder takes what the text has; a number that was asked for and missed is worth a note.
-    if windows.count() < samples && (spec.causal || args.samples.is_some()) {
-        eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
+        if !plan.calibrated && how.mixed.budget(how.bits)?.is_none() {
+            if !how.text.calibration.is_empty() {
+                let method = plan.method.name();
+                eprintln!("note: method {method} needs no calibration; the text given is not used");
+            }
+            return Ok(Source::Nothing);
+        }
+        let spec = plan.spec.as_ref().context("a mixture needs a forward pass, and this architecture has none here")?;
+        let (samples, length, seed) = (plan.settings.samples, plan.settings.sequence_length, plan.settings.seed);
+        let text = how.text.windows(input, spec, (samples, length, seed))?;
+        eprintln!("calibrating on {} from {}", amount(&text.windows), text.name);
+        let tokens = text.windows.tokens.iter().map(|t| t.len() as u64).sum();
+        if let Some(cost) = effort::expected(plan, tokens) {
+            eprintln!("{cost}");
+        }
+        Ok(Source::Text(text))
     }
-    Ok((name, windows))
 }
 
-/// How much text `windows` are.
-fn amount(windows: &Windows) -> String {
-    match windows.tokens.iter().all(|t| t.len() == windows.length) {
-        true => format!("{} windows of {} tokens", windows.count(), windows.length),
-        false => {
-            format!("{} sentences of up to {} tokens, {} in all", windows.count(), windows.length, windows.text_tokens)
-        }
-    }
+/// Statistics of the text beside the output, by which a mixture is chosen.
+fn collect(
+    beside: &Path,
+    stream_memory: u64,
+    input: &Checkpoint,
+    plan: &Plan,
+    text: &Text,
+) -> anyhow::Result<Statistics> {
+    let spec = plan.spec.as_ref().context("statistics need an architecture with a forward pass")?;
+    anyhow::ensure!(spec.causal, "mixtures are chosen by what predictions of tokens lose, and an encoder makes none");
+    let spill_dir = beside.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(spill_dir).with_context(|| format!("creating {}", spill_dir.display()))?;
+    let pass = Pass { model: input, spec, stream_memory, spill_dir };
+    mixed::collect_beside(beside, pass, &text.windows)
 }
 
 /// The first Ctrl-C asks for a clean stop, the second ends the process; neither loses what is finished.
@@ -384,48 +455,32 @@ fn tuned(stage: &StageRecord) -> String {
     format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
 }
 
-fn dry_run(args: &Args, plan: &Plan, text: Option<&str>, windows: Option<&Windows>) -> anyhow::Result<()> {
-    let (weights, payload) = plan.quantized_size();
-    let total = plan.output.total_bytes();
-    let memory = plan.peak_memory(stream_bytes(args, plan, windows));
+/// How much text `windows` are.
+pub(crate) fn amount(windows: &Windows) -> String {
+    match windows.tokens.iter().all(|t| t.len() == windows.length) {
+        true => format!("{} windows of {} tokens", windows.count(), windows.length),
+        false => {
+            format!("{} sentences of up to {} tokens, {} in all", windows.count(), windows.length, windows.text_tokens)
+        }
+    }
+}
+
+fn dry_run(args: &Args, ready: &Ready) {
+    let memory = args.common.stream_memory;
     if args.common.json {
-        let tensors: Vec<_> = plan
-            .quantized()
-            .map(|(m, s, shape)| json!({"tensor": m, "scheme": s.to_string(), "shape": shape}))
-            .collect();
-        let value = json!({
-            "model": args.model, "output": args.output, "method": plan.settings.method, "format": plan.format.name(),
-            "quantized_weights": weights, "quantized_bytes": payload, "bits_per_weight": plan.bits_per_weight(),
-            "output_bytes": total, "peak_memory_estimate": memory, "calibration": text, "tensors": tensors,
-            "files": plan.output.files().map(|(f, b)| json!({"file": f, "bytes": b})).collect::<Vec<_>>(),
-            "notes": plan.notes,
-        });
+        let mut value = plan::report(&args.model, ready, memory);
+        value["output"] = json!(args.output);
         println!("{value:#}");
-        return Ok(());
+    } else {
+        print!("{}", plan::summary(&args.model, ready, memory));
     }
-    println!("plan for {} -> {}", args.model.display(), args.output.display());
-    println!(
-        "  scheme            {} by {}, stored as {}",
-        plan.settings.scheme,
-        plan.settings.method,
-        plan.format.name()
-    );
-    println!("  quantized         {} weights in {} tensors", units::count(weights), plan.quantized().count());
-    println!("  bits per weight   {:.4} ({} of payload)", plan.bits_per_weight(), units::bytes(payload));
-    println!("  output            {total} bytes ({}) in {} file(s)", units::bytes(total), plan.output.files().count());
-    println!("  peak memory       about {}", units::bytes(memory));
-    for (module, scheme, shape) in plan.quantized() {
-        println!("  {scheme}  {shape:?}  {module}");
-    }
-    Ok(())
 }
 
 /// Bytes of activations that will be in memory.
-fn stream_bytes(args: &Args, plan: &Plan, windows: Option<&Windows>) -> u64 {
-    let (Some(spec), Some(w)) = (&plan.spec, windows) else { return 0 };
+pub(crate) fn stream_bytes(plan: &Plan, windows: usize, length: usize, memory: u64) -> u64 {
+    let Some(spec) = &plan.spec else { return 0 };
     let widths = spec.hidden + 2 * spec.intermediate.max(spec.heads * spec.head_dim);
-    let tokens: usize = w.tokens.iter().map(Vec::len).sum();
-    ((tokens * widths * 2) as u64).min(args.common.stream_memory)
+    ((windows * length * widths * 2) as u64).min(memory)
 }
 
 fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds: f64) -> anyhow::Result<()> {

@@ -21,6 +21,11 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     Ok((number * factor) as u64)
 }
 
+/// Parses a count above zero.
+pub(crate) fn parse_positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is not a positive number"))
+}
+
 /// `1.50 GB`.
 pub(crate) fn bytes(n: u64) -> String {
     scaled(n, &["B", "kB", "MB", "GB", "TB"])

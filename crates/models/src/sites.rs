@@ -26,6 +26,20 @@ impl Role {
     /// Every linear, in execution order.
     pub const ALL: [Role; 7] = [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down];
 
+    /// Its name in options and messages, the one that most decoders give the module.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Q => "q_proj",
+            Role::K => "k_proj",
+            Role::V => "v_proj",
+            Role::O => "o_proj",
+            Role::Gate => "gate_proj",
+            Role::Up => "up_proj",
+            Role::Down => "down_proj",
+        }
+    }
+
     /// The site whose activation this linear reads.
     #[must_use]
     pub const fn site(self) -> &'static Site {

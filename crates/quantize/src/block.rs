@@ -165,22 +165,32 @@ fn solve_site(
     method: &dyn Method,
     options: &SolverOptions,
 ) -> Result<Vec<(Role, Done)>, Error> {
-    let started = Instant::now();
-    let h = stats.hessian();
     let weights = targets.iter().map(|t| rows(block.linear(t.role))).collect::<Result<Vec<_>, _>>()?;
-    let linears: Vec<Linear<'_>> = (targets.iter().zip(&weights))
+    solve_targets(targets, &weights, (&stats.hessian(), stats.tokens()), method, options)
+}
+
+/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of).
+pub(crate) fn solve_targets(
+    targets: &[&Target<'_>],
+    weights: &[Vec<f32>],
+    (h, tokens): (&[f32], u64),
+    method: &dyn Method,
+    options: &SolverOptions,
+) -> Result<Vec<(Role, Done)>, Error> {
+    let started = Instant::now();
+    let linears: Vec<Linear<'_>> = (targets.iter().zip(weights))
         .map(|(t, weight)| Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme })
         .collect();
-    let solved = method.solve(&linears, Some(&h), options)?;
+    let solved = method.solve(&linears, Some(h), options)?;
     let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
-    let done = targets.iter().zip(&weights).zip(solved).map(|((t, weight), solved)| {
-        let error: f64 = loss(weight, &solved.quantized.dequantize(), &h).iter().sum();
-        let energy: f64 = loss(weight, &vec![0.0; weight.len()], &h).iter().sum();
+    let done = targets.iter().zip(weights).zip(solved).map(|((t, weight), solved)| {
+        let error: f64 = loss(weight, &solved.quantized.dequantize(), h).iter().sum();
+        let energy: f64 = loss(weight, &vec![0.0; weight.len()], h).iter().sum();
         let record = TensorRecord {
             relative_error: if energy > 0.0 { error / energy } else { 0.0 },
             error_of: "output".into(),
             damping: solved.damping,
-            tokens: stats.tokens(),
+            tokens,
             seconds,
             ..TensorRecord::of(t.module, t.shape, t.scheme, method, t.bytes)
         };

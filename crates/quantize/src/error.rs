@@ -44,6 +44,34 @@ pub enum Error {
         /// The model folder.
         dir: PathBuf,
     },
+    /// A scheme is given for a module that is not quantized.
+    #[error("{dir}: a scheme is given for {module}, which is not a linear that is quantized; correct the name, or take it off the ignore list", dir = dir.display())]
+    UnknownLayer {
+        /// The model folder.
+        dir: PathBuf,
+        /// The module.
+        module: String,
+    },
+    /// Statistics lack what a mixture of widths is chosen by.
+    #[error(
+        "the statistics hold no sensitivities, by which a mixture of widths is chosen; collect them with `bitmill calibrate` without --no-sensitivity"
+    )]
+    NoSensitivity,
+    /// No mixture fits the size.
+    #[error("no mixture of these options fits: {source}; raise the size, or give narrower --options")]
+    Allocation {
+        /// Why.
+        #[from]
+        source: crate::Impossible,
+    },
+    /// A plan file that cannot be understood.
+    #[error("{file}: not a plan ({reason}); `bitmill plan MODEL -o FILE` writes one to start from", file = file.display())]
+    PlanFile {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The scheme does not fit a tensor.
     #[error(
         "{tensor}: {source}; choose another --group-size (or --group-size -1 for one scale per row), or --ignore it"
@@ -124,6 +152,11 @@ pub enum Error {
         /// The last damping tried.
         damping: f32,
     },
+    /// Tuning reads windows of text, which statistics do not hold.
+    #[error(
+        "tuning runs text through the model, and statistics do not hold any; give text, or leave tuning out (--tuning-passes 0)"
+    )]
+    TuningNeedsText,
     /// The user asked to stop; everything finished is kept.
     #[error("stopped on request after {done} of {total} blocks; the same command goes on from there")]
     Stopped {

@@ -5,8 +5,8 @@
 //! only when everything it speaks of is on disk, and every output byte has its place from the start, so whatever was
 //! half done is simply done again in the same place.
 
+use crate::Calibration;
 use crate::{Error, Plan};
-use bitmill_calibrate::Windows;
 use bitmill_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -204,32 +204,26 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     write().map_err(io(path, "writing"))
 }
 
-/// Everything that decides the bytes of the output: version, settings, weights, calibration tokens.
-pub(crate) fn identity(input: &Checkpoint, plan: &Plan, windows: Option<&Windows>) -> Result<Value, Error> {
+/// Everything that decides the bytes of the output: version, settings, weights, calibration.
+pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<Value, Error> {
     let mut weights = serde_json::Map::new();
     for path in input.shard_paths() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         weights.insert(name, json!(hash_file(path)?));
     }
-    let tokens = windows.map(|w| {
-        let mut hash = blake3::Hasher::new();
-        w.tokens.iter().flatten().for_each(|t| {
-            hash.update(&t.to_le_bytes());
-        });
-        // Where windows differ in length, the tokens alone do not say where one ends.
-        if w.lengths().iter().any(|&length| length != w.length) {
-            w.lengths().iter().for_each(|&length| {
-                hash.update(&(length as u64).to_le_bytes());
-            });
+    let calibration = match calibration {
+        Some(Calibration::Text(w)) => {
+            json!({"windows": w.count(), "length": w.length, "tokens": w.fingerprint()})
         }
-        json!({"windows": w.count(), "length": w.length, "tokens": hash.finalize().to_hex().as_str()})
-    });
+        Some(Calibration::Statistics(s)) => s.identity()?,
+        None => Value::Null,
+    };
     Ok(json!({
         "bitmill": env!("CARGO_PKG_VERSION"),
         "settings": plan.settings,
         "weights": weights,
         "config": blake3::hash(input.config().to_string().as_bytes()).to_hex().as_str(),
-        "calibration": tokens,
+        "calibration": calibration,
     }))
 }
 

@@ -4,24 +4,36 @@
 //! alone, what becomes of every tensor; every refusal happens while it is made. [`run`] applies a plan block by block
 //! and can be killed at any instant.
 
+mod allocate;
 mod block;
+mod calibration;
 mod error;
 mod factor;
 mod journal;
 mod learn;
+mod loaders;
 mod methods;
+mod mixture;
 mod plan;
+mod plan_file;
 mod refine;
 mod run;
+mod sensitivity;
 mod settings;
 mod sweep;
 
+pub use allocate::{Allocation, Choice, Impossible, allocate};
+pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
 pub use journal::{StageRecord, TensorRecord};
+pub use loaders::loaders;
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
+pub use mixture::{Budget, Mixture, mix};
 pub use plan::{Action, Plan, PlannedTensor, Unit};
+pub use plan_file::{parse_scheme, read_plan, write_plan};
 pub use refine::{descend, loss, refit_scales};
-pub use run::{Event, Finished, RunOptions, run};
+pub use run::{Calibration, Event, Finished, RunOptions, run};
+pub use sensitivity::{Sensitivity, probe_sites, sensitivities};
 pub use settings::{ScaleSearch, Settings, SolverOptions, Tuning};
 pub use sweep::{Order, Sweep, sweep};

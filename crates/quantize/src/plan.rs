@@ -109,6 +109,9 @@ impl Plan {
         if layers.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
         }
+        if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
+            return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
+        }
         let ignored = left_dense(input, spec.as_ref(), &units);
         let mut config = input.config().clone();
         config["quantization_config"] = format.config(&layers, &ignored)?;
@@ -258,6 +261,7 @@ struct Units<'a> {
     format: &'a dyn Format,
     ignore: Vec<Regex>,
     scheme: Scheme,
+    layers: BTreeMap<String, Scheme>,
 }
 
 impl<'a> Units<'a> {
@@ -274,8 +278,10 @@ impl<'a> Units<'a> {
         };
         let ignore = settings.ignore.iter().map(compile).collect::<Result<_, _>>()?;
         let own = || format.scale_type(model_scale_type(input));
-        settings.scheme = settings.scheme.with_scale(settings.scale_type.unwrap_or_else(own));
-        Ok(Units { input, spec, format, ignore, scheme: settings.scheme })
+        let scale = settings.scale_type.unwrap_or_else(own);
+        settings.scheme = settings.scheme.with_scale(scale);
+        settings.layers.values_mut().for_each(|s| *s = s.with_scale(scale));
+        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, layers: settings.layers.clone() })
     }
 
     fn build(&self, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
@@ -330,7 +336,7 @@ impl<'a> Units<'a> {
         if !linear || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
             return Ok(copy);
         }
-        let (scheme, shape) = (self.scheme, [rows, cols]);
+        let (scheme, shape) = (self.layers.get(module).copied().unwrap_or(self.scheme), [rows, cols]);
         scheme.check(cols).map_err(|source| Error::Scheme { tensor: module.into(), source })?;
         self.format.check(module, &scheme, shape)?;
         let bytes = self.format.layout(module, &scheme, shape).iter().map(|t| t.bytes() as u64).sum();

@@ -1,10 +1,12 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
+mod measured;
+
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Plan, Unit};
-use bitmill_calibrate::{Stream, StreamKind, Windows, in_order};
+use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use serde_json::json;
@@ -61,6 +63,15 @@ pub enum Event<'a> {
     },
 }
 
+/// Where a calibrated run learns what the linears read.
+#[derive(Clone, Copy)]
+pub enum Calibration<'a> {
+    /// Text that flows through the model as it is rounded, so that later blocks make up for earlier ones.
+    Text(&'a Windows),
+    /// What an earlier pass saw in the full-precision model: no forward pass.
+    Statistics(&'a Statistics),
+}
+
 /// How a run is carried out, as far as it does not change its bytes.
 #[derive(Clone, Copy)]
 pub struct RunOptions<'a> {
@@ -87,21 +98,23 @@ pub struct Finished {
     pub bytes: u64,
 }
 
-/// Applies `plan` to `input` and writes the folder `out`. `windows` is the calibration text, required if the plan is
-/// calibrated.
+/// Applies `plan` to `input` and writes the folder `out`. `calibration` is required if the plan is calibrated.
 ///
 /// # Errors
 /// What the plan could not see: an occupied output, damaged weights, a full disk; [`Error::Stopped`] after a request.
 pub fn run(
     input: &Checkpoint,
     plan: &Plan,
-    windows: Option<&Windows>,
+    calibration: Option<Calibration<'_>>,
     out: &Path,
     options: RunOptions<'_>,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Error> {
     check_place(input, out, options.force)?;
-    let identity = identity(input, plan, windows)?;
+    if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
+        return Err(Error::TuningNeedsText);
+    }
+    let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
@@ -116,14 +129,14 @@ pub fn run(
         observe(Event::Resumed { done, total });
     }
     let mut worker = Worker { input, plan, output, observe, options };
-    let flow = Calibrated::new(&worker, windows, &journal)?;
+    let flow = Calibrated::new(&worker, calibration, &journal)?;
     for unit in done..total {
         if options.stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped { done: unit, total });
         }
         let Some(label) = plan.units.get(unit).map(|unit| &unit.label) else {
             (worker.observe)(Event::Started { unit, total, label: "tuning" });
-            let stage = worker.tune(windows, &journal)?;
+            let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
             journal.append(Line { unit, stream: None, tensors: Vec::new(), stage: Some(stage) })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
@@ -132,6 +145,7 @@ pub fn run(
         (worker.observe)(Event::Started { unit, total, label });
         let tensors = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
+            (None, Some(block)) if plan.calibrated => worker.measured_unit(&plan.units[unit], block, calibration)?,
             _ => worker.plain_unit(&plan.units[unit])?,
         };
         worker.output.sync()?;
@@ -287,11 +301,14 @@ impl Worker<'_, '_> {
     }
 
     /// Tunes the whole rounded model and writes what came of it in the place of what was there.
-    fn tune(&mut self, windows: Option<&Windows>, journal: &Journal) -> Result<StageRecord, Error> {
+    fn tune(&mut self, calibration: Option<Calibration<'_>>, journal: &Journal) -> Result<StageRecord, Error> {
         let started = Instant::now();
         let settings = &self.plan.settings;
-        let (Some(tuning), Some(spec), Some(windows)) = (&settings.tuning, &self.plan.spec, windows) else {
-            unreachable!("the plan asks for tuning only where a model is calibrated");
+        let (Some(tuning), Some(spec)) = (&settings.tuning, &self.plan.spec) else {
+            unreachable!("a plan with tuning is calibrated, and so has an architecture");
+        };
+        let Some(Calibration::Text(windows)) = calibration else {
+            unreachable!("checked before anything was written");
         };
         let lesson = Lesson {
             spec,
@@ -355,8 +372,14 @@ struct Calibrated<'a> {
 }
 
 impl<'a> Calibrated<'a> {
-    fn new(worker: &Worker<'a, '_>, windows: Option<&Windows>, journal: &Journal) -> Result<Option<Self>, Error> {
-        let (true, Some(spec), Some(windows)) = (worker.plan.calibrated, &worker.plan.spec, windows) else {
+    fn new(
+        worker: &Worker<'a, '_>,
+        calibration: Option<Calibration<'_>>,
+        journal: &Journal,
+    ) -> Result<Option<Self>, Error> {
+        let (true, Some(spec), Some(Calibration::Text(windows))) =
+            (worker.plan.calibrated, &worker.plan.spec, calibration)
+        else {
             return Ok(None);
         };
         // Three streams exist at a time: the residual, and a site's input and output.

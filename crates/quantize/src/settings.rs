@@ -2,6 +2,7 @@
 
 use bitmill_scheme::{Fit, ScaleType, Scheme};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// How the scale of a group is chosen before rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,8 +89,11 @@ pub struct Settings {
     pub method: String,
     /// Name of the format (a row of `FORMATS`).
     pub format: String,
-    /// The scheme of every quantized tensor.
+    /// The scheme of every quantized tensor that `layers` does not name.
     pub scheme: Scheme,
+    /// Schemes of single modules, by name; an allocation or a plan file fills it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub layers: BTreeMap<String, Scheme>,
     /// Type of the stored scales; `None` is the 16-bit type nearest to the model's own, as the format has it.
     pub scale_type: Option<ScaleType>,
     /// Options of the method.

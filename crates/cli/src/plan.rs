@@ -1,0 +1,158 @@
+//! `bitmill plan`: what a run would do, from headers alone, and as a file that people edit.
+
+use crate::quantize::{How, Reads, Ready, Source, stream_bytes};
+use crate::{Common, units};
+use anyhow::{Context, ensure};
+use bitmill_checkpoint::Checkpoint;
+use bitmill_quantize::{Plan, loaders, write_plan};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Plan a quantization without running it
+///
+/// Reads config.json and tensor headers, takes the same flags as `quantize`, and prints what every kind of linear
+/// becomes, the exact size of the output, the memory a run needs, and which loaders take the result. With -o it writes the
+/// plan as TOML for `quantize --plan`. Only a mixture of widths (--size, --bits 3.5) reads weights: it is chosen by
+/// statistics, so give those with --stats, or text is run through the model.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Folder of the model, in Hugging Face layout
+    model: PathBuf,
+    /// File to write the plan to
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    how: How,
+    /// Replace FILE if it exists
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Linears of one role and scheme.
+#[derive(Default)]
+struct Row {
+    tensors: usize,
+    weights: u64,
+    bytes: u64,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    args.common.set_threads()?;
+    if let Some(file) = &args.output {
+        ensure!(args.force || !file.exists(), "{} exists; choose another name or pass --force", file.display());
+    }
+    let input = Checkpoint::open(&args.model)?;
+    let beside = args.output.clone().unwrap_or_else(|| PathBuf::from("plan.toml"));
+    let memory = args.common.stream_memory;
+    let ready = args.how.ready(&input, &beside, memory, Reads::Headers)?;
+    let text = summary(&args.model, &ready, memory);
+    if let Some(file) = &args.output {
+        let remarks: Vec<String> = text.lines().map(str::to_owned).collect();
+        std::fs::write(file, write_plan(&ready.plan.settings, &remarks)?)
+            .with_context(|| format!("writing {}", file.display()))?;
+    }
+    if args.common.json {
+        let mut value = report(&args.model, &ready, memory);
+        value["plan"] = json!(args.output);
+        println!("{value:#}");
+    } else {
+        print!("{text}");
+        if let Some(file) = &args.output {
+            println!("run it with: bitmill quantize {} -o OUT --plan {}", args.model.display(), file.display());
+        }
+    }
+    Ok(())
+}
+
+/// Rows by role and scheme, in order of execution as far as names tell.
+fn rows(plan: &Plan) -> BTreeMap<(String, String), Row> {
+    let mut rows: BTreeMap<(String, String), Row> = BTreeMap::new();
+    for (module, scheme, shape) in plan.quantized() {
+        let role = module.rsplit('.').next().unwrap_or(module).to_owned();
+        let row = rows.entry((role, scheme.to_string())).or_default();
+        row.tensors += 1;
+        row.weights += (shape[0] * shape[1]) as u64;
+        let layout = plan.format.layout(module, scheme, shape);
+        row.bytes += layout.iter().map(|t| t.bytes() as u64).sum::<u64>();
+    }
+    rows
+}
+
+/// Peak memory with `stream_memory` bytes of activations at most; without text there are none.
+fn memory(Ready { plan, source, .. }: &Ready, stream_memory: u64) -> u64 {
+    let settings = &plan.settings;
+    let length = plan.spec.as_ref().map_or(0, |s| settings.sequence_length.min(s.max_positions));
+    let (windows, length) = match source {
+        Source::Text(text) => (text.windows.count(), text.windows.length),
+        Source::Statistics(_) => (0, 0),
+        Source::Nothing => (settings.samples, length),
+    };
+    plan.peak_memory(stream_bytes(plan, windows, length, stream_memory))
+}
+
+/// The plan of `model` for people.
+pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String {
+    let Ready { plan, predicted, .. } = ready;
+    let (weights, payload) = plan.quantized_size();
+    let total = plan.output.total_bytes();
+    let mut text = format!(
+        "{}: {} by {}, stored as {}\n",
+        name(model),
+        if plan.settings.layers.is_empty() { plan.settings.scheme.to_string() } else { "a mixture".into() },
+        plan.method.name(),
+        plan.format.name()
+    );
+    for ((role, scheme), row) in rows(plan) {
+        let bits = row.bytes as f64 * 8.0 / row.weights as f64;
+        let (tensors, bytes) = (row.tensors, units::bytes(row.bytes));
+        text += &format!("  {role:<12} {scheme:<16} {tensors:>4} tensors  {bits:>6.3} bits per weight  {bytes:>9}\n");
+    }
+    text +=
+        &format!("  quantized    {} weights at {:.4} bits per weight\n", units::count(weights), plan.bits_per_weight());
+    text += &format!("  payload      {payload} bytes ({})\n", units::bytes(payload));
+    text += &format!(
+        "  output       {total} bytes ({}), in {} file(s)\n",
+        units::bytes(total),
+        plan.output.files().count()
+    );
+    text += &format!("  peak memory  about {}\n", units::bytes(memory(ready, stream_memory)));
+    if let Some(predicted) = predicted {
+        text += &format!("  predicted    KL divergence {predicted:.5} nats per position\n");
+    }
+    for (loader, reasons) in loaders(plan) {
+        let verdict = if reasons.is_empty() { "takes it".to_owned() } else { format!("no: {}", reasons.join("; ")) };
+        text += &format!("  {loader:<12} {verdict}\n");
+    }
+    text
+}
+
+/// The plan of `model` for programs.
+pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_json::Value {
+    let Ready { plan, source, predicted } = ready;
+    let (weights, payload) = plan.quantized_size();
+    let rows = rows(plan).into_iter().map(|((role, scheme), row)| {
+        json!({"role": role, "scheme": scheme, "tensors": row.tensors, "weights": row.weights, "bytes": row.bytes})
+    });
+    let loaders = loaders(plan).into_iter().map(|(name, reasons)| json!({"loader": name, "refuses": reasons}));
+    let tensors = plan.quantized().map(|(m, s, shape)| json!({"tensor": m, "scheme": s.to_string(), "shape": shape}));
+    let files = plan.output.files().map(|(f, b)| json!({"file": f, "bytes": b}));
+    let text = match source {
+        Source::Text(text) => Some(&text.name),
+        _ => None,
+    };
+    json!({
+        "model": model, "method": plan.method.name(), "format": plan.format.name(),
+        "roles": rows.collect::<Vec<_>>(), "tensors": tensors.collect::<Vec<_>>(), "files": files.collect::<Vec<_>>(), "calibration": text,
+        "quantized_weights": weights, "quantized_bytes": payload,
+        "bits_per_weight": plan.bits_per_weight(), "output_bytes": plan.output.total_bytes(),
+        "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": predicted,
+        "loaders": loaders.collect::<Vec<_>>(), "notes": plan.notes,
+    })
+}
+
+fn name(model: &Path) -> String {
+    model.file_name().unwrap_or(model.as_os_str()).display().to_string()
+}
