@@ -5,6 +5,7 @@
 
 mod error;
 mod eval;
+mod gguf;
 mod metrics;
 mod sentencepiece;
 mod stats;
@@ -14,6 +15,7 @@ mod windows;
 
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
+pub use gguf::gguf_tokenizer;
 pub use metrics::{Divergence, Perplexity, Summary};
 pub use sentencepiece::to_tokenizer_json;
 pub use stats::SiteStats;

@@ -12,10 +12,10 @@ use std::time::Instant;
 /// Measure perplexity, and KL divergence from a reference model
 ///
 /// Each window is BOS + text tokens; every position after the first is scored. Both models run in f32 from their stored
-/// weights, in the same pass; dense folders and every format bitmill writes are read.
+/// weights, in the same pass; dense folders, GGUF files and every format bitmill writes are read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the model
+    /// Folder of the model, or a GGUF file
     model: PathBuf,
     /// Folder of the full-precision model to compare with
     #[arg(long, value_name = "MODEL")]
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let (window, reason) = (args.window, format!("the model's context is {} tokens", spec.max_positions));
         return Err(bitmill_calibrate::Error::Window { window, reason }.into());
     }
-    let tokenizer = Tokenizer::open(model.dir(), spec.bos)?;
+    let tokenizer = Tokenizer::of(&model, spec.bos)?;
     let texts = read_texts(&args.text)?;
     let count = args.windows.unwrap_or(usize::MAX);
     let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, args.window, count, 0)?;

@@ -4,10 +4,12 @@ use crate::progress::Progress;
 use crate::{Common, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{BUNDLED_TEXT, Tokenizer, Windows, read_texts};
-use bitmill_checkpoint::{Checkpoint, FORMATS};
+use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_models::SITES;
-use bitmill_quantize::{Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions};
-use bitmill_scheme::{Activations, Bits, Granularity, SCHEMES, ScaleType, Scheme};
+use bitmill_quantize::{
+    Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, gguf_types,
+};
+use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -26,7 +28,7 @@ use std::time::Instant;
 pub(crate) struct Args {
     /// Folder of the model, in Hugging Face layout
     model: PathBuf,
-    /// Folder to write; a log (OUT.log.jsonl) is written beside it
+    /// Folder to write, or a file whose name ends in .gguf; a log (OUT.log.jsonl) is written beside it
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     /// A named scheme [default: w4a16]
@@ -81,6 +83,12 @@ pub(crate) struct Args {
     /// Moves the calibration windows; 0 spaces them evenly
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Type of the token embedding in a GGUF file
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
+    token_embedding_type: String,
+    /// Type of the output matrix in a GGUF file, and of an embedding that is tied to it
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
+    output_tensor_type: String,
     /// Largest size of one weight file
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
@@ -115,7 +123,11 @@ enum Scales {
 }
 
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name))
+    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)))
+}
+
+fn tensor_types() -> PossibleValuesParser {
+    PossibleValuesParser::new(gguf_types())
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -123,7 +135,7 @@ fn method_names() -> PossibleValuesParser {
 }
 
 fn format_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(FORMATS.iter().map(|f| f.name()))
+    PossibleValuesParser::new(FORMATS.iter().chain([&GGUF]).map(|f| f.name()))
 }
 
 fn table(head: &str, rows: impl Iterator<Item = (&'static str, &'static str)>) -> String {
@@ -131,7 +143,10 @@ fn table(head: &str, rows: impl Iterator<Item = (&'static str, &'static str)>) -
 }
 
 fn scheme_help() -> String {
-    table("A named scheme [default: w4a16]:", SCHEMES.iter().map(|p| (p.name, p.summary)))
+    table(
+        "A named scheme [default: w4a16]:",
+        SCHEMES.iter().map(|p| (p.name, p.summary)).chain(BLOCKS.iter().map(|b| (b.name, b.summary))),
+    )
 }
 
 fn method_help() -> String {
@@ -141,7 +156,7 @@ fn method_help() -> String {
 fn format_help() -> String {
     table(
         "How the result is stored [default: pack-quantized, or int-quantized where activations are quantized too]:",
-        FORMATS.iter().map(|f| (f.name(), f.summary())),
+        FORMATS.iter().chain([&GGUF]).map(|f| (f.name(), f.summary())),
     )
 }
 
@@ -157,8 +172,7 @@ fn parse_damping(text: &str) -> Result<f32, String> {
 impl Args {
     fn scheme(&self) -> anyhow::Result<Scheme> {
         if let Some(name) = &self.scheme {
-            let preset = SCHEMES.iter().find(|p| p.name == name).context("no such scheme")?;
-            return Ok(preset.scheme);
+            return bitmill_scheme::scheme(name).context("no such scheme");
         }
         let granularity = match self.group_size.unwrap_or(128) {
             -1 => Granularity::Channel,
@@ -170,13 +184,27 @@ impl Args {
 
     fn settings(&self) -> anyhow::Result<Settings> {
         let scheme = self.scheme()?;
+        let file = self.output.extension().is_some_and(|e| e == "gguf");
         let default_format = match scheme.activations {
+            _ if file || scheme.form().is_some() => "gguf",
             Activations::Full => "pack-quantized",
             Activations::DynamicInt8 => "int-quantized",
         };
+        let format = self.format.clone().unwrap_or_else(|| default_format.into());
+        if (format == "gguf") != file {
+            bail!(
+                "{}: {}",
+                self.output.display(),
+                if file {
+                    "only --format gguf writes a .gguf file"
+                } else {
+                    "a GGUF file is written; give it a name that ends in .gguf"
+                }
+            );
+        }
         Ok(Settings {
             method: self.method.clone(),
-            format: self.format.clone().unwrap_or_else(|| default_format.into()),
+            format,
             scheme,
             scale_type: self.scale_type.map(|t| match t {
                 Scales::F16 => ScaleType::F16,
@@ -198,6 +226,10 @@ impl Args {
             samples: self.samples,
             sequence_length: self.sequence_length,
             seed: self.seed,
+            gguf: file.then(|| GgufSettings {
+                token_embedding: self.token_embedding_type.clone(),
+                output: self.output_tensor_type.clone(),
+            }),
             shard_bytes: self.max_shard_size,
         })
     }

@@ -114,6 +114,36 @@ pub enum Error {
         /// The work folder.
         work: PathBuf,
     },
+    /// A method that cannot round onto a scheme.
+    #[error("method `{method}` cannot make {scheme}: {reason}")]
+    MethodScheme {
+        /// The method.
+        method: &'static str,
+        /// The scheme.
+        scheme: bitmill_scheme::Scheme,
+        /// Why, and what would do.
+        reason: &'static str,
+    },
+    /// A model that cannot become a GGUF file.
+    #[error("{dir}: no GGUF file can be made of it: {reason}", dir = dir.display())]
+    Gguf {
+        /// The model folder.
+        dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A weight beyond the range of the type it is to be stored in.
+    #[error(
+        "{tensor}: entry {index} is {value}, which f16 cannot hold; store it as bf16 (--token-embedding-type, --output-tensor-type)"
+    )]
+    Overflow {
+        /// The tensor.
+        tensor: String,
+        /// Position in row-major order.
+        index: usize,
+        /// The weight.
+        value: f32,
+    },
     /// H cannot be factored even with heavy damping.
     #[error(
         "{tensor}: its Hessian is not positive definite even with damping {damping}; the activations are degenerate, use more calibration text"

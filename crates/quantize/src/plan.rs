@@ -1,7 +1,7 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
-use crate::{Error, Method, Needs, Settings, method};
-use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, OutputPlan, TensorSpec, format};
+use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
 use fancy_regex::Regex;
@@ -68,6 +68,8 @@ pub struct Plan {
     pub files: Vec<PathBuf>,
     /// The output's `config.json`.
     pub config: serde_json::Value,
+    /// How tensors lie in the output, where it is a GGUF file.
+    pub gguf: Option<GgufOutput>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -101,18 +103,30 @@ impl Plan {
         if let Some(spec) = &spec {
             complete(input, spec)?;
         }
+        if let Some(reason) = method.refuses(&settings.scheme) {
+            return Err(Error::MethodScheme { method: method.name(), scheme: settings.scheme, reason });
+        }
+        let as_gguf = format.name() == GGUF.name();
+        if as_gguf {
+            gguf::check(input, spec.as_ref(), &mut notes)?;
+        }
         let mut settings = settings.clone();
-        let units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
+        let mut units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
         if layers.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
+        }
+        if let (true, Some(spec)) = (as_gguf, &spec) {
+            let (gguf, output) = gguf::output(input, spec, &mut units, &settings)?;
+            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
+            return Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, gguf, notes });
         }
         let ignored = left_dense(input, &units);
         let mut config = input.config().clone();
         config["quantization_config"] = format.config(&layers, &ignored)?;
         let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
         let files = copied_files(input, &mut notes)?;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, notes })
+        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, gguf: None, notes })
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -230,6 +244,7 @@ struct Units<'a> {
     format: &'a dyn Format,
     ignore: Vec<Regex>,
     scheme: Scheme,
+    settings: Settings,
 }
 
 impl<'a> Units<'a> {
@@ -247,7 +262,7 @@ impl<'a> Units<'a> {
         let ignore = settings.ignore.iter().map(compile).collect::<Result<_, _>>()?;
         let own = || format.scale_type(model_scale_type(input));
         settings.scheme = settings.scheme.with_scale(settings.scale_type.unwrap_or_else(own));
-        Ok(Units { input, spec, format, ignore, scheme: settings.scheme })
+        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, settings: settings.clone() })
     }
 
     fn build(&self, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
@@ -299,10 +314,17 @@ impl<'a> Units<'a> {
             None => looks_linear(module, &shape, dtype),
         };
         let &[rows, cols] = shape.as_slice() else { return Ok(copy) };
-        if !linear || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
+        // The ends of a model have types of their own in a GGUF file.
+        let end = match self.spec {
+            Some(spec) if self.format.name() == GGUF.name() && !linear && is_end(module) => {
+                gguf::end_scheme(self.input, &self.settings, spec, module)?
+            }
+            _ => None,
+        };
+        if !(linear || end.is_some()) || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
             return Ok(copy);
         }
-        let (scheme, shape) = (self.scheme, [rows, cols]);
+        let (scheme, shape) = (end.unwrap_or(self.scheme), [rows, cols]);
         scheme.check(cols).map_err(|source| Error::Scheme { tensor: module.into(), source })?;
         self.format.check(module, &scheme, shape)?;
         let bytes = self.format.layout(module, &scheme, shape).iter().map(|t| t.bytes() as u64).sum();
@@ -321,6 +343,11 @@ fn model_scale_type(input: &Checkpoint) -> ScaleType {
         Some(Dtype::BF16) => ScaleType::Bf16,
         _ => ScaleType::F16,
     }
+}
+
+/// Whether a module is the token embedding or the output matrix.
+fn is_end(module: &str) -> bool {
+    module == bitmill_models::HEAD || bitmill_models::EMBEDDING.strip_suffix(".weight") == Some(module)
 }
 
 fn is_embedding(module: &str) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, TensorRecord, hash_file, identity, io, write_durably};
-use crate::{Action, Error, Linear, Plan, Unit};
+use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
@@ -193,13 +193,14 @@ impl Worker<'_, '_> {
         let mut records = Vec::new();
         for tensor in &unit.tensors {
             let Action::Quantize { module, scheme, shape, .. } = &tensor.action else {
-                self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+                self.copy(&tensor.name)?;
                 continue;
             };
             let started = Instant::now();
             let weight = self.input.tensor(&tensor.name)?.to_f32()?;
             let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
-            let solved = self.plan.method.solve(&[linear], None, &self.plan.settings.solver)?;
+            let (method, solver) = self.plain_method()?;
+            let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
                 self.write(module, &solved.quantized)?;
                 let squares = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>();
@@ -209,7 +210,7 @@ impl Worker<'_, '_> {
                 let record = TensorRecord {
                     relative_error: if energy > 0.0 { error / energy } else { 0.0 },
                     seconds: started.elapsed().as_secs_f64(),
-                    ..TensorRecord::of(module, *shape, *scheme, self.plan.method, tensor.bytes)
+                    ..TensorRecord::of(module, *shape, *scheme, method, tensor.bytes)
                 };
                 (self.observe)(Event::Tensor(&record));
                 records.push(record);
@@ -228,7 +229,7 @@ impl Worker<'_, '_> {
         total: usize,
     ) -> Result<Vec<TensorRecord>, Error> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
-            self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+            self.copy(&tensor.name)?;
         }
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let block = Block::load(flow.spec, index, self.input)?;
@@ -236,7 +237,7 @@ impl Worker<'_, '_> {
         let mut records = Vec::new();
         // Both callbacks report to the observer; only one of them runs at a time.
         let observe = std::cell::RefCell::new(&mut *self.observe);
-        let (format, output) = (self.plan.format, &self.output);
+        let (plan, output) = (self.plan, &self.output);
         flow.quantize_block(
             index,
             block,
@@ -250,7 +251,7 @@ impl Worker<'_, '_> {
                 Ok(())
             },
             &mut |finished| {
-                write_quantized(format, output, &finished.module, &finished.solved.quantized)?;
+                write_quantized(plan, output, &finished.module, &finished.solved.quantized)?;
                 (observe.borrow_mut())(Event::Tensor(&finished.record));
                 records.push(finished.record);
                 Ok(())
@@ -260,19 +261,42 @@ impl Worker<'_, '_> {
     }
 
     fn write(&self, module: &str, quantized: &bitmill_scheme::Quantized) -> Result<(), Error> {
-        write_quantized(self.plan.format, &self.output, module, quantized)
+        write_quantized(self.plan, &self.output, module, quantized)
+    }
+
+    /// Writes a tensor that is not quantized.
+    fn copy(&self, name: &str) -> Result<(), Error> {
+        let view = self.input.tensor(name)?;
+        match &self.plan.gguf {
+            Some(gguf) => self.output.write(name, &gguf.copied(&view)?)?,
+            None => self.output.write(name, view.bytes)?,
+        }
+        Ok(())
+    }
+
+    /// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
+    /// where the plan's own method needs data.
+    fn plain_method(&self) -> Result<(&'static dyn Method, SolverOptions), Error> {
+        let solver = self.plan.settings.solver.clone();
+        if self.plan.method.needs(&solver) == Needs::Nothing {
+            return Ok((self.plan.method, solver));
+        }
+        Ok((method("rtn")?, SolverOptions { scale_search: None, ..solver }))
     }
 }
 
 fn write_quantized(
-    format: &dyn bitmill_checkpoint::Format,
+    plan: &Plan,
     output: &Output,
     module: &str,
     quantized: &bitmill_scheme::Quantized,
 ) -> Result<(), Error> {
-    let specs = format.layout(module, &quantized.scheme, quantized.shape);
-    for (spec, bytes) in specs.iter().zip(format.encode(module, quantized)) {
-        output.write(&spec.name, &bytes)?;
+    let specs = plan.format.layout(module, &quantized.scheme, quantized.shape);
+    for (spec, bytes) in specs.iter().zip(plan.format.encode(module, quantized)) {
+        match &plan.gguf {
+            Some(gguf) => output.write(&spec.name, &gguf.ordered(&spec.name, quantized.shape[0], bytes))?,
+            None => output.write(&spec.name, &bytes)?,
+        }
     }
     Ok(())
 }
@@ -342,28 +366,12 @@ fn publish(
     out: &Path,
     force: bool,
 ) -> Result<Finished, Error> {
-    let dir = journal.output();
-    for file in &plan.files {
-        let (from, to) = (input.dir().join(file), dir.join(file));
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
-        }
-        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
-        copy().map_err(io(&to, "copying"))?;
-    }
-    let pretty = |v: &serde_json::Value| format!("{v:#}\n").into_bytes();
-    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
-    // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
-    let manifest = json!({
-        "run": identity,
-        "bits_per_weight": plan.bits_per_weight(),
-        "tensors": tensors.iter().map(|t| json!({
-            "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
-            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
-        })).collect::<Vec<_>>(),
-    });
-    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
+    // A GGUF file is complete in itself; a folder has more in it than weights.
+    let result = match plan.gguf {
+        Some(_) => journal.output().join(crate::gguf::FILE),
+        None => complete_folder(input, plan, identity, &journal.output(), &tensors)?,
+    };
     let mut name = out.file_name().unwrap_or_default().to_owned();
     name.push(".log.jsonl");
     let log = out.with_file_name(name);
@@ -376,7 +384,38 @@ fn publish(
         let old = journal.dir().join("replaced");
         std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
     }
-    std::fs::rename(&dir, out).map_err(io(out, "naming the output"))?;
+    std::fs::rename(&result, out).map_err(io(out, "naming the output"))?;
     journal.remove()?;
     Ok(Finished { out: out.to_owned(), log, tensors, bytes: plan.output.total_bytes() })
+}
+
+/// Adds what a folder holds besides weights, and returns it.
+fn complete_folder(
+    input: &Checkpoint,
+    plan: &Plan,
+    identity: &serde_json::Value,
+    dir: &Path,
+    tensors: &[TensorRecord],
+) -> Result<PathBuf, Error> {
+    for file in &plan.files {
+        let (from, to) = (input.dir().join(file), dir.join(file));
+        if let Some(parent) = to.parent() {
+            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
+        }
+        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
+        copy().map_err(io(&to, "copying"))?;
+    }
+    let pretty = |v: &serde_json::Value| format!("{v:#}\n").into_bytes();
+    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+    // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
+    let manifest = json!({
+        "run": identity,
+        "bits_per_weight": plan.bits_per_weight(),
+        "tensors": tensors.iter().map(|t| json!({
+            "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
+            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
+        })).collect::<Vec<_>>(),
+    });
+    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
+    Ok(dir.to_owned())
 }
