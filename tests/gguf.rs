@@ -50,7 +50,12 @@ fn a_file_holds_the_whole_model_in_the_bytes_reported() {
             };
             let energy: f32 = theirs.iter().map(|x| x * x).sum();
             let error: f32 = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum();
-            let bound = if tensor.kind.block > 1 { if scheme == "q2_k" { 0.3 } else { 0.02 } } else { 1e-6 };
+            // Error feedback moves weights on purpose; rows in another order would make it 2.
+            let bound = match (tensor.kind.block, method) {
+                (1, _) => 1e-6,
+                (_, "rtn") => 0.02,
+                _ => 0.6,
+            };
             assert!(error <= bound * energy, "{scheme} {name}: {}", error / energy);
         }
         assert!(matches!(file.weight("lm_head").unwrap(), Weight::Quantized(q) if q.scheme.to_string() == "q6_k"));
@@ -117,7 +122,8 @@ fn what_cannot_be_is_refused_while_planning() {
         ("a", vec!["--scheme", "q4_k"], "ends in .gguf"),
         ("a.gguf", vec!["--bits", "4"], "choose one with --scheme"),
         ("a.gguf", vec!["--scheme", "q4_k", "--method", "hqq"], "use --method rtn"),
-        ("a.gguf", vec!["--scheme", "q4_k", "--format", "gptq"], "only --format gguf writes a .gguf file"),
+        ("a.gguf", vec!["--scheme", "q4_k", "--format", "gptq"], "q4_k is a type of GGUF"),
+        ("a.gguf", vec!["--format", "gptq"], "only --format gguf writes a .gguf file"),
     ] {
         let said = run(&books, out, &extra);
         assert!(said.contains(words), "{said}");

@@ -191,6 +191,9 @@ impl Args {
             Activations::DynamicInt8 => "int-quantized",
         };
         let format = self.format.clone().unwrap_or_else(|| default_format.into());
+        if let (Some(form), true) = (scheme.form(), format != "gguf") {
+            bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
+        }
         if (format == "gguf") != file {
             bail!(
                 "{}: {}",

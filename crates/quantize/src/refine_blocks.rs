@@ -293,9 +293,9 @@ mod tests {
 
     #[test]
     fn refits_and_descent_never_raise_the_loss() {
+        let n = 512;
+        let (h, w) = (random_h(n, 7), random_w(3 * n, 8));
         for form in BLOCKS {
-            let n = 512;
-            let (h, w) = (random_h(n, 7), random_w(3 * n, 8));
             let mut q = fitted(form, &w, n);
             let mut last = loss(&w, &q.dequantize(), &h);
             let first: f64 = last.iter().sum();
@@ -319,8 +319,8 @@ mod tests {
 
     #[test]
     fn zeros_stay_zero() {
+        let (h, w) = (random_h(256, 9), vec![0.0; 512]);
         for form in BLOCKS {
-            let (h, w) = (random_h(256, 9), vec![0.0; 512]);
             let mut q = fitted(form, &w, 256);
             refit_blocks(&w, &mut q, form, &h);
             assert_eq!(q.dequantize(), w, "{}", form.name);

@@ -13,6 +13,7 @@
 
 mod fit;
 
+use super::int::round_small;
 use serde::{Deserialize, Serialize};
 
 /// The quantized types of GGUF whose weights take scalar values.
@@ -245,7 +246,7 @@ impl BlockForm {
         let level = (x - a.offset) / a.scale;
         if self.is_uniform() {
             let (first, last) = (f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
-            (level.clamp(first, last).round_ties_even() - first) as u8
+            (round_small(level.clamp(first, last)) - first) as u8
         } else {
             self.nearest_level(level)
         }

@@ -429,7 +429,14 @@ mod tests {
                     assert_eq!(loss(form, &p, &w, &h), 0.0, "{}", form.name);
                 } else {
                     let energy: f64 = w.iter().map(|&x| f64::from(x).powi(2)).sum();
-                    let limit = if w[0] == 1e-9 { 1.01 } else { 0.25 };
+                    // Three levels leave a good part of a heavy-tailed sample; half precision rounds 1e-9 to zero.
+                    let limit = if w[0] == 1e-9 {
+                        1.01
+                    } else if form.levels.len() < 8 {
+                        0.6
+                    } else {
+                        0.1
+                    };
                     assert!(loss(form, &p, &w, &h) <= limit * energy, "{} {}", form.name, w[0]);
                 }
             }
