@@ -22,6 +22,7 @@
 //!     samples: 128,
 //!     sequence_length: 512,
 //!     seed: 0,
+//!     gguf: None,
 //!     shard_bytes: 5_000_000_000,
 //! };
 //! let plan = Plan::new(&input, &settings)?;

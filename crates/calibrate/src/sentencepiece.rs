@@ -12,12 +12,23 @@ const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const BYTE: u64 = 6;
 const UNIGRAM: u64 = 1;
-const BPE: u64 = 2;
+/// The type of byte-pair models.
+pub(crate) const BYTE_PAIRS: u64 = 2;
 
-struct Piece {
-    text: String,
-    score: f32,
-    kind: u64,
+/// A piece of the vocabulary.
+pub(crate) struct Piece {
+    pub(crate) text: String,
+    pub(crate) score: f32,
+    pub(crate) kind: u64,
+}
+
+/// What a model file says that matters for encoding.
+pub(crate) struct SentencePiece {
+    pub(crate) pieces: Vec<Piece>,
+    /// Unigram or byte pairs.
+    pub(crate) kind: u64,
+    /// Whether a space is put before a text.
+    pub(crate) dummy_prefix: bool,
 }
 
 /// One field of a protocol-buffer message.
@@ -33,6 +44,14 @@ enum Field<'a> {
 /// # Errors
 /// A sentence on what is malformed or unsupported.
 pub fn to_tokenizer_json(model: &[u8]) -> Result<Value, String> {
+    parse(model)?.to_tokenizer_json()
+}
+
+/// Reads a model file.
+///
+/// # Errors
+/// A sentence on what is malformed or unsupported.
+pub(crate) fn parse(model: &[u8]) -> Result<SentencePiece, String> {
     let (mut pieces, mut kind, mut dummy_prefix, mut extra_spaces, mut map) = (Vec::new(), UNIGRAM, true, true, false);
     for_each_field(model, |number, field| {
         match (number, field) {
@@ -62,30 +81,40 @@ pub fn to_tokenizer_json(model: &[u8]) -> Result<Value, String> {
     if map || extra_spaces {
         return Err("it normalises text by a character map or removes spaces".into());
     }
-    let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
-    if dummy_prefix {
-        normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
-    }
-    let added: Vec<Value> = (pieces.iter().enumerate())
-        .filter(|(_, p)| p.kind == CONTROL || p.kind == UNKNOWN)
-        .map(|(id, p)| {
-            json!({"id": id, "content": p.text, "single_word": false, "lstrip": false, "rstrip": false,
+    Ok(SentencePiece { pieces, kind, dummy_prefix })
+}
+
+impl SentencePiece {
+    /// The equal `tokenizer.json`.
+    ///
+    /// # Errors
+    /// A sentence on what is contradictory or unsupported.
+    pub(crate) fn to_tokenizer_json(&self) -> Result<Value, String> {
+        let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
+        if self.dummy_prefix {
+            normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
+        }
+        let added: Vec<Value> = (self.pieces.iter().enumerate())
+            .filter(|(_, p)| p.kind == CONTROL || p.kind == UNKNOWN)
+            .map(|(id, p)| {
+                json!({"id": id, "content": p.text, "single_word": false, "lstrip": false, "rstrip": false,
                    "normalized": false, "special": true})
-        })
-        .collect();
-    Ok(json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": null, "post_processor": null, "decoder": null,
-        "model": vocabulary(&pieces, kind)?,
-    }))
+            })
+            .collect();
+        Ok(json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": vocabulary(&self.pieces, self.kind)?,
+        }))
+    }
 }
 
 fn vocabulary(pieces: &[Piece], kind: u64) -> Result<Value, String> {
     let unknown = pieces.iter().position(|p| p.kind == UNKNOWN).ok_or("it has no unknown piece")?;
     let byte_fallback = pieces.iter().any(|p| p.kind == BYTE);
     match kind {
-        BPE => {
+        BYTE_PAIRS => {
             let ids: BTreeMap<&str, usize> = pieces.iter().enumerate().map(|(id, p)| (p.text.as_str(), id)).collect();
             if ids.len() != pieces.len() {
                 return Err("two pieces have the same text".into());

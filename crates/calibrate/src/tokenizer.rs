@@ -1,6 +1,8 @@
 //! Tokenizers as model folders carry them: `tokenizer.json`, else a SentencePiece `tokenizer.model`.
 
 use crate::{Error, sentencepiece};
+use bitmill_checkpoint::Checkpoint;
+use bitmill_checkpoint::gguf::Gguf;
 use std::path::{Path, PathBuf};
 use tokenizers::{PostProcessor, TruncationDirection};
 
@@ -31,16 +33,32 @@ impl Tokenizer {
             return Err(Error::NoTokenizer { dir: dir.to_owned() });
         };
         let fail = |reason: String| Error::Tokenizer { file: file.clone(), reason };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| fail(e.to_string()))?;
-        // Windows are cut here; a limit stored in the file must not cut the text before that.
-        inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
-        inner.with_padding(None);
+        let inner = build(&bytes).map_err(fail)?;
         let added = inner.encode("a", true).map_err(|e| fail(e.to_string()))?.get_ids().first().copied();
         let wants = match tokenizer_config(dir).get("add_bos_token").and_then(serde_json::Value::as_bool) {
             Some(flag) => flag,
             None => added.is_some() && added == bos,
         };
         Ok(Tokenizer { inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
+    }
+
+    /// The tokenizer of an opened folder or GGUF file; `bos` as for [`Tokenizer::open`].
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn of(model: &Checkpoint, bos: Option<u32>) -> Result<Self, Error> {
+        match model.gguf() {
+            Some(gguf) => Tokenizer::of_gguf(gguf, model.dir(), bos),
+            None => Tokenizer::open(model.dir(), bos),
+        }
+    }
+
+    /// The tokenizer that the GGUF file `file` carries.
+    pub(crate) fn of_gguf(gguf: &Gguf, file: &Path, bos: Option<u32>) -> Result<Self, Error> {
+        let fail = |reason: String| Error::Tokenizer { file: file.to_owned(), reason };
+        let (json, wants) = crate::gguf::tokenizer_json(gguf).map_err(fail)?;
+        let inner = build(json.to_string().as_bytes()).map_err(fail)?;
+        Ok(Tokenizer { inner, bos: bos.filter(|_| wants), dir: file.to_owned() })
     }
 
     /// Token ids of `text`, without special tokens.
@@ -89,6 +107,14 @@ impl Tokenizer {
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
+}
+
+fn build(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?;
+    // Windows are cut later; a limit stored in the file must not cut the text before that.
+    inner.with_truncation(None).map_err(|e| e.to_string())?;
+    inner.with_padding(None);
+    Ok(inner)
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, Error> {

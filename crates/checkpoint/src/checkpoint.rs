@@ -1,6 +1,7 @@
 //! An opened model folder: config, tensors by name, and how it is quantized. Opening reads headers only.
 
 use crate::error::io;
+use crate::gguf::{self, Gguf, Storage};
 use crate::shard::Shard;
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
@@ -25,6 +26,8 @@ pub struct Checkpoint {
     /// Shard of every tensor.
     place: BTreeMap<String, usize>,
     dialect: Option<Dialect>,
+    /// Header of the GGUF file it is, where it is one.
+    gguf: Option<Gguf>,
 }
 
 /// The weight of a linear module.
@@ -63,9 +66,14 @@ impl Checkpoint {
     /// Opens the folder `dir`: parses `config.json`, maps `model.safetensors` or the shards of its index, checks every
     /// header against its file, and reads `quantization_config` if there is one.
     ///
+    /// A file whose name ends in `.gguf` is opened as the model it holds, under the names of a folder.
+    ///
     /// # Errors
     /// Everything that is wrong with names, headers or configuration, before a weight is touched.
     pub fn open(dir: &Path) -> Result<Self, Error> {
+        if dir.extension().is_some_and(|e| e == "gguf") && !dir.is_dir() {
+            return Checkpoint::of_gguf(dir, None);
+        }
         if !dir.is_dir() {
             let remedy = "give the folder of a model in Hugging Face layout";
             return Err(Error::Missing { path: dir.to_owned(), remedy });
@@ -96,11 +104,14 @@ impl Checkpoint {
         Checkpoint::assemble(dir.to_owned(), config, shards)
     }
 
-    /// Opens one safetensors file without a folder around it; its configuration is empty.
+    /// Opens one safetensors file without a folder around it, whose configuration is empty, or a GGUF file.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open_file(file: &Path) -> Result<Self, Error> {
+        if file.extension().is_some_and(|e| e == "gguf") {
+            return Checkpoint::of_gguf(file, None);
+        }
         let shard = Shard::open(file.to_owned(), "give a model folder or a safetensors file")?;
         let dir = file.parent().unwrap_or(Path::new("")).to_owned();
         Checkpoint::assemble(dir, Value::Object(serde_json::Map::new()), vec![shard])
@@ -116,6 +127,38 @@ impl Checkpoint {
         Checkpoint::assemble(dir, config, vec![shard])
     }
 
+    /// A GGUF file held in memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn gguf_in_memory(bytes: Vec<u8>) -> Result<Self, Error> {
+        Checkpoint::of_gguf(Path::new("memory.gguf"), Some(bytes))
+    }
+
+    fn of_gguf(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, Error> {
+        let (mut shard, gguf) = Shard::gguf(path.to_owned(), bytes)?;
+        let factors = shard.tensor("rope_freqs.weight").map(|t| t.to_f32()).transpose()?;
+        let wrong = |reason| Error::Json { file: path.to_owned(), reason };
+        let config = gguf::config(&gguf, factors).map_err(wrong)?;
+        let architecture = config["model_type"].as_str().unwrap_or_default().to_owned();
+        let count = |key: &str| config[key].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
+        let mut rules = Vec::new();
+        for t in &gguf.tensors {
+            let name = gguf::hf_name(&t.name).unwrap_or_else(|| t.name.clone());
+            if let Some(heads) = gguf::interleaved_heads(&architecture, &name, heads, kv_heads) {
+                shard.interleave(&name, heads)?;
+            }
+            if let (Storage::Block(kind), Some(module)) = (t.kind.storage, name.strip_suffix(".weight")) {
+                rules.push((module.to_owned(), Scheme::block(kind)));
+            }
+        }
+        let mut checkpoint = Checkpoint::assemble(path.to_owned(), config, vec![shard])?;
+        checkpoint.dialect = Some(Dialect::by_name(crate::GGUF, rules));
+        checkpoint.gguf = Some(gguf);
+        Ok(checkpoint)
+    }
+
     fn assemble(dir: PathBuf, config: Value, shards: Vec<Shard>) -> Result<Self, Error> {
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
@@ -127,10 +170,16 @@ impl Checkpoint {
             }
         }
         let dialect = Dialect::of(&config)?;
-        Ok(Checkpoint { dir, config, shards, place, dialect })
+        Ok(Checkpoint { dir, config, shards, place, dialect, gguf: None })
     }
 
-    /// The folder.
+    /// The header of the GGUF file this is; `None` for a folder.
+    #[must_use]
+    pub fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
+    }
+
+    /// The folder, or the GGUF file.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -191,6 +240,9 @@ impl Checkpoint {
         let codes = self.spec(&format!("{module}.{}", format.codes()))?;
         if is_dense(codes.dtype) {
             return None;
+        }
+        if self.gguf.is_some() {
+            return dialect.scheme_of(module);
         }
         let scales = self.spec(&format!("{module}.{}", format.scales()))?;
         let scheme = dialect.scheme_of(module)?;

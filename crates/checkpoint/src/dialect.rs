@@ -64,6 +64,12 @@ impl Dialect {
         Dialect { format, rules }
     }
 
+    /// The dialect in which each module of `rules` has its own scheme under `format`, and others are dense.
+    pub(crate) fn by_name(format: &'static dyn Format, rules: Vec<(String, Scheme)>) -> Self {
+        let rule = |(name, scheme)| Rule { target: Target::Name(name), outcome: Some((format, scheme)) };
+        Dialect { format, rules: rules.into_iter().map(rule).collect() }
+    }
+
     /// The format of the folder; of its first group where groups differ.
     #[must_use]
     pub fn format(&self) -> &'static dyn Format {

@@ -5,12 +5,15 @@
 //! An [`OutputPlan`] fixes where every tensor of a new folder lies before any weight exists, so that an interrupted run
 //! continues at the same offsets and ends in the same bytes.
 //!
+//! GGUF files are opened the same way, under the names of a folder ([`gguf`]).
+//!
 //! Formats never round: what a method put into a `Quantized` is what a reader gets out.
 
 mod checkpoint;
 mod dialect;
 mod error;
 mod formats;
+pub mod gguf;
 mod output;
 mod plan;
 mod shard;
@@ -20,7 +23,7 @@ mod tensor;
 pub use checkpoint::{Checkpoint, Weight};
 pub use dialect::Dialect;
 pub use error::Error;
-pub use formats::{FORMATS, Format, format};
+pub use formats::{FORMATS, Format, GGUF, format};
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;

@@ -5,6 +5,7 @@
 
 use crate::checkpoint::{INDEX, SINGLE};
 use crate::error::io;
+use crate::gguf::{self, GgufSpec};
 use crate::output::Output;
 use crate::space::{ensure_free, reserve};
 use crate::{Error, TensorSpec};
@@ -85,6 +86,42 @@ impl OutputPlan {
             plan.index = Some(format!("{index:#}\n").into_bytes());
         }
         Ok(plan)
+    }
+
+    /// Lays out one GGUF file of the name `file`: `constants`, whose bytes are written with the header, then `tensors`.
+    /// Each of these is written under the name beside its description, which is the one a model folder has for it.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for what a loader of GGUF would refuse.
+    pub fn gguf(
+        file: &str,
+        metadata: &[(String, gguf::Value)],
+        constants: &[(GgufSpec, Vec<u8>)],
+        tensors: &[(String, GgufSpec)],
+    ) -> Result<Self, Error> {
+        let specs: Vec<GgufSpec> =
+            constants.iter().map(|(spec, _)| spec).chain(tensors.iter().map(|(_, spec)| spec)).cloned().collect();
+        let (mut header, offsets, size) = gguf::header(metadata, &specs)?;
+        for ((spec, bytes), &offset) in constants.iter().zip(&offsets) {
+            if bytes.len() != spec.bytes() {
+                return Err(layout_error(&spec.name, "a constant of another length than its shape"));
+            }
+            header.resize(offset as usize, 0);
+            header.extend(bytes);
+        }
+        let mut places = BTreeMap::new();
+        for ((name, spec), &offset) in tensors.iter().zip(&offsets[constants.len()..]) {
+            if places.insert(name.clone(), Place { shard: 0, offset, bytes: spec.bytes() }).is_some() {
+                return Err(layout_error(name, "named twice"));
+            }
+        }
+        let payload = specs.iter().map(|s| s.bytes() as u64).sum();
+        Ok(OutputPlan { shards: vec![ShardPlan { name: file.to_owned(), header, size }], index: None, places, payload })
+    }
+
+    /// What is in the files besides tensors.
+    pub fn headers(&self) -> impl Iterator<Item = &[u8]> {
+        self.shards.iter().map(|s| s.header.as_slice())
     }
 
     /// Appends one shard.

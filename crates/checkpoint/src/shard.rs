@@ -1,9 +1,10 @@
-//! One safetensors file: its header, validated, and its bytes, mapped.
+//! One file of tensors, safetensors or GGUF: its header, validated, and its bytes, mapped.
 
 use crate::error::io;
+use crate::gguf::{self, Gguf, Storage};
 use crate::{Error, TensorSpec, TensorView};
 use memmap2::Mmap;
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -16,6 +17,8 @@ pub(crate) struct Shard {
     bytes: Bytes,
     /// Description and byte range of every tensor.
     pub(crate) tensors: BTreeMap<String, (TensorSpec, Range<usize>)>,
+    /// Tensors whose rows lie interleaved, and their heads.
+    interleaved: BTreeMap<String, usize>,
 }
 
 #[derive(Debug)]
@@ -27,25 +30,53 @@ enum Bytes {
 impl Shard {
     /// Maps the file at `path` and checks its header.
     pub(crate) fn open(path: PathBuf, remedy: &'static str) -> Result<Self, Error> {
-        let file = match File::open(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::Missing { path, remedy }),
-            other => other.map_err(io("open", &path))?,
-        };
-        let size = file.metadata().map_err(io("inspect", &path))?.len();
-        if size == 0 {
-            // An empty file cannot be mapped on every system.
-            return Err(Error::Header { file: path, reason: "the file is empty".to_owned(), size });
-        }
-        // SAFETY: the map is read-only and private to this process. The one thing that could make reading it undefined
-        // is another process shortening the file meanwhile, which is outside what a program can guard against; a
-        // checkpoint folder is not written while it is read (outputs are built under another name and renamed).
-        let map = unsafe { Mmap::map(&file) }.map_err(io("map", &path))?;
-        Shard::new(path, Bytes::Mapped(map))
+        let bytes = Bytes::map(&path, remedy)?;
+        Shard::new(path, bytes)
     }
 
     /// A shard held in memory under the name `path`.
     pub(crate) fn in_memory(path: PathBuf, bytes: Vec<u8>) -> Result<Self, Error> {
         Shard::new(path, Bytes::Owned(bytes))
+    }
+
+    /// Maps the GGUF file at `path`, or takes its `bytes`, and checks its header. Tensors go under the names of a model
+    /// folder where they have one; blocks are bytes, `[out, bytes of a row]`.
+    pub(crate) fn gguf(path: PathBuf, bytes: Option<Vec<u8>>) -> Result<(Self, Gguf), Error> {
+        let bytes = match bytes {
+            Some(bytes) => Bytes::Owned(bytes),
+            None => Bytes::map(&path, "give a model folder or a .gguf file")?,
+        };
+        let damaged = |reason| Error::Header { file: path.clone(), reason, size: bytes.as_slice().len() as u64 };
+        let gguf = gguf::parse(bytes.as_slice()).map_err(damaged)?;
+        let mut tensors = BTreeMap::new();
+        for t in &gguf.tensors {
+            let name = gguf::hf_name(&t.name).unwrap_or_else(|| t.name.clone());
+            let (dtype, mut shape) = match t.kind.storage {
+                Storage::Dense(dtype) => (dtype, t.shape.clone()),
+                Storage::Block(_) | Storage::Opaque => (Dtype::U8, t.shape.clone()),
+            };
+            if let (Some(row), true) = (shape.last_mut(), dtype == Dtype::U8) {
+                *row = *row / t.kind.block * t.kind.bytes;
+            }
+            let spec = TensorSpec { name: name.clone(), dtype, shape };
+            tensors.insert(name, (spec, t.range.clone()));
+        }
+        Ok((Shard { path, bytes, tensors, interleaved: BTreeMap::new() }, gguf))
+    }
+
+    /// Marks the rows of the tensor `name` as interleaved over `heads`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where they do not divide into heads of pairs.
+    pub(crate) fn interleave(&mut self, name: &str, heads: usize) -> Result<(), Error> {
+        let rows = self.tensor(name).and_then(|t| t.shape.first().copied()).unwrap_or(0);
+        if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
+            let view =
+                self.tensor(name).ok_or_else(|| Error::NoTensor { tensor: name.into(), dir: self.path.clone() })?;
+            return Err(view.wrong_shape(format!("[rows in pairs of {heads} heads, …]")));
+        }
+        self.interleaved.insert(name.to_owned(), heads);
+        Ok(())
     }
 
     fn new(path: PathBuf, bytes: Bytes) -> Result<Self, Error> {
@@ -54,14 +85,22 @@ impl Shard {
             reason,
             size: bytes.as_slice().len() as u64,
         })?;
-        Ok(Shard { path, bytes, tensors })
+        Ok(Shard { path, bytes, tensors, interleaved: BTreeMap::new() })
     }
 
     /// The tensor `name`.
     pub(crate) fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (spec, range) = self.tensors.get(name)?;
         let bytes = self.bytes.as_slice().get(range.clone())?;
-        Some(TensorView { name: &spec.name, file: self.file(), dtype: spec.dtype, shape: &spec.shape, bytes })
+        let interleaved = self.interleaved.get(name).copied();
+        Some(TensorView {
+            name: &spec.name,
+            file: self.file(),
+            dtype: spec.dtype,
+            shape: &spec.shape,
+            bytes,
+            interleaved,
+        })
     }
 
     pub(crate) fn file(&self) -> &Path {
@@ -70,6 +109,25 @@ impl Shard {
 }
 
 impl Bytes {
+    fn map(path: &Path, remedy: &'static str) -> Result<Self, Error> {
+        let file = match File::open(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::Missing { path: path.to_owned(), remedy });
+            }
+            other => other.map_err(io("open", path))?,
+        };
+        let size = file.metadata().map_err(io("inspect", path))?.len();
+        if size == 0 {
+            // An empty file cannot be mapped on every system.
+            return Err(Error::Header { file: path.to_owned(), reason: "the file is empty".to_owned(), size });
+        }
+        // SAFETY: the map is read-only and private to this process. The one thing that could make reading it undefined
+        // is another process shortening the file meanwhile, which is outside what a program can guard against; a
+        // checkpoint folder is not written while it is read (outputs are built under another name and renamed).
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
+        Ok(Bytes::Mapped(map))
+    }
+
     fn as_slice(&self) -> &[u8] {
         match self {
             Bytes::Mapped(map) => map,

@@ -46,6 +46,9 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// The payload, exactly as long as type and shape ask for.
     pub bytes: &'a [u8],
+    /// Heads whose rows lie pairwise interleaved (queries and keys in GGUF files of `llama`). Numbers are handed out in
+    /// a folder's order; `bytes` are as they lie.
+    pub interleaved: Option<usize>,
 }
 
 /// Elements converted or scanned by one task.
@@ -57,13 +60,17 @@ impl TensorView<'_> {
     /// # Errors
     /// [`Error::Dtype`] for any other type.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
-        match self.dtype {
-            Dtype::F32 => Ok(convert(self.bytes, f32::from_le_bytes)),
-            Dtype::BF16 => Ok(convert(self.bytes, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))),
-            Dtype::F16 => Ok(halves(self.bytes)),
-            Dtype::F64 => Ok(convert(self.bytes, |b| f64::from_le_bytes(b) as f32)),
-            _ => Err(self.wrong_dtype("F32, F16, BF16 or F64")),
+        let mut values = match self.dtype {
+            Dtype::F32 => convert(self.bytes, f32::from_le_bytes),
+            Dtype::BF16 => convert(self.bytes, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+            Dtype::F16 => halves(self.bytes),
+            Dtype::F64 => convert(self.bytes, |b| f64::from_le_bytes(b) as f32),
+            _ => return Err(self.wrong_dtype("F32, F16, BF16 or F64")),
+        };
+        if let (Some(heads), Some(&rows)) = (self.interleaved, self.shape.first()) {
+            crate::gguf::deinterleave(&mut values, rows, heads);
         }
+        Ok(values)
     }
 
     /// `values` as the payload of a tensor of this one's type, each rounded to the nearest value of that type.
@@ -163,7 +170,7 @@ mod tests {
     use super::*;
 
     fn view<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> TensorView<'a> {
-        TensorView { name: "t", file: Path::new("f"), dtype, shape, bytes }
+        TensorView { name: "t", file: Path::new("f"), dtype, shape, bytes, interleaved: None }
     }
 
     #[test]

@@ -17,11 +17,11 @@ use std::time::Instant;
 ///
 /// Decoders: each window is BOS + text tokens; every position after the first is scored. Encoders: each line of the text is
 /// a sentence, embedded as the folder's sentence-transformers files say (else by mean pooling) and compared with the
-/// reference's embedding. Models run in f32 from their stored weights; dense folders and every format bitmill writes are
-/// read.
+/// reference's embedding. Models run in f32 from their stored weights; dense folders, GGUF files and every format
+/// bitmill writes are read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the model
+    /// Folder of the model, or a GGUF file
     model: PathBuf,
     /// Folder of the full-precision model to compare with
     #[arg(long, value_name = "MODEL")]
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         stream_memory: args.common.stream_memory,
         spill_dir: &spill,
     };
-    let tokenizer = Tokenizer::open(model.dir(), spec.bos)?;
+    let tokenizer = Tokenizer::of(&model, spec.bos)?;
     let texts = read_texts(&args.text)?;
     let started = Instant::now();
     let mut bar = None;

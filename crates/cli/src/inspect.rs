@@ -1,18 +1,19 @@
-//! `bitmill inspect`: what a model folder or a safetensors file holds, from headers.
+//! `bitmill inspect`: what a model folder, a GGUF file or a safetensors file holds, from headers.
 
 use crate::units;
 use bitmill_checkpoint::Checkpoint;
+use bitmill_checkpoint::gguf::Gguf;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// Show what a model folder or a safetensors file holds
+/// Show what a model folder, a GGUF file or a safetensors file holds
 ///
 /// Reads headers only: architecture, format, and for every way of storing weights the number of tensors, weights, bytes
 /// and bits per weight.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of a model, or one safetensors file
+    /// Folder of a model, or one GGUF or safetensors file
     path: PathBuf,
     /// List every tensor
     #[arg(long)]
@@ -38,24 +39,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let spec = bitmill_models::spec(checkpoint.config());
     let model_type = checkpoint.config()["model_type"].as_str().unwrap_or("unknown").to_owned();
     let format = checkpoint.dialect().map_or("dense", |d| d.format().name());
-    let mut kinds: BTreeMap<String, Kind> = BTreeMap::new();
-    let modules = quantized_modules(&checkpoint)?;
-    for (name, scheme, weights) in &modules {
-        let bytes = parts(&checkpoint, name).filter_map(|n| checkpoint.spec(n)).map(|s| s.bytes() as u64).sum::<u64>();
-        add(&mut kinds, scheme.clone(), *weights, bytes);
-    }
-    for name in checkpoint.names() {
-        let owned =
-            name.rsplit_once('.').is_some_and(|(m, part)| part != "bias" && modules.iter().any(|(n, ..)| n == m));
-        if let (false, Some(spec)) = (owned, checkpoint.spec(name)) {
-            add(
-                &mut kinds,
-                format!("{:?}", spec.dtype),
-                spec.shape.iter().product::<usize>() as u64,
-                spec.bytes() as u64,
-            );
-        }
-    }
+    let kinds = match checkpoint.gguf() {
+        Some(gguf) => gguf_kinds(gguf),
+        None => folder_kinds(&checkpoint)?,
+    };
     let weights: u64 = kinds.values().map(|k| k.weights).sum();
     let bytes: u64 = kinds.values().map(|k| k.bytes).sum();
     let files: Vec<String> = checkpoint.shard_paths().map(|p| p.display().to_string()).collect();
@@ -102,6 +89,38 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a GGUF file holds, by type.
+fn gguf_kinds(gguf: &Gguf) -> BTreeMap<String, Kind> {
+    let mut kinds = BTreeMap::new();
+    for t in &gguf.tensors {
+        add(&mut kinds, t.kind.name.to_owned(), t.shape.iter().product::<usize>() as u64, t.range.len() as u64);
+    }
+    kinds
+}
+
+/// What a folder holds, by scheme or type.
+fn folder_kinds(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, Kind>> {
+    let mut kinds: BTreeMap<String, Kind> = BTreeMap::new();
+    let modules = quantized_modules(checkpoint)?;
+    for (name, scheme, weights) in &modules {
+        let bytes = parts(checkpoint, name).filter_map(|n| checkpoint.spec(n)).map(|s| s.bytes() as u64).sum::<u64>();
+        add(&mut kinds, scheme.clone(), *weights, bytes);
+    }
+    for name in checkpoint.names() {
+        let owned =
+            name.rsplit_once('.').is_some_and(|(m, part)| part != "bias" && modules.iter().any(|(n, ..)| n == m));
+        if let (false, Some(spec)) = (owned, checkpoint.spec(name)) {
+            add(
+                &mut kinds,
+                format!("{:?}", spec.dtype),
+                spec.shape.iter().product::<usize>() as u64,
+                spec.bytes() as u64,
+            );
+        }
+    }
+    Ok(kinds)
 }
 
 fn bits(k: &Kind) -> f64 {

@@ -5,15 +5,15 @@ use crate::mixed::{self, MixtureArgs, Width};
 use crate::progress::Progress;
 use crate::text::{Text, TextArgs};
 use crate::{Common, effort, plan, units};
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bitmill_calibrate::{Pass, Statistics, Windows};
-use bitmill_checkpoint::{Checkpoint, FORMATS};
+use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_models::SITES;
 use bitmill_quantize::{
-    Calibration, Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, StageRecord,
-    read_plan,
+    Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
+    StageRecord, gguf_types, read_plan,
 };
-use bitmill_scheme::{Activations, Bits, Granularity, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -33,7 +33,7 @@ use std::time::Instant;
 pub(crate) struct Args {
     /// Folder of the model, in Hugging Face layout
     model: PathBuf,
-    /// Folder to write; a log (OUT.log.jsonl) is written beside it
+    /// Folder to write, or a file whose name ends in .gguf; a log (OUT.log.jsonl) is written beside it
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     #[command(flatten)]
@@ -108,6 +108,12 @@ pub(crate) struct How {
     /// Regular expression of module names to leave as they are, matched from the start of the name
     #[arg(long, value_name = "REGEX", action = ArgAction::Append, num_args = 1..)]
     ignore: Vec<String>,
+    /// Type of the token embedding in a GGUF file
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
+    token_embedding_type: String,
+    /// Type of the output matrix in a GGUF file, and of an embedding that is tied to it
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
+    output_tensor_type: String,
     /// Largest size of one weight file
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
@@ -134,7 +140,11 @@ enum Scales {
 }
 
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name))
+    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)))
+}
+
+fn tensor_types() -> PossibleValuesParser {
+    PossibleValuesParser::new(gguf_types())
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -142,7 +152,7 @@ fn method_names() -> PossibleValuesParser {
 }
 
 fn format_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(FORMATS.iter().map(|f| f.name()))
+    PossibleValuesParser::new(FORMATS.iter().chain([&GGUF]).map(|f| f.name()))
 }
 
 fn table(head: &str, rows: impl Iterator<Item = (&'static str, &'static str)>) -> String {
@@ -150,7 +160,10 @@ fn table(head: &str, rows: impl Iterator<Item = (&'static str, &'static str)>) -
 }
 
 fn scheme_help() -> String {
-    table("A named scheme [default: w4a16]:", SCHEMES.iter().map(|p| (p.name, p.summary)))
+    table(
+        "A named scheme [default: w4a16]:",
+        SCHEMES.iter().map(|p| (p.name, p.summary)).chain(BLOCKS.iter().map(|b| (b.name, b.summary))),
+    )
 }
 
 fn method_help() -> String {
@@ -160,7 +173,7 @@ fn method_help() -> String {
 fn format_help() -> String {
     table(
         "How the result is stored [default: pack-quantized, or int-quantized where activations are quantized too]:",
-        FORMATS.iter().map(|f| (f.name(), f.summary())),
+        FORMATS.iter().chain([&GGUF]).map(|f| (f.name(), f.summary())),
     )
 }
 
@@ -172,8 +185,7 @@ fn parse_damping(text: &str) -> Result<f32, String> {
 impl How {
     fn scheme(&self) -> anyhow::Result<Scheme> {
         if let Some(name) = &self.scheme {
-            let preset = SCHEMES.iter().find(|p| p.name == name).context("no such scheme")?;
-            return Ok(preset.scheme);
+            return bitmill_scheme::scheme(name).context("no such scheme");
         }
         let granularity = match self.group_size.unwrap_or(128) {
             -1 => Granularity::Channel,
@@ -189,27 +201,34 @@ impl How {
     }
 
     /// The settings of the flags, or of the plan file for `input`.
-    pub(crate) fn settings(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
-        let flags = self.flags(input)?;
+    /// `named_gguf` says whether the output is named as a GGUF file.
+    pub(crate) fn settings(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
+        let flags = self.flags(input, named_gguf)?;
         match &self.plan {
             Some(file) => Ok(read_plan(file, input, &flags)?),
             None => Ok(flags),
         }
     }
 
-    fn flags(&self, input: &Checkpoint) -> anyhow::Result<Settings> {
+    fn flags(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
         let scheme = self.scheme()?;
         let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
-        // Statistics stand in for text, and tuning reads text.
-        let passes = self.tuning_passes.or((!self.mixed.stats.is_empty()).then_some(0));
         let default_format = match scheme.activations {
+            _ if named_gguf || scheme.form().is_some() => GGUF.name(),
             Activations::Full => "pack-quantized",
             Activations::DynamicInt8 => "int-quantized",
         };
+        let format = self.format.clone().unwrap_or_else(|| default_format.into());
+        if let (Some(form), true) = (scheme.form(), format != GGUF.name()) {
+            bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
+        }
+        let as_gguf = format == GGUF.name();
+        // Statistics stand in for text, and tuning reads text; it moves integer codes.
+        let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
             method,
-            format: self.format.clone().unwrap_or_else(|| default_format.into()),
+            format,
             scheme,
             layers: BTreeMap::new(),
             scale_type: self.scale_type.map(|t| match t {
@@ -235,6 +254,10 @@ impl How {
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,
             seed: self.text.seed,
+            gguf: as_gguf.then(|| GgufSettings {
+                token_embedding: self.token_embedding_type.clone(),
+                output: self.output_tensor_type.clone(),
+            }),
             shard_bytes: self.max_shard_size,
         })
     }
@@ -266,7 +289,7 @@ impl How {
         stream_memory: u64,
         reads: Reads,
     ) -> anyhow::Result<Ready> {
-        let mut settings = self.settings(input)?;
+        let mut settings = self.settings(input, is_gguf(beside))?;
         let mut plan = Plan::new(input, &settings)?;
         if let (None, None, Some(why)) = (&self.plan, self.tuning_passes, self.effort.too_large(&plan)) {
             settings.tuning = None;
@@ -300,6 +323,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let input = Checkpoint::open(&args.model)?;
     let ready = args.how.ready(&input, &args.output, args.common.stream_memory, Reads::Text)?;
+    let (file, out) = (ready.plan.gguf.is_some(), args.output.display());
+    if file != is_gguf(&args.output) {
+        let why = if file {
+            "a GGUF file is written; give it a name that ends in .gguf"
+        } else {
+            "only --format gguf writes a .gguf file"
+        };
+        bail!("{out}: {why}");
+    }
     if args.dry_run {
         dry_run(args, &ready);
         return Ok(());
@@ -453,6 +485,11 @@ fn tuned(stage: &StageRecord) -> String {
     let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
     let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
     format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
+}
+
+/// Whether `path` is named as a GGUF file.
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == GGUF.name())
 }
 
 /// How much text `windows` are.

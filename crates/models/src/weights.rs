@@ -49,6 +49,10 @@ impl Weights for BTreeMap<String, Tensor> {
 /// An opened folder, dense or quantized in any dialect that bitmill reads.
 impl Weights for Checkpoint {
     fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        // Embeddings and heads are quantized too in GGUF files.
+        if let Some(module) = name.strip_suffix(".weight").filter(|m| self.scheme_of(m).is_some()) {
+            return Weights::linear(self, module);
+        }
         let view = Checkpoint::tensor(self, name)?;
         Ok(Tensor::from_vec(view.to_f32()?, view.shape, &Device::Cpu)?)
     }

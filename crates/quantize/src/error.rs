@@ -142,6 +142,36 @@ pub enum Error {
         /// The work folder.
         work: PathBuf,
     },
+    /// A method that cannot round onto a scheme.
+    #[error("method `{method}` cannot make {scheme}: {reason}")]
+    MethodScheme {
+        /// The method.
+        method: &'static str,
+        /// The scheme.
+        scheme: bitmill_scheme::Scheme,
+        /// Why, and what would do.
+        reason: &'static str,
+    },
+    /// A model that cannot become a GGUF file.
+    #[error("{dir}: no GGUF file can be made of it: {reason}", dir = dir.display())]
+    Gguf {
+        /// The model folder.
+        dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A weight beyond the range of the type it is to be stored in.
+    #[error(
+        "{tensor}: entry {index} is {value}, which f16 cannot hold; store it as bf16 (--token-embedding-type, --output-tensor-type)"
+    )]
+    Overflow {
+        /// The tensor.
+        tensor: String,
+        /// Position in row-major order.
+        index: usize,
+        /// The weight.
+        value: f32,
+    },
     /// H cannot be factored even with heavy damping.
     #[error(
         "{tensor}: its Hessian is not positive definite even with damping {damping}; the activations are degenerate, use more calibration text"
@@ -157,6 +187,12 @@ pub enum Error {
         "tuning runs text through the model, and statistics do not hold any; give text, or leave tuning out (--tuning-passes 0)"
     )]
     TuningNeedsText,
+    /// Tuning moves integer codes, and the format holds others.
+    #[error("tuning is for integer schemes, not for {format} files; leave it out (--tuning-passes 0)")]
+    TuningFormat {
+        /// The format.
+        format: String,
+    },
     /// The user asked to stop; everything finished is kept.
     #[error("stopped on request after {done} of {total} blocks; the same command goes on from there")]
     Stopped {

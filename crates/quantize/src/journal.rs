@@ -218,13 +218,22 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Cali
         Some(Calibration::Statistics(s)) => s.identity()?,
         None => Value::Null,
     };
-    Ok(json!({
+    let mut identity = json!({
         "bitmill": env!("CARGO_PKG_VERSION"),
         "settings": plan.settings,
         "weights": weights,
         "config": blake3::hash(input.config().to_string().as_bytes()).to_hex().as_str(),
         "calibration": calibration,
-    }))
+    });
+    if plan.gguf.is_some() {
+        // The file's metadata hold the tokenizer, which the weights and the config do not.
+        let mut hash = blake3::Hasher::new();
+        plan.output.headers().for_each(|h| {
+            hash.update(h);
+        });
+        identity["metadata"] = json!(hash.finalize().to_hex().as_str());
+    }
+    Ok(identity)
 }
 
 /// Hash of a whole file, by all threads: at memory speed it costs far less than what it protects.

@@ -1,7 +1,7 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
-use crate::{Error, Method, Needs, Settings, method};
-use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, OutputPlan, TensorSpec, format};
+use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
 use fancy_regex::Regex;
@@ -70,6 +70,8 @@ pub struct Plan {
     pub config: serde_json::Value,
     /// Numbers in all tensors of the input.
     pub parameters: u64,
+    /// How tensors lie in the output, where it is a GGUF file.
+    pub gguf: Option<GgufOutput>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -103,8 +105,15 @@ impl Plan {
         if let Some(spec) = &spec {
             complete(input, spec)?;
         }
+        if let Some(reason) = method.refuses(&settings.scheme) {
+            return Err(Error::MethodScheme { method: method.name(), scheme: settings.scheme, reason });
+        }
+        let as_gguf = format.name() == GGUF.name();
+        if as_gguf {
+            gguf::check(input, spec.as_ref(), &mut notes)?;
+        }
         let mut settings = settings.clone();
-        let units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
+        let mut units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
         if layers.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
@@ -112,14 +121,36 @@ impl Plan {
         if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
             return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
         }
+        let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
+        let parameters = sizes.sum();
+        if let (true, Some(spec)) = (as_gguf, &spec) {
+            if settings.tuning.is_some() {
+                return Err(Error::TuningFormat { format: format.name().into() });
+            }
+            let (gguf, output) = gguf::output(input, spec, &mut units, &settings)?;
+            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
+            return Ok(Plan {
+                settings,
+                method,
+                format,
+                spec,
+                calibrated,
+                units,
+                output,
+                files,
+                config,
+                parameters,
+                gguf,
+                notes,
+            });
+        }
         let ignored = left_dense(input, spec.as_ref(), &units);
         let mut config = input.config().clone();
         config["quantization_config"] = format.config(&layers, &ignored)?;
         let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
         let files = copied_files(input, &mut notes)?;
-        let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
-        let parameters = sizes.sum();
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, notes })
+        let gguf = None;
+        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, gguf, notes })
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -261,7 +292,7 @@ struct Units<'a> {
     format: &'a dyn Format,
     ignore: Vec<Regex>,
     scheme: Scheme,
-    layers: BTreeMap<String, Scheme>,
+    settings: Settings,
 }
 
 impl<'a> Units<'a> {
@@ -281,7 +312,7 @@ impl<'a> Units<'a> {
         let scale = settings.scale_type.unwrap_or_else(own);
         settings.scheme = settings.scheme.with_scale(scale);
         settings.layers.values_mut().for_each(|s| *s = s.with_scale(scale));
-        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, layers: settings.layers.clone() })
+        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, settings: settings.clone() })
     }
 
     fn build(&self, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
@@ -333,10 +364,18 @@ impl<'a> Units<'a> {
             None => looks_linear(module, &shape, dtype),
         };
         let &[rows, cols] = shape.as_slice() else { return Ok(copy) };
-        if !linear || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
+        // The ends of a model have types of their own in a GGUF file.
+        let end = match self.spec {
+            Some(spec) if self.format.name() == GGUF.name() && !linear && is_end(module) => {
+                gguf::end_scheme(self.input, &self.settings, spec, module)?
+            }
+            _ => None,
+        };
+        if !(linear || end.is_some()) || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
             return Ok(copy);
         }
-        let (scheme, shape) = (self.layers.get(module).copied().unwrap_or(self.scheme), [rows, cols]);
+        let own = self.settings.layers.get(module).copied();
+        let (scheme, shape) = (own.or(end).unwrap_or(self.scheme), [rows, cols]);
         scheme.check(cols).map_err(|source| Error::Scheme { tensor: module.into(), source })?;
         self.format.check(module, &scheme, shape)?;
         let bytes = self.format.layout(module, &scheme, shape).iter().map(|t| t.bytes() as u64).sum();
@@ -355,6 +394,11 @@ fn model_scale_type(input: &Checkpoint) -> ScaleType {
         Some(Dtype::BF16) => ScaleType::Bf16,
         _ => ScaleType::F16,
     }
+}
+
+/// Whether a module is the token embedding or the output matrix.
+fn is_end(module: &str) -> bool {
+    module == bitmill_models::HEAD || bitmill_models::EMBEDDING.strip_suffix(".weight") == Some(module)
 }
 
 fn is_embedding(module: &str) -> bool {

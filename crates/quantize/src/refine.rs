@@ -2,8 +2,9 @@
 //!
 //! Both lower ℓ = tr((Ŵ−W)·H·(Ŵ−W)ᵀ) and never raise it; each row stops as soon as nothing changes.
 
+use crate::refine_blocks::refit_blocks;
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{Granularity, Grid, Quantized};
+use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GroupParams, IntGrid, Quantized};
 use rayon::prelude::*;
 
 /// Rows of one task.
@@ -25,47 +26,120 @@ pub fn loss(w: &[f32], approximation: &[f32], h: &[f32]) -> Vec<f64> {
     out
 }
 
+/// Where the values of a matrix may lie, column by column.
+trait Values: Sync {
+    /// What decides the values of one weight.
+    type Local: Copy;
+    fn local(&self, row: usize, col: usize) -> Self::Local;
+    fn nearest(&self, x: f32, local: Self::Local) -> u8;
+    fn value(&self, code: u8, local: Self::Local) -> f32;
+}
+
+struct IntValues<'a> {
+    q: &'a Quantized,
+    grid: IntGrid,
+}
+
+impl Values for IntValues<'_> {
+    type Local = GroupParams;
+
+    #[inline]
+    fn local(&self, row: usize, col: usize) -> GroupParams {
+        self.q.params(row, self.q.group(col))
+    }
+
+    #[inline]
+    fn nearest(&self, x: f32, local: GroupParams) -> u8 {
+        self.grid.nearest(x, local)
+    }
+
+    #[inline]
+    fn value(&self, code: u8, local: GroupParams) -> f32 {
+        self.grid.value(code, local)
+    }
+}
+
+struct BlockValues<'a> {
+    form: &'a BlockForm,
+    /// Sub-blocks of a row.
+    subs: usize,
+    affine: Vec<Affine>,
+}
+
+impl<'a> BlockValues<'a> {
+    fn new(form: &'a BlockForm, q: &Quantized) -> Self {
+        let [rows, cols] = q.shape;
+        let subs = cols / form.sub;
+        let of = |i: usize| {
+            let (row, sub) = (i / subs, i % subs);
+            form.affine(&q.block(form, row, sub / form.subs()), sub % form.subs())
+        };
+        BlockValues { form, subs, affine: (0..rows * subs).map(of).collect() }
+    }
+}
+
+impl Values for BlockValues<'_> {
+    type Local = Affine;
+
+    #[inline]
+    fn local(&self, row: usize, col: usize) -> Affine {
+        self.affine[row * self.subs + col / self.form.sub]
+    }
+
+    #[inline]
+    fn nearest(&self, x: f32, local: Affine) -> u8 {
+        self.form.nearest(x, local)
+    }
+
+    #[inline]
+    fn value(&self, code: u8, local: Affine) -> f32 {
+        self.form.value(code, local)
+    }
+}
+
 /// Cyclic coordinate descent (QuIP#'s refinement): each code in turn moves to the best value given all others,
 /// ŵ_k ← nearest(ŵ_k − G_k/H_kk) with G = (Ŵ−W)·H. At most `sweeps` passes; returns the number of codes changed.
 pub fn descend(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
-    let n = q.shape[1];
     let mut codes = std::mem::take(&mut q.codes);
-    let shared: &Quantized = q;
-    let changed = codes
+    let changed = match q.scheme.form() {
+        Some(form) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &BlockValues::new(form, q)),
+        None => descend_on(w, &mut codes, h, sweeps, q.shape[1], &IntValues { q, grid: q.scheme.grid() }),
+    };
+    q.codes = codes;
+    changed
+}
+
+fn descend_on(w: &[f32], codes: &mut [u8], h: &[f32], sweeps: u32, n: usize, values: &impl Values) -> usize {
+    codes
         .par_chunks_mut(ROWS * n)
         .zip(w.par_chunks(ROWS * n))
         .enumerate()
         .map(|(i, (codes, w))| {
             let first = i * ROWS;
-            let value = |r: usize, c: usize, code: u8| {
-                shared.scheme.grid().value(code, shared.params(first + r, shared.group(c)))
-            };
             let mut delta: Vec<f32> = w.to_vec();
             for (j, d) in delta.iter_mut().enumerate() {
-                *d = value(j / n, j % n, codes[j]) - *d;
+                *d = values.value(codes[j], values.local(first + j / n, j % n)) - *d;
             }
             let mut g = times(&delta, h, n);
             let rows = codes.chunks_mut(n).zip(g.chunks_mut(n)).enumerate();
-            rows.map(|(r, (codes, g))| descend_row(codes, g, h, sweeps, shared, first + r)).sum::<usize>()
+            rows.map(|(r, (codes, g))| descend_row(codes, g, h, sweeps, values, first + r)).sum::<usize>()
         })
-        .sum();
-    q.codes = codes;
-    changed
+        .sum()
 }
 
-fn descend_row(codes: &mut [u8], g: &mut [f32], h: &[f32], sweeps: u32, q: &Quantized, row: usize) -> usize {
-    let (n, grid) = (codes.len(), q.scheme.grid());
+fn descend_row(codes: &mut [u8], g: &mut [f32], h: &[f32], sweeps: u32, values: &impl Values, row: usize) -> usize {
+    let n = codes.len();
     let mut changed = 0;
     for _ in 0..sweeps {
         let before = changed;
         for k in 0..n {
-            let params = q.params(row, q.group(k));
-            let (curvature, old) = (h[k * n + k], grid.value(codes[k], params));
-            let code = grid.nearest(old - g[k] / curvature, params);
+            let local = values.local(row, k);
+            let (curvature, old) = (h[k * n + k], values.value(codes[k], local));
+            let code = values.nearest(old - g[k] / curvature, local);
             if code == codes[k] {
                 continue;
             }
-            let step = grid.value(code, params) - old;
+            let step = values.value(code, local) - old;
             // The nearest value to the minimum of a parabola lowers it, except for ties and rounding of G.
             if 2.0 * g[k] * step + curvature * step * step >= 0.0 {
                 continue;
@@ -89,6 +163,9 @@ fn descend_row(codes: &mut [u8], g: &mut [f32], h: &[f32], sweeps: u32, q: &Quan
 /// one scale for all rows is left as it is.
 pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
     let n = q.shape[1];
+    if let Some(form) = q.scheme.form() {
+        return refit_blocks(w, q, form, h);
+    }
     if q.scheme.granularity == Granularity::Tensor || !q.group_of.is_empty() {
         return 0;
     }
@@ -190,7 +267,7 @@ fn solve(a: &[f64], b: &[f64]) -> Option<Vec<f64>> {
 }
 
 /// `a·h` for a few rows `a: [rows, n]`.
-fn times(a: &[f32], h: &[f32], n: usize) -> Vec<f32> {
+pub(crate) fn times(a: &[f32], h: &[f32], n: usize) -> Vec<f32> {
     let rows = a.len() / n;
     let mut out = vec![0.0; a.len()];
     gemm(1.0, View::new(a, rows, n, n), View::new(h, n, n, n), 0.0, &mut ViewMut::new(&mut out, rows, n, n));

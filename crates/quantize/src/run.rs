@@ -5,7 +5,7 @@ mod measured;
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
-use crate::{Action, Error, Linear, Plan, Unit};
+use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
@@ -211,8 +211,10 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
         std::fs::remove_dir_all(&dir).map_err(io(&dir, "clearing"))?;
     }
     std::fs::create_dir_all(&dir).map_err(io(&dir, "creating"))?;
-    // From the start, so that what is written so far can be read back.
-    write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+    if plan.gguf.is_none() {
+        // From the start, so that what is written so far can be read back.
+        write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+    }
     Ok(plan.output.create(&dir)?)
 }
 
@@ -234,13 +236,14 @@ impl Worker<'_, '_> {
         let mut records = Vec::new();
         for tensor in &unit.tensors {
             let Action::Quantize { module, scheme, shape, .. } = &tensor.action else {
-                self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+                self.copy(&tensor.name)?;
                 continue;
             };
             let started = Instant::now();
             let weight = self.input.tensor(&tensor.name)?.to_f32()?;
             let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
-            let solved = self.plan.method.solve(&[linear], None, &self.plan.settings.solver)?;
+            let (method, solver) = self.plain_method()?;
+            let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
                 self.write(module, &solved.quantized)?;
                 let squares = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>();
@@ -250,7 +253,7 @@ impl Worker<'_, '_> {
                 let record = TensorRecord {
                     relative_error: if energy > 0.0 { error / energy } else { 0.0 },
                     seconds: started.elapsed().as_secs_f64(),
-                    ..TensorRecord::of(module, *shape, *scheme, self.plan.method, tensor.bytes)
+                    ..TensorRecord::of(module, *shape, *scheme, method, tensor.bytes)
                 };
                 (self.observe)(Event::Tensor(&record));
                 records.push(record);
@@ -269,7 +272,7 @@ impl Worker<'_, '_> {
         total: usize,
     ) -> Result<Vec<TensorRecord>, Error> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
-            self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+            self.copy(&tensor.name)?;
         }
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let block = Block::load(flow.spec, index, self.input)?;
@@ -277,7 +280,7 @@ impl Worker<'_, '_> {
         let mut records = Vec::new();
         // Both callbacks report to the observer; only one of them runs at a time.
         let observe = std::cell::RefCell::new(&mut *self.observe);
-        let (format, output) = (self.plan.format, &self.output);
+        let (plan, output) = (self.plan, &self.output);
         flow.quantize_block(
             index,
             block,
@@ -291,7 +294,7 @@ impl Worker<'_, '_> {
                 Ok(())
             },
             &mut |finished| {
-                write_quantized(format, output, &finished.module, &finished.solved.quantized)?;
+                write_quantized(plan, output, &finished.module, &finished.solved.quantized)?;
                 (observe.borrow_mut())(Event::Tensor(&finished.record));
                 records.push(finished.record);
                 Ok(())
@@ -344,19 +347,42 @@ impl Worker<'_, '_> {
     }
 
     fn write(&self, module: &str, quantized: &bitmill_scheme::Quantized) -> Result<(), Error> {
-        write_quantized(self.plan.format, &self.output, module, quantized)
+        write_quantized(self.plan, &self.output, module, quantized)
+    }
+
+    /// Writes a tensor that is not quantized.
+    fn copy(&self, name: &str) -> Result<(), Error> {
+        let view = self.input.tensor(name)?;
+        match &self.plan.gguf {
+            Some(gguf) => self.output.write(name, &gguf.copied(&view)?)?,
+            None => self.output.write(name, view.bytes)?,
+        }
+        Ok(())
+    }
+
+    /// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
+    /// where the plan's own method needs data.
+    fn plain_method(&self) -> Result<(&'static dyn Method, SolverOptions), Error> {
+        let solver = self.plan.settings.solver.clone();
+        if self.plan.method.needs(&solver) == Needs::Nothing {
+            return Ok((self.plan.method, solver));
+        }
+        Ok((method("rtn")?, SolverOptions { scale_search: None, ..solver }))
     }
 }
 
 fn write_quantized(
-    format: &dyn bitmill_checkpoint::Format,
+    plan: &Plan,
     output: &Output,
     module: &str,
     quantized: &bitmill_scheme::Quantized,
 ) -> Result<(), Error> {
-    let specs = format.layout(module, &quantized.scheme, quantized.shape);
-    for (spec, bytes) in specs.iter().zip(format.encode(module, quantized)) {
-        output.write(&spec.name, &bytes)?;
+    let specs = plan.format.layout(module, &quantized.scheme, quantized.shape);
+    for (spec, bytes) in specs.iter().zip(plan.format.encode(module, quantized)) {
+        match &plan.gguf {
+            Some(gguf) => output.write(&spec.name, &gguf.ordered(&spec.name, quantized.shape[0], bytes))?,
+            None => output.write(&spec.name, &bytes)?,
+        }
     }
     Ok(())
 }
@@ -432,7 +458,38 @@ fn publish(
     out: &Path,
     force: bool,
 ) -> Result<Finished, Error> {
-    let dir = journal.output();
+    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
+    let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
+    // A GGUF file is complete in itself; a folder has more in it than weights.
+    let result = match plan.gguf {
+        Some(_) => journal.output().join(crate::gguf::FILE),
+        None => complete_folder(input, plan, identity, &journal.output(), (&tensors, &stages))?,
+    };
+    let mut name = out.file_name().unwrap_or_default().to_owned();
+    name.push(".log.jsonl");
+    let log = out.with_file_name(name);
+    let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
+    write_durably(&log, lines.as_bytes())?;
+    if out.exists() {
+        if !force {
+            return Err(Error::Exists { out: out.to_owned() });
+        }
+        let old = journal.dir().join("replaced");
+        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
+    }
+    std::fs::rename(&result, out).map_err(io(out, "naming the output"))?;
+    journal.remove()?;
+    Ok(Finished { out: out.to_owned(), log, tensors, stages, bytes: plan.output.total_bytes() })
+}
+
+/// Adds what a folder holds besides weights, and returns it.
+fn complete_folder(
+    input: &Checkpoint,
+    plan: &Plan,
+    identity: &serde_json::Value,
+    dir: &Path,
+    (tensors, stages): (&[TensorRecord], &[StageRecord]),
+) -> Result<PathBuf, Error> {
     for file in &plan.files {
         let (from, to) = (input.dir().join(file), dir.join(file));
         if let Some(parent) = to.parent() {
@@ -441,8 +498,6 @@ fn publish(
         let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
         copy().map_err(io(&to, "copying"))?;
     }
-    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
-    let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
     // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
     let manifest = json!({
         "run": identity,
@@ -457,19 +512,5 @@ fn publish(
         })).collect::<Vec<_>>(),
     });
     write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
-    let mut name = out.file_name().unwrap_or_default().to_owned();
-    name.push(".log.jsonl");
-    let log = out.with_file_name(name);
-    let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
-    write_durably(&log, lines.as_bytes())?;
-    if out.exists() {
-        if !force {
-            return Err(Error::Exists { out: out.to_owned() });
-        }
-        let old = journal.dir().join("replaced");
-        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
-    }
-    std::fs::rename(&dir, out).map_err(io(out, "naming the output"))?;
-    journal.remove()?;
-    Ok(Finished { out: out.to_owned(), log, tensors, stages, bytes: plan.output.total_bytes() })
+    Ok(dir.to_owned())
 }

@@ -108,6 +108,9 @@ pub struct Settings {
     pub sequence_length: usize,
     /// Moves the calibration windows; 0 spaces them evenly.
     pub seed: u64,
+    /// What becomes of the rest of the model, where the output is a GGUF file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<crate::GgufSettings>,
     /// Largest size of one output file in bytes.
     pub shard_bytes: u64,
 }

@@ -53,35 +53,93 @@ impl Order {
         }
         Order { columns }
     }
+
+    /// As [`Order::by_importance`], with the columns of each sub-block of `sub_len` kept together inside its group, so
+    /// that what a sub-block stores can be fitted when the sweep reaches it.
+    #[must_use]
+    pub fn nested(importance: &[f32], group_len: usize, sub_len: usize) -> Self {
+        let subs = Order::by_importance(importance, sub_len);
+        let groups = Order::by_importance(importance, group_len);
+        let inside = |group: usize| subs.columns.iter().copied().filter(move |&c| c as usize / group_len == group);
+        let columns = groups.columns.iter().step_by(group_len).flat_map(|&c| inside(c as usize / group_len)).collect();
+        Order { columns }
+    }
+}
+
+/// A grid as the sweep sees it: fitted to a group when the sweep reaches it, and then rounded onto.
+pub trait SweepGrid: Copy + Sync {
+    /// What is stored for a group.
+    type Params: Copy + Send + Sync;
+    /// A placeholder until a group is reached.
+    fn blank(&self) -> Self::Params;
+    /// Columns between the places where parameters are fitted; divides the group.
+    fn stride(&self, group_len: usize) -> usize {
+        group_len
+    }
+    /// Parameters for a whole group.
+    fn fit(&self, group: Part<'_>, search: ScaleSearch) -> Self::Params;
+    /// Fits what belongs to the next `stride` columns alone to their weights, which have been compensated since.
+    fn refit(&self, _params: &mut Self::Params, _part: Part<'_>, _search: ScaleSearch) {}
+    /// The code nearest to `x` in column `column` of the matrix, and its value.
+    fn round(&self, x: f32, params: &Self::Params, column: usize) -> (u8, f32);
+}
+
+/// Columns of one row on which parameters are fitted, in the order of the sweep.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// Compensated weights.
+    pub w: &'a [f32],
+    /// What a squared error of each still costs after later columns have made up for it.
+    pub cost: &'a [f32],
+    /// The columns of the matrix they are.
+    pub columns: &'a [u32],
+}
+
+impl SweepGrid for IntGrid {
+    type Params = GroupParams;
+
+    fn blank(&self) -> GroupParams {
+        GroupParams { scale: 1.0, zero: 0 }
+    }
+
+    fn fit(&self, group: Part<'_>, search: ScaleSearch) -> GroupParams {
+        Grid::fit(self, group.w, search.fit(group.cost))
+    }
+
+    #[inline]
+    fn round(&self, x: f32, params: &GroupParams, _column: usize) -> (u8, f32) {
+        let code = self.nearest(x, *params);
+        (code, self.value(code, *params))
+    }
 }
 
 /// What a sweep works with besides the weights.
 #[derive(Debug, Clone, Copy)]
-pub struct Sweep<'a> {
+pub struct Sweep<'a, G: SweepGrid = IntGrid> {
     /// The factor of H, its columns already in `order`.
     pub factor: &'a Factor,
     /// The order of the columns.
     pub order: &'a Order,
     /// Where values may lie.
-    pub grid: IntGrid,
+    pub grid: G,
     /// Inputs that share parameters.
     pub group_len: usize,
     /// How parameters are fitted to a group. The importance of a column in that fit is its D: what an error there still
     /// costs after later columns have made up for it.
     pub search: ScaleSearch,
     /// Parameters for the whole matrix, where one scale serves all rows.
-    pub fixed: Option<GroupParams>,
+    pub fixed: Option<G::Params>,
 }
 
 /// Rounds `w: [rows, in]`. Returns codes `[rows, in]` and parameters `[rows, groups]`, both in the original order of
 /// columns.
 #[must_use]
-pub fn sweep(w: &[f32], what: &Sweep<'_>) -> (Vec<u8>, Vec<GroupParams>) {
+pub fn sweep<G: SweepGrid>(w: &[f32], what: &Sweep<'_, G>) -> (Vec<u8>, Vec<G::Params>) {
     let n = what.factor.width();
     let groups = n.div_ceil(what.group_len);
     let rows = w.len() / n;
     let mut codes = vec![0u8; w.len()];
-    let mut params = vec![GroupParams { scale: 1.0, zero: 0 }; rows * groups];
+    let mut params = vec![what.grid.blank(); rows * groups];
     (w.par_chunks(ROWS * n))
         .zip(codes.par_chunks_mut(ROWS * n))
         .zip(params.par_chunks_mut(ROWS * groups))
@@ -90,8 +148,8 @@ pub fn sweep(w: &[f32], what: &Sweep<'_>) -> (Vec<u8>, Vec<GroupParams>) {
 }
 
 /// A few rows on their way through the sweep. All arrays are in the order of the sweep.
-struct Chunk<'a> {
-    what: &'a Sweep<'a>,
+struct Chunk<'a, G: SweepGrid> {
+    what: &'a Sweep<'a, G>,
     n: usize,
     groups: usize,
     rows: usize,
@@ -100,8 +158,8 @@ struct Chunk<'a> {
     delta: Vec<f32>,
 }
 
-impl<'a> Chunk<'a> {
-    fn new(what: &'a Sweep<'a>, original: &[f32]) -> Self {
+impl<'a, G: SweepGrid> Chunk<'a, G> {
+    fn new(what: &'a Sweep<'a, G>, original: &[f32]) -> Self {
         let n = what.factor.width();
         let columns = &what.order.columns;
         let permuted = |row: &[f32]| columns.iter().map(|&c| row[c as usize]).collect::<Vec<_>>();
@@ -115,17 +173,17 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    fn run(mut self, codes: &mut [u8], params: &mut [GroupParams]) {
+    fn run(mut self, codes: &mut [u8], params: &mut [G::Params]) {
         let (n, group_len) = (self.n, self.what.group_len);
         // A group's parameters are fitted to compensated weights when the sweep reaches it, so a block holds whole
         // groups. One scale per row (or matrix) is longer than a block and is fitted to the weights themselves.
-        let by_row = group_len >= n;
+        let by_row = group_len >= n && self.what.grid.stride(group_len) == group_len;
         let block = if by_row { BLOCK } else { group_len * BLOCK.div_ceil(group_len) };
         for (row, params) in params.chunks_exact_mut(self.groups).enumerate() {
             if let Some(fixed) = self.what.fixed {
                 params.fill(fixed);
             } else if by_row {
-                params[0] = self.fit(&self.w[row * n..(row + 1) * n], 0);
+                params[0] = self.what.grid.fit(self.part(&self.w[row * n..(row + 1) * n], 0), self.what.search);
             }
         }
         let mut target = vec![0.0f32; self.rows * block];
@@ -158,24 +216,28 @@ impl<'a> Chunk<'a> {
         start: usize,
         t: &mut [f32],
         codes: &mut [u8],
-        params: &mut [GroupParams],
+        params: &mut [G::Params],
         fit: bool,
     ) {
-        let (n, group_len, grid) = (self.n, self.what.group_len, self.what.grid);
+        let (n, group_len, grid, search) = (self.n, self.what.group_len, self.what.grid, self.what.search);
+        let stride = grid.stride(group_len);
         let mut current = params[0];
         for k in 0..t.len() {
             let at = start + k;
             let column = self.what.order.columns[at] as usize;
-            if fit && at.is_multiple_of(group_len) {
+            if fit && at.is_multiple_of(stride) {
                 let group = column / group_len;
-                if self.what.fixed.is_none() {
-                    params[group] = self.fit(&t[k..t.len().min(k + group_len)], at);
+                let ahead = |len: usize| self.part(&t[k..t.len().min(k + len)], at);
+                match at.is_multiple_of(group_len) {
+                    _ if self.what.fixed.is_some() => {}
+                    true => params[group] = grid.fit(ahead(group_len), search),
+                    false => grid.refit(&mut params[group], ahead(stride), search),
                 }
                 current = params[group];
             }
-            let code = grid.nearest(t[k], current);
+            let (code, value) = grid.round(t[k], &current, column);
             codes[column] = code;
-            let delta = grid.value(code, current) - self.w[row * n + at];
+            let delta = value - self.w[row * n + at];
             self.delta[row * n + at] = delta;
             let unit = &self.what.factor.unit()[at * n + at + 1..at * n + start + t.len()];
             for (t, &u) in t[k + 1..].iter_mut().zip(unit) {
@@ -184,8 +246,10 @@ impl<'a> Chunk<'a> {
         }
     }
 
-    fn fit(&self, w: &[f32], at: usize) -> GroupParams {
-        self.what.grid.fit(w, self.what.search.fit(&self.what.factor.diagonal()[at..at + w.len()]))
+    /// The weights `w` of the columns from position `at` on, as a grid is fitted to them.
+    fn part<'w>(&'w self, w: &'w [f32], at: usize) -> Part<'w> {
+        let at = at..at + w.len();
+        Part { w, cost: &self.what.factor.diagonal()[at.clone()], columns: &self.what.order.columns[at] }
     }
 }
 

@@ -35,6 +35,16 @@ pub enum Error {
         /// Width of the grid.
         bits: u32,
     },
+    /// An integer of a GGUF block beyond its width.
+    #[error("an integer of row {row}, block {group} is {got}, which its type cannot store")]
+    Integer {
+        /// Output row.
+        row: usize,
+        /// Block along the input.
+        group: usize,
+        /// The value found.
+        got: u8,
+    },
     /// A scale that is NaN or infinite.
     #[error("the scale of row {row}, group {group} is {value}")]
     Scale {

@@ -1,6 +1,6 @@
 //! Codes and parameters of one matrix, and the weights they stand for.
 
-use crate::{Error, Granularity, Grid, GroupParams, Scheme};
+use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GroupParams, Scheme};
 
 /// A weight matrix `[out, in]` under a [`Scheme`]: the only thing that passes from a method to a format.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,9 +12,10 @@ pub struct Quantized {
     /// Codes `0..2^b`, row-major `[out, in]`.
     pub codes: Vec<u8>,
     /// Scales, row-major `[out, groups]` (one entry for [`Granularity::Tensor`]), each a value of the scheme's type.
-    /// They may be negative.
+    /// They may be negative. For a GGUF type, the real numbers of every block, `[out, blocks, form.reals()]`.
     pub scales: Vec<f32>,
-    /// Zero points in code units, laid out as the scales; empty for a symmetric grid.
+    /// Zero points in code units, laid out as the scales; empty for a symmetric grid. For a GGUF type, the integers of
+    /// every block as they are stored, `[out, blocks, form.integers()]`.
     pub zeros: Vec<u8>,
     /// The group of every input column where groups are not consecutive columns (GPTQ's `desc_act`), else empty.
     pub group_of: Vec<u32>,
@@ -31,8 +32,14 @@ impl Quantized {
         if let Granularity::Group(0) = self.scheme.granularity {
             return Err(Error::Group { group: 0, cols });
         }
-        let scales = self.scheme.scales(self.shape);
-        let zeros = if self.scheme.symmetric() { 0 } else { scales };
+        let groups_in_all = self.scheme.scales(self.shape);
+        let (scales, zeros) = match self.scheme.form() {
+            Some(form) => (groups_in_all * form.reals(), groups_in_all * form.integers()),
+            None => (groups_in_all, if self.scheme.symmetric() { 0 } else { groups_in_all }),
+        };
+        if self.scheme.form().is_some() {
+            self.scheme.check(cols)?;
+        }
         let length =
             |what, expected, got| if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) };
         length("codes", rows * cols, self.codes.len())?;
@@ -44,10 +51,21 @@ impl Quantized {
         let range = |what, got: u32, max: u32| {
             if got <= max { Ok(()) } else { Err(Error::Range { what, got, bits: bits.get() }) }
         };
+        let max_code = self.scheme.form().map_or(bits.max_code(), |f| (f.levels.len() - 1) as u8);
         if let Some(&c) = self.codes.iter().max() {
-            range("code", u32::from(c), u32::from(bits.max_code()))?;
+            range("code", u32::from(c), u32::from(max_code))?;
         }
-        if let Some(&z) = self.zeros.iter().max() {
+        if let Some(form) = self.scheme.form() {
+            let n = form.integers();
+            for (i, &z) in self.zeros.iter().enumerate().filter(|(i, z)| **z > form.max_integer(i % n)) {
+                let group = i / n;
+                return Err(Error::Integer {
+                    row: group / self.scheme.groups(cols),
+                    group: group % self.scheme.groups(cols),
+                    got: z,
+                });
+            }
+        } else if let Some(&z) = self.zeros.iter().max() {
             range("zero point", u32::from(z), u32::from(bits.max_code()))?;
         }
         let groups = self.scheme.groups(cols);
@@ -55,7 +73,10 @@ impl Quantized {
             range("group", g, groups as u32 - 1)?;
         }
         match self.scales.iter().position(|s| !s.is_finite()) {
-            Some(i) => Err(Error::Scale { row: i / groups, group: i % groups, value: self.scales[i] }),
+            Some(i) => {
+                let group = i / self.scheme.form().map_or(1, BlockForm::reals);
+                Err(Error::Scale { row: group / groups, group: group % groups, value: self.scales[i] })
+            }
             None => Ok(()),
         }
     }
@@ -79,17 +100,46 @@ impl Quantized {
         GroupParams { scale: self.scales[i], zero: self.zeros.get(i).copied().unwrap_or(self.scheme.bits().middle()) }
     }
 
-    /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32. This is the definition
-    /// that every reader, kernel and loader is held to.
+    /// Parameters of block `group` of output `row`, under a GGUF type of form `form`.
+    #[must_use]
+    pub fn block(&self, form: &BlockForm, row: usize, group: usize) -> BlockParams {
+        let i = row * self.scheme.groups(self.shape[1]) + group;
+        let (reals, integers) = (form.reals(), form.integers());
+        let mut p = BlockParams::zero();
+        p.reals[..reals].copy_from_slice(&self.scales[i * reals..][..reals]);
+        p.integers[..integers].copy_from_slice(&self.zeros[i * integers..][..integers]);
+        p
+    }
+
+    /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32, or for a GGUF type
+    /// `scale · level(code) + offset` of its sub-block. This is the definition that every reader, kernel and loader is
+    /// held to.
     #[must_use]
     pub fn dequantize(&self) -> Vec<f32> {
         let [rows, cols] = self.shape;
+        if let Some(form) = self.scheme.form() {
+            return self.dequantize_blocks(form);
+        }
         let grid = self.scheme.grid();
         let mut out = Vec::with_capacity(rows * cols);
         for row in 0..rows {
             for col in 0..cols {
                 out.push(grid.value(self.codes[row * cols + col], self.params(row, self.group(col))));
             }
+        }
+        out
+    }
+
+    fn dequantize_blocks(&self, form: &BlockForm) -> Vec<f32> {
+        let (cols, groups) = (self.shape[1], self.scheme.groups(self.shape[1]));
+        let mut out = Vec::with_capacity(self.codes.len());
+        for (i, codes) in self.codes.chunks(form.sub).enumerate() {
+            let at = i * form.sub;
+            let (row, col) = (at / cols, at % cols);
+            debug_assert!(groups * form.len == cols);
+            let p = self.block(form, row, col / form.len);
+            let a = form.affine(&p, col % form.len / form.sub);
+            out.extend(codes.iter().map(|&c| form.value(c, a)));
         }
         out
     }

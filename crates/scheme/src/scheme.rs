@@ -1,6 +1,6 @@
 //! Schemes: grid × granularity × scale encoding, and what they cost in bits.
 
-use crate::{Error, IntGrid};
+use crate::{BLOCKS, BlockForm, BlockType, Error, IntGrid, Shift};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,8 @@ pub enum GridKind {
         /// Whether the zero point is fixed at 2^(b−1) instead of stored per group.
         symmetric: bool,
     },
+    /// A quantized type of GGUF.
+    Block(BlockType),
 }
 
 /// Which weights of a matrix `[out, in]` share one scale and zero point.
@@ -158,29 +160,60 @@ impl Scheme {
         }
     }
 
-    /// The same scheme with scales of type `scale`.
+    /// The scheme of a GGUF type: its blocks are the groups, their real numbers are half precision.
+    #[must_use]
+    pub fn block(kind: BlockType) -> Self {
+        Scheme {
+            grid: GridKind::Block(kind),
+            granularity: Granularity::Group(kind.form().len),
+            scale: ScaleType::F16,
+            activations: Activations::Full,
+        }
+    }
+
+    /// The GGUF type, where the scheme is one.
+    #[must_use]
+    pub fn form(&self) -> Option<&'static BlockForm> {
+        match self.grid {
+            GridKind::Int { .. } => None,
+            GridKind::Block(kind) => Some(kind.form()),
+        }
+    }
+
+    /// The same scheme with scales of type `scale`; those of a GGUF type are what they are.
     #[must_use]
     pub const fn with_scale(self, scale: ScaleType) -> Self {
-        Scheme { scale, ..self }
+        match self.grid {
+            GridKind::Int { .. } => Scheme { scale, ..self },
+            GridKind::Block(_) => self,
+        }
     }
 
     /// Width of a code.
     #[must_use]
-    pub const fn bits(&self) -> Bits {
-        let GridKind::Int { bits, .. } = self.grid;
-        bits
+    pub fn bits(&self) -> Bits {
+        match self.grid {
+            GridKind::Int { bits, .. } => bits,
+            GridKind::Block(kind) => Bits((kind.form().levels.len() - 1).ilog2() as u8 + 1),
+        }
     }
 
-    /// Whether the zero point is fixed in the middle of the grid.
+    /// Whether nothing but a scale is stored per group: the zero point is fixed in the middle of the grid.
     #[must_use]
-    pub const fn symmetric(&self) -> bool {
-        let GridKind::Int { symmetric, .. } = self.grid;
-        symmetric
+    pub fn symmetric(&self) -> bool {
+        match self.grid {
+            GridKind::Int { symmetric, .. } => symmetric,
+            GridKind::Block(kind) => kind.form().shift == Shift::None,
+        }
     }
 
-    /// The grid's arithmetic.
+    /// The arithmetic of an integer grid.
+    ///
+    /// # Panics
+    /// For a GGUF type, whose arithmetic is that of [`Scheme::form`]: a caller's bug.
     #[must_use]
-    pub const fn grid(&self) -> IntGrid {
+    pub fn grid(&self) -> IntGrid {
+        assert!(self.form().is_none(), "{self} has no integer grid");
         IntGrid { bits: self.bits(), symmetric: self.symmetric(), scale: self.scale }
     }
 
@@ -226,6 +259,9 @@ impl Scheme {
     /// adds what its format needs besides: see `Format::layout`, whose bytes are what reports count.
     #[must_use]
     pub fn bits_per_weight(&self, shape: [usize; 2]) -> f64 {
+        if let Some(form) = self.form() {
+            return form.bits_per_weight();
+        }
         let zero = if self.symmetric() { 0 } else { self.bits().get() };
         let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero);
         f64::from(self.bits().get()) + side / (shape[0] as f64 * shape[1] as f64)
@@ -233,8 +269,11 @@ impl Scheme {
 }
 
 impl std::fmt::Display for Scheme {
-    /// The short name used in tables: `w4 g128 sym`.
+    /// The short name used in tables: `w4 g128 sym`, `q4_k`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(form) = self.form() {
+            return f.write_str(form.name);
+        }
         write!(f, "w{}", self.bits().get())?;
         if self.activations == Activations::DynamicInt8 {
             write!(f, "a8")?;
@@ -269,7 +308,14 @@ const fn preset(
     Preset { name, summary, scheme: Scheme::int(Bits(bits), symmetric, granularity) }
 }
 
-/// Every named scheme.
+/// The scheme called `name`: a row of [`SCHEMES`], or a GGUF type of [`BLOCKS`].
+#[must_use]
+pub fn scheme(name: &str) -> Option<Scheme> {
+    let preset = SCHEMES.iter().find(|p| p.name == name).map(|p| p.scheme);
+    preset.or_else(|| BLOCKS.iter().find(|b| b.name == name).map(|b| Scheme::block(b.kind)))
+}
+
+/// Every named scheme but the GGUF types, which are the rows of [`BLOCKS`].
 pub static SCHEMES: &[Preset] = &[
     preset("w4a16", "4-bit symmetric integers, groups of 128", 4, true, Granularity::Group(128)),
     preset("w4a16_asym", "4-bit integers with zero points, groups of 128", 4, false, Granularity::Group(128)),

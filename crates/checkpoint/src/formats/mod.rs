@@ -1,6 +1,7 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
 mod compressed_tensors;
+mod gguf;
 mod gptq;
 mod int8;
 mod int_quantized;
@@ -76,18 +77,24 @@ impl std::fmt::Debug for dyn Format {
     }
 }
 
-/// Every format.
+/// The format of GGUF files. It is no row of [`FORMATS`], which are dialects of one container: GGUF is another.
+pub static GGUF: &dyn Format = &gguf::Gguf;
+
+/// Every format of model folders.
 pub static FORMATS: &[&dyn Format] =
     &[&pack_quantized::PackQuantized, &int_quantized::IntQuantized, &naive_quantized::NaiveQuantized, &gptq::Gptq];
 
-/// The format called `name`.
+/// The format called `name`: a row of [`FORMATS`], or [`GGUF`].
 #[must_use]
 pub fn format(name: &str) -> Option<&'static dyn Format> {
-    FORMATS.iter().copied().find(|f| f.name() == name)
+    FORMATS.iter().copied().chain([GGUF]).find(|f| f.name() == name)
 }
 
 /// What every format asks of a matrix and its scheme.
 fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
+    if scheme.form().is_some() {
+        return Err(unsupported(format, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)"));
+    }
     if rows == 0 || cols == 0 {
         return Err(unsupported(format, module, scheme, "an empty matrix has nothing to quantize; ignore it"));
     }

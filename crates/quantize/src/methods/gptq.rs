@@ -2,10 +2,10 @@
 //! what an error of each input still costs, coordinate descent over the codes, and scales refitted under the full Hessian.
 
 use super::rtn::{fit, importance};
-use super::{Linear, Method, Needs, Solved, assemble};
+use super::{Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
 use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, Sweep, descend, refit_scales, sweep};
-use bitmill_scheme::Granularity;
+use bitmill_scheme::{Granularity, Quantized};
 
 pub(super) struct Gptq;
 
@@ -31,9 +31,10 @@ impl Method for Gptq {
         let mut solved = Vec::with_capacity(linears.len());
         for linear in linears {
             let group_len = linear.scheme.group_len(n);
-            let order = match options.act_order {
-                true => Order::by_importance(&importance, group_len),
-                false => Order::natural(n),
+            let order = match (options.act_order, linear.scheme.form()) {
+                (true, Some(form)) => Order::nested(&importance, form.len, form.sub),
+                (true, None) => Order::by_importance(&importance, group_len),
+                (false, _) => Order::natural(n),
             };
             let at = match factored.iter().position(|(o, _)| *o == order) {
                 Some(at) => at,
@@ -61,17 +62,10 @@ fn solve_linear(
 ) -> Solved {
     let n = linear.shape[1];
     let search = options.scale_search.unwrap_or(ScaleSearch::Hessian);
-    let whole = linear.scheme.granularity == Granularity::Tensor;
-    let what = Sweep {
-        factor,
-        order,
-        grid: linear.scheme.grid(),
-        group_len: linear.scheme.group_len(n),
-        search,
-        fixed: whole.then(|| fit(linear, search, importance)[0]),
+    let mut quantized = match linear.scheme.form() {
+        Some(form) => blocks::swept(linear, form, order, factor, search),
+        None => swept(linear, importance, order, factor, search),
     };
-    let (codes, params) = sweep(linear.weight, &what);
-    let mut quantized = assemble(linear, codes, params);
     // The refinements see the same damped H as the sweep: damping is what keeps them from fitting noise.
     let h = damped(h, n, factor.damping());
     if options.descent_sweeps > 0 {
@@ -84,4 +78,20 @@ fn solve_linear(
         descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
     }
     Solved { quantized, damping: Some(factor.damping()) }
+}
+
+/// The sweep onto an integer grid.
+fn swept(linear: &Linear<'_>, importance: &[f32], order: &Order, factor: &Factor, search: ScaleSearch) -> Quantized {
+    let n = linear.shape[1];
+    let whole = linear.scheme.granularity == Granularity::Tensor;
+    let what = Sweep {
+        factor,
+        order,
+        grid: linear.scheme.grid(),
+        group_len: linear.scheme.group_len(n),
+        search,
+        fixed: whole.then(|| fit(linear, search, importance)[0]),
+    };
+    let (codes, params) = sweep(linear.weight, &what);
+    assemble(linear, codes, params)
 }

@@ -8,7 +8,7 @@
 
 use super::{Linear, Method, Needs, Solved, assemble, groups, nearest};
 use crate::{Error, SolverOptions};
-use bitmill_scheme::{Fit, Grid, GroupParams, IntGrid};
+use bitmill_scheme::{Fit, Grid, GroupParams, IntGrid, Scheme};
 use rayon::prelude::*;
 
 pub(super) struct Hqq;
@@ -26,6 +26,10 @@ impl Method for Hqq {
 
     fn summary(&self) -> &'static str {
         "half-quadratic fit of each zero point to most of its group; needs no calibration, made for --asymmetric"
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<&'static str> {
+        scheme.form().map(|_| "it fits the zero points of integer grids; use --method rtn, which needs no data either")
     }
 
     fn needs(&self, _: &SolverOptions) -> Needs {

@@ -3,6 +3,7 @@
 //! To add one, write `methods/x.rs`, its `mod` line, and a row of [`METHODS`]: `--method x`, help and the conformance
 //! tests below come with it.
 
+mod blocks;
 mod gptq;
 mod hqq;
 mod rtn;
@@ -47,6 +48,10 @@ pub trait Method: Sync {
     fn name(&self) -> &'static str;
     /// One line of help.
     fn summary(&self) -> &'static str;
+    /// Why the method cannot round onto `scheme`; `None` where it can.
+    fn refuses(&self, _scheme: &Scheme) -> Option<&'static str> {
+        None
+    }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
     /// Rounds the linears that read one activation. `h` is H, row-major `[in, in]`, present if [`Method::needs`] asks
@@ -99,7 +104,7 @@ mod tests {
     use super::*;
     use crate::sweep::tests::{random_h, random_w};
     use crate::{ScaleSearch, loss};
-    use bitmill_scheme::Bits;
+    use bitmill_scheme::{BLOCKS, Bits, BlockType};
 
     fn schemes() -> Vec<Scheme> {
         let mut all = Vec::new();
@@ -110,6 +115,7 @@ mod tests {
                 }
             }
         }
+        all.extend(BLOCKS.iter().map(|form| Scheme::block(form.kind)));
         all
     }
 
@@ -128,17 +134,17 @@ mod tests {
 
     #[test]
     fn every_method_fills_every_scheme_validly() {
-        let n = 96;
+        let n = 256;
         let (h, w) = (random_h(n, 51), random_w(40 * n, 52));
         for method in METHODS {
-            for scheme in schemes() {
+            for scheme in schemes().into_iter().filter(|s| method.refuses(s).is_none()) {
                 let q = solve(*method, &w, &h, n, scheme, &SolverOptions::default());
                 q.validate().unwrap();
                 assert_eq!((q.scheme, q.shape), (scheme, [40, n]), "{}", method.name());
                 assert!(q.scales.iter().all(|&s| scheme.scale.round(s) == s), "scales are of their type");
                 let error: f32 =
                     q.dequantize().iter().zip(&w).map(|(a, b)| (a - b).powi(2)).sum::<f32>() / w.len() as f32;
-                let bound = if scheme.bits().get() >= 4 { 0.2 } else { 1.2 };
+                let bound = if scheme.bits().get() >= 4 { 0.2 } else { 1.3 };
                 assert!(error < bound, "{} {scheme}: {error}", method.name());
             }
         }
@@ -146,10 +152,13 @@ mod tests {
 
     #[test]
     fn codes_do_not_depend_on_threads() {
-        let n = 160;
+        let n = 256;
         let (h, w) = (random_h(n, 61), random_w(100 * n, 62));
-        let scheme = Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32));
-        for method in METHODS {
+        let schemes = [Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32)), Scheme::block(BlockType::Q2K)];
+        for (method, scheme) in METHODS.iter().flat_map(|m| schemes.map(|s| (m, s))) {
+            if method.refuses(&scheme).is_some() {
+                continue;
+            }
             let run = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| solve(*method, &w, &h, n, scheme, &SolverOptions::default()))
@@ -161,10 +170,11 @@ mod tests {
 
     #[test]
     fn methods_rank_as_they_should_under_h() {
-        let n = 128;
+        let n = 256;
         let (h, w) = (random_h(n, 71), random_w(64 * n, 72));
-        for symmetric in [true, false] {
-            let scheme = Scheme::int(Bits::new(3).unwrap(), symmetric, Granularity::Group(32));
+        let int = |symmetric| Scheme::int(Bits::new(3).unwrap(), symmetric, Granularity::Group(32));
+        let blocks = [BlockType::Q4_0, BlockType::Q2K, BlockType::Q3K, BlockType::Q4K, BlockType::Iq4Xs];
+        for scheme in [int(true), int(false)].into_iter().chain(blocks.map(Scheme::block)) {
             let total = |name: &str, options: &SolverOptions| -> f64 {
                 loss(&w, &solve(method(name).unwrap(), &w, &h, n, scheme, options).dequantize(), &h).iter().sum()
             };

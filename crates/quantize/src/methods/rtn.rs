@@ -1,6 +1,6 @@
 //! Rounding to nearest: every weight to the closest value of its group's grid.
 
-use super::{Linear, Method, Needs, Solved, assemble, groups, nearest};
+use super::{Linear, Method, Needs, Solved, assemble, blocks, groups, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
 use bitmill_scheme::{Granularity, Grid, GroupParams};
 use rayon::prelude::*;
@@ -23,6 +23,10 @@ impl Method for Rtn {
     fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error> {
         let search = options.scale_search.unwrap_or(ScaleSearch::MinMax);
         let solve = |linear: &Linear<'_>| {
+            if let Some(form) = linear.scheme.form() {
+                let importance = importance(h, linear.shape[1]);
+                return Solved { quantized: blocks::nearest(linear, form, &importance), damping: None };
+            }
             let params = fit(linear, search, &importance(h, linear.shape[1]));
             let codes = nearest(linear, &params);
             Solved { quantized: assemble(linear, codes, params), damping: None }

@@ -19,7 +19,7 @@ impl Worker<'_, '_> {
             return Err(Error::NeedsForward { method, reason });
         };
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
-            self.output.write(&tensor.name, self.input.tensor(&tensor.name)?.bytes)?;
+            self.copy(&tensor.name)?;
         }
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let mut records = Vec::new();
@@ -34,7 +34,7 @@ impl Worker<'_, '_> {
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             for (_, done) in solve_targets(&wanted, &weights, (&h, statistics.tokens()), method, solver)? {
-                write_quantized(self.plan.format, &self.output, &done.module, &done.solved.quantized)?;
+                write_quantized(self.plan, &self.output, &done.module, &done.solved.quantized)?;
                 (self.observe)(Event::Tensor(&done.record));
                 records.push(done.record);
             }

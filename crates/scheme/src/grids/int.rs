@@ -148,7 +148,7 @@ impl IntGrid {
 
 /// Round half to even for |x| below 2^22: adding 1.5·2^23 leaves no bits for a fraction. Unlike
 /// [`f32::round_ties_even`] it needs no instruction beyond the oldest x86-64 and no call.
-fn round_small(x: f32) -> f32 {
+pub(crate) fn round_small(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }

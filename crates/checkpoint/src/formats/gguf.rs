@@ -1,0 +1,100 @@
+//! The block types of GGUF as a format: one tensor of bytes per matrix, its blocks row after row. The container around
+//! it is [`crate::gguf`]'s matter; it is no dialect of safetensors, so nothing recognises it in a `config.json`.
+
+use super::{Format, assert_encodable, part, unsupported, validated};
+use crate::{Checkpoint, Dialect, Error, TensorSpec, gguf};
+use bitmill_scheme::{Activations, BlockForm, Quantized, ScaleType, Scheme};
+use safetensors::Dtype;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// The format.
+#[derive(Debug)]
+pub(super) struct Gguf;
+
+impl Format for Gguf {
+    fn name(&self) -> &'static str {
+        "gguf"
+    }
+
+    fn summary(&self) -> &'static str {
+        "one file for llama.cpp and everything built on it"
+    }
+
+    fn codes(&self) -> &'static str {
+        "weight"
+    }
+
+    fn scales(&self) -> &'static str {
+        "weight"
+    }
+
+    fn scale_type(&self, _: ScaleType) -> ScaleType {
+        ScaleType::F16
+    }
+
+    fn check(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
+        let Some(form) = scheme.form() else {
+            let reason =
+                "it stores the types q4_0 to q6_k, iq4_nl, iq4_xs, mxfp4, tq1_0 and tq2_0: choose one with --scheme";
+            return Err(unsupported(self, module, scheme, reason));
+        };
+        if scheme.activations != Activations::Full {
+            return Err(unsupported(self, module, scheme, "it stores weights only"));
+        }
+        if rows == 0 || cols == 0 {
+            return Err(unsupported(self, module, scheme, "an empty matrix has nothing to quantize; ignore it"));
+        }
+        if !cols.is_multiple_of(form.len) {
+            let reason = format!(
+                "its rows of {cols} are no multiple of the type's {}; choose a type in blocks of 32 (q4_0, q5_0, q8_0, iq4_nl) or --ignore it",
+                form.len
+            );
+            return Err(unsupported(self, module, scheme, reason));
+        }
+        Ok(())
+    }
+
+    fn layout(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Vec<TensorSpec> {
+        // `check` has been passed, so there is a form.
+        let bytes = scheme.form().map_or(0, |f| cols / f.len * f.bytes);
+        vec![TensorSpec::new(format!("{module}.weight"), Dtype::U8, [rows, bytes])]
+    }
+
+    fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>> {
+        assert_encodable(self, module, q);
+        q.scheme.form().map(|form| gguf::encode(form, q)).into_iter().collect()
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let view = part(source, module, "weight")?;
+        let [rows, bytes] = view.matrix()?;
+        let form = scheme.form().filter(|f| bytes.is_multiple_of(f.bytes));
+        let form = form.ok_or_else(|| view.wrong_shape("[out, whole blocks] under its type"))?;
+        let mut q = gguf::decode(form, [rows, bytes / form.bytes * form.len], view.bytes);
+        if let Some(heads) = view.interleaved {
+            restore(&mut q, form, heads);
+        }
+        validated(module, source, q)
+    }
+
+    fn config(&self, _: &BTreeMap<String, Scheme>, _: &[String]) -> Result<Value, Error> {
+        Ok(Value::Null)
+    }
+
+    fn recognise(&self, _: &Value) -> Result<Option<Dialect>, Error> {
+        Ok(None)
+    }
+}
+
+/// Puts interleaved rows back into a folder's order.
+fn restore(q: &mut Quantized, form: &BlockForm, heads: usize) {
+    let (rows, blocks) = (q.shape[0], q.scheme.groups(q.shape[1]));
+    gguf::deinterleave(&mut q.codes, rows, heads);
+    if form.reals() > 0 && blocks > 0 {
+        gguf::deinterleave(&mut q.scales, rows, heads);
+    }
+    if form.integers() > 0 && blocks > 0 {
+        gguf::deinterleave(&mut q.zeros, rows, heads);
+    }
+}

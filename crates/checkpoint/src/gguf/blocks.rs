@@ -1,0 +1,267 @@
+//! The bits of a block: where each code, each integer and each real number of a block lies.
+//!
+//! A code is one or two bit fields of the block's bytes, and so is an integer of a sub-block; packing and unpacking read
+//! one table of fields, so they are inverse by construction. TQ1_0 alone packs base-3 digits and is written out below.
+
+use bitmill_scheme::{BlockForm, BlockType, Quantized, Scheme};
+use half::f16;
+use rayon::prelude::*;
+
+/// Some bits of a block's bytes.
+#[derive(Clone, Copy)]
+struct Field {
+    byte: usize,
+    shift: usize,
+    width: usize,
+}
+
+/// Low bits first; a second field of width zero is none.
+type Fields = [Field; 2];
+
+const NONE: Field = Field { byte: 0, shift: 0, width: 0 };
+
+const fn one(byte: usize, shift: usize, width: usize) -> Fields {
+    [Field { byte, shift, width }, NONE]
+}
+
+const fn two(a: (usize, usize, usize), b: (usize, usize, usize)) -> Fields {
+    [Field { byte: a.0, shift: a.1, width: a.2 }, Field { byte: b.0, shift: b.1, width: b.2 }]
+}
+
+/// The fields of a type, worked out once per call.
+struct Layout {
+    kind: BlockType,
+    bytes: usize,
+    reals: Vec<usize>,
+    integers: Vec<Fields>,
+    codes: Vec<Fields>,
+}
+
+impl Layout {
+    fn new(form: &BlockForm) -> Self {
+        Layout {
+            kind: form.kind,
+            bytes: form.bytes,
+            reals: reals(form.kind)[..form.reals()].to_vec(),
+            integers: (0..form.integers()).map(|i| integer(form.kind, i)).collect(),
+            codes: (0..form.len).map(|e| code(form.kind, e)).collect(),
+        }
+    }
+
+    /// What the format stores in place of a code: 8-bit codes are signed there.
+    fn code_mask(&self) -> u8 {
+        if self.kind == BlockType::Q8_0 { 0x80 } else { 0 }
+    }
+
+    fn integer_mask(&self) -> u8 {
+        if self.kind == BlockType::Q6K { 0x80 } else { 0 }
+    }
+
+    fn pack(&self, codes: &[u8], reals: &[f32], integers: &[u8], out: &mut [u8]) {
+        if self.kind == BlockType::Tq1_0 {
+            pack_ternary(codes, out);
+        } else {
+            for (f, &c) in self.codes.iter().zip(codes) {
+                put(out, f, c ^ self.code_mask());
+            }
+        }
+        for (f, &i) in self.integers.iter().zip(integers) {
+            put(out, f, i ^ self.integer_mask());
+        }
+        for (&at, &r) in self.reals.iter().zip(reals) {
+            out[at..at + 2].copy_from_slice(&f16::from_f32(r).to_le_bytes());
+        }
+    }
+
+    fn unpack(&self, bytes: &[u8], codes: &mut [u8], reals: &mut [f32], integers: &mut [u8]) {
+        if self.kind == BlockType::Tq1_0 {
+            unpack_ternary(bytes, codes);
+        } else {
+            for (f, c) in self.codes.iter().zip(codes) {
+                *c = get(bytes, f) ^ self.code_mask();
+            }
+        }
+        for (f, i) in self.integers.iter().zip(integers) {
+            *i = get(bytes, f) ^ self.integer_mask();
+        }
+        for (&at, r) in self.reals.iter().zip(reals) {
+            *r = f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        }
+    }
+}
+
+fn put(out: &mut [u8], fields: &Fields, value: u8) {
+    let mut rest = u32::from(value);
+    for f in fields {
+        out[f.byte] |= ((rest & ((1 << f.width) - 1)) << f.shift) as u8;
+        rest >>= f.width;
+    }
+}
+
+fn get(bytes: &[u8], [low, high]: &Fields) -> u8 {
+    let part = |f: &Field| (u32::from(bytes[f.byte]) >> f.shift) & ((1 << f.width) - 1);
+    (part(low) | part(high) << low.width) as u8
+}
+
+/// Offsets of d, then of dmin or m.
+fn reals(kind: BlockType) -> [usize; 2] {
+    match kind {
+        BlockType::Q2K => [80, 82],
+        BlockType::Q3K => [108, 0],
+        BlockType::Q6K => [208, 0],
+        BlockType::Tq1_0 => [52, 0],
+        BlockType::Tq2_0 => [64, 0],
+        _ => [0, 2],
+    }
+}
+
+/// Fields of integer `i`: those of the scales come first, then those of the offsets.
+fn integer(kind: BlockType, i: usize) -> Fields {
+    match kind {
+        BlockType::Q2K if i < 16 => one(i, 0, 4),
+        BlockType::Q2K => one(i - 16, 4, 4),
+        BlockType::Q3K => two((96 + i % 8, i / 8 * 4, 4), (104 + i % 4, i / 4 * 2, 2)),
+        BlockType::Q4K | BlockType::Q5K => match (i / 8, i % 8) {
+            (0, j @ ..4) => one(4 + j, 0, 6),
+            (_, j @ ..4) => one(8 + j, 0, 6),
+            (0, j) => two((8 + j, 0, 4), (j, 6, 2)),
+            (_, j) => two((8 + j, 4, 4), (4 + j, 6, 2)),
+        },
+        BlockType::Q6K => one(192 + i, 0, 8),
+        BlockType::Iq4Xs => two((4 + i / 2, i % 2 * 4, 4), (2 + i / 4, i % 4 * 2, 2)),
+        _ => one(0, 0, 8),
+    }
+}
+
+/// Fields of the code of element `e`.
+fn code(kind: BlockType, e: usize) -> Fields {
+    // Blocks of 32 pair element j with j + 16; super-blocks work in strides of 32.
+    let nibble = |from: usize| (from + e % 16, e / 16 % 2 * 4, 4);
+    let (half, quarter, lane) = (e / 128, e % 128 / 32, e % 32);
+    let two_bits = |from: usize| (from + 32 * half + lane, 2 * quarter, 2);
+    let (pair, upper) = (e / 64, e % 64 / 32);
+    let paired = |from: usize| (from + 32 * pair + lane, 4 * upper, 4);
+    let single = |(byte, shift, width)| one(byte, shift, width);
+    match kind {
+        BlockType::Q4_0 | BlockType::Iq4Nl => single(nibble(2)),
+        BlockType::Q4_1 => single(nibble(4)),
+        BlockType::Q5_0 => two(nibble(6), (2 + e / 8, e % 8, 1)),
+        BlockType::Q5_1 => two(nibble(8), (4 + e / 8, e % 8, 1)),
+        BlockType::Q8_0 => one(2 + e, 0, 8),
+        BlockType::Mxfp4 => single(nibble(1)),
+        BlockType::Q2K => single(two_bits(16)),
+        BlockType::Tq2_0 => single(two_bits(0)),
+        BlockType::Q3K => two(two_bits(32), (lane, 4 * half + quarter, 1)),
+        BlockType::Q4K => single(paired(16)),
+        BlockType::Q5K => two(paired(48), (16 + lane, 2 * pair + upper, 1)),
+        BlockType::Q6K => {
+            let low = (64 * half + lane + 32 * (quarter % 2), quarter / 2 * 4, 4);
+            two(low, (128 + 32 * half + lane, 2 * quarter, 2))
+        }
+        BlockType::Iq4Xs => one(8 + e / 32 * 16 + e % 16, e / 16 % 2 * 4, 4),
+        BlockType::Tq1_0 => [NONE; 2],
+    }
+}
+
+/// The three runs of TQ1_0: first byte, bytes, first element, and digits of a byte.
+const TERNARY: [(usize, usize, usize, usize); 3] = [(0, 32, 0, 5), (32, 16, 160, 5), (48, 4, 240, 4)];
+
+/// Digits fill a byte as the fraction 0.d₁d₂d₃d₄d₅ in base 3, rounded up to 8 bits, so that multiplying by 3 brings out
+/// one digit after another.
+fn pack_ternary(codes: &[u8], out: &mut [u8]) {
+    for (byte, bytes, element, digits) in TERNARY {
+        for m in 0..bytes {
+            let digit = |n: usize| if n < digits { u32::from(codes[element + n * bytes + m]) } else { 0 };
+            let number = (0..5).fold(0, |number, n| number * 3 + digit(n));
+            out[byte + m] = (number * 256).div_ceil(243) as u8;
+        }
+    }
+}
+
+fn unpack_ternary(bytes: &[u8], codes: &mut [u8]) {
+    for (byte, count, element, digits) in TERNARY {
+        for m in 0..count {
+            let mut rest = bytes[byte + m];
+            for n in 0..digits {
+                codes[element + n * count + m] = (u16::from(rest) * 3 >> 8) as u8;
+                rest = rest.wrapping_mul(3);
+            }
+        }
+    }
+}
+
+/// The blocks of a matrix, row after row.
+pub(crate) fn encode(form: &BlockForm, q: &Quantized) -> Vec<u8> {
+    let (layout, blocks) = (Layout::new(form), q.codes.len() / form.len);
+    let (reals, integers) = (form.reals(), form.integers());
+    let mut out = vec![0u8; blocks * form.bytes];
+    out.par_chunks_mut(form.bytes).zip(q.codes.par_chunks(form.len)).enumerate().for_each(|(b, (out, codes))| {
+        let r = &q.scales[b * reals..][..reals];
+        layout.pack(codes, r, &q.zeros[b * integers..][..integers], out);
+    });
+    out
+}
+
+/// The matrix `shape` in `bytes`, which hold exactly its blocks. Nothing is checked: a caller validates the result.
+pub(crate) fn decode(form: &BlockForm, shape: [usize; 2], bytes: &[u8]) -> Quantized {
+    let (layout, blocks) = (Layout::new(form), bytes.len() / form.bytes);
+    let (reals, integers) = (form.reals(), form.integers());
+    let mut q = Quantized {
+        scheme: Scheme::block(form.kind),
+        shape,
+        codes: vec![0; blocks * form.len],
+        scales: vec![0.0; blocks * reals],
+        zeros: vec![0; blocks * integers],
+        group_of: Vec::new(),
+    };
+    // Types without integers (or reals) still need one slice per block to walk beside the others.
+    let mut scales: Vec<&mut [f32]> = split(&mut q.scales, reals, blocks);
+    let mut zeros: Vec<&mut [u8]> = split(&mut q.zeros, integers, blocks);
+    (q.codes.par_chunks_mut(form.len))
+        .zip(bytes.par_chunks(layout.bytes))
+        .zip(scales.par_iter_mut().zip(zeros.par_iter_mut()))
+        .for_each(|((codes, bytes), (scales, zeros))| layout.unpack(bytes, codes, scales, zeros));
+    q
+}
+
+fn split<T>(all: &mut [T], each: usize, count: usize) -> Vec<&mut [T]> {
+    if each == 0 { (0..count).map(|_| Default::default()).collect() } else { all.chunks_mut(each).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitmill_scheme::BLOCKS;
+
+    #[test]
+    fn fields_cover_every_bit_once() {
+        for form in BLOCKS.iter().filter(|f| f.kind != BlockType::Tq1_0) {
+            let layout = Layout::new(form);
+            let mut seen = vec![0u8; form.bytes];
+            let mut mark = |byte: usize, bits: u8| {
+                assert_eq!(seen[byte] & bits, 0, "{}: byte {byte} is used twice", form.name);
+                seen[byte] |= bits;
+            };
+            for f in layout.codes.iter().chain(&layout.integers).flatten().filter(|f| f.width > 0) {
+                mark(f.byte, (((1u32 << f.width) - 1) << f.shift) as u8);
+            }
+            for &at in &layout.reals {
+                mark(at, 0xff);
+                mark(at + 1, 0xff);
+            }
+            assert!(seen.iter().all(|&s| s == 0xff), "{}: a bit is never used", form.name);
+        }
+    }
+
+    #[test]
+    fn ternary_digits_survive() {
+        for seed in 0..50u32 {
+            let codes: Vec<u8> =
+                (0..256u32).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed * 77) >> 16) as u8 % 3).collect();
+            let (mut bytes, mut back) = (vec![0; 54], vec![9; 256]);
+            pack_ternary(&codes, &mut bytes);
+            unpack_ternary(&bytes, &mut back);
+            assert_eq!(codes, back);
+        }
+    }
+}

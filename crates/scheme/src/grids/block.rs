@@ -1,0 +1,344 @@
+//! Block grids: the quantized types of GGUF, as data.
+//!
+//! A block of consecutive weights of one row is cut into sub-blocks, and every weight of a sub-block takes a value
+//! `scale · level(code) + offset`. What a block stores is one or two real numbers and, for super-blocks, small integers:
+//!
+//! ```text
+//! scale  = d                      | d · (integer − bias)      | 2^(integer − 128)
+//! offset = none | m               | −dmin · integer
+//! ```
+//!
+//! d, dmin and m are half-precision numbers of either sign. Every product of a real and an integer is exact in f32, so
+//! the value of a code is one rounding at most, and the same in every program that follows the format.
+
+mod fit;
+
+use super::int::round_small;
+use serde::{Deserialize, Serialize};
+
+/// The quantized types of GGUF whose weights take scalar values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "each is described by its form")]
+pub enum BlockType {
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+    Iq4Nl,
+    Iq4Xs,
+    Mxfp4,
+    Tq1_0,
+    Tq2_0,
+}
+
+/// Where the scale of a sub-block comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The block's d.
+    Real,
+    /// d times an integer of the sub-block.
+    Scaled {
+        /// Width of the stored integer.
+        bits: u32,
+        /// What the stored integer exceeds its value by; zero where it has no sign.
+        bias: u8,
+    },
+    /// 2^(e − 128), with e a stored byte below 255.
+    Exponent,
+}
+
+/// What is added to the values of a sub-block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shift {
+    /// Nothing.
+    None,
+    /// The block's m.
+    Real,
+    /// −dmin times an unsigned integer of the sub-block.
+    Scaled {
+        /// Width of the stored integer.
+        bits: u32,
+    },
+}
+
+/// How a block type stores numbers.
+#[derive(Debug)]
+pub struct BlockForm {
+    /// The type.
+    pub kind: BlockType,
+    /// Its name, as users write it.
+    pub name: &'static str,
+    /// One line of help.
+    pub summary: &'static str,
+    /// Weights of a block.
+    pub len: usize,
+    /// Bytes of a block.
+    pub bytes: usize,
+    /// Weights that share a scale.
+    pub sub: usize,
+    /// The level each code stands for.
+    pub levels: &'static [i8],
+    /// The scale of a sub-block.
+    pub step: Step,
+    /// The offset of a sub-block.
+    pub shift: Shift,
+}
+
+/// Sub-blocks of a block, at most.
+const SUBS: usize = 16;
+
+/// What one block stores besides its codes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BlockParams {
+    /// d, then dmin or m; the form says how many count.
+    pub reals: [f32; 2],
+    /// The integers as stored: those of the scales, then those of the offsets.
+    pub integers: [u8; 2 * SUBS],
+}
+
+/// Scale and offset of one sub-block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Affine {
+    /// Distance between neighbouring levels; may be negative or zero.
+    pub scale: f32,
+    /// The value of level 0.
+    pub offset: f32,
+}
+
+const fn span<const N: usize>(lowest: i16) -> [i8; N] {
+    let mut levels = [0i8; N];
+    let mut i = 0;
+    while i < N {
+        levels[i] = (lowest + i as i16) as i8;
+        i += 1;
+    }
+    levels
+}
+
+/// The non-uniform levels of IQ4_NL and IQ4_XS.
+const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// Twice the values of E2M1; codes from 8 on are negative.
+const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+const NO_SCALE: Step = Step::Real;
+const SIX: Step = Step::Scaled { bits: 6, bias: 0 };
+
+macro_rules! forms {
+    ($($kind:ident $name:literal $len:literal $bytes:literal $sub:literal $levels:expr, $step:expr, $shift:expr, $summary:literal;)*) => {
+        /// Every block type, in the order of [`BlockType`].
+        pub static BLOCKS: &[BlockForm] = &[$(BlockForm {
+            kind: BlockType::$kind, name: $name, summary: $summary, len: $len, bytes: $bytes, sub: $sub,
+            levels: &$levels, step: $step, shift: $shift,
+        }),*];
+    };
+}
+
+forms! {
+    Q4_0 "q4_0" 32 18 32 span::<16>(-8), NO_SCALE, Shift::None, "GGUF, 4 bits in blocks of 32, 4.5 bits per weight";
+    Q4_1 "q4_1" 32 20 32 span::<16>(0), NO_SCALE, Shift::Real, "GGUF, 4 bits and a minimum in blocks of 32, 5 bits per weight";
+    Q5_0 "q5_0" 32 22 32 span::<32>(-16), NO_SCALE, Shift::None, "GGUF, 5 bits in blocks of 32, 5.5 bits per weight";
+    Q5_1 "q5_1" 32 24 32 span::<32>(0), NO_SCALE, Shift::Real, "GGUF, 5 bits and a minimum in blocks of 32, 6 bits per weight";
+    Q8_0 "q8_0" 32 34 32 span::<256>(-128), NO_SCALE, Shift::None, "GGUF, 8 bits in blocks of 32, 8.5 bits per weight";
+    Q2K "q2_k" 256 84 16 span::<4>(0), Step::Scaled { bits: 4, bias: 0 }, Shift::Scaled { bits: 4 }, "GGUF, 2-bit super-blocks, 2.625 bits per weight";
+    Q3K "q3_k" 256 110 16 span::<8>(-4), Step::Scaled { bits: 6, bias: 32 }, Shift::None, "GGUF, 3-bit super-blocks, 3.4375 bits per weight";
+    Q4K "q4_k" 256 144 32 span::<16>(0), SIX, Shift::Scaled { bits: 6 }, "GGUF, 4-bit super-blocks, 4.5 bits per weight";
+    Q5K "q5_k" 256 176 32 span::<32>(0), SIX, Shift::Scaled { bits: 6 }, "GGUF, 5-bit super-blocks, 5.5 bits per weight";
+    Q6K "q6_k" 256 210 16 span::<64>(-32), Step::Scaled { bits: 8, bias: 128 }, Shift::None, "GGUF, 6-bit super-blocks, 6.5625 bits per weight";
+    Iq4Nl "iq4_nl" 32 18 32 IQ4, NO_SCALE, Shift::None, "GGUF, 16 uneven levels in blocks of 32, 4.5 bits per weight";
+    Iq4Xs "iq4_xs" 256 136 32 IQ4, Step::Scaled { bits: 6, bias: 32 }, Shift::None, "GGUF, 16 uneven levels in super-blocks, 4.25 bits per weight";
+    Mxfp4 "mxfp4" 32 17 32 E2M1, Step::Exponent, Shift::None, "GGUF, 4-bit floats with a power of two per 32, 4.25 bits per weight";
+    Tq1_0 "tq1_0" 256 54 256 span::<3>(-1), NO_SCALE, Shift::None, "GGUF, ternary, 1.6875 bits per weight";
+    Tq2_0 "tq2_0" 256 66 256 span::<4>(-1), NO_SCALE, Shift::None, "GGUF, ternary in 2 bits, 2.0625 bits per weight";
+}
+
+impl BlockType {
+    /// How the type stores numbers.
+    #[must_use]
+    pub fn form(self) -> &'static BlockForm {
+        &BLOCKS[self as usize]
+    }
+}
+
+impl BlockForm {
+    /// Sub-blocks of a block.
+    #[must_use]
+    pub const fn subs(&self) -> usize {
+        self.len / self.sub
+    }
+
+    /// Real numbers a block stores.
+    #[must_use]
+    pub const fn reals(&self) -> usize {
+        let d = !matches!(self.step, Step::Exponent) as usize;
+        d + !matches!(self.shift, Shift::None) as usize
+    }
+
+    /// Integers a block stores for its scales.
+    #[must_use]
+    pub const fn scale_integers(&self) -> usize {
+        if matches!(self.step, Step::Real) { 0 } else { self.subs() }
+    }
+
+    /// Integers a block stores.
+    #[must_use]
+    pub const fn integers(&self) -> usize {
+        self.scale_integers() + if matches!(self.shift, Shift::Scaled { .. }) { self.subs() } else { 0 }
+    }
+
+    /// The largest stored integer number `i`.
+    #[must_use]
+    pub const fn max_integer(&self, i: usize) -> u8 {
+        let bits = match (self.step, self.shift) {
+            (Step::Exponent, _) => return 254,
+            (Step::Scaled { bits, .. }, _) if i < self.subs() => bits,
+            (_, Shift::Scaled { bits }) => bits,
+            _ => 0,
+        };
+        ((1u32 << bits) - 1) as u8
+    }
+
+    /// Bits per weight, everything included.
+    #[must_use]
+    pub const fn bits_per_weight(&self) -> f64 {
+        (self.bytes * 8) as f64 / self.len as f64
+    }
+
+    /// Scale and offset of sub-block `sub`.
+    #[must_use]
+    #[inline]
+    pub fn affine(&self, p: &BlockParams, sub: usize) -> Affine {
+        let scale = match self.step {
+            Step::Real => p.reals[0],
+            Step::Scaled { bias, .. } => p.reals[0] * (f32::from(p.integers[sub]) - f32::from(bias)),
+            Step::Exponent => exponent(p.integers[sub]),
+        };
+        let offset = match self.shift {
+            Shift::None => 0.0,
+            Shift::Real => p.reals[1],
+            Shift::Scaled { .. } => -(p.reals[1] * f32::from(p.integers[self.scale_integers() + sub])),
+        };
+        Affine { scale, offset }
+    }
+
+    /// The value of `code` in a sub-block.
+    #[must_use]
+    #[inline]
+    pub fn value(&self, code: u8, a: Affine) -> f32 {
+        let scaled = a.scale * f32::from(self.levels[usize::from(code)]);
+        if matches!(self.shift, Shift::None) { scaled } else { scaled + a.offset }
+    }
+
+    /// The code whose value is nearest to `x`. In a sub-block of scale zero all codes have one value, and the one of
+    /// level 0 stands for it.
+    #[must_use]
+    #[inline]
+    pub fn nearest(&self, x: f32, a: Affine) -> u8 {
+        if a.scale == 0.0 {
+            return self.zero_code();
+        }
+        let level = (x - a.offset) / a.scale;
+        if self.is_uniform() {
+            let (first, last) = (f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
+            (round_small(level.clamp(first, last)) - first) as u8
+        } else {
+            self.nearest_level(level)
+        }
+    }
+
+    /// Whether the levels are neighbouring integers.
+    #[must_use]
+    #[inline]
+    pub const fn is_uniform(&self) -> bool {
+        !matches!(self.kind, BlockType::Iq4Nl | BlockType::Iq4Xs | BlockType::Mxfp4)
+    }
+
+    fn zero_code(&self) -> u8 {
+        self.nearest_level(0.0)
+    }
+
+    fn nearest_level(&self, level: f32) -> u8 {
+        let mut best = (f32::INFINITY, 0u8);
+        for (code, &l) in self.levels.iter().enumerate() {
+            let distance = (level - f32::from(l)).abs();
+            if distance < best.0 {
+                best = (distance, code as u8);
+            }
+        }
+        best.1
+    }
+}
+
+impl BlockParams {
+    /// Nothing stored: every weight is zero.
+    #[must_use]
+    pub const fn zero() -> Self {
+        BlockParams { reals: [0.0; 2], integers: [0; 2 * SUBS] }
+    }
+}
+
+/// 2^(e − 128), subnormal for the two smallest.
+fn exponent(e: u8) -> f32 {
+    match e {
+        0 | 1 => f32::from_bits(0x0020_0000 << e),
+        _ => f32::from_bits(u32::from(e - 1) << 23),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_table_is_in_order_and_adds_up() {
+        for (i, form) in BLOCKS.iter().enumerate() {
+            assert_eq!(form.kind as usize, i, "{}", form.name);
+            assert_eq!(serde_json_name(form.kind), form.name);
+            assert!(form.len.is_multiple_of(form.sub) && form.subs() <= SUBS);
+            let code_bits = if form.kind == BlockType::Tq1_0 { 0 } else { form.levels.len().ilog2() as usize };
+            let integers: u32 = (0..form.integers()).map(|i| 32 - u32::from(form.max_integer(i)).leading_zeros()).sum();
+            let bits = code_bits * form.len + 16 * form.reals() + integers as usize;
+            // Ternary digits are packed five to a byte.
+            let ternary = if form.kind == BlockType::Tq1_0 { 52 * 8 } else { 0 };
+            assert_eq!(bits + ternary, form.bytes * 8, "{}", form.name);
+        }
+    }
+
+    /// The name serde gives a kind, without a JSON library: through the `Debug` of its deserializer's error is not
+    /// needed, since names are lower-case words that differ from the variants by one underscore at most.
+    fn serde_json_name(kind: BlockType) -> String {
+        use serde::de::value::{Error, StrDeserializer};
+        use serde::de::{Deserialize, IntoDeserializer};
+        let form = kind.form();
+        let d: StrDeserializer<'_, Error> = form.name.into_deserializer();
+        assert_eq!(BlockType::deserialize(d).unwrap(), kind);
+        form.name.to_owned()
+    }
+
+    #[test]
+    fn exponents_are_powers_of_two() {
+        for e in 0..=254u8 {
+            assert_eq!(f64::from(exponent(e)), 2f64.powi(i32::from(e) - 128));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nearest_is_nearest(kind in 0..BLOCKS.len(), x in -3.0f32..3.0, scale in -0.5f32..0.5, offset in -1.0f32..1.0) {
+            let form = &BLOCKS[kind];
+            let offset = if form.shift == Shift::None { 0.0 } else { offset };
+            let a = Affine { scale, offset };
+            let e = (x - form.value(form.nearest(x, a), a)).abs();
+            for code in 0..form.levels.len() {
+                prop_assert!(e <= (x - form.value(code as u8, a)).abs() * (1.0 + 1e-5) + 1e-6);
+            }
+        }
+    }
+}

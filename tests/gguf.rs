@@ -1,0 +1,140 @@
+//! GGUF as an output and an input: one file that holds the whole model, and runs as the codes in it say.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use bitmill::checkpoint::gguf::{Value, gguf_name};
+use bitmill::checkpoint::{Checkpoint, Weight};
+use std::path::Path;
+use support::{QUICK, bitmill, books, copy_of_books, edit, failure, json};
+
+fn quantize(out: &Path, extra: &[&str]) -> serde_json::Value {
+    json(bitmill(["quantize"]).arg(books()).arg("-o").arg(out).args(QUICK).args(extra))
+}
+
+#[test]
+fn a_file_holds_the_whole_model_in_the_bytes_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    for (scheme, method) in [("q4_k", "gptq"), ("q8_0", "rtn"), ("q2_k", "gptq"), ("iq4_nl", "rtn")] {
+        let out = dir.path().join(format!("books-{scheme}.gguf"));
+        let options = ["--scheme", scheme, "--method", method, "--output-tensor-type", "q6_k"];
+        let plan = json(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).arg("--dry-run").args(options));
+        let report = quantize(&out, &options);
+        assert_eq!(report["format"], "gguf");
+        let bytes = std::fs::metadata(&out).unwrap().len();
+        assert_eq!((plan["output_bytes"].as_u64(), report["output_bytes"].as_u64()), (Some(bytes), Some(bytes)));
+
+        let file = Checkpoint::open(&out).unwrap();
+        let original = Checkpoint::open(&books()).unwrap();
+        let gguf = file.gguf().unwrap();
+        assert_eq!(gguf.get("general.architecture").and_then(Value::text), Some("llama"));
+        assert_eq!(gguf.get("general.quantization_version"), Some(&Value::U32(2)));
+        assert_eq!(gguf.get("tokenizer.ggml.tokens").unwrap().items().unwrap().len(), 8192);
+        // Invariants 7 and 8: each tensor once, the quantized ones in the bytes reported.
+        let payload: usize = gguf.tensors.iter().filter(|t| t.kind.block > 1).map(|t| t.range.len()).sum();
+        let (bits, weights) =
+            (report["bits_per_weight"].as_f64().unwrap(), report["quantized_weights"].as_f64().unwrap());
+        assert_eq!((bits * weights / 8.0).round() as usize, payload);
+        assert_eq!(gguf.tensors.len(), original.names().count());
+        for name in original.names() {
+            let tensor = gguf.tensor(&gguf_name(name).unwrap()).unwrap();
+            assert_eq!(tensor.shape, original.spec(name).unwrap().shape, "{name}");
+            // What is not quantized is the original to the precision of its type, in the original order of rows.
+            let module = name.strip_suffix(".weight").unwrap();
+            let (ours, theirs) = match original.spec(name).unwrap().shape.len() {
+                2 => {
+                    (file.weight(module).unwrap().to_f32().unwrap(), original.weight(module).unwrap().to_f32().unwrap())
+                }
+                _ => (file.tensor(name).unwrap().to_f32().unwrap(), original.tensor(name).unwrap().to_f32().unwrap()),
+            };
+            let energy: f32 = theirs.iter().map(|x| x * x).sum();
+            let error: f32 = ours.iter().zip(&theirs).map(|(a, b)| (a - b) * (a - b)).sum();
+            // Error feedback moves weights on purpose; rows in another order would make it 2.
+            let bound = match (tensor.kind.block, method) {
+                (1, _) => 1e-6,
+                (_, "rtn") => 0.02,
+                _ => 0.6,
+            };
+            assert!(error <= bound * energy, "{scheme} {name}: {}", error / energy);
+        }
+        assert!(matches!(file.weight("lm_head").unwrap(), Weight::Quantized(q) if q.scheme.to_string() == "q6_k"));
+        let inspected = json(bitmill(["inspect"]).arg(&out));
+        let listed = inspected["kinds"].as_array().unwrap().iter().map(|k| k["weights"].as_u64().unwrap()).sum::<u64>();
+        assert_eq!(listed, 10_490_112, "every weight is counted once");
+        assert!(inspected["known_architecture"] == true && inspected["format"] == "gguf");
+    }
+}
+
+#[test]
+fn a_file_is_evaluated_with_its_own_tokenizer_and_row_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("books.gguf");
+    quantize(&out, &["--scheme", "q8_0", "--method", "rtn"]);
+    let eval = |model: &Path| {
+        let mut command = bitmill(["eval"]);
+        command.arg(model).arg("--reference").arg(books()).arg("--text").arg(books().join("evaluation.txt"));
+        json(command.args(["--windows", "4", "--window", "128"]))
+    };
+    let e = eval(&out);
+    // A wrong order of rows or another tokenizer would make it large.
+    let kl = e["divergence"]["kl"]["mean"].as_f64().unwrap();
+    assert!(kl > 1e-6 && kl < 5e-4, "{kl}");
+}
+
+#[test]
+fn killed_or_not_and_at_any_thread_count_the_bytes_are_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one.gguf"), dir.path().join("two.gguf"));
+    quantize(&one, &["--scheme", "q3_k", "--threads", "1"]);
+    let mut child = bitmill(["quantize"])
+        .arg(books())
+        .arg("-o")
+        .arg(&two)
+        .args(QUICK)
+        .args(["--scheme", "q3_k"])
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let journal = dir.path().join("two.gguf.bitmill-partial/journal.jsonl");
+    while std::fs::read_to_string(&journal).map_or(0, |t| t.lines().count()) < 5 && child.try_wait().unwrap().is_none()
+    {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let _ = child.kill();
+    child.wait().unwrap();
+    if !two.exists() {
+        quantize(&two, &["--scheme", "q3_k", "--threads", "5"]);
+    }
+    assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&two).unwrap().as_slice());
+    assert!(!dir.path().join("two.gguf.bitmill-partial").exists());
+}
+
+#[test]
+fn what_cannot_be_is_refused_while_planning() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |model: &Path, out: &str, extra: &[&str]| {
+        failure(bitmill(["quantize"]).arg(model).arg("-o").arg(dir.path().join(out)).args(extra), 1)
+    };
+    let books = books();
+    for (out, extra, words) in [
+        ("a", vec!["--scheme", "q4_k"], "ends in .gguf"),
+        ("a.gguf", vec!["--bits", "4"], "choose one with --scheme"),
+        ("a.gguf", vec!["--scheme", "q4_k", "--method", "hqq"], "use --method rtn"),
+        ("a.gguf", vec!["--scheme", "q4_k", "--format", "gptq"], "q4_k is a type of GGUF"),
+        ("a.gguf", vec!["--format", "gptq"], "only --format gguf writes a .gguf file"),
+    ] {
+        let said = run(&books, out, &extra);
+        assert!(said.contains(words), "{said}");
+    }
+    let model = copy_of_books(dir.path());
+    std::fs::copy(books.join("tokenizer.model"), model.join("tokenizer.model")).unwrap();
+    edit(&model.join("config.json"), |c| c["hidden_act"] = "gelu".into());
+    let said = run(&model, "b.gguf", &["--scheme", "q4_0"]);
+    assert!(said.contains("SiLU"), "{said}");
+    let file = dir.path().join("c.gguf");
+    quantize(&file, &["--scheme", "q4_0", "--method", "rtn"]);
+    let said = run(&file, "d.gguf", &["--scheme", "q4_0"]);
+    assert!(said.contains("already quantized as gguf"), "{said}");
+}
