@@ -28,9 +28,7 @@ fn encoder(to: &Path) -> PathBuf {
     let frame = |id: &str| object!({"SpecialToken": {"id": id, "type_id": 0}});
     let text = object!({"Sequence": {"id": "A", "type_id": 0}});
     let token = |id: &str, n: u32| object!({"id": id, "ids": [n], "tokens": [id]});
-    let added = |id: u32, content: &str| {
-        object!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})
-    };
+    let added = |id: u32, content: &str| object!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     let tokenizer = object!({
         "version": "1.0",
         // What published folders carry, and what windows must not be cut or padded by.
@@ -47,7 +45,8 @@ fn encoder(to: &Path) -> PathBuf {
         "decoder": null,
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": vocab},
     });
-    let module = |path: &str, kind: &str| object!({"path": path, "type": format!("sentence_transformers.models.{kind}")});
+    let module =
+        |path: &str, kind: &str| object!({"path": path, "type": format!("sentence_transformers.models.{kind}")});
     for (file, value) in [
         ("tokenizer.json", tokenizer),
         ("modules.json", object!([module("", "Transformer"), module("1_Pooling", "Pooling"), module("", "Normalize")])),
@@ -94,7 +93,14 @@ fn calibrated_rounding_keeps_embeddings_better_and_the_folder_whole() {
     assert_eq!(tensors.len(), 2 * 6);
     assert!(tensors.contains(&"encoder.layer.1.intermediate.dense"));
     let tokens = &report["tensors"][0]["tokens"];
-    let said = bitmill(["quantize"]).arg(&model).arg("-o").arg(dir.path().join("dry")).arg("--dry-run").args(SMALL).output().unwrap();
+    let said = bitmill(["quantize"])
+        .arg(&model)
+        .arg("-o")
+        .arg(dir.path().join("dry"))
+        .arg("--dry-run")
+        .args(SMALL)
+        .output()
+        .unwrap();
     assert!(String::from_utf8_lossy(&said.stderr).contains("300 sentences of up to 40 tokens"), "{said:?}");
     assert!(tokens.as_u64().unwrap() > 300 * 10, "each token of each sentence counts once: {tokens}");
     let config: Value = serde_json::from_slice(&std::fs::read(gptq.join("config.json")).unwrap()).unwrap();
