@@ -65,20 +65,29 @@ pub struct Sentences {
 }
 
 impl Sentences {
+    /// Tokens after which the folder's own pipeline cuts a sentence, from `sentence_bert_config.json`; what else the
+    /// pipeline does is of no concern here.
+    ///
+    /// # Errors
+    /// [`Error::Sentences`] for a file that is not understood.
+    pub fn limit(dir: &Path) -> Result<Option<usize>, Error> {
+        let file = dir.join("sentence_bert_config.json");
+        match json(&file)?.as_ref().and_then(|config| config.get("max_seq_length")) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_u64().filter(|&n| n > 0) {
+                Some(limit) => Ok(Some(limit as usize)),
+                None => Err(wrong(&file, format!("max_seq_length is {value}, not a positive number"))),
+            },
+        }
+    }
+
     /// Reads `modules.json` of folder `dir`, the pooling config it points to, and `sentence_bert_config.json`. A folder
     /// without them is a plain encoder: mean pooling, no limit.
     ///
     /// # Errors
     /// [`Error::Sentences`] for a file that is not understood or a module beyond encoder, pooling and normalization.
     pub fn read(dir: &Path) -> Result<Self, Error> {
-        let limit_file = dir.join("sentence_bert_config.json");
-        let limit = match json(&limit_file)?.as_ref().and_then(|config| config.get("max_seq_length")) {
-            None | Some(Value::Null) => None,
-            Some(value) => match value.as_u64().filter(|&n| n > 0) {
-                Some(limit) => Some(limit as usize),
-                None => return Err(wrong(&limit_file, format!("max_seq_length is {value}, not a positive number"))),
-            },
-        };
+        let limit = Sentences::limit(dir)?;
         let modules_file = dir.join("modules.json");
         let Some(modules) = json(&modules_file)? else { return Ok(Sentences { pooling: Pooling::Mean, limit }) };
         let Some(modules) = modules.as_array() else { return Err(wrong(&modules_file, "is not a list".into())) };

@@ -60,7 +60,7 @@ impl TextArgs {
             true => Windows::from_texts(&texts, &tokenizer, spec.vocab, length, samples, seed)?,
             false => {
                 // Positions that the model's own pipeline never reaches would only dilute the statistics.
-                let limit = Sentences::read(input.dir())?.limit.unwrap_or(length).min(length);
+                let limit = Sentences::limit(input.dir())?.unwrap_or(length).min(length);
                 Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?
             }
         };
