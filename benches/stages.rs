@@ -83,7 +83,9 @@ fn main() {
     };
     let seconds = time(|| drop(black_box(sweep(&w, &what))));
     row("sweep with scale search", seconds, (out * n * n) as f64 / 2.0, "GMAC/s", macs);
-    let seconds = time(|| drop(black_box(sweep(&w, &Sweep { search: ScaleSearch::MinMax, ..what }))));
+    let mut plain = what;
+    plain.search = ScaleSearch::MinMax;
+    let seconds = time(|| drop(black_box(sweep(&w, &plain))));
     row("sweep without", seconds, (out * n * n) as f64 / 2.0, "GMAC/s", macs);
 
     let linear = Linear { name: "x", weight: &w, shape: [out, n], scheme };

@@ -31,17 +31,24 @@ fn quantized(dir: &Path, name: &str, extra: &[&str]) -> f64 {
 }
 
 #[test]
-fn default_runs_lose_less_than_the_peers_plain_gptq() {
+fn gptq_loses_less_than_the_peers_plain_gptq() {
     let dir = tempfile::tempdir().unwrap();
     // The better of GPTQModel and llm-compressor on the same texts, and the scheme.
     for (name, scheme, peer) in [
         ("w4", &["--bits", "4", "--group-size", "128"], 0.01115),
         ("w3", &["--bits", "3", "--group-size", "128"], 0.05485),
-        ("w2", &["--bits", "2", "--group-size", "64"], 0.33599),
     ] {
-        let kl = quantized(dir.path(), name, scheme);
+        let kl = quantized(dir.path(), name, &[&scheme[..], &["--tuning-passes", "0"]].concat());
         assert!(kl < peer, "{name}: KL {kl} against {peer}");
     }
+}
+
+#[test]
+fn a_default_run_loses_less_than_two_hundred_iterations_of_autoround() {
+    // Two bits, where most is to be lost: 0.33599 is the best peer's GPTQ, 0.12730 AutoRound's, both on the same texts.
+    let dir = tempfile::tempdir().unwrap();
+    let kl = quantized(dir.path(), "w2", &["--bits", "2", "--group-size", "64"]);
+    assert!(kl < 0.12730, "KL {kl} against 0.12730");
 }
 
 #[test]

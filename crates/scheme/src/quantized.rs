@@ -57,13 +57,9 @@ impl Quantized {
         }
         if let Some(form) = self.scheme.form() {
             let n = form.integers();
-            for (i, &z) in self.zeros.iter().enumerate().filter(|(i, z)| **z > form.max_integer(i % n)) {
-                let group = i / n;
-                return Err(Error::Integer {
-                    row: group / self.scheme.groups(cols),
-                    group: group % self.scheme.groups(cols),
-                    got: z,
-                });
+            if let Some((i, &got)) = self.zeros.iter().enumerate().find(|(i, z)| **z > form.max_integer(i % n)) {
+                let (group, groups) = (i / n, self.scheme.groups(cols));
+                return Err(Error::Integer { row: group / groups, group: group % groups, got });
             }
         } else if let Some(&z) = self.zeros.iter().max() {
             range("zero point", u32::from(z), u32::from(bits.max_code()))?;

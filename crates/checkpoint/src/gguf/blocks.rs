@@ -183,7 +183,7 @@ fn unpack_ternary(bytes: &[u8], codes: &mut [u8]) {
         for m in 0..count {
             let mut rest = bytes[byte + m];
             for n in 0..digits {
-                codes[element + n * count + m] = (u16::from(rest) * 3 >> 8) as u8;
+                codes[element + n * count + m] = ((u16::from(rest) * 3) >> 8) as u8;
                 rest = rest.wrapping_mul(3);
             }
         }
