@@ -38,16 +38,15 @@ impl Pass<'_> {
     }
 }
 
+/// Receives the index of a block and the statistics of its sites.
+pub type BlockSink<'a, E> = &'a mut dyn FnMut(usize, &[SiteStats; 4]) -> Result<(), E>;
+
 /// Runs `windows` through the model block by block and hands the statistics of every block's sites, in the order of
 /// `SITES`, to `block`. Memory holds one block, the statistics of its sites and one activation stream.
 ///
 /// # Errors
 /// [`Error::NonFinite`] where activations overflow; whatever reading and running the model reports; errors of `block`.
-pub fn collect<E: From<Error>>(
-    pass: Pass<'_>,
-    windows: &Windows,
-    each: &mut dyn FnMut(usize, &[SiteStats; 4]) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn collect<E: From<Error>>(pass: Pass<'_>, windows: &Windows, each: BlockSink<'_, E>) -> Result<(), E> {
     let rope = RopeTable::new(&pass.spec.rope, windows.length).map_err(Error::from)?;
     let hidden = pass.embed(windows, StreamKind::Bf16, pass.stream_memory)?;
     for index in 0..pass.spec.layers {

@@ -19,14 +19,14 @@ mod stream;
 mod tokenizer;
 mod windows;
 
-pub use collect::{Pass, collect};
+pub use collect::{BlockSink, Pass, collect};
 pub use embeddings::{Cosine, Similarity, compare_embeddings};
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
 pub use gguf::gguf_tokenizer;
 pub use metrics::{Divergence, Perplexity, Summary};
 pub use pooling::{Pooling, Sentences};
-pub use probe::{Replacement, probe};
+pub use probe::{Replace, Replacement, probe};
 pub use sentencepiece::to_tokenizer_json;
 pub use statistics::{About, Statistics, StatisticsWriter, model_fingerprint};
 pub use stats::SiteStats;

@@ -19,6 +19,9 @@ const BATCH: usize = 16;
 /// New weights for some linears of one block.
 pub type Replacement = Vec<(Role, Vec<f32>)>;
 
+/// Names the replacements to measure in a block, given its index, its weights and what its sites see.
+pub type Replace<'a, E> = &'a mut dyn FnMut(usize, &Block, &[SiteStats; 4]) -> Result<Vec<Replacement>, E>;
+
 /// Measures the replacements that `replace` names for every block, given what its sites see; the result has an entry for
 /// each, in order: its mean KL divergence (nats per position) from the untouched model. `progress` is told (steps done,
 /// steps in all).
@@ -28,7 +31,7 @@ pub type Replacement = Vec<(Role, Vec<f32>)>;
 pub fn probe<E: From<Error>>(
     pass: Pass<'_>,
     windows: &Windows,
-    replace: &mut dyn FnMut(usize, &Block, &[SiteStats; 4]) -> Result<Vec<Replacement>, E>,
+    replace: Replace<'_, E>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Vec<f64>>, E> {
     let (spec, length) = (pass.spec, windows.length);

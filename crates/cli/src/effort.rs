@@ -1,5 +1,6 @@
 //! `--effort`: how much work goes into a result, and what it is expected to cost.
 
+use bitmill_calibrate::Windows;
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_quantize::{METHODS, Plan, ScaleSearch, Tuning};
 use bitmill_scheme::Scheme;
@@ -57,12 +58,13 @@ impl Effort {
     }
 }
 
-/// What tuning will cost here, as a sentence; `None` without tuning. `tokens` are those of all windows.
-pub(crate) fn expected(plan: &Plan, tokens: u64) -> Option<String> {
+/// What tuning on `windows` will cost here, as a sentence; `None` without tuning.
+pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
     let tuning = plan.settings.tuning.as_ref()?;
-    let operations = plan.tuning_operations(tokens) as f64;
-    // Attention, norms and logits take about as long again as they take operations less than products do.
-    let seconds = 1.5 * operations / (product_rate() * rayon::current_num_threads() as f64);
+    let tokens = windows.tokens.iter().map(|t| t.len() as u64).sum();
+    let operations = plan.tuning_operations(windows.count() as u64, tokens) as f64;
+    // What is not a product of matrices takes a third as long again.
+    let seconds = 1.3 * operations / (product_rate() * rayon::current_num_threads() as f64);
     Some(format!(
         "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine",
         tuning.passes,

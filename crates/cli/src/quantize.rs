@@ -386,8 +386,7 @@ impl Source {
         let (samples, length, seed) = (plan.settings.samples, plan.settings.sequence_length, plan.settings.seed);
         let text = how.text.windows(input, spec, (samples, length, seed))?;
         eprintln!("calibrating on {} from {}", amount(&text.windows), text.name);
-        let tokens = text.windows.tokens.iter().map(|t| t.len() as u64).sum();
-        if let Some(cost) = effort::expected(plan, tokens) {
+        if let Some(cost) = effort::expected(plan, &text.windows) {
             eprintln!("{cost}");
         }
         Ok(Source::Text(text))

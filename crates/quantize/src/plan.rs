@@ -209,12 +209,16 @@ impl Plan {
         self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.quantized_size().0))
     }
 
-    /// Floating-point operations of tuning over windows of `tokens` tokens in all: a forward pass of the teacher, and
-    /// forward and backward passes of the model, at two operations per weight and token each, with twice that for the backward pass.
+    /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
+    /// and forward and backward passes of the model, at two operations per weight and token each and twice that for the
+    /// backward pass; and what a step over the weights themselves costs, which moves bytes rather than computes.
     #[must_use]
-    pub fn tuning_operations(&self, tokens: u64) -> u64 {
-        let passes = self.settings.tuning.as_ref().map_or(0, |t| u64::from(t.passes));
-        8 * self.parameters * tokens * passes
+    pub fn tuning_operations(&self, windows: u64, tokens: u64) -> u64 {
+        /// A weight's gradient, moments, code and value, as operations that take as long (measured).
+        const STEP: u64 = 2000;
+        let Some(tuning) = &self.settings.tuning else { return 0 };
+        let steps = windows.div_ceil(tuning.batch as u64);
+        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.quantized_size().0 * steps)
     }
 }
 
