@@ -79,10 +79,11 @@ pub(crate) fn disk(weights: u64) -> u64 {
     4 * weights * 3 * 4
 }
 
-/// Bytes of memory that tuning `weights` rounded weights of a model of `all` weights takes: the model twice in f32, the
-/// latents and their moments, and the gradients of the windows in flight.
+/// Bytes of memory that tuning `weights` rounded weights of a model of `all` weights takes: the teacher in f32; the student
+/// and its best pass, each with its latents, their two moments and codes; and the gradients of the windows in flight.
 pub(crate) fn memory(weights: u64, all: u64) -> u64 {
-    4 * (2 * all + 3 * weights + (TOGETHER as u64 + 1) * weights) + weights
+    let student = weights * (4 + 3 * 4 + 1);
+    4 * all + 2 * student + 4 * weights * (TOGETHER as u64 + 1)
 }
 
 /// Tunes the model whose blocks were rounded to `start`, in order of blocks.
