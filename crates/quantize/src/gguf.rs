@@ -5,37 +5,41 @@
 //! of `llama` models are reordered as they are written: rows are whole, so it does not matter that they are quantized.
 
 mod metadata;
+mod mixes;
+mod types;
+
+pub use mixes::{MIXES, Mix};
+pub(crate) use types::TensorTypes;
+pub use types::{gguf_mix, gguf_types};
 
 use crate::{Action, Error, Settings, Unit};
-use bitmill_checkpoint::gguf::{self, GgmlType, GgufSpec, Storage};
+use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
 use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
 use bitmill_models::{Act, ModelSpec, RopeKind};
-use bitmill_scheme::{BLOCKS, Scheme};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-/// What becomes of the matrices outside of blocks, and of block linears that are left out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// Which types the matrices of a file get, beside the scheme.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct GgufSettings {
     /// Type of the token embedding: `f32`, `f16`, `bf16` or a block type.
-    pub token_embedding: String,
-    /// Type of the output matrix.
-    pub output: String,
-}
-
-impl Default for GgufSettings {
-    fn default() -> Self {
-        GgufSettings { token_embedding: "f16".into(), output: "f16".into() }
-    }
-}
-
-/// Names that [`GgufSettings`] take.
-#[must_use]
-pub fn gguf_types() -> Vec<&'static str> {
-    ["f32", "f16", "bf16"].into_iter().chain(BLOCKS.iter().map(|b| b.name)).collect()
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_embedding: Option<String>,
+    /// Type of the output matrix, and of an embedding that is tied to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+    /// A row of [`MIXES`] that says what each matrix becomes; the scheme is its base type.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mix: Option<String>,
+    /// Every matrix gets the one type, those outside of blocks too.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pure: bool,
+    /// Regular expressions searched in GGUF's names of tensors, and the type of the first that is found.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<(String, String)>,
 }
 
 /// How the tensors of a plan lie in a GGUF file.
@@ -85,38 +89,6 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     Ok(())
 }
 
-/// The scheme that the settings ask for a matrix outside of blocks; `None` where it stays dense.
-///
-/// # Errors
-/// [`Error::Gguf`] for a type that does not exist.
-pub(crate) fn end_scheme(
-    input: &Checkpoint,
-    settings: &Settings,
-    spec: &ModelSpec,
-    module: &str,
-) -> Result<Option<Scheme>, Error> {
-    let name = end_type(settings, spec, module);
-    let kind = type_named(name);
-    match kind.map(|k| k.storage) {
-        Some(Storage::Block(block)) => Ok(Some(Scheme::block(block))),
-        Some(_) => Ok(None),
-        None => {
-            let reason = format!("there is no tensor type `{name}`; the types are {}", gguf_types().join(", "));
-            Err(Error::Gguf { dir: input.dir().into(), reason })
-        }
-    }
-}
-
-fn end_type<'a>(settings: &'a Settings, spec: &ModelSpec, module: &str) -> &'a str {
-    let Some(types) = &settings.gguf else { return "f16" };
-    // A tied embedding is the output matrix.
-    if module == HEAD || (module == EMBEDDING && spec.tied) { &types.output } else { &types.token_embedding }
-}
-
-fn type_named(name: &str) -> Option<&'static GgmlType> {
-    gguf::TYPES.iter().find(|t| t.storage != Storage::Opaque && t.name.eq_ignore_ascii_case(name))
-}
-
 /// Whether the file does without a tensor of the folder: buffers of old exporters, and a head beside tied embeddings.
 fn dropped(name: &str, spec: &ModelSpec) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
@@ -130,6 +102,7 @@ pub(crate) fn output(
     input: &Checkpoint,
     spec: &ModelSpec,
     units: &mut Vec<Unit>,
+    dense: &BTreeMap<String, Dtype>,
     settings: &Settings,
 ) -> Result<(GgufOutput, OutputPlan), Error> {
     for unit in units.iter_mut() {
@@ -147,7 +120,9 @@ pub(crate) fn output(
         let storage = match &tensor.action {
             Action::Quantize { scheme, .. } => scheme.form().map_or(Storage::Opaque, |f| Storage::Block(f.kind)),
             Action::Copy => {
-                let dtype = dense_type(&tensor.name, &shape, settings, spec);
+                // Vectors are f32, and linears that are left out f16.
+                let own = dense.get(&tensor.name).copied();
+                let dtype = own.unwrap_or(if shape.len() < 2 { Dtype::F32 } else { Dtype::F16 });
                 out.dense.insert(tensor.name.clone(), dtype);
                 tensor.bytes = TensorSpec::new("", dtype, shape.clone()).bytes() as u64;
                 Storage::Dense(dtype)
@@ -162,19 +137,6 @@ pub(crate) fn output(
     let keys = metadata::metadata(input, spec, settings, &tensors)?;
     let constants = metadata::rope_factors(spec);
     Ok((out, OutputPlan::gguf(FILE, &keys, &constants, &tensors)?))
-}
-
-/// Vectors are f32, the ends of the model what was asked for, and linears that are left out f16.
-fn dense_type(name: &str, shape: &[usize], settings: &Settings, spec: &ModelSpec) -> Dtype {
-    if shape.len() < 2 {
-        return Dtype::F32;
-    }
-    let module = name.strip_suffix(".weight").unwrap_or(name);
-    let asked = if module == EMBEDDING || module == HEAD { end_type(settings, spec, module) } else { "f16" };
-    match type_named(asked).map(|t| t.storage) {
-        Some(Storage::Dense(dtype)) => dtype,
-        _ => Dtype::F16,
-    }
 }
 
 impl GgufOutput {

@@ -6,7 +6,7 @@ use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
-use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
+use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use serde_json::json;
@@ -70,6 +70,8 @@ pub enum Calibration<'a> {
     Text(&'a Windows),
     /// What an earlier pass saw in the full-precision model: no forward pass.
     Statistics(&'a Statistics),
+    /// The diagonal of what another program saw, which is enough to weigh errors and not to feed them back.
+    Importance(&'a Imatrix),
 }
 
 /// How a run is carried out, as far as it does not change its bytes.
@@ -114,6 +116,9 @@ pub fn run(
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
     }
+    if let Some(Calibration::Importance(imatrix)) = calibration {
+        measured::check(plan, imatrix)?;
+    }
     let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
@@ -145,7 +150,10 @@ pub fn run(
         (worker.observe)(Event::Started { unit, total, label });
         let tensors = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
-            (None, Some(block)) if plan.calibrated => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            (None, Some(block)) if plan.calibrated => match calibration {
+                Some(Calibration::Importance(imatrix)) => worker.weighed_unit(&plan.units[unit], imatrix)?,
+                _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            },
             _ => worker.plain_unit(&plan.units[unit])?,
         };
         worker.output.sync()?;

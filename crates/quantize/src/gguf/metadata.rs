@@ -1,5 +1,6 @@
 //! Metadata of a GGUF file: what a loader must know of the architecture, and the tokenizer.
 
+use super::gguf_mix;
 use crate::{Error, Settings};
 use bitmill_calibrate::gguf_tokenizer;
 use bitmill_checkpoint::Checkpoint;
@@ -63,8 +64,11 @@ pub(super) fn metadata(
     Ok(keys)
 }
 
-/// The number of the type most weights have.
+/// The number of the mixture, or of the type most weights have.
 fn file_type(settings: &Settings) -> u32 {
+    if let Some(mix) = settings.gguf.as_ref().and_then(|g| gguf_mix(g.mix.as_ref()?)) {
+        return mix.file_type;
+    }
     let block = settings.scheme.form().and_then(|f| BLOCKS.iter().find(|b| b.kind == f.kind));
     block.and_then(|b| by_storage(Storage::Block(b.kind))).map_or(1, |t| t.file_type)
 }

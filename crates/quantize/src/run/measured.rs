@@ -1,11 +1,29 @@
-//! A block rounded from statistics that an earlier pass collected: weights and H in, nothing flows.
+//! A block rounded from statistics that an earlier pass collected: weights and H, or its diagonal, in; nothing flows.
 
 use super::{Calibration, Worker, write_quantized};
 use crate::block::{Target, solve_targets};
 use crate::journal::TensorRecord;
 use crate::run::Event;
-use crate::{Action, Error, Unit};
+use crate::{Action, Error, Linear, Plan, Unit};
+use bitmill_calibrate::Imatrix;
 use bitmill_models::SITES;
+use std::time::Instant;
+
+/// Whether `imatrix` weighs the inputs of every linear of `plan`, and its method asks for no more.
+pub(super) fn check(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
+    if !plan.method.takes_diagonal() {
+        return Err(Error::DiagonalOnly { method: plan.method.name() });
+    }
+    let blocks = plan.units.iter().filter(|unit| unit.block.is_some());
+    for tensor in blocks.flat_map(|unit| &unit.tensors) {
+        let Action::Quantize { module, shape, .. } = &tensor.action else { continue };
+        let got = imatrix.importance(module).map(<[f32]>::len);
+        if got != Some(shape[1]) {
+            return Err(Error::Importance { module: module.clone(), inputs: shape[1], got: got.unwrap_or(0) });
+        }
+    }
+    Ok(())
+}
 
 impl Worker<'_, '_> {
     pub(super) fn measured_unit(
@@ -37,6 +55,39 @@ impl Worker<'_, '_> {
                 write_quantized(self.plan, &self.output, &done.module, &done.solved.quantized)?;
                 (self.observe)(Event::Tensor(&done.record));
                 records.push(done.record);
+            }
+        }
+        Ok(records)
+    }
+
+    /// A block whose errors are weighed by the mean squares in `imatrix`.
+    pub(super) fn weighed_unit(&mut self, unit: &Unit, imatrix: &Imatrix) -> Result<Vec<TensorRecord>, Error> {
+        for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
+            self.copy(&tensor.name)?;
+        }
+        let mut records = Vec::new();
+        for target in unit.tensors.iter().filter_map(Target::of) {
+            let started = Instant::now();
+            // Checked before the run began.
+            let Some(h) = imatrix.importance(target.module) else { continue };
+            let weight = self.input.weight(target.module)?.to_f32()?;
+            let (method, solver) = (self.plan.method, &self.plan.settings.solver);
+            let linear = Linear { name: target.module, weight: &weight, shape: target.shape, scheme: target.scheme };
+            for solved in method.solve(&[linear], Some(h), solver)? {
+                write_quantized(self.plan, &self.output, target.module, &solved.quantized)?;
+                let back = solved.quantized.dequantize();
+                let squares = |of: &dyn Fn(usize) -> f32| -> f64 {
+                    (0..weight.len()).map(|i| f64::from(h[i % h.len()]) * f64::from(of(i)).powi(2)).sum()
+                };
+                let (error, energy) = (squares(&|i| weight[i] - back[i]), squares(&|i| weight[i]));
+                let record = TensorRecord {
+                    relative_error: if energy > 0.0 { error / energy } else { 0.0 },
+                    error_of: "weighed weights".into(),
+                    seconds: started.elapsed().as_secs_f64(),
+                    ..TensorRecord::of(target.module, target.shape, target.scheme, method, target.bytes)
+                };
+                (self.observe)(Event::Tensor(&record));
+                records.push(record);
             }
         }
         Ok(records)
