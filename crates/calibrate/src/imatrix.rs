@@ -115,7 +115,7 @@ impl Imatrix {
         hash.finalize().to_hex().to_string()
     }
 
-    /// Writes `file`: in the older layout where its name ends in `.dat`, else as GGUF.
+    /// Writes `file`, whose name ends in `.dat` for the older layout or `.gguf`.
     ///
     /// # Errors
     /// Those of the disk, and names that the container does not take.
@@ -124,6 +124,10 @@ impl Imatrix {
             return std::fs::write(file, self.to_dat()).map_err(|source| Error::Io { path: file.to_owned(), source });
         }
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let stem = name.strip_suffix(".gguf").ok_or_else(|| Error::Imatrix {
+            file: file.to_owned(),
+            reason: "its name has to end in .gguf or .dat".into(),
+        })?;
         let dir =
             file.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), Path::to_owned);
         let keys = [
@@ -134,7 +138,7 @@ impl Imatrix {
         ];
         let tensors = self.tensors();
         let specs: Vec<(String, GgufSpec)> = tensors.iter().map(|(s, _)| (s.name.clone(), s.clone())).collect();
-        let output = OutputPlan::gguf(&name, &keys, &[], &specs)?.create(&dir)?;
+        let output = OutputPlan::gguf(stem, &keys, &[], &specs, u64::MAX)?.create(&dir)?;
         for (spec, values) in &tensors {
             output.write(&spec.name, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
         }

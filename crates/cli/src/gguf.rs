@@ -31,6 +31,9 @@ pub(crate) struct GgufArgs {
     /// Importance matrix of llama.cpp (GGUF or .dat) to weigh errors by, instead of text; weights are then rounded to nearest
     #[arg(long, value_name = "FILE", conflicts_with_all = ["stats", "calibration"])]
     imatrix: Option<PathBuf>,
+    /// Quantize a GGUF file that is quantized already: what was lost stays lost, and more is
+    #[arg(long)]
+    allow_requantize: bool,
 }
 
 /// Names of mixtures that `--scheme` takes: those that are not types as well.
@@ -97,6 +100,7 @@ impl GgufArgs {
             mix: self.mix(scheme).map(|m| m.name.to_owned()),
             pure: self.pure,
             overrides: self.tensor_type.clone(),
+            requantize: self.allow_requantize,
         }
     }
 

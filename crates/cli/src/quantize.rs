@@ -111,10 +111,13 @@ pub(crate) struct How {
     ignore: Vec<String>,
     #[command(flatten)]
     gguf: GgufArgs,
-    /// Largest size of one weight file
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
-    max_shard_size: u64,
+    /// Largest size of one weight file [default: 5GB, or one GGUF file whatever its size]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    max_shard_size: Option<u64>,
 }
+
+/// Largest size of a weight file in a folder.
+const SHARD: u64 = 5_000_000_000;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Search {
@@ -255,7 +258,7 @@ impl How {
             sequence_length: self.text.sequence_length,
             seed: self.text.seed,
             gguf: as_gguf.then(|| self.gguf.settings(self.scheme.as_ref())),
-            shard_bytes: self.max_shard_size,
+            shard_bytes: self.max_shard_size.unwrap_or(if as_gguf { u64::MAX } else { SHARD }),
         })
     }
 }

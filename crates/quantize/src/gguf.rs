@@ -14,7 +14,7 @@ pub use types::{gguf_mix, gguf_types};
 
 use crate::{Action, Error, Settings, Unit};
 use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
-use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
+use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec};
 use bitmill_models::{Act, ModelSpec, RopeKind};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,9 @@ pub struct GgufSettings {
     /// Regular expressions searched in GGUF's names of tensors, and the type of the first that is found.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub overrides: Vec<(String, String)>,
+    /// Whether a file that is quantized already may be quantized again.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub requantize: bool,
 }
 
 /// How the tensors of a plan lie in a GGUF file.
@@ -51,8 +54,11 @@ pub struct GgufOutput {
     interleaved: BTreeMap<String, usize>,
 }
 
-/// Name of the file inside of the work folder.
-pub(crate) const FILE: &str = "model.gguf";
+/// Name of the file inside of the work folder, without its end.
+pub(crate) const STEM: &str = "model";
+
+/// The tensor of divisors of the rotary frequencies, which folders have no name for.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Module of the embedding and of the output matrix.
 const EMBEDDING: &str = "model.embed_tokens";
@@ -61,6 +67,7 @@ const HEAD: &str = bitmill_models::HEAD;
 /// Refuses a model that llama.cpp would run differently, or not at all.
 pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Vec<String>) -> Result<(), Error> {
     let refuse = |reason: String| Err(Error::Gguf { dir: input.dir().into(), reason });
+    let factors = input.gguf().is_some() && input.contains(ROPE_FACTORS);
     let Some(spec) = spec else {
         return refuse(
             "its architecture is none that is run here, and names and settings in the file depend on it".into(),
@@ -78,7 +85,10 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     if spec.model_type == "qwen3" && (spec.qkv_bias || spec.out_bias) {
         return refuse("llama.cpp's qwen3 has no biases".into());
     }
-    if matches!(spec.rope.as_ref().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })) {
+    // A file that carries factors carries all there is to know.
+    if !factors
+        && matches!(spec.rope.as_ref().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. }))
+    {
         return refuse("llama.cpp has no dynamic or longrope scaling for this architecture".into());
     }
     if let Some(window) = spec.windows.iter().flatten().min().filter(|&&w| w < spec.max_positions) {
@@ -91,7 +101,9 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
 
 /// Whether the file does without a tensor of the folder: buffers of old exporters, and a head beside tied embeddings.
 fn dropped(name: &str, spec: &ModelSpec) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
+    name.ends_with(".rotary_emb.inv_freq")
+        || name == ROPE_FACTORS
+        || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
 }
 
 /// Lays out the file.
@@ -116,7 +128,7 @@ pub(crate) fn output(
         let refuse = |reason: String| Error::Gguf { dir: input.dir().into(), reason };
         let name = gguf::gguf_name(&tensor.name)
             .ok_or_else(|| refuse(format!("tensor {} has no name in GGUF; is it part of the model?", tensor.name)))?;
-        let shape = input.spec(&tensor.name).map(|s| s.shape.clone()).unwrap_or_default();
+        let shape = input.shape_of(&tensor.name).unwrap_or_default();
         let storage = match &tensor.action {
             Action::Quantize { scheme, .. } => scheme.form().map_or(Storage::Opaque, |f| Storage::Block(f.kind)),
             Action::Copy => {
@@ -135,32 +147,43 @@ pub(crate) fn output(
         tensors.push((tensor.name.clone(), GgufSpec { name, kind, shape }));
     }
     let keys = metadata::metadata(input, spec, settings, &tensors)?;
-    let constants = metadata::rope_factors(spec);
-    Ok((out, OutputPlan::gguf(FILE, &keys, &constants, &tensors)?))
+    let constants = match input.tensor(ROPE_FACTORS) {
+        Ok(own) if input.gguf().is_some() => metadata::constant(ROPE_FACTORS, &own.to_f32()?),
+        _ => metadata::rope_factors(spec),
+    };
+    Ok((out, OutputPlan::gguf(STEM, &keys, &constants, &tensors, settings.shard_bytes)?))
 }
 
 impl GgufOutput {
-    /// The bytes of a copied tensor.
+    /// The bytes of the tensor `name` of `input`, which is not quantized in the file.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for a type that is no number; [`Error::Overflow`] for a weight that f16 does not hold.
-    pub(crate) fn copied<'a>(&self, view: &TensorView<'a>) -> Result<Cow<'a, [u8]>, Error> {
-        let Some(&dtype) = self.dense.get(view.name) else { return Ok(Cow::Borrowed(view.bytes)) };
-        let values = view.to_f32()?;
+    pub(crate) fn copied<'a>(&self, input: &'a Checkpoint, name: &str) -> Result<Cow<'a, [u8]>, Error> {
+        let view = input.tensor(name)?;
+        let Some(&dtype) = self.dense.get(name) else { return Ok(Cow::Borrowed(view.bytes)) };
+        if dtype == view.dtype && view.interleaved.is_none() {
+            let rows = view.shape.first().copied().unwrap_or(1);
+            return Ok(Cow::Owned(self.ordered(name, rows, view.bytes.to_vec())));
+        }
+        let module = name.strip_suffix(".weight").filter(|module| input.scheme_of(module).is_some());
+        let values = match module {
+            Some(module) => input.weight(module)?.to_f32()?,
+            None => view.to_f32()?,
+        };
         let bytes = match dtype {
-            _ if dtype == view.dtype => view.bytes.to_vec(),
             Dtype::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
                 if let Some(index) = halves.iter().position(|h| !h.is_finite()) {
                     let value = values[index];
-                    return Err(Error::Overflow { tensor: view.name.into(), index, value });
+                    return Err(Error::Overflow { tensor: name.into(), index, value });
                 }
                 halves.iter().flat_map(|h| h.to_le_bytes()).collect()
             }
             Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         };
-        Ok(Cow::Owned(self.ordered(view.name, view.shape.first().copied().unwrap_or(1), bytes)))
+        Ok(Cow::Owned(self.ordered(name, view.shape.first().copied().unwrap_or(1), bytes)))
     }
 
     /// The bytes of a tensor with `rows` rows in the order of the file.

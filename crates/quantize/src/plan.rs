@@ -84,9 +84,7 @@ impl Plan {
     /// # Errors
     /// Everything that would fail later for a reason that names, shapes and settings already show.
     pub fn new(input: &Checkpoint, settings: &Settings) -> Result<Self, Error> {
-        if let Some(dialect) = input.dialect() {
-            return Err(Error::AlreadyQuantized { dir: input.dir().into(), format: dialect.format().name().into() });
-        }
+        taken(input, settings)?;
         let method = method(&settings.method)?;
         let format = format(&settings.format).ok_or_else(|| Error::UnknownFormat {
             name: settings.format.clone(),
@@ -125,7 +123,7 @@ impl Plan {
         if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
             return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
         }
-        let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
+        let sizes = input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64);
         let parameters = sizes.sum();
         if let (true, Some(spec)) = (as_gguf, &spec) {
             if settings.tuning.is_some() {
@@ -243,14 +241,32 @@ fn quantized(units: &[Unit]) -> impl Iterator<Item = (&String, &Scheme, [usize; 
     })
 }
 
+/// Whether `input` may be quantized: a model of plain numbers, or a GGUF file that becomes another, which its user has to
+/// ask for if blocks would be rounded a second time.
+fn taken(input: &Checkpoint, settings: &Settings) -> Result<(), Error> {
+    let Some(dialect) = input.dialect() else { return Ok(()) };
+    let format = dialect.format().name();
+    let Some(gguf) = input.gguf() else {
+        return Err(Error::AlreadyQuantized { dir: input.dir().into(), format: format.into() });
+    };
+    let reason = match &settings.gguf {
+        None => "from a GGUF file only another GGUF file is made; `bitmill dequantize` makes a folder of it first",
+        Some(own) if !own.requantize && gguf.tensors.iter().any(|t| t.kind.block > 1) => {
+            "it is quantized already, and rounding a second time adds to what was lost; --allow-requantize does it anyway"
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(Error::Gguf { dir: input.dir().into(), reason: reason.into() })
+}
+
 /// Every tensor the architecture needs is stored, in its shape.
 fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
     for slot in spec.tensors() {
-        match input.spec(&slot.name) {
+        match input.shape_of(&slot.name) {
             None if slot.optional => {}
             None => return Err(Error::MissingTensor { dir: input.dir().into(), tensor: slot.name }),
-            Some(stored) if stored.shape != slot.shape && !slot.optional => {
-                let (tensor, expected, got) = (slot.name, slot.shape, stored.shape.clone());
+            Some(got) if got != slot.shape && !slot.optional => {
+                let (tensor, expected) = (slot.name, slot.shape);
                 return Err(bitmill_models::Error::Shape { tensor, expected, got }.into());
             }
             Some(_) => {}
@@ -389,7 +405,8 @@ impl<'a> Units<'a> {
         roles: &BTreeMap<String, (Role, usize)>,
         notes: &mut Vec<String>,
     ) -> Result<Sorted, Error> {
-        let stored = self.input.spec(name).map(|s| (s.shape.clone(), s.dtype, s.bytes() as u64));
+        let shape = self.input.shape_of(name);
+        let stored = self.input.spec(name).zip(shape).map(|(s, shape)| (shape, s.dtype, s.bytes() as u64));
         let (shape, dtype, stored_bytes) = stored.unwrap_or((Vec::new(), Dtype::F32, 0));
         let copy = |own| Ok((PlannedTensor { name: name.into(), action: Action::Copy, bytes: stored_bytes }, own));
         let Some(module) = name.strip_suffix(".weight") else { return copy(None) };

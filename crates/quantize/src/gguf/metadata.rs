@@ -5,7 +5,7 @@ use crate::{Error, Settings};
 use bitmill_calibrate::gguf_tokenizer;
 use bitmill_checkpoint::Checkpoint;
 use bitmill_checkpoint::Dtype;
-use bitmill_checkpoint::gguf::{GgufSpec, Storage, TYPES, Value, by_storage};
+use bitmill_checkpoint::gguf::{GgufSpec, Storage, Value, by_storage};
 use bitmill_models::{ModelSpec, Rope, RopeKind};
 use bitmill_scheme::BLOCKS;
 
@@ -58,7 +58,13 @@ pub(super) fn metadata(
     for (key, value) in spec.rope.iter().flat_map(rope) {
         add(key, value);
     }
-    keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?);
+    match input.gguf() {
+        Some(gguf) => {
+            let own = gguf.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
+            keys.extend(own.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        None => keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?),
+    }
     keys.push(("bitmill.version".to_owned(), Value::Text(env!("CARGO_PKG_VERSION").into())));
     keys.push(("bitmill.method".to_owned(), Value::Text(settings.method.clone())));
     Ok(keys)
@@ -104,11 +110,12 @@ pub(super) fn rope_factors(spec: &ModelSpec) -> Vec<(GgufSpec, Vec<u8>)> {
     let plain = Rope { kind: RopeKind::Default, ..own.clone() };
     let (scaled, plain) = (own.frequencies(1), plain.frequencies(1));
     let factors: Vec<f32> = plain.iter().zip(&scaled).map(|(p, s)| p / s).collect();
-    let kind = TYPES.iter().find(|t| t.storage == Storage::Dense(Dtype::F32));
-    kind.map(|kind| {
-        let spec = GgufSpec { name: "rope_freqs.weight".into(), kind, shape: vec![factors.len()] };
-        (spec, factors.iter().flat_map(|f| f.to_le_bytes()).collect())
-    })
-    .into_iter()
-    .collect()
+    constant(super::ROPE_FACTORS, &factors)
+}
+
+/// A vector that is written with the header.
+pub(super) fn constant(name: &str, values: &[f32]) -> Vec<(GgufSpec, Vec<u8>)> {
+    let kind = by_storage(Storage::Dense(Dtype::F32));
+    let spec = kind.map(|kind| GgufSpec { name: name.into(), kind, shape: vec![values.len()] });
+    spec.map(|spec| (spec, values.iter().flat_map(|f| f.to_le_bytes()).collect())).into_iter().collect()
 }

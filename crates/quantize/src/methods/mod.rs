@@ -54,6 +54,10 @@ pub trait Method: Sync {
     }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
+    /// Whether every row of a matrix of blocks is rounded by itself.
+    fn works_by_rows(&self) -> bool {
+        false
+    }
     /// Whether the diagonal of H is enough.
     fn takes_diagonal(&self) -> bool {
         false

@@ -20,6 +20,10 @@ impl Method for Rtn {
         if options.scale_search == Some(ScaleSearch::Hessian) { Needs::Hessian } else { Needs::Nothing }
     }
 
+    fn works_by_rows(&self) -> bool {
+        true
+    }
+
     fn takes_diagonal(&self) -> bool {
         true
     }

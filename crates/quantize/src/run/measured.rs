@@ -7,7 +7,6 @@ use crate::run::Event;
 use crate::{Action, Error, Linear, Plan, Unit};
 use bitmill_calibrate::Imatrix;
 use bitmill_models::SITES;
-use std::time::Instant;
 
 /// Whether `imatrix` weighs the inputs of every linear of `plan`, and its method asks for no more.
 pub(super) fn check(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
@@ -67,28 +66,11 @@ impl Worker<'_, '_> {
         }
         let mut records = Vec::new();
         for target in unit.tensors.iter().filter_map(Target::of) {
-            let started = Instant::now();
             // Checked before the run began.
             let Some(h) = imatrix.importance(target.module) else { continue };
-            let weight = self.input.weight(target.module)?.to_f32()?;
+            let linear = Linear { name: target.module, weight: &[], shape: target.shape, scheme: target.scheme };
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
-            let linear = Linear { name: target.module, weight: &weight, shape: target.shape, scheme: target.scheme };
-            for solved in method.solve(&[linear], Some(h), solver)? {
-                write_quantized(self.plan, &self.output, target.module, &solved.quantized)?;
-                let back = solved.quantized.dequantize();
-                let squares = |of: &dyn Fn(usize) -> f32| -> f64 {
-                    (0..weight.len()).map(|i| f64::from(h[i % h.len()]) * f64::from(of(i)).powi(2)).sum()
-                };
-                let (error, energy) = (squares(&|i| weight[i] - back[i]), squares(&|i| weight[i]));
-                let record = TensorRecord {
-                    relative_error: if energy > 0.0 { error / energy } else { 0.0 },
-                    error_of: "weighed weights".into(),
-                    seconds: started.elapsed().as_secs_f64(),
-                    ..TensorRecord::of(target.module, target.shape, target.scheme, method, target.bytes)
-                };
-                (self.observe)(Event::Tensor(&record));
-                records.push(record);
-            }
+            records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
         }
         Ok(records)
     }
