@@ -136,7 +136,7 @@ fn what_cannot_be_is_refused_while_planning() {
     let file = dir.path().join("c.gguf");
     quantize(&file, &["--scheme", "q4_0", "--method", "rtn"]);
     let said = run(&file, "d.gguf", &["--scheme", "q4_0"]);
-    assert!(said.contains("already quantized as gguf"), "{said}");
+    assert!(said.contains("--allow-requantize"), "{said}");
 }
 
 /// The type of every matrix in a plan.
@@ -221,4 +221,44 @@ fn an_importance_matrix_weighs_errors_and_numbers_come_back() {
             .args(["--windows", "2", "--window", "64"]),
     );
     assert!(e["divergence"]["kl"]["mean"].as_f64().unwrap() < 1e-6, "{e}");
+}
+
+#[test]
+fn files_are_split_read_from_any_part_and_quantized_again_only_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole.gguf"), dir.path().join("parts.gguf"));
+    quantize(&whole, &["--scheme", "q8_0", "--method", "rtn"]);
+    let report = quantize(&out, &["--scheme", "q8_0", "--method", "rtn", "--max-shard-size", "5MB"]);
+    let parts: Vec<_> = (1..=4).map(|i| dir.path().join(format!("parts-0000{i}-of-00004.gguf"))).collect();
+    assert!(parts.iter().all(|p| p.exists()) && report["output"] == parts[0].to_str().unwrap(), "{report}");
+    assert!(!out.exists());
+    let one = Checkpoint::open(&whole).unwrap();
+    for part in [&parts[0], &parts[3]] {
+        let many = Checkpoint::open(part).unwrap();
+        assert_eq!(many.names().collect::<Vec<_>>(), one.names().collect::<Vec<_>>());
+        for module in ["model.layers.0.self_attn.q_proj", "model.layers.7.mlp.down_proj", "lm_head"] {
+            let (a, b) =
+                (one.weight(module).unwrap().to_f32().unwrap(), many.weight(module).unwrap().to_f32().unwrap());
+            assert_eq!(a, b, "{module}");
+        }
+    }
+    let again = dir.path().join("again.gguf");
+    let how = ["--scheme", "q4_0", "--method", "rtn"];
+    let said = failure(bitmill(["quantize"]).arg(&parts[0]).arg("-o").arg(&again).args(how), 1);
+    assert!(said.contains("--allow-requantize"), "{said}");
+    json(bitmill(["quantize"]).arg(&parts[0]).arg("-o").arg(&again).args(how).arg("--allow-requantize"));
+    let direct = dir.path().join("direct.gguf");
+    quantize(&direct, &how);
+    // Eight bits before four are hardly felt, and names, rows and tokenizer came through.
+    let (a, b) = (Checkpoint::open(&again).unwrap(), Checkpoint::open(&direct).unwrap());
+    assert_eq!(a.gguf().unwrap().get("tokenizer.ggml.tokens"), b.gguf().unwrap().get("tokenizer.ggml.tokens"));
+    for module in ["model.layers.3.self_attn.k_proj", "model.layers.3.mlp.up_proj", "model.embed_tokens"] {
+        let (a, b) = (a.weight(module).unwrap().to_f32().unwrap(), b.weight(module).unwrap().to_f32().unwrap());
+        let energy: f32 = b.iter().map(|x| x * x).sum();
+        let error: f32 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
+        assert!(error < 0.01 * energy, "{module}: {}", error / energy);
+    }
+    std::fs::remove_file(&parts[2]).unwrap();
+    let said = failure(bitmill(["inspect"]).arg(&parts[0]), 1);
+    assert!(said.contains("parts-00003-of-00004.gguf"), "{said}");
 }

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import random_checkpoint
+import torch
 from gguf import GGUFReader
 from llama_cpp import (
     CONTEXT,
@@ -30,7 +32,7 @@ from llama_cpp import (
     types,
     values,
 )
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 WINDOWS = 12
 TYPES = [
@@ -128,34 +130,7 @@ def check_types(bench: Bench, wanted: Callable[[str], bool]) -> None:
 def made_up(bench: Bench, name: str, changes: dict) -> Path:
     """A folder of random weights with the model's tokenizer."""
     out = bench.work / "made-up" / re.sub(r"\W+", "-", name)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    config = json.loads((bench.model / "config.json").read_text()) | {"hidden_size": 256, "intermediate_size": 256} | changes
-    heads, hidden, inner = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
-    config["head_dim"] = hidden // heads
-    kv = config["num_key_value_heads"] * config["head_dim"]
-    (out / "config.json").write_text(json.dumps(config))
-    for file in bench.model.glob("tokenizer*"):
-        shutil.copy(file, out / file.name)
-    random = np.random.default_rng(1)
-
-    def matrix(*shape: int) -> np.ndarray:
-        return (random.standard_normal(shape, np.float32) * 0.02).astype(np.float16)
-
-    tensors = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden), "model.norm.weight": np.ones(hidden, np.float16)}
-    if not config.get("tie_word_embeddings"):
-        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        for part, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):  # fmt: skip
-            tensors[f"{at}{part}.weight"] = matrix(rows, columns)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}{norm}.weight"] = np.ones(hidden, np.float16)
-    save_file(tensors, out / "model.safetensors")
+    random_checkpoint.write(bench.model, out, {"hidden_size": 256, "intermediate_size": 256} | changes, torch.float16)
     return out
 
 
