@@ -123,7 +123,8 @@ impl Plan {
         if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
             return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
         }
-        let parameters = input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64).sum();
+        let parameters =
+            input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64).sum();
         if let (true, Some(spec)) = (as_gguf, &spec) {
             if settings.tuning.is_some() {
                 return Err(Error::TuningFormat { format: format.name().into() });
