@@ -142,7 +142,7 @@ impl Quantized {
             debug_assert!(groups * form.len == cols);
             let p = self.block(form, row, col / form.len);
             let a = form.affine(&p, col % form.len / form.sub);
-            out.extend(codes.iter().map(|&c| form.value(c, a)));
+            form.values(codes, a, &mut out);
         }
         out
     }
