@@ -3,6 +3,7 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod bench;
 mod calibrate;
 mod dequantize;
 mod effort;
@@ -35,6 +36,7 @@ enum Command {
     Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Bench(bench::Args),
 }
 
 /// Options every command has.
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
