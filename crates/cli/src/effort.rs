@@ -14,7 +14,7 @@ pub(crate) enum Effort {
     Fast,
     /// Calibrated gptq, then one pass of tuning where the model is small enough for it
     Balanced,
-    /// The same with eight passes of tuning
+    /// The same with 8 passes of tuning, 12 at 3 bits and 32 at 2
     Best,
 }
 
@@ -42,7 +42,12 @@ impl Effort {
             _ if method != METHODS[0].name() => 0,
             Effort::Fast => 0,
             Effort::Balanced => 1,
-            Effort::Best => 8,
+            // Coarse codes leave more to be learned: these are the passes after which more of them bring little.
+            Effort::Best => match scheme.bits().get() {
+                ..=2 => 32,
+                3 => 12,
+                _ => 8,
+            },
         };
         let passes = passes.unwrap_or(own);
         (passes > 0).then(|| Tuning::new(passes, scheme.bits().get()))
