@@ -95,7 +95,7 @@ fn memory(Ready { plan, source, .. }: &Ready, stream_memory: u64) -> u64 {
 
 /// The plan of `model` for people.
 pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String {
-    let Ready { plan, predicted, .. } = ready;
+    let Ready { plan, .. } = ready;
     let (weights, payload) = plan.quantized_size();
     let total = plan.output.total_bytes();
     let mut text = format!(
@@ -119,7 +119,7 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
         plan.output.files().count()
     );
     text += &format!("  peak memory  about {}\n", units::bytes(memory(ready, stream_memory)));
-    if let Some(predicted) = predicted {
+    if let Some(predicted) = plan.mixture.as_ref().map(|m| m.predicted) {
         text += &format!("  predicted    KL divergence {predicted:.5} nats per position\n");
     }
     for (loader, reasons) in loaders(plan) {
@@ -131,7 +131,7 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
 
 /// The plan of `model` for programs.
 pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_json::Value {
-    let Ready { plan, source, predicted } = ready;
+    let Ready { plan, source } = ready;
     let (weights, payload) = plan.quantized_size();
     let rows = rows(plan).into_iter().map(|((role, scheme), row)| {
         json!({"role": role, "scheme": scheme, "tensors": row.tensors, "weights": row.weights, "bytes": row.bytes})
@@ -148,7 +148,7 @@ pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_j
         "roles": rows.collect::<Vec<_>>(), "tensors": tensors.collect::<Vec<_>>(), "files": files.collect::<Vec<_>>(), "calibration": text,
         "quantized_weights": weights, "quantized_bytes": payload,
         "bits_per_weight": plan.bits_per_weight(), "output_bytes": plan.output.total_bytes(),
-        "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": predicted,
+        "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": plan.mixture.as_ref().map(|m| m.predicted), "mixture": plan.mixture,
         "loaders": loaders.collect::<Vec<_>>(), "notes": plan.notes,
     })
 }

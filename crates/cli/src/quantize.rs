@@ -13,7 +13,7 @@ use bitmill_quantize::{
     Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
     StageRecord, gguf_types, read_plan,
 };
-use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -54,7 +54,7 @@ pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
-          "sequence_length", "seed", "size", "options", "least", "ignore", "max_shard_size"])]
+          "sequence_length", "seed", "size", "decode_time", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
     #[arg(long, value_name = "NAME", value_parser = preset_names(), hide_possible_values = true,
@@ -183,9 +183,13 @@ fn parse_damping(text: &str) -> Result<f32, String> {
 }
 
 impl How {
-    fn scheme(&self) -> anyhow::Result<Scheme> {
+    fn scheme(&self, named_gguf: bool) -> anyhow::Result<Scheme> {
         if let Some(name) = &self.scheme {
             return bitmill_scheme::scheme(name).context("no such scheme");
+        }
+        // Of a mixture this scheme gives all but the widths; in a GGUF file, nothing but a frame that fits every shape.
+        if named_gguf && self.mixed.budget(self.bits)?.is_some() {
+            return Ok(Scheme::block(BlockType::Q8_0));
         }
         let granularity = match self.group_size.unwrap_or(128) {
             -1 => Granularity::Channel,
@@ -194,7 +198,6 @@ impl How {
         };
         let bits = match self.bits {
             Some(Width::Uniform(bits)) => bits,
-            // Of a mixture this scheme gives all but the widths.
             Some(Width::Mean(_)) | None => 4,
         };
         Ok(Scheme::int(Bits::new(bits)?, !self.asymmetric, granularity))
@@ -211,7 +214,7 @@ impl How {
     }
 
     fn flags(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
-        let scheme = self.scheme()?;
+        let scheme = self.scheme(named_gguf)?;
         let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
         let default_format = match scheme.activations {
             _ if named_gguf || scheme.form().is_some() => GGUF.name(),
@@ -267,8 +270,6 @@ impl How {
 pub(crate) struct Ready {
     pub(crate) plan: Plan,
     pub(crate) source: Source,
-    /// What the mixture is predicted to lose, where one was chosen.
-    pub(crate) predicted: Option<f64>,
 }
 
 /// How far [`How::ready`] goes where no mixture has to be chosen.
@@ -303,7 +304,8 @@ impl How {
             _ => Source::open(self, input, &plan)?,
         };
         let Some(budget) = budget else {
-            return Ok(Ready { plan, source, predicted: None });
+            self.mixed.check_loaders(&plan)?;
+            return Ok(Ready { plan, source });
         };
         let collected = match &source {
             Source::Text(text) => Some(collect(beside, stream_memory, input, &plan, text)?),
@@ -313,9 +315,10 @@ impl How {
             (Source::Statistics(statistics), _) | (_, Some(statistics)) => statistics,
             _ => anyhow::bail!("a mixture needs text or statistics"),
         };
-        let mixture = self.mixed.mixture(input, &plan, statistics, budget)?;
-        let plan = Plan::new(input, &mixture.settings(&plan.settings))?;
-        Ok(Ready { plan, source, predicted: Some(mixture.predicted) })
+        let plan = self.mixed.weighed(input, &plan, statistics)?.plan(input, &plan, budget)?;
+        plan.mixture.iter().for_each(mixed::describe);
+        self.mixed.check_loaders(&plan)?;
+        Ok(Ready { plan, source })
     }
 }
 
@@ -336,7 +339,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         dry_run(args, &ready);
         return Ok(());
     }
-    let Ready { plan, source, .. } = ready;
+    let Ready { plan, source } = ready;
     let text = match &source {
         Source::Text(text) => Some(text.name.as_str()),
         _ => None,

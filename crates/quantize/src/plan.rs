@@ -1,6 +1,6 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
-use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, gguf, method};
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
@@ -72,6 +72,8 @@ pub struct Plan {
     pub parameters: u64,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
+    /// The mixture its schemes are from, where one was chosen.
+    pub mixture: Option<Mixture>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -141,6 +143,7 @@ impl Plan {
                 config,
                 parameters,
                 gguf,
+                mixture: None,
                 notes,
             });
         }
@@ -149,8 +152,22 @@ impl Plan {
         config["quantization_config"] = format.config(&layers, &ignored)?;
         let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
         let files = copied_files(input, &mut notes)?;
-        let gguf = None;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, gguf, notes })
+        let (gguf, mixture) = (None, None);
+        Ok(Plan {
+            settings,
+            method,
+            format,
+            spec,
+            calibrated,
+            units,
+            output,
+            files,
+            config,
+            parameters,
+            gguf,
+            mixture,
+            notes,
+        })
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -166,6 +183,24 @@ impl Plan {
             Action::Quantize { shape, .. } => (weights + (shape[0] * shape[1]) as u64, bytes + t.bytes),
             Action::Copy => (weights, bytes),
         })
+    }
+
+    /// Bytes written for the quantized modules that `wanted` names.
+    pub(crate) fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> u64 {
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        let named = tensors.filter(|t| matches!(&t.action, Action::Quantize { module, .. } if wanted(module)));
+        named.map(|t| t.bytes).sum()
+    }
+
+    /// Bytes of the output that generating a token does not read: an embedding that is not the output matrix, of which
+    /// a row is all that is looked up.
+    #[must_use]
+    pub fn unread_bytes(&self) -> u64 {
+        if self.spec.as_ref().is_some_and(|s| s.tied) {
+            return 0;
+        }
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        tensors.filter(|t| t.name.strip_suffix(".weight").is_some_and(is_embedding)).map(|t| t.bytes).sum()
     }
 
     /// Bits per quantized weight: every byte written for quantized tensors, over their weights.
