@@ -295,12 +295,12 @@ impl Statistics {
         Ok(Some(mixed))
     }
 
-    /// How far the activation of a site is from evenly spread numbers.
+    /// How far the activation of a site is from evenly spread numbers, given its H.
     ///
     /// # Errors
-    /// As [`Statistics::hessian`].
-    pub fn spread(&self, block: usize, site: &Site) -> Result<Spread, Error> {
-        let (h, max) = (self.hessian(block, site)?, self.abs_max(block, site)?);
+    /// As [`Statistics::mean`].
+    pub fn spread(&self, block: usize, site: &Site, h: &[f32]) -> Result<Spread, Error> {
+        let max = self.abs_max(block, site)?;
         let square: Vec<f64> = h.iter().step_by(max.len() + 1).map(|&v| f64::from(v)).collect();
         let name = key(block, site, "fourth");
         let fourth = self.parts.iter().all(|p| p.file.contains(&name)).then(|| self.mixed(&name)).transpose()?;

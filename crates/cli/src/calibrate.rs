@@ -47,7 +47,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         spec.causal,
         "statistics are collected from decoders; an encoder is quantized with its text directly (quantize --calibration)"
     );
-    let Text { name, windows } =
+    let Text { name, windows, .. } =
         args.text.windows(&input, &spec, (args.text.samples(&input), args.text.sequence_length, args.text.seed))?;
     eprintln!("calibrating on {} from {name}", amount(&windows));
     let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

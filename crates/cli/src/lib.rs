@@ -11,8 +11,10 @@ mod mixed;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
 mod text;
 mod units;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -32,6 +34,7 @@ enum Command {
     Calibrate(calibrate::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Report(report::Args),
 }
 
 /// Options every command has.
@@ -67,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

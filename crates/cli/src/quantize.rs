@@ -2,16 +2,15 @@
 
 use crate::effort::Effort;
 use crate::mixed::{self, MixtureArgs, Width};
-use crate::progress::Progress;
 use crate::text::{Text, TextArgs};
-use crate::{Common, effort, plan, units};
+use crate::watch::{Reporter, stop_on_ctrl_c};
+use crate::{Common, effort, plan, report, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
-use bitmill_models::SITES;
 use bitmill_quantize::{
-    Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
-    StageRecord, gguf_types, read_plan,
+    Calibration, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, gguf_types,
+    read_plan,
 };
 use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
@@ -19,8 +18,7 @@ use clap::{ArgAction, ValueEnum};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Quantize a model folder
@@ -38,6 +36,9 @@ pub(crate) struct Args {
     output: PathBuf,
     #[command(flatten)]
     how: How,
+    /// Write no report (OUT.report.html), and measure nothing on held-out text for it
+    #[arg(long)]
+    no_report: bool,
     /// Print the plan (sizes, memory, what becomes of every tensor) and stop
     #[arg(long)]
     dry_run: bool,
@@ -360,7 +361,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             eprintln!("what is finished is kept; run the same command to go on");
         }
     })?;
-    report(args, &plan, text, &finished, started.elapsed().as_secs_f64())
+    let seconds = started.elapsed().as_secs_f64();
+    let held_out = match &source {
+        Source::Text(text) => text.held_out.as_ref().map(|w| (text.name.as_str(), w)),
+        _ => None,
+    };
+    let reported = match args.no_report {
+        true => None,
+        false => {
+            let memory = args.common.stream_memory;
+            Some(report::of_run(&finished.out, finished.manifest.clone(), &input, held_out, memory)?)
+        }
+    };
+    print(args, &plan, text, &finished, (seconds, reported))
 }
 
 /// What tells the method about activations.
@@ -412,83 +425,6 @@ fn collect(
     mixed::collect_beside(beside, pass, &text.windows)
 }
 
-/// The first Ctrl-C asks for a clean stop, the second ends the process; neither loses what is finished.
-fn stop_on_ctrl_c() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping at the next clean point; press Ctrl-C again to end at once");
-    })?;
-    Ok(stop)
-}
-
-/// Turns the events of a run into progress.
-struct Reporter {
-    bar: Progress,
-    unit: u64,
-    label: String,
-    errors: Vec<f64>,
-}
-
-/// Steps of the bar per unit: its sites.
-const STEPS: u64 = SITES.len() as u64;
-
-impl Reporter {
-    fn new(units: usize) -> Self {
-        Reporter { bar: Progress::new(units as u64 * STEPS), unit: 0, label: String::new(), errors: Vec::new() }
-    }
-
-    fn event(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Checking => self.bar.message("checking weights for NaN and infinity".into()),
-            Event::Resumed { done, total } => {
-                self.bar.skip(*done as u64 * STEPS);
-                self.bar.line(&format!("taking up an unfinished run: {done} of {total} steps are done"));
-            }
-            Event::Started { unit, label, .. } => {
-                self.unit = *unit as u64;
-                self.label = (*label).to_owned();
-                self.errors.clear();
-                self.bar.message(self.label.clone());
-            }
-            Event::Site { name } => {
-                let step = SITES.iter().position(|s| s.name == *name).unwrap_or(0) as u64;
-                self.bar.set(self.unit * STEPS + step);
-                self.bar.message(format!("{} {name}", self.label));
-            }
-            Event::Tensor(record) => {
-                self.errors.push(record.relative_error);
-                let name = record.tensor.rsplit('.').next().unwrap_or(&record.tensor);
-                self.bar.message(format!("{} {name}: relative error {:.2e}", self.label, record.relative_error));
-            }
-            Event::Tuning { done, total, held_out } => {
-                self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
-                let (last, before) = held_out;
-                self.bar.message(format!("tuning step {done}/{total}: held-out loss {before:.5} -> {last:.5}"));
-            }
-            Event::Stage(stage) => self.bar.line(&tuned(stage)),
-            Event::Committed { done, .. } => {
-                self.bar.set(*done as u64 * STEPS);
-                if !self.errors.is_empty() {
-                    let mean = self.errors.iter().sum::<f64>() / self.errors.len() as f64;
-                    self.bar.plain_line(&format!("{}: mean relative error {mean:.3e}", self.label));
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
-/// What a stage brought, in one line.
-fn tuned(stage: &StageRecord) -> String {
-    let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
-    let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
-    format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
-}
-
 /// Whether `path` is named as a GGUF file.
 fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == GGUF.name())
@@ -522,7 +458,15 @@ pub(crate) fn stream_bytes(plan: &Plan, windows: usize, length: usize, memory: u
     ((windows * length * widths * 2) as u64).min(memory)
 }
 
-fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds: f64) -> anyhow::Result<()> {
+/// Prints the result: a report's file and divergence are there unless it was left out.
+fn print(
+    args: &Args,
+    plan: &Plan,
+    text: Option<&str>,
+    done: &Finished,
+    (seconds, reported): (f64, Option<(PathBuf, Option<f64>)>),
+) -> anyhow::Result<()> {
+    let (page, kl) = reported.map_or((None, None), |(page, kl)| (Some(page), kl));
     let (weights, payload) = plan.quantized_size();
     let input = folder_weights(&args.model);
     let mean = done.tensors.iter().map(|t| t.relative_error).sum::<f64>() / done.tensors.len().max(1) as f64;
@@ -532,6 +476,7 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
             "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors, "stages": done.stages,
+            "mixture": plan.mixture, "report": page, "held_out_kl": kl,
         });
         println!("{value:#}");
         return Ok(());
@@ -551,6 +496,10 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
         units::bytes(done.bytes),
         done.log.display()
     );
+    if let Some(page) = page {
+        let kl = kl.map_or(String::new(), |kl| format!("KL divergence on held-out text {kl:.5}; "));
+        println!("{kl}report: {}", page.display());
+    }
     Ok(())
 }
 

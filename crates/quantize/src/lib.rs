@@ -29,7 +29,7 @@ pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, gguf_types};
-pub use journal::{StageRecord, TensorRecord};
+pub use journal::{SiteRecord, StageRecord, TensorRecord};
 pub use loaders::{loader_names, loaders, refusal};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
 pub use mixture::{Budget, Chosen, Mixing, Mixture, mix};
