@@ -12,6 +12,7 @@ mod plan;
 mod progress;
 mod quantize;
 mod report;
+mod search;
 mod text;
 mod units;
 mod watch;

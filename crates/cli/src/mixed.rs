@@ -1,13 +1,14 @@
 //! Options of mixed widths, shared by `quantize` and `plan`: a size to meet, the schemes to choose from, statistics.
 
 use crate::progress::Progress;
+use crate::search::Bound;
 use crate::units;
 use anyhow::{Context, bail};
 use bitmill_calibrate::{About, Pass, Statistics, Windows, model_fingerprint};
 use bitmill_checkpoint::{Checkpoint, GGUF};
 use bitmill_models::Role;
 use bitmill_quantize::{
-    Budget, Mixing, Mixture, Plan, Sensitivity, calibrate, loader_names, loaders, mix, refusal, sensitivities,
+    Budget, Mixing, Mixture, Plan, Sensitivity, Survey, calibrate, loader_names, loaders, mix, refusal, sensitivities,
 };
 use bitmill_scheme::{BLOCKS, Bits, Granularity, Scheme};
 use clap::ArgAction;
@@ -22,6 +23,15 @@ pub(crate) enum Width {
     Uniform(u32),
     /// Tensors have different widths, and everything written for them takes this many bits per weight.
     Mean(f64),
+}
+
+/// What a mixture must meet.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Goal {
+    /// A size.
+    Within(Budget),
+    /// A loss, at the smallest size.
+    Losing(Bound),
 }
 
 /// One entry of `--options`: a scheme, as far as it says.
@@ -42,6 +52,13 @@ pub(crate) struct MixtureArgs {
     /// that fit it best
     #[arg(long, value_name = "MS", value_parser = parse_above_zero, requires = "bandwidth", conflicts_with_all = ["bits", "scheme", "size"])]
     decode_time: Option<f64>,
+    /// Largest KL divergence from the full-precision model on held-out windows of the text, in nats per token: the smallest
+    /// mixture that stays below is searched, by runs without tuning
+    #[arg(long, value_name = "NATS", value_parser = parse_above_zero, conflicts_with_all = ["bits", "scheme", "size", "decode_time", "stats"])]
+    max_kl: Option<f64>,
+    /// Largest perplexity on held-out windows of the text, as a multiple of the full-precision model's: 1.01
+    #[arg(long, value_name = "R", value_parser = parse_ratio, conflicts_with_all = ["bits", "scheme", "size", "decode_time", "stats"])]
+    max_perplexity_ratio: Option<f64>,
     /// Bytes per second that the target machine reads from memory, for --decode-time: 60GB
     #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes)]
     bandwidth: Option<u64>,
@@ -102,6 +119,11 @@ fn parse_option(text: &str) -> Result<Pick, String> {
         }
     };
     Ok(Pick::Int { bits, granularity, symmetric })
+}
+
+fn parse_ratio(text: &str) -> Result<f64, String> {
+    let found = text.parse().ok().filter(|v: &f64| v.is_finite() && *v > 1.0);
+    found.ok_or_else(|| format!("`{text}` is not a number above 1"))
 }
 
 fn parse_above_zero(text: &str) -> Result<f64, String> {
@@ -182,19 +204,22 @@ impl MixtureArgs {
     }
 
     /// What a mixture must meet, if one is asked for.
-    pub(crate) fn budget(&self, width: Option<Width>) -> anyhow::Result<Option<Budget>> {
-        let budget = match (self.size, self.decode_time.zip(self.bandwidth), width) {
-            (Some(size), ..) => Some(Budget::Size(size)),
-            (None, Some((ms, bandwidth)), _) => Some(Budget::Read((ms * 1e-3 * bandwidth as f64) as u64)),
-            (None, None, Some(Width::Mean(bits))) => Some(Budget::Bits(bits)),
+    pub(crate) fn goal(&self, width: Option<Width>) -> anyhow::Result<Option<Goal>> {
+        let bound = Bound { kl: self.max_kl, ratio: self.max_perplexity_ratio };
+        let goal = match (self.size, self.decode_time.zip(self.bandwidth), width) {
+            (Some(size), ..) => Some(Goal::Within(Budget::Size(size))),
+            (None, Some((ms, bandwidth)), _) => Some(Goal::Within(Budget::Read((ms * 1e-3 * bandwidth as f64) as u64))),
+            (None, None, Some(Width::Mean(bits))) => Some(Goal::Within(Budget::Bits(bits))),
+            _ if bound.kl.is_some() || bound.ratio.is_some() => Some(Goal::Losing(bound)),
             _ => None,
         };
-        if budget.is_none() && !(self.options.is_empty() && self.least.is_empty()) {
+        if goal.is_none() && !(self.options.is_empty() && self.least.is_empty()) {
             bail!(
-                "--options and --least are for mixtures; ask for one with --size, or with a point in --bits (3.5, 4.0)"
+                "--options and --least are for mixtures; ask for one with --size or --max-kl, or with a point in --bits \
+                 (3.5, 4.0)"
             );
         }
-        Ok(budget)
+        Ok(goal)
     }
 
     /// Opens the files of `--stats`, if there are any, for the model of `plan`.
@@ -227,26 +252,23 @@ pub(crate) struct Weighed {
 }
 
 impl Weighed {
+    /// What mixtures are chosen from.
+    fn mixing(&self) -> Mixing<'_> {
+        let Weighed { table, cross, options, least } = self;
+        Mixing { table, cross: cross.as_deref(), options, least }
+    }
+
+    /// The best mixtures at all sizes.
+    pub(crate) fn survey(&self) -> Survey {
+        self.mixing().survey()
+    }
+
     /// The plan of the best mixture within `budget`.
     pub(crate) fn plan(&self, input: &Checkpoint, plan: &Plan, budget: Budget) -> anyhow::Result<Plan> {
-        let Weighed { table, cross, options, least } = self;
-        let mixture = mix(input, plan, &Mixing { table, cross: cross.as_deref(), options, least }, budget)?;
+        let mixture = mix(input, plan, &self.mixing(), budget)?;
         let mut mixed = Plan::new(input, &mixture.settings(&plan.settings))?;
         mixed.mixture = Some(mixture);
         Ok(mixed)
-    }
-
-    /// Bytes of the smallest and the largest mixture.
-    pub(crate) fn range(&self) -> (u64, u64) {
-        let ends = |pick: fn(u64, u64) -> u64| -> u64 {
-            self.table.iter().filter_map(|t| t.bytes.iter().flatten().copied().reduce(pick)).sum()
-        };
-        (ends(u64::min), ends(u64::max))
-    }
-
-    /// Weights that a mixture is about.
-    pub(crate) fn weights(&self) -> u64 {
-        self.table.iter().map(|t| t.weights).sum()
     }
 }
 
@@ -255,9 +277,10 @@ pub(crate) fn describe(mixture: &Mixture) {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     mixture.layers.values().for_each(|s| *counts.entry(s.to_string()).or_default() += 1);
     let counts: Vec<String> = counts.iter().map(|(s, n)| format!("{n} at {s}")).collect();
-    let (predicted, rank) = (mixture.predicted, mixture.rank_correlation);
     eprintln!("mixture: {}", counts.join(", "));
-    eprintln!("predicted KL divergence {predicted:.5}; rank correlation of predicted and measured errors {rank:.3}");
+    let rank = mixture.survey.as_ref().map(|s| s.rank_correlation);
+    let rank = rank.map_or(String::new(), |r| format!("; rank correlation of predicted and measured errors {r:.3}"));
+    eprintln!("predicted KL divergence {:.5}{rank}", mixture.predicted);
 }
 
 /// Statistics of `windows`, collected beside the output unless an earlier run of the same model and text left them.

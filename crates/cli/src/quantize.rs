@@ -1,7 +1,8 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
 use crate::effort::Effort;
-use crate::mixed::{self, MixtureArgs, Width};
+use crate::mixed::{self, Goal, MixtureArgs, Width};
+use crate::search::BySize;
 use crate::text::{Text, TextArgs};
 use crate::watch::{Reporter, stop_on_ctrl_c};
 use crate::{Common, effort, plan, report, units};
@@ -55,7 +56,7 @@ pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
-          "sequence_length", "seed", "size", "decode_time", "options", "least", "ignore", "max_shard_size"])]
+          "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
     #[arg(long, value_name = "NAME", value_parser = preset_names(), hide_possible_values = true,
@@ -189,7 +190,7 @@ impl How {
             return bitmill_scheme::scheme(name).context("no such scheme");
         }
         // Of a mixture this scheme gives all but the widths; in a GGUF file, nothing but a frame that fits every shape.
-        if named_gguf && self.mixed.budget(self.bits)?.is_some() {
+        if named_gguf && self.mixed.goal(self.bits)?.is_some() {
             return Ok(Scheme::block(BlockType::Q8_0));
         }
         let granularity = match self.group_size.unwrap_or(128) {
@@ -299,12 +300,12 @@ impl How {
             plan.notes.push(why);
         }
         plan.notes.iter().for_each(|note| eprintln!("note: {note}"));
-        let budget = self.mixed.budget(self.bits)?;
-        let source = match (reads, budget) {
+        let goal = self.mixed.goal(self.bits)?;
+        let source = match (reads, goal) {
             (Reads::Headers, None) => Source::Nothing,
             _ => Source::open(self, input, &plan)?,
         };
-        let Some(budget) = budget else {
+        let Some(goal) = goal else {
             self.mixed.check_loaders(&plan)?;
             return Ok(Ready { plan, source });
         };
@@ -316,8 +317,18 @@ impl How {
             (Source::Statistics(statistics), _) | (_, Some(statistics)) => statistics,
             _ => anyhow::bail!("a mixture needs text or statistics"),
         };
-        let plan = self.mixed.weighed(input, &plan, statistics)?.plan(input, &plan, budget)?;
-        plan.mixture.iter().for_each(mixed::describe);
+        let weighed = self.mixed.weighed(input, &plan, statistics)?;
+        let mut plan = match (goal, &source) {
+            (Goal::Within(budget), _) => weighed.plan(input, &plan, budget)?,
+            (Goal::Losing(bound), Source::Text(text)) => {
+                BySize { input, plan: &plan, weighed: &weighed, text, out: beside, stream_memory }.smallest(&bound)?
+            }
+            _ => bail!("a loss is measured on held-out text, and there is none"),
+        };
+        if let Some(mixture) = &mut plan.mixture {
+            mixture.survey = Some(weighed.survey());
+            mixed::describe(mixture);
+        }
         self.mixed.check_loaders(&plan)?;
         Ok(Ready { plan, source })
     }
@@ -391,7 +402,7 @@ impl Source {
             }
             return Ok(Source::Statistics(statistics));
         }
-        if !plan.calibrated && how.mixed.budget(how.bits)?.is_none() {
+        if !plan.calibrated && how.mixed.goal(how.bits)?.is_none() {
             if !how.text.calibration.is_empty() {
                 let method = plan.method.name();
                 eprintln!("note: method {method} needs no calibration; the text given is not used");

@@ -7,6 +7,7 @@
 mod allocate;
 mod block;
 mod calibration;
+mod cost;
 mod error;
 mod factor;
 mod gguf;
@@ -32,7 +33,7 @@ pub use gguf::{GgufOutput, GgufSettings, gguf_types};
 pub use journal::{SiteRecord, StageRecord, TensorRecord};
 pub use loaders::{loader_names, loaders, refusal};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
-pub use mixture::{Budget, Chosen, Mixing, Mixture, mix};
+pub use mixture::{Budget, Chosen, Mixing, Mixture, Survey, mix};
 pub use plan::{Action, Plan, PlannedTensor, Unit};
 pub use plan_file::{parse_scheme, read_plan, write_plan};
 pub use refine::{descend, loss, refit_scales};

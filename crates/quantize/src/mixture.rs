@@ -46,14 +46,22 @@ pub struct Mixture {
     pub bytes: u64,
     /// Bytes that were allowed for them.
     pub allowed: u64,
-    /// Predicted KL divergence of the best mixture at other sizes, as (bits per weight, nats per position).
+    /// What each tensor got and was predicted to lose.
+    pub tensors: Vec<Chosen>,
+    /// What it was chosen among.
+    #[serde(default)]
+    pub survey: Option<Survey>,
+}
+
+/// What else there is to choose.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Survey {
+    /// Predicted KL divergence of the best mixture at some sizes, smallest first: (bits per weight, nats per position).
     pub frontier: Vec<(f64, f64)>,
     /// The same of every tensor under one option: (option, bits per weight, nats per position).
     pub uniform: Vec<(String, f64, f64)>,
     /// Rank correlation of output errors by the closed form and as measured, over all tensors and options.
     pub rank_correlation: f64,
-    /// What each tensor got and was predicted to lose.
-    pub tensors: Vec<Chosen>,
 }
 
 /// One tensor of a mixture.
@@ -135,34 +143,14 @@ impl Mixing<'_> {
         order.iter().all(|&s| s < sites).then(|| order.iter().flat_map(|&a| pair(a)).collect())
     }
 
+    /// The sites of the table's tensors, which share an option.
+    fn ties(&self) -> Vec<usize> {
+        self.table.iter().map(Sensitivity::site).collect()
+    }
+
     /// The best mixture within `allowed` bytes.
     fn mixture(&self, allowed: u64) -> Result<Mixture, Error> {
-        let (choices, cross) = (self.choices(), self.crossed());
-        let ties: Vec<usize> = self.table.iter().map(Sensitivity::site).collect();
-        let solve = |budget| allocate_crossed(&choices, &ties, budget, cross.as_deref());
-        let allocation = solve(allowed)?;
-        let weights = self.table.iter().map(|t| t.weights).sum::<u64>() as f64;
-        let bits = |bytes: u64| bytes as f64 * 8.0 / weights;
-        let ends = |pick: fn(u64, u64) -> u64| -> u64 {
-            choices.iter().filter_map(|c| c.iter().flatten().map(|c| c.bytes).reduce(pick)).sum()
-        };
-        let (least, most) = (ends(u64::min), ends(u64::max));
-        let at = |i: usize| least + (most - least) * i as u64 / FRONTIER as u64;
-        let point = |i| solve(at(i)).ok().map(|a| (bits(a.bytes), a.loss));
-        let mut frontier: Vec<(f64, f64)> = (0..=FRONTIER).filter_map(point).collect();
-        frontier.dedup();
-        let uniform = |(k, scheme): (usize, &Scheme)| {
-            let one: Option<Vec<Choice>> = choices.iter().map(|c| c[k]).collect();
-            let one = one?;
-            // One option for all is an allocation with a single column.
-            let column: Vec<Vec<Option<Choice>>> = one.iter().map(|c| vec![Some(*c)]).collect();
-            let a = allocate_crossed(&column, &ties, u64::MAX >> 1, cross.as_deref()).ok()?;
-            Some((scheme.to_string(), bits(a.bytes), a.loss))
-        };
-        let (closed, measured): (Vec<f64>, Vec<f64>) = (self.table.iter())
-            .flat_map(|t| t.closed_form.iter().copied().zip(t.output_error.iter().copied()))
-            .filter(|(a, b)| a.is_finite() && b.is_finite())
-            .unzip();
+        let allocation = allocate_crossed(&self.choices(), &self.ties(), allowed, self.crossed().as_deref())?;
         let chosen = |(t, &k): (&Sensitivity, &usize)| Chosen {
             tensor: t.module.clone(),
             scheme: self.options[k].to_string(),
@@ -177,10 +165,42 @@ impl Mixing<'_> {
             bound: allocation.bound,
             bytes: allocation.bytes,
             allowed,
+            tensors: picked().map(chosen).collect(),
+            survey: None,
+        })
+    }
+
+    /// The best mixtures at other sizes, and what one option for all would lose.
+    #[must_use]
+    pub fn survey(&self) -> Survey {
+        let (choices, ties, cross) = (self.choices(), self.ties(), self.crossed());
+        let weights = self.table.iter().map(|t| t.weights).sum::<u64>() as f64;
+        let bits = |bytes: u64| bytes as f64 * 8.0 / weights;
+        let ends = |pick: fn(u64, u64) -> u64| -> u64 {
+            choices.iter().filter_map(|c| c.iter().flatten().map(|c| c.bytes).reduce(pick)).sum()
+        };
+        let (least, most) = (ends(u64::min), ends(u64::max));
+        let point = |i: usize| {
+            let budget = least + (most - least) * i as u64 / FRONTIER as u64;
+            let best = allocate_crossed(&choices, &ties, budget, cross.as_deref()).ok()?;
+            Some((bits(best.bytes), best.loss))
+        };
+        let mut frontier: Vec<(f64, f64)> = (0..=FRONTIER).filter_map(point).collect();
+        frontier.dedup();
+        let uniform = |(k, scheme): (usize, &Scheme)| {
+            // One option for all is an allocation with a single column.
+            let column: Option<Vec<Vec<Option<Choice>>>> = choices.iter().map(|c| Some(vec![Some(c[k]?)])).collect();
+            let all = allocate_crossed(&column?, &ties, u64::MAX >> 1, cross.as_deref()).ok()?;
+            Some((scheme.to_string(), bits(all.bytes), all.loss))
+        };
+        let (closed, measured): (Vec<f64>, Vec<f64>) = (self.table.iter())
+            .flat_map(|t| t.closed_form.iter().copied().zip(t.output_error.iter().copied()))
+            .filter(|(a, b)| a.is_finite() && b.is_finite())
+            .unzip();
+        Survey {
             frontier,
             uniform: self.options.iter().enumerate().filter_map(uniform).collect(),
             rank_correlation: rank_correlation(&closed, &measured),
-            tensors: picked().map(chosen).collect(),
-        })
+        }
     }
 }

@@ -84,7 +84,7 @@ impl Tensor {
 impl Manifest {
     /// Rank correlation of predicted and measured errors, where a mixture was chosen by them.
     pub(super) fn rank_correlation(&self) -> Option<f64> {
-        self.mixture.as_ref().map(|m| m.rank_correlation)
+        self.mixture.as_ref()?.survey.as_ref().map(|s| s.rank_correlation)
     }
 
     /// Blocks of the model, as far as tensors and sites name them.

@@ -55,8 +55,9 @@ pub(super) fn rate(facts: &Facts) -> String {
     let m = &facts.manifest;
     let Some(mixture) = &m.mixture else { return rate_of_tensors(m) };
     let named = |name: &str, bits: f64, kl: f64| (bits, kl, format!("{name}: {} bits, KL {}", short(bits), short(kl)));
-    let frontier = mixture.frontier.iter().map(|&(b, l)| named("best mixture", b, l)).collect();
-    let uniform = mixture.uniform.iter().map(|(name, b, l)| named(name, *b, *l)).collect();
+    let survey = mixture.survey.as_ref();
+    let frontier = survey.iter().flat_map(|s| &s.frontier).map(|&(b, l)| named("best mixture", b, l)).collect();
+    let uniform = survey.iter().flat_map(|s| &s.uniform).map(|(name, b, l)| named(name, *b, *l)).collect();
     let weights: f64 = m.tensors.iter().map(|t| (t.shape[0] * t.shape[1]) as f64).sum();
     let bits = mixture.bytes as f64 * 8.0 / weights.max(1.0);
     let mut all = vec![
@@ -143,8 +144,8 @@ fn predicted(m: &Manifest) -> String {
     );
     let remark = format!(
         "Output error tr(ΔHΔᵀ) of every tensor under its scheme: by the closed form, from weights and Hessian alone, and as \
-         the method left it. Rank correlation over all tensors and options: {:.4}.",
-        mixture.rank_correlation
+         the method left it. Rank correlation over all tensors and options: {}.",
+        m.rank_correlation().map_or("unknown".into(), |r| format!("{r:.4}"))
     );
     section("Predicted and measured error", &remark, &plot)
 }
