@@ -60,7 +60,7 @@ pub(crate) struct MixtureArgs {
     #[arg(long, value_name = "R", value_parser = parse_ratio, conflicts_with_all = ["bits", "scheme", "size", "decode_time", "stats"])]
     max_perplexity_ratio: Option<f64>,
     /// Bytes per second that the target machine reads from memory, for --decode-time: 60GB
-    #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes, requires = "decode_time")]
     bandwidth: Option<u64>,
     /// Schemes a mixture may take: widths, with a group size, `channel` and `asym` where they are not those of the flags
     /// (2,3g64,4g32asym,8channel), or types of GGUF (q3_k,q4_k,q6_k) [default: 2 to 8 bits in groups of 32, 64, 128 and

@@ -216,6 +216,7 @@ impl How {
     }
 
     fn flags(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
+        let named_gguf = named_gguf || self.format.as_deref() == Some(GGUF.name());
         let scheme = self.scheme(named_gguf)?;
         let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
         let default_format = match scheme.activations {
