@@ -106,7 +106,8 @@ fn the_card_depends_on_the_input_alone_and_spares_the_authors() {
     let model = copy_of_books(dir.path());
     std::fs::write(model.join("README.md"), "the author's words\n").unwrap();
     let kept = dir.path().join("kept");
-    quantized(&model, &kept, &flags);
+    let text = books().join("calibration.txt");
+    quantized(&model, &kept, &[&flags[..], &["--calibration", text.to_str().unwrap()]].concat());
     assert_eq!(std::fs::read_to_string(kept.join("README.md")).unwrap(), "the author's words\n");
     assert_eq!(std::fs::read_to_string(kept.join("README.bitmill.md")).unwrap(), card);
 }

