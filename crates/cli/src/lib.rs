@@ -4,8 +4,10 @@
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
 mod calibrate;
+mod dequantize;
 mod effort;
 mod eval;
+mod gguf;
 mod inspect;
 mod mixed;
 mod plan;
@@ -33,6 +35,7 @@ enum Command {
     Quantize(quantize::Args),
     Plan(plan::Args),
     Calibrate(calibrate::Args),
+    Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
     Report(report::Args),
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),

@@ -89,7 +89,7 @@ fn text((plan, source): (&Plan, &Source)) -> (usize, usize) {
     let length = plan.spec.as_ref().map_or(0, |s| settings.sequence_length.min(s.max_positions));
     match source {
         Source::Text(text) => (text.windows.count(), text.windows.length),
-        Source::Statistics(_) => (0, 0),
+        Source::Statistics(_) | Source::Importance(_) => (0, 0),
         Source::Nothing => (settings.samples, length),
     }
 }
@@ -111,13 +111,8 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
     let Ready { plan, .. } = ready;
     let (weights, payload) = plan.quantized_size();
     let total = plan.output.total_bytes();
-    let mut text = format!(
-        "{}: {} by {}, stored as {}\n",
-        name(model),
-        if plan.settings.layers.is_empty() { plan.settings.scheme.to_string() } else { "a mixture".into() },
-        plan.method.name(),
-        plan.format.name()
-    );
+    let mut text =
+        format!("{}: {} by {}, stored as {}\n", name(model), plan.label(), plan.method.name(), plan.format.name());
     for ((role, scheme), row) in rows(plan) {
         let bits = row.bytes as f64 * 8.0 / row.weights as f64;
         let (tensors, bytes) = (row.tensors, units::bytes(row.bytes));

@@ -59,7 +59,7 @@ impl TextArgs {
             let name = "the text that comes with bitmill (give --calibration FILE for text of the model's own use)";
             (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
         };
-        let tokenizer = Tokenizer::open(input.dir(), spec.bos)?;
+        let tokenizer = Tokenizer::of(input, spec.bos)?;
         let length = length.min(spec.max_positions);
         let (windows, held_out) = match spec.causal {
             true => Windows::with_held_out(&texts, &tokenizer, spec.vocab, (length, samples, seed), HELD_OUT)?,

@@ -29,7 +29,7 @@ pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
-pub use gguf::{GgufOutput, GgufSettings, gguf_types};
+pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
 pub use journal::{SiteRecord, StageRecord, TensorRecord};
 pub use loaders::{loader_names, loaders, refusal};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};

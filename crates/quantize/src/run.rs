@@ -3,12 +3,13 @@
 mod card;
 mod measured;
 mod publish;
+mod slabs;
 
 use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
-use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
+use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use std::path::{Path, PathBuf};
@@ -71,6 +72,8 @@ pub enum Calibration<'a> {
     Text(&'a Windows),
     /// What an earlier pass saw in the full-precision model: no forward pass.
     Statistics(&'a Statistics),
+    /// The diagonal of what another program saw, which is enough to weigh errors and not to feed them back.
+    Importance(&'a Imatrix),
 }
 
 /// How a run is carried out, as far as it does not change its bytes.
@@ -113,9 +116,14 @@ pub fn run(
     options: RunOptions<'_>,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Error> {
-    check_place(input, out, options.force)?;
+    for (_, to) in publish::names(plan, Path::new(""), out) {
+        check_place(input, &to, options.force)?;
+    }
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
+    }
+    if let Some(Calibration::Importance(imatrix)) = calibration {
+        measured::check(plan, imatrix)?;
     }
     let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -148,7 +156,12 @@ pub fn run(
         (worker.observe)(Event::Started { unit, total, label });
         let (tensors, sites) = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
-            (None, Some(block)) if plan.calibrated => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            (None, Some(block)) if plan.calibrated => match calibration {
+                Some(Calibration::Importance(imatrix)) => {
+                    (worker.weighed_unit(&plan.units[unit], imatrix)?, Vec::new())
+                }
+                _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            },
             _ => (worker.plain_unit(&plan.units[unit])?, Vec::new()),
         };
         worker.output.sync()?;
@@ -246,9 +259,14 @@ impl Worker<'_, '_> {
                 continue;
             };
             let started = Instant::now();
-            let weight = self.input.tensor(&tensor.name)?.to_f32()?;
-            let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
             let (method, solver) = self.plain_method()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme };
+            if slabs::takes(&linear, method) {
+                records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
+                continue;
+            }
+            let weight = self.input.weight(module)?.to_f32()?;
+            let linear = Linear { weight: &weight, ..linear };
             let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
                 self.write(module, &solved.quantized)?;
@@ -266,6 +284,33 @@ impl Worker<'_, '_> {
             }
         }
         Ok(records)
+    }
+
+    /// Rounds, encodes and writes a matrix slab by slab, where errors cost `h` if that is known.
+    fn by_slabs(
+        &mut self,
+        linear: &Linear<'_>,
+        h: Option<&[f32]>,
+        (method, solver): (&dyn Method, &SolverOptions),
+        bytes: u64,
+    ) -> Result<TensorRecord, Error> {
+        let started = Instant::now();
+        let rounded = slabs::round(self.plan, linear, &self.input.weight(linear.name)?, h, (method, solver))?;
+        // A matrix of blocks is one tensor.
+        let name = format!("{}.weight", linear.name);
+        let encoded = match &self.plan.gguf {
+            Some(gguf) => gguf.ordered(&name, linear.shape[0], rounded.bytes),
+            None => rounded.bytes,
+        };
+        self.output.write(&name, &encoded)?;
+        let record = TensorRecord {
+            relative_error: if rounded.energy > 0.0 { rounded.error / rounded.energy } else { 0.0 },
+            error_of: if h.is_some() { "weighed weights".into() } else { "weights".into() },
+            seconds: started.elapsed().as_secs_f64(),
+            ..TensorRecord::of(linear.name, linear.shape, linear.scheme, method, bytes)
+        };
+        (self.observe)(Event::Tensor(&record));
+        Ok(record)
     }
 
     /// A block through which the calibration text flows.
@@ -318,6 +363,7 @@ impl Worker<'_, '_> {
             windows,
             tuning,
             seed: settings.seed,
+            train_head: self.plan.trains_head(),
             work: journal.dir(),
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
@@ -336,7 +382,7 @@ impl Worker<'_, '_> {
         for (block, role, quantized) in &tuned.linears {
             self.write(&spec.module(*block, *role), quantized)?;
         }
-        for (name, weight) in &tuned.norms {
+        for (name, weight) in &tuned.dense {
             let stored = self.input.tensor(name)?;
             self.output.write(name, &stored.with_values(weight)?)?;
         }
@@ -351,10 +397,9 @@ impl Worker<'_, '_> {
 
     /// Writes a tensor that is not quantized.
     fn copy(&self, name: &str) -> Result<(), Error> {
-        let view = self.input.tensor(name)?;
         match &self.plan.gguf {
-            Some(gguf) => self.output.write(name, &gguf.copied(&view)?)?,
-            None => self.output.write(name, view.bytes)?,
+            Some(gguf) => self.output.write(name, &gguf.copied(self.input, name)?)?,
+            None => self.output.write(name, self.input.tensor(name)?.bytes)?,
         }
         Ok(())
     }

@@ -20,32 +20,52 @@ pub(super) fn publish(
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
     let sites: Vec<SiteRecord> = journal.lines.iter().flat_map(|l| l.sites.iter().cloned()).collect();
     let manifest = manifest(plan, identity, (&tensors, &sites, &stages));
-    let beside = |ending: &str| {
-        let mut name = out.file_name().unwrap_or_default().to_owned();
-        name.push(ending);
-        out.with_file_name(name)
-    };
-    // A GGUF file is complete in itself, and what describes it lies beside it; a folder has more in it than weights.
-    let result = match plan.gguf {
-        Some(_) => {
-            write_durably(&beside(".bitmill.json"), &pretty(&manifest))?;
-            journal.output().join(crate::gguf::FILE)
-        }
+    // GGUF files are complete in themselves, and what describes them lies beside the first; a folder has more in it than
+    // weights.
+    let names = names(plan, &journal.output(), out);
+    let first = names.first().map_or_else(|| out.to_owned(), |(_, to)| to.clone());
+    match plan.gguf {
+        Some(_) => write_durably(&beside(&first, ".bitmill.json"), &pretty(&manifest))?,
         None => complete_folder(input, plan, &manifest, &journal.output())?,
-    };
-    let log = beside(".log.jsonl");
+    }
+    let log = beside(out, ".log.jsonl");
     let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
     write_durably(&log, lines.as_bytes())?;
-    if out.exists() {
-        if !force {
-            return Err(Error::Exists { out: out.to_owned() });
+    // The first of several files is the one that is opened, so it appears last.
+    for (i, (from, to)) in names.iter().enumerate().rev() {
+        if to.exists() {
+            if !force {
+                return Err(Error::Exists { out: to.clone() });
+            }
+            let old = journal.dir().join(format!("replaced-{i}"));
+            std::fs::rename(to, &old).map_err(io(to, "moving the old output away"))?;
         }
-        let old = journal.dir().join("replaced");
-        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
+        std::fs::rename(from, to).map_err(io(to, "naming the output"))?;
     }
-    std::fs::rename(&result, out).map_err(io(out, "naming the output"))?;
     journal.remove()?;
-    Ok(Finished { out: out.to_owned(), log, tensors, stages, manifest, bytes: plan.output.total_bytes() })
+    Ok(Finished { out: first, log, tensors, stages, manifest, bytes: plan.output.total_bytes() })
+}
+
+/// A file beside `path` whose name goes on with `ending`.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(ending);
+    path.with_file_name(name)
+}
+
+/// What the finished output is called in the work folder `dir`, and what it will be: the folder, the file, or each of the
+/// files named after it.
+pub(super) fn names(plan: &Plan, dir: &Path, out: &Path) -> Vec<(PathBuf, PathBuf)> {
+    if plan.gguf.is_none() {
+        return vec![(dir.to_owned(), out.to_owned())];
+    }
+    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
+    let name = |file: &str| file.replacen(crate::gguf::STEM, &stem, 1);
+    let files: Vec<&str> = plan.output.files().map(|(file, _)| file).collect();
+    match files[..] {
+        [file] => vec![(dir.join(file), out.to_owned())],
+        _ => files.iter().map(|file| (dir.join(file), out.with_file_name(name(file)))).collect(),
+    }
 }
 
 /// What the output is and what it was made by. It is a function of input and settings, so seconds stay in the log beside it.
@@ -74,8 +94,8 @@ fn manifest(
     })
 }
 
-/// Adds what a folder holds besides weights, and returns it.
-fn complete_folder(input: &Checkpoint, plan: &Plan, manifest: &Value, dir: &Path) -> Result<PathBuf, Error> {
+/// Adds what a folder holds besides weights.
+fn complete_folder(input: &Checkpoint, plan: &Plan, manifest: &Value, dir: &Path) -> Result<(), Error> {
     for file in &plan.files {
         let (from, to) = (input.dir().join(file), dir.join(file));
         if let Some(parent) = to.parent() {
@@ -88,6 +108,5 @@ fn complete_folder(input: &Checkpoint, plan: &Plan, manifest: &Value, dir: &Path
     // A card that came with the model is its author's; ours then stands beside it.
     let taken = plan.files.iter().any(|f| f.as_os_str().eq_ignore_ascii_case("README.md"));
     let name = if taken { "README.bitmill.md" } else { "README.md" };
-    write_durably(&dir.join(name), card::card(plan, manifest).as_bytes())?;
-    Ok(dir.to_owned())
+    write_durably(&dir.join(name), card::card(plan, manifest).as_bytes())
 }

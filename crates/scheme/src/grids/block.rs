@@ -12,6 +12,9 @@
 //! the value of a code is one rounding at most, and the same in every program that follows the format.
 
 mod fit;
+mod lanes;
+
+pub use lanes::LANES;
 
 use super::int::round_small;
 use serde::{Deserialize, Serialize};
