@@ -3,6 +3,7 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod bench;
 mod calibrate;
 mod dequantize;
 mod effort;
@@ -39,6 +40,7 @@ enum Command {
     Eval(eval::Args),
     Inspect(inspect::Args),
     Report(report::Args),
+    Bench(bench::Args),
 }
 
 /// Options every command has.
@@ -76,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

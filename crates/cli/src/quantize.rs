@@ -491,7 +491,8 @@ fn print(
             "output": done.out, "log": done.log, "method": plan.settings.method, "format": plan.format.name(),
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
-            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors, "stages": done.stages,
+            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "peak_memory": units::peak_memory(),
+            "tensors": done.tensors, "stages": done.stages,
             "mixture": plan.mixture, "report": page, "held_out_kl": kl,
         });
         println!("{value:#}");
