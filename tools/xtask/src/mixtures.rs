@@ -1,4 +1,5 @@
-//! `cargo xtask mixtures`: mixed widths against every uniform scheme of the same size, on the model of the repository.
+//! `cargo xtask mixtures`: mixed widths against every uniform scheme of the same size, and mixtures of GGUF types against
+//! llama.cpp's named ones of the same size, on the model of the repository.
 //!
 //! Each output is made by gptq without tuning from the same text, and measured on the same windows of another. What is
 //! done stays in the work folder, one JSON file an output; delete it to measure anew.
@@ -14,10 +15,15 @@ const TARGETS: [&str; 5] = ["2.5", "3.0", "3.5", "4.0", "4.5"];
 /// would otherwise push the nearest ones out.
 const SLACK_BITS: f64 = 0.002;
 
+/// llama.cpp's mixtures that are held against ours.
+const NAMED: [&str; 6] = ["q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m"];
+
 /// What an output takes and loses.
 struct Measured {
     name: String,
     bytes: u64,
+    /// Types of embedding and output matrix, where they were quantized.
+    ends: [Option<String>; 2],
     bits: f64,
     kl: f64,
     error: f64,
@@ -72,14 +78,40 @@ impl Bench<'_> {
                 failures.push(target);
             }
         }
+        let named = self.named(&mut failures)?;
         let all: Vec<Value> = uniform.iter().map(|m| json!({"name": m.name, "bits": m.bits, "kl": m.kl})).collect();
-        let result = json!({"mixtures": rows, "uniform": all});
+        let result = json!({"mixtures": rows, "gguf": named, "uniform": all});
         let file = self.work.join("mixtures.json");
         std::fs::write(&file, format!("{result:#}\n")).with_context(|| format!("writing {}", file.display()))?;
         if !failures.is_empty() {
-            bail!("the mixture is not far enough below at {} bits", failures.join(", "));
+            bail!("the mixture is not far enough below at {}", failures.join(", "));
         }
         Ok(())
+    }
+
+    /// llama.cpp's mixtures, and ours of no more bytes with the same types at the ends.
+    fn named(&self, failures: &mut Vec<&'static str>) -> Result<Vec<Value>> {
+        let mut rows = Vec::new();
+        for name in NAMED {
+            let theirs = self.measure(&format!("{name}.gguf"), &["--mix", name])?;
+            let size = theirs.bytes.to_string();
+            let mut flags = vec!["--size", size.as_str()];
+            for (flag, kind) in ["--token-embedding-type", "--output-tensor-type"].into_iter().zip(&theirs.ends) {
+                flags.extend(kind.iter().flat_map(|kind| [flag, kind.as_str()]));
+            }
+            let ours = self.measure(&format!("like-{name}.gguf"), &flags)?;
+            let below = 100.0 * (1.0 - ours.kl / theirs.kl);
+            println!(
+                "{name}: mixture {:.5} ± {:.5} in {} bytes, llama.cpp's types {:.5} in {}: {below:.1}% below",
+                ours.kl, ours.error, ours.bytes, theirs.kl, theirs.bytes
+            );
+            rows.push(json!({"name": name, "bytes": ours.bytes, "kl": ours.kl, "kl_error": ours.error,
+                "named_bytes": theirs.bytes, "named_kl": theirs.kl, "below_percent": below}));
+            if below <= 0.0 || ours.bytes > theirs.bytes {
+                failures.push(name);
+            }
+        }
+        Ok(rows)
     }
 
     /// Makes and measures one output, unless that was done.
@@ -90,7 +122,8 @@ impl Bench<'_> {
             let statistics = self.statistics()?;
             // Found by its name: mixtures of one text share what they are chosen by.
             std::fs::copy(&statistics, self.work.join(format!("{name}.stats.safetensors")))?;
-            let how = ["--tuning-passes", "0", "--sequence-length", "512", "--force"];
+            let how =
+                ["--tuning-passes", "0", "--sequence-length", "512", "--method", "gptq", "--force", "--no-report"];
             let made = self.json(
                 Command::new(&self.bitmill).arg("quantize").arg(self.model).arg("-o").arg(&out).args(how).args(flags),
             )?;
@@ -105,16 +138,28 @@ impl Bench<'_> {
                     .args(["--windows", "60"]),
             )?;
             let kl = &evaluated["divergence"]["kl"];
-            let value = json!({"bytes": made["quantized_bytes"], "bits": made["bits_per_weight"], "kl": kl["mean"],
-                "error": kl["error"]});
+            let end = |module: &str| -> Value {
+                let tensors = made["tensors"].as_array().into_iter().flatten();
+                tensors.filter(|t| t["tensor"] == module).map(|t| t["scheme"].clone()).next().unwrap_or_default()
+            };
+            let value = json!({"bytes": made["output_bytes"], "bits": made["bits_per_weight"], "kl": kl["mean"],
+                "error": kl["error"], "ends": [end("model.embed_tokens"), end("lm_head")]});
             std::fs::write(&record, format!("{value:#}\n"))?;
-            std::fs::remove_dir_all(&out)?;
+            if out.is_dir() { std::fs::remove_dir_all(&out) } else { std::fs::remove_file(&out) }?;
         }
         let text = std::fs::read_to_string(&record)?;
         let value: Value = serde_json::from_str(&text).with_context(|| format!("reading {}", record.display()))?;
         let number = |key: &str| value[key].as_f64().with_context(|| format!("{}: no {key}", record.display()));
         let bytes = value["bytes"].as_u64().with_context(|| format!("{}: no bytes", record.display()))?;
-        Ok(Measured { name: name.into(), bytes, bits: number("bits")?, kl: number("kl")?, error: number("error")? })
+        let ends = [0, 1].map(|i| value["ends"][i].as_str().map(str::to_owned));
+        Ok(Measured {
+            name: name.into(),
+            bytes,
+            ends,
+            bits: number("bits")?,
+            kl: number("kl")?,
+            error: number("error")?,
+        })
     }
 
     /// Statistics of the calibration text, collected once.

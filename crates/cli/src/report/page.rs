@@ -16,7 +16,7 @@ h1 { font-size: 1.7rem; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.12rem; margin: 0 0 4px; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 18px 20px; margin: 18px 0; overflow-x: auto; }
 .remark { color: var(--soft); margin: 0 0 12px; max-width: 46rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0 10px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(172px, 1fr)); gap: 10px; margin: 18px 0 10px; }
 .cards div { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 10px 14px; }
 .cards b { display: block; font-size: 1.12rem; font-variant-numeric: tabular-nums; }
 .cards span { color: var(--soft); font-size: .84rem; }

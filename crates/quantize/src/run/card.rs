@@ -10,7 +10,7 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
     let kind = plan.spec.as_ref().map_or("model", |s| s.model_type.as_str());
     let bits = plan.bits_per_weight();
     let (weights, bytes) = plan.quantized_size();
-    let scheme = if plan.settings.layers.is_empty() { plan.settings.scheme.to_string() } else { "a mixture".into() };
+    let scheme = plan.label();
     let format = plan.format.name();
     let tag = if format == "gptq" { "gptq" } else { "compressed-tensors" };
     let task = match &plan.spec {
