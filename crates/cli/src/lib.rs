@@ -14,8 +14,11 @@ mod mixed;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
+mod search;
 mod text;
 mod units;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -36,6 +39,7 @@ enum Command {
     Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Report(report::Args),
     Bench(bench::Args),
 }
 
@@ -73,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match result {
