@@ -32,7 +32,7 @@ impl Method for Gptq {
         for linear in linears {
             let group_len = linear.scheme.group_len(n);
             let order = match (options.act_order, linear.scheme.form()) {
-                (true, Some(form)) => Order::nested(&importance, form.len, form.sub),
+                (true, Some(form)) => Order::nested(&importance, &[form.len, form.sub, form.unit()]),
                 (true, None) => Order::by_importance(&importance, group_len),
                 (false, _) => Order::natural(n),
             };
