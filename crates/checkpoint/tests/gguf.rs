@@ -87,7 +87,8 @@ fn what_is_written_is_what_is_read_rows_in_order() {
             let kind = by_storage(Storage::Block(form.kind)).unwrap();
             let gguf_name = bitmill_checkpoint::gguf::gguf_name(&format!("{name}.weight")).unwrap();
             let spec = GgufSpec { name: gguf_name, kind, shape: shape.to_vec() };
-            let plan = OutputPlan::gguf("m.gguf", &keys(), &embedding(), &[(format!("{name}.weight"), spec)]).unwrap();
+            let plan =
+                OutputPlan::gguf("m", &keys(), &embedding(), &[(format!("{name}.weight"), spec)], u64::MAX).unwrap();
             let output = plan.create(dir.path()).unwrap();
             let heads = bitmill_checkpoint::gguf::interleaved_heads("llama", &format!("{name}.weight"), 4, 2);
             let stored = match heads {

@@ -3,9 +3,12 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod bench;
 mod calibrate;
+mod dequantize;
 mod effort;
 mod eval;
+mod gguf;
 mod inspect;
 mod mixed;
 mod plan;
@@ -30,8 +33,10 @@ enum Command {
     Quantize(quantize::Args),
     Plan(plan::Args),
     Calibrate(calibrate::Args),
+    Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Bench(bench::Args),
 }
 
 /// Options every command has.
@@ -65,8 +70,10 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -87,7 +87,7 @@ fn memory(Ready { plan, source, .. }: &Ready, stream_memory: u64) -> u64 {
     let length = plan.spec.as_ref().map_or(0, |s| settings.sequence_length.min(s.max_positions));
     let (windows, length) = match source {
         Source::Text(text) => (text.windows.count(), text.windows.length),
-        Source::Statistics(_) => (0, 0),
+        Source::Statistics(_) | Source::Importance(_) => (0, 0),
         Source::Nothing => (settings.samples, length),
     };
     plan.peak_memory(stream_bytes(plan, windows, length, stream_memory))
@@ -98,13 +98,8 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
     let Ready { plan, predicted, .. } = ready;
     let (weights, payload) = plan.quantized_size();
     let total = plan.output.total_bytes();
-    let mut text = format!(
-        "{}: {} by {}, stored as {}\n",
-        name(model),
-        if plan.settings.layers.is_empty() { plan.settings.scheme.to_string() } else { "a mixture".into() },
-        plan.method.name(),
-        plan.format.name()
-    );
+    let mut text =
+        format!("{}: {} by {}, stored as {}\n", name(model), plan.label(), plan.method.name(), plan.format.name());
     for ((role, scheme), row) in rows(plan) {
         let bits = row.bytes as f64 * 8.0 / row.weights as f64;
         let (tensors, bytes) = (row.tensors, units::bytes(row.bytes));

@@ -1,17 +1,18 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
 use crate::effort::Effort;
+use crate::gguf::{GgufArgs, scheme_mixes};
 use crate::mixed::{self, MixtureArgs, Width};
 use crate::progress::Progress;
 use crate::text::{Text, TextArgs};
 use crate::{Common, effort, plan, units};
 use anyhow::{Context, bail};
-use bitmill_calibrate::{Pass, Statistics, Windows};
+use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_models::SITES;
 use bitmill_quantize::{
-    Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
-    StageRecord, gguf_types, read_plan,
+    Calibration, Event, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, StageRecord,
+    read_plan,
 };
 use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
@@ -108,16 +109,15 @@ pub(crate) struct How {
     /// Regular expression of module names to leave as they are, matched from the start of the name
     #[arg(long, value_name = "REGEX", action = ArgAction::Append, num_args = 1..)]
     ignore: Vec<String>,
-    /// Type of the token embedding in a GGUF file
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
-    token_embedding_type: String,
-    /// Type of the output matrix in a GGUF file, and of an embedding that is tied to it
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
-    output_tensor_type: String,
-    /// Largest size of one weight file
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
-    max_shard_size: u64,
+    #[command(flatten)]
+    gguf: GgufArgs,
+    /// Largest size of one weight file [default: 5GB, or one GGUF file whatever its size]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    max_shard_size: Option<u64>,
 }
+
+/// Largest size of a weight file in a folder.
+const SHARD: u64 = 5_000_000_000;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Search {
@@ -140,11 +140,7 @@ enum Scales {
 }
 
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)))
-}
-
-fn tensor_types() -> PossibleValuesParser {
-    PossibleValuesParser::new(gguf_types())
+    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)).chain(scheme_mixes()))
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -184,6 +180,9 @@ fn parse_damping(text: &str) -> Result<f32, String> {
 
 impl How {
     fn scheme(&self) -> anyhow::Result<Scheme> {
+        if let Some(base) = self.gguf.scheme(self.scheme.as_ref()) {
+            return Ok(base);
+        }
         if let Some(name) = &self.scheme {
             return bitmill_scheme::scheme(name).context("no such scheme");
         }
@@ -212,7 +211,9 @@ impl How {
 
     fn flags(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
         let scheme = self.scheme()?;
-        let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
+        let nearest = self.gguf.rounds_to_nearest(self.scheme.as_ref());
+        let own = || if nearest { "rtn" } else { self.effort.method(&scheme) };
+        let method = self.method.clone().unwrap_or_else(|| own().into());
         let default_format = match scheme.activations {
             _ if named_gguf || scheme.form().is_some() => GGUF.name(),
             Activations::Full => "pack-quantized",
@@ -223,6 +224,7 @@ impl How {
             bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
         }
         let as_gguf = format == GGUF.name();
+        self.gguf.check(as_gguf)?;
         // Statistics stand in for text, and tuning reads text; it moves integer codes.
         let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         Ok(Settings {
@@ -244,6 +246,7 @@ impl How {
                         Search::Mse => ScaleSearch::Mse,
                         Search::Hessian => ScaleSearch::Hessian,
                     })
+                    .or(self.gguf.weighs().then_some(ScaleSearch::Hessian))
                     .or_else(|| self.effort.scale_search()),
                 damping: self.damping,
                 act_order: !self.no_act_order,
@@ -254,11 +257,8 @@ impl How {
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,
             seed: self.text.seed,
-            gguf: as_gguf.then(|| GgufSettings {
-                token_embedding: self.token_embedding_type.clone(),
-                output: self.output_tensor_type.clone(),
-            }),
-            shard_bytes: self.max_shard_size,
+            gguf: as_gguf.then(|| self.gguf.settings(self.scheme.as_ref())),
+            shard_bytes: self.max_shard_size.unwrap_or(if as_gguf { u64::MAX } else { SHARD }),
         })
     }
 }
@@ -344,6 +344,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let calibration = match &source {
         Source::Text(text) => Some(Calibration::Text(&text.windows)),
         Source::Statistics(statistics) => Some(Calibration::Statistics(statistics)),
+        Source::Importance(imatrix) => Some(Calibration::Importance(imatrix)),
         Source::Nothing => None,
     };
     let stop = stop_on_ctrl_c()?;
@@ -364,6 +365,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 pub(crate) enum Source {
     Text(Text),
     Statistics(Statistics),
+    Importance(Imatrix),
     Nothing,
 }
 
@@ -374,6 +376,9 @@ impl Source {
                 anyhow::bail!("--stats stands in for text; leave out either --stats or --calibration");
             }
             return Ok(Source::Statistics(statistics));
+        }
+        if let Some(imatrix) = how.gguf.imatrix()? {
+            return Ok(Source::Importance(imatrix));
         }
         if !plan.calibrated && how.mixed.budget(how.bits)?.is_none() {
             if !how.text.calibration.is_empty() {
@@ -528,7 +533,7 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
             "output": done.out, "log": done.log, "method": plan.settings.method, "format": plan.format.name(),
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
-            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors, "stages": done.stages,
+            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "peak_memory": units::peak_memory(), "tensors": done.tensors, "stages": done.stages,
         });
         println!("{value:#}");
         return Ok(());
@@ -539,7 +544,7 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
         units::count(weights) + " weights",
         done.tensors.len(),
         plan.bits_per_weight(),
-        plan.settings.scheme,
+        plan.label(),
         plan.settings.method,
     );
     println!(

@@ -54,7 +54,7 @@ impl TextArgs {
             let name = "the text that comes with bitmill (give --calibration FILE for text of the model's own use)";
             (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
         };
-        let tokenizer = Tokenizer::open(input.dir(), spec.bos)?;
+        let tokenizer = Tokenizer::of(input, spec.bos)?;
         let length = length.min(spec.max_positions);
         let windows = match spec.causal {
             true => Windows::from_texts(&texts, &tokenizer, spec.vocab, length, samples, seed)?,

@@ -216,6 +216,7 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Cali
             json!({"windows": w.count(), "length": w.length, "tokens": w.fingerprint()})
         }
         Some(Calibration::Statistics(s)) => s.identity()?,
+        Some(Calibration::Importance(i)) => json!({"imatrix": i.fingerprint()}),
         None => Value::Null,
     };
     let mut identity = json!({

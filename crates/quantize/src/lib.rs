@@ -29,7 +29,7 @@ pub use allocate::{Allocation, Choice, Impossible, allocate};
 pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
-pub use gguf::{GgufOutput, GgufSettings, gguf_types};
+pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
 pub use journal::{StageRecord, TensorRecord};
 pub use loaders::loaders;
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};

@@ -1,12 +1,13 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
 mod measured;
+mod slabs;
 
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
-use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
+use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use serde_json::json;
@@ -70,6 +71,8 @@ pub enum Calibration<'a> {
     Text(&'a Windows),
     /// What an earlier pass saw in the full-precision model: no forward pass.
     Statistics(&'a Statistics),
+    /// The diagonal of what another program saw, which is enough to weigh errors and not to feed them back.
+    Importance(&'a Imatrix),
 }
 
 /// How a run is carried out, as far as it does not change its bytes.
@@ -110,9 +113,14 @@ pub fn run(
     options: RunOptions<'_>,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Error> {
-    check_place(input, out, options.force)?;
+    for (_, to) in names(plan, Path::new(""), out) {
+        check_place(input, &to, options.force)?;
+    }
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
+    }
+    if let Some(Calibration::Importance(imatrix)) = calibration {
+        measured::check(plan, imatrix)?;
     }
     let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -145,7 +153,10 @@ pub fn run(
         (worker.observe)(Event::Started { unit, total, label });
         let tensors = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
-            (None, Some(block)) if plan.calibrated => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            (None, Some(block)) if plan.calibrated => match calibration {
+                Some(Calibration::Importance(imatrix)) => worker.weighed_unit(&plan.units[unit], imatrix)?,
+                _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            },
             _ => worker.plain_unit(&plan.units[unit])?,
         };
         worker.output.sync()?;
@@ -240,9 +251,14 @@ impl Worker<'_, '_> {
                 continue;
             };
             let started = Instant::now();
-            let weight = self.input.tensor(&tensor.name)?.to_f32()?;
-            let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
             let (method, solver) = self.plain_method()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme };
+            if slabs::takes(&linear, method) {
+                records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
+                continue;
+            }
+            let weight = self.input.weight(module)?.to_f32()?;
+            let linear = Linear { weight: &weight, ..linear };
             let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
                 self.write(module, &solved.quantized)?;
@@ -260,6 +276,33 @@ impl Worker<'_, '_> {
             }
         }
         Ok(records)
+    }
+
+    /// Rounds, encodes and writes a matrix slab by slab, where errors cost `h` if that is known.
+    fn by_slabs(
+        &mut self,
+        linear: &Linear<'_>,
+        h: Option<&[f32]>,
+        (method, solver): (&dyn Method, &SolverOptions),
+        bytes: u64,
+    ) -> Result<TensorRecord, Error> {
+        let started = Instant::now();
+        let rounded = slabs::round(self.plan, linear, &self.input.weight(linear.name)?, h, (method, solver))?;
+        // A matrix of blocks is one tensor.
+        let name = format!("{}.weight", linear.name);
+        let encoded = match &self.plan.gguf {
+            Some(gguf) => gguf.ordered(&name, linear.shape[0], rounded.bytes),
+            None => rounded.bytes,
+        };
+        self.output.write(&name, &encoded)?;
+        let record = TensorRecord {
+            relative_error: if rounded.energy > 0.0 { rounded.error / rounded.energy } else { 0.0 },
+            error_of: if h.is_some() { "weighed weights".into() } else { "weights".into() },
+            seconds: started.elapsed().as_secs_f64(),
+            ..TensorRecord::of(linear.name, linear.shape, linear.scheme, method, bytes)
+        };
+        (self.observe)(Event::Tensor(&record));
+        Ok(record)
     }
 
     /// A block through which the calibration text flows.
@@ -319,6 +362,7 @@ impl Worker<'_, '_> {
             windows,
             tuning,
             seed: settings.seed,
+            train_head: self.plan.trains_head(),
             work: journal.dir(),
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
@@ -337,7 +381,7 @@ impl Worker<'_, '_> {
         for (block, role, quantized) in &tuned.linears {
             self.write(&spec.module(*block, *role), quantized)?;
         }
-        for (name, weight) in &tuned.norms {
+        for (name, weight) in &tuned.dense {
             let stored = self.input.tensor(name)?;
             self.output.write(name, &stored.with_values(weight)?)?;
         }
@@ -352,10 +396,9 @@ impl Worker<'_, '_> {
 
     /// Writes a tensor that is not quantized.
     fn copy(&self, name: &str) -> Result<(), Error> {
-        let view = self.input.tensor(name)?;
         match &self.plan.gguf {
-            Some(gguf) => self.output.write(name, &gguf.copied(&view)?)?,
-            None => self.output.write(name, view.bytes)?,
+            Some(gguf) => self.output.write(name, &gguf.copied(self.input, name)?)?,
+            None => self.output.write(name, self.input.tensor(name)?.bytes)?,
         }
         Ok(())
     }
@@ -460,36 +503,55 @@ fn publish(
 ) -> Result<Finished, Error> {
     let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
-    // A GGUF file is complete in itself; a folder has more in it than weights.
-    let result = match plan.gguf {
-        Some(_) => journal.output().join(crate::gguf::FILE),
-        None => complete_folder(input, plan, identity, &journal.output(), (&tensors, &stages))?,
-    };
+    // GGUF files are complete in themselves; a folder has more in it than weights.
+    if plan.gguf.is_none() {
+        complete_folder(input, plan, identity, &journal.output(), (&tensors, &stages))?;
+    }
     let mut name = out.file_name().unwrap_or_default().to_owned();
     name.push(".log.jsonl");
     let log = out.with_file_name(name);
     let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
     write_durably(&log, lines.as_bytes())?;
-    if out.exists() {
-        if !force {
-            return Err(Error::Exists { out: out.to_owned() });
+    let names = names(plan, &journal.output(), out);
+    // The first of several files is the one that is opened, so it appears last.
+    for (i, (from, to)) in names.iter().enumerate().rev() {
+        if to.exists() {
+            if !force {
+                return Err(Error::Exists { out: to.clone() });
+            }
+            let old = journal.dir().join(format!("replaced-{i}"));
+            std::fs::rename(to, &old).map_err(io(to, "moving the old output away"))?;
         }
-        let old = journal.dir().join("replaced");
-        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
+        std::fs::rename(from, to).map_err(io(to, "naming the output"))?;
     }
-    std::fs::rename(&result, out).map_err(io(out, "naming the output"))?;
     journal.remove()?;
-    Ok(Finished { out: out.to_owned(), log, tensors, stages, bytes: plan.output.total_bytes() })
+    let out = names.into_iter().next().map_or_else(|| out.to_owned(), |(_, to)| to);
+    Ok(Finished { out, log, tensors, stages, bytes: plan.output.total_bytes() })
 }
 
-/// Adds what a folder holds besides weights, and returns it.
+/// What the finished output is called in the work folder `dir`, and what it will be: the folder, the file, or each of the
+/// files named after it.
+fn names(plan: &Plan, dir: &Path, out: &Path) -> Vec<(PathBuf, PathBuf)> {
+    if plan.gguf.is_none() {
+        return vec![(dir.to_owned(), out.to_owned())];
+    }
+    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
+    let name = |file: &str| file.replacen(crate::gguf::STEM, &stem, 1);
+    let files: Vec<&str> = plan.output.files().map(|(file, _)| file).collect();
+    match files[..] {
+        [file] => vec![(dir.join(file), out.to_owned())],
+        _ => files.iter().map(|file| (dir.join(file), out.with_file_name(name(file)))).collect(),
+    }
+}
+
+/// Adds what a folder holds besides weights.
 fn complete_folder(
     input: &Checkpoint,
     plan: &Plan,
     identity: &serde_json::Value,
     dir: &Path,
     (tensors, stages): (&[TensorRecord], &[StageRecord]),
-) -> Result<PathBuf, Error> {
+) -> Result<(), Error> {
     for file in &plan.files {
         let (from, to) = (input.dir().join(file), dir.join(file));
         if let Some(parent) = to.parent() {
@@ -511,6 +573,5 @@ fn complete_folder(
             "after": s.after, "kept_pass": s.kept_pass,
         })).collect::<Vec<_>>(),
     });
-    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
-    Ok(dir.to_owned())
+    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))
 }

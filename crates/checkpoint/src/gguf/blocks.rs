@@ -72,7 +72,7 @@ impl Layout {
             pack_ternary(codes, out);
         } else if let Some(vectors) = &self.vectors {
             vectors.pack(codes, out);
-        } else {
+        } else if !pack_bytes(self.kind, codes, out) {
             for (f, &c) in self.codes.iter().zip(codes) {
                 put(out, f, u32::from(c ^ self.code_mask()));
             }
@@ -102,6 +102,30 @@ impl Layout {
             *r = f16::from_bits(get(bytes, f) as u16).to_f32();
         }
     }
+}
+
+/// Packs the codes of the types whose bytes hold one or two whole codes, which is where time would go; `false` for others.
+fn pack_bytes(kind: BlockType, codes: &[u8], out: &mut [u8]) -> bool {
+    let from = match kind {
+        BlockType::Q8_0 => {
+            out[2..].iter_mut().zip(codes).for_each(|(o, &c)| *o = c ^ 0x80);
+            return true;
+        }
+        BlockType::Q4_0 | BlockType::Iq4Nl => 2,
+        BlockType::Q4_1 => 4,
+        BlockType::Q5_0 => 6,
+        BlockType::Q5_1 => 8,
+        _ => return false,
+    };
+    let (low, high) = codes.split_at(16);
+    for ((o, &a), &b) in out[from..].iter_mut().zip(low).zip(high) {
+        *o = a & 15 | b << 4;
+    }
+    if matches!(kind, BlockType::Q5_0 | BlockType::Q5_1) {
+        let fifth = codes.iter().enumerate().fold(0u32, |bits, (e, &c)| bits | u32::from(c >> 4) << e);
+        out[from - 4..from].copy_from_slice(&fifth.to_le_bytes());
+    }
+    true
 }
 
 #[inline]

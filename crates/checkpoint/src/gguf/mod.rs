@@ -32,6 +32,17 @@ pub(crate) const ALIGNMENT: usize = 32;
 /// The loader's bound on a tensor's name, its terminating zero included.
 pub(crate) const LONGEST_NAME: usize = 64;
 
+/// Keys of a file that is one of several: its number, how many there are, and the tensors of all.
+pub(crate) const SPLIT_NO: &str = "split.no";
+pub(crate) const SPLIT_COUNT: &str = "split.count";
+pub(crate) const SPLIT_TENSORS: &str = "split.tensors.count";
+
+/// How the name of shard `no` (from 0) of `count` ends.
+#[must_use]
+pub fn shard_end(no: u64, count: u64) -> String {
+    format!("-{:05}-of-{count:05}.gguf", no + 1)
+}
+
 /// What the elements of a tensor are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {

@@ -3,12 +3,19 @@
 use super::Linear;
 use crate::sweep::{Part, SweepGrid, Unit};
 use crate::{Factor, Order, ScaleSearch, Sweep, sweep};
+use bitmill_kernels::fit_blocks;
 use bitmill_scheme::{BlockForm, BlockParams, Quantized, Step};
 use rayon::prelude::*;
 
 /// Every block fitted to its own weights, whose errors cost `importance`, and each weight at its nearest value.
 pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32]) -> Quantized {
     let n = linear.shape[1];
+    if form.has_lanes() {
+        let mut params = vec![BlockParams::zero(); linear.weight.len() / form.len];
+        let mut codes = vec![0u8; linear.weight.len()];
+        fit_blocks(form, linear.weight, importance, &mut params, &mut codes);
+        return assemble(linear, form, codes, &params);
+    }
     let params: Vec<BlockParams> = (linear.weight.par_chunks(form.len).enumerate())
         .map(|(i, w)| form.fit(w, &importance[i * form.len % n..][..form.len]))
         .collect();

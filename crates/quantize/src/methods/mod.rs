@@ -54,8 +54,16 @@ pub trait Method: Sync {
     }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
+    /// Whether every row of a matrix of blocks is rounded by itself.
+    fn works_by_rows(&self) -> bool {
+        false
+    }
+    /// Whether the diagonal of H is enough.
+    fn takes_diagonal(&self) -> bool {
+        false
+    }
     /// Rounds the linears that read one activation. `h` is H, row-major `[in, in]`, present if [`Method::needs`] asks
-    /// for it.
+    /// for it; for a method that [takes it](Method::takes_diagonal), it may be the diagonal, `[in]`.
     ///
     /// # Errors
     /// [`Error::NotPositive`] when H cannot be factored.

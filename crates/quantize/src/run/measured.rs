@@ -1,11 +1,28 @@
-//! A block rounded from statistics that an earlier pass collected: weights and H in, nothing flows.
+//! A block rounded from statistics that an earlier pass collected: weights and H, or its diagonal, in; nothing flows.
 
 use super::{Calibration, Worker, write_quantized};
 use crate::block::{Target, solve_targets};
 use crate::journal::TensorRecord;
 use crate::run::Event;
-use crate::{Action, Error, Unit};
+use crate::{Action, Error, Linear, Plan, Unit};
+use bitmill_calibrate::Imatrix;
 use bitmill_models::SITES;
+
+/// Whether `imatrix` weighs the inputs of every linear of `plan`, and its method asks for no more.
+pub(super) fn check(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
+    if !plan.method.takes_diagonal() {
+        return Err(Error::DiagonalOnly { method: plan.method.name() });
+    }
+    let blocks = plan.units.iter().filter(|unit| unit.block.is_some());
+    for tensor in blocks.flat_map(|unit| &unit.tensors) {
+        let Action::Quantize { module, shape, .. } = &tensor.action else { continue };
+        let got = imatrix.importance(module).map(<[f32]>::len);
+        if got != Some(shape[1]) {
+            return Err(Error::Importance { module: module.clone(), inputs: shape[1], got: got.unwrap_or(0) });
+        }
+    }
+    Ok(())
+}
 
 impl Worker<'_, '_> {
     pub(super) fn measured_unit(
@@ -38,6 +55,22 @@ impl Worker<'_, '_> {
                 (self.observe)(Event::Tensor(&done.record));
                 records.push(done.record);
             }
+        }
+        Ok(records)
+    }
+
+    /// A block whose errors are weighed by the mean squares in `imatrix`.
+    pub(super) fn weighed_unit(&mut self, unit: &Unit, imatrix: &Imatrix) -> Result<Vec<TensorRecord>, Error> {
+        for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
+            self.copy(&tensor.name)?;
+        }
+        let mut records = Vec::new();
+        for target in unit.tensors.iter().filter_map(Target::of) {
+            // Checked before the run began.
+            let Some(h) = imatrix.importance(target.module) else { continue };
+            let linear = Linear { name: target.module, weight: &[], shape: target.shape, scheme: target.scheme };
+            let (method, solver) = (self.plan.method, &self.plan.settings.solver);
+            records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
         }
         Ok(records)
     }

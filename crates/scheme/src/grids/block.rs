@@ -16,6 +16,9 @@
 
 mod codebook;
 mod fit;
+mod lanes;
+
+pub use lanes::LANES;
 
 pub use codebook::{Codebook, Flags, Metric, UNIT};
 
