@@ -210,7 +210,7 @@ fn cross_terms_are_those_of_per_sample_gradients() {
     let mut gram = [[0.0f64; 3]; 3];
     for sample in 0..SAMPLES {
         let grad = drawn(&predictions, 1000 + sample);
-        let mut back = head.backward(&h, &grad).unwrap();
+        let mut back = head.backward(&h, &grad, None).unwrap();
         let mut along = [0.0f64; 3];
         for ((block, trace), index) in traced.iter().zip(blocks).rev() {
             let mut gradients = block.no_gradients();

@@ -20,6 +20,7 @@ mod plan;
 mod plan_file;
 mod refine;
 mod refine_blocks;
+mod refine_units;
 mod run;
 mod sensitivity;
 mod settings;

@@ -51,7 +51,7 @@ impl Method for Gptq {
 pub(crate) fn order(scheme: &Scheme, importance: &[f32], options: &SolverOptions) -> Order {
     let n = importance.len();
     match (options.act_order, scheme.form()) {
-        (true, Some(form)) => Order::nested(importance, form.len, form.sub),
+        (true, Some(form)) => Order::nested(importance, &[form.len, form.sub, form.unit()]),
         (true, None) => Order::by_importance(importance, scheme.group_len(n)),
         (false, _) => Order::natural(n),
     }
