@@ -1,9 +1,9 @@
 //! `--max-kl` and `--max-perplexity-ratio`: the smallest mixture that loses no more, found by trying sizes.
 //!
 //! What a size loses is measured: the mixture is made as it will be (but for tuning, which only lowers the loss) and held
-//! against the full-precision model on windows that calibration does not see. Sizes are tried by bisection; where the
-//! predicted losses, scaled to what was measured last, point well inside the bracket, the next one is tried there. Every
-//! trial is kept in a file beside the output, so a killed search goes on with what it knows.
+//! against the full-precision model on windows that calibration does not see. Sizes are tried by bisection, with the
+//! predicted losses, scaled to what was measured last, to point into the bracket. Every trial is kept in a file beside the
+//! output, so a killed search goes on with what it knows.
 
 use crate::mixed::Weighed;
 use crate::text::Text;
@@ -43,7 +43,7 @@ impl Bound {
     }
 }
 
-/// Trials, at most; the first brackets the bound, and each one after it halves the bracket at worst.
+/// Trials, at most.
 const TRIALS: usize = 9;
 /// The search ends when the bracket is this part of the size.
 const CLOSE: f64 = 0.01;
@@ -77,7 +77,7 @@ impl BySize<'_> {
         // Sizes that lose too much and that do not. Only a measured one counts as the latter.
         let (mut low, mut high, mut scale) = (least, None::<f64>, 1.0);
         let mut next = guess(&survey, bound, scale).clamp(least, most);
-        for _ in 0..TRIALS {
+        for step in 0..TRIALS {
             let trial = self.trial(next, &mut known)?;
             let share = bound.share(&trial);
             let verdict = if share <= 1.0 { "kept" } else { "too much is lost" };
@@ -105,13 +105,14 @@ impl BySize<'_> {
             if next <= least && share <= 1.0 || high.is_some() && to - low <= CLOSE * to {
                 break;
             }
-            // A little inside of the bound, so that half of the guesses do not fail by a hair.
-            let pointed = guess(&survey, bound, 1.02 * scale);
-            let inside = (low + 0.1 * (to - low))..=(to - 0.1 * (to - low));
-            next = if inside.contains(&pointed) { pointed } else { 0.5 * (low + to) };
-            if high.is_none() && pointed >= to {
-                next = to;
-            }
+            // A little inside of the bound, so that half of the guesses do not fail by a hair; and well inside of the
+            // bracket, or in the middle of it every third time, so that it shrinks whatever the prediction is worth.
+            let (pointed, margin) = (guess(&survey, bound, 1.02 * scale), 0.1 * (to - low));
+            next = match high {
+                None if pointed >= to => to,
+                _ if step % 3 == 2 => 0.5 * (low + to),
+                _ => pointed.clamp(low + margin, to - margin),
+            };
         }
         let bits = high.context("no size that was tried loses as little as asked for; allow more")?;
         self.weighed.plan(self.input, self.plan, Budget::Bits(bits))

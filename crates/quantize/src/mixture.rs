@@ -90,8 +90,8 @@ const FRONTIER: usize = 24;
 pub fn mix(input: &Checkpoint, plan: &Plan, from: &Mixing<'_>, budget: Budget) -> Result<Mixture, Error> {
     let weights: u64 = from.table.iter().map(|t| t.weights).sum();
     let (size, unread) = match budget {
-        // Rounded down: never over.
-        Budget::Bits(bits) => return from.mixture((weights as f64 * bits / 8.0) as u64),
+        // Rounded down: never over. A millionth of a byte makes up for the rounding of a mean that was computed from bytes.
+        Budget::Bits(bits) => return from.mixture((weights as f64 * bits / 8.0 + 1e-6) as u64),
         Budget::Size(size) => (size, 0),
         Budget::Read(bytes) => (bytes, plan.unread_bytes()),
     };
