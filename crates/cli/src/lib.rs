@@ -15,6 +15,7 @@ mod plan;
 mod progress;
 mod quantize;
 mod report;
+mod run;
 mod search;
 mod text;
 mod units;
@@ -41,6 +42,7 @@ enum Command {
     Inspect(inspect::Args),
     Report(report::Args),
     Bench(bench::Args),
+    Run(run::Args),
 }
 
 /// Options every command has.
@@ -79,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Run(args) => run::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
