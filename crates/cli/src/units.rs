@@ -52,6 +52,13 @@ fn scaled(n: u64, units: &[&str]) -> String {
     format!("{value:.digits$} {}", units[unit]).trim_end().to_owned()
 }
 
+/// The most memory this process has held so far, in bytes; where the system tells (Linux).
+pub(crate) fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok().map(|kib: u64| kib * 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -141,6 +141,15 @@ impl ModelSpec {
         self.spell(self.layout.tokens)
     }
 
+    /// The name of the final norm's weight, where there is one.
+    #[must_use]
+    pub fn final_norm(&self) -> Option<String> {
+        self.layout.final_norm.map(|norm| {
+            let [weight, _] = self.norm_parts(&self.spell(norm));
+            weight
+        })
+    }
+
     /// The module of the output head, where there is one.
     #[must_use]
     pub fn head(&self) -> Option<String> {

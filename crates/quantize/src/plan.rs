@@ -1,7 +1,7 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
 use crate::gguf::TensorTypes;
-use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, gguf, method};
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
@@ -74,6 +74,8 @@ pub struct Plan {
     pub parameters: u64,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
+    /// The mixture its schemes are from, where one was chosen.
+    pub mixture: Option<Mixture>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -123,36 +125,35 @@ impl Plan {
         if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
             return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
         }
-        let parameters =
-            input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64).sum();
-        if let (true, Some(spec)) = (as_gguf, &spec) {
-            if settings.tuning.is_some() {
-                return Err(Error::TuningFormat { format: format.name().into() });
+        let sizes = input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64);
+        let parameters = sizes.sum();
+        let files = if as_gguf { Vec::new() } else { copied_files(input, &mut notes)? };
+        let (gguf, config, output) = match (as_gguf, &spec) {
+            (true, Some(spec)) => {
+                let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
+                (Some(gguf), serde_json::Value::Null, output)
             }
-            let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
-            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
-            return Ok(Plan {
-                settings,
-                method,
-                format,
-                spec,
-                calibrated,
-                units,
-                output,
-                files,
-                config,
-                parameters,
-                gguf,
-                notes,
-            });
-        }
-        let ignored = left_dense(input, spec.as_ref(), &units);
-        let mut config = input.config().clone();
-        config["quantization_config"] = format.config(&layers, &ignored)?;
-        let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
-        let files = copied_files(input, &mut notes)?;
-        let gguf = None;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, gguf, notes })
+            _ => {
+                let mut config = input.config().clone();
+                config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
+                (None, config, OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?)
+            }
+        };
+        Ok(Plan {
+            settings,
+            method,
+            format,
+            spec,
+            calibrated,
+            units,
+            output,
+            files,
+            config,
+            parameters,
+            gguf,
+            mixture: None,
+            notes,
+        })
     }
 
     /// What becomes of most weights, in a word or two: `w4 g128 sym`, `q4_k`, `q4_k_m`.
@@ -178,6 +179,24 @@ impl Plan {
             Action::Quantize { shape, .. } => (weights + (shape[0] * shape[1]) as u64, bytes + t.bytes),
             Action::Copy => (weights, bytes),
         })
+    }
+
+    /// Bytes written for the quantized modules that `wanted` names.
+    pub(crate) fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> u64 {
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        let named = tensors.filter(|t| matches!(&t.action, Action::Quantize { module, .. } if wanted(module)));
+        named.map(|t| t.bytes).sum()
+    }
+
+    /// Bytes of the output that generating a token does not read: an embedding that is not the output matrix, of which
+    /// a row is all that is looked up.
+    #[must_use]
+    pub fn unread_bytes(&self) -> u64 {
+        if self.spec.as_ref().is_some_and(|s| s.tied) {
+            return 0;
+        }
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        tensors.filter(|t| t.name.strip_suffix(".weight").is_some_and(is_embedding)).map(|t| t.bytes).sum()
     }
 
     /// Bits per quantized weight: every byte written for quantized tensors, over their weights.
@@ -208,17 +227,29 @@ impl Plan {
         blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
     }
 
+    /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
+    pub(crate) fn trains_head(&self) -> bool {
+        let head = self.spec.as_ref().filter(|spec| !spec.tied).and_then(ModelSpec::head);
+        head.is_some_and(|head| !quantized(&self.units).any(|(module, ..)| *module == head))
+    }
+
+    /// Weights that tuning changes, norms aside.
+    fn trained_weights(&self) -> u64 {
+        let head = self.spec.as_ref().filter(|_| self.trains_head()).map_or(0, |spec| spec.vocab * spec.hidden);
+        self.quantized_size().0 + head as u64
+    }
+
     /// Bytes of memory that tuning takes beside activations; 0 without tuning.
     #[must_use]
     pub fn tuning_memory(&self) -> u64 {
-        let of = |_| crate::learn::memory(self.quantized_size().0, self.parameters);
+        let of = |_| crate::learn::memory(self.trained_weights(), self.parameters);
         self.settings.tuning.as_ref().map_or(0, of)
     }
 
     /// Bytes of disk that the run takes while it works, beside its output.
     #[must_use]
     pub fn work_bytes(&self) -> u64 {
-        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.quantized_size().0))
+        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.trained_weights()))
     }
 
     /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
@@ -230,7 +261,7 @@ impl Plan {
         const STEP: u64 = 2000;
         let Some(tuning) = &self.settings.tuning else { return 0 };
         let steps = windows.div_ceil(tuning.batch as u64);
-        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.quantized_size().0 * steps)
+        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.trained_weights() * steps)
     }
 }
 

@@ -55,6 +55,11 @@ impl Quantized {
         if let Some(&c) = self.codes.iter().max() {
             range("code", u32::from(c), u32::from(max_code))?;
         }
+        if let Some(book) = self.scheme.form().and_then(BlockForm::codebook)
+            && let Some(i) = self.codes.chunks(book.unit).position(|unit| !book.holds(unit))
+        {
+            return Err(Error::Codebook { row: i * book.unit / cols, col: i * book.unit % cols });
+        }
         if let Some(form) = self.scheme.form() {
             let n = form.integers();
             if let Some((i, &got)) = self.zeros.iter().enumerate().find(|(i, z)| **z > form.max_integer(i % n)) {
@@ -119,8 +124,15 @@ impl Quantized {
         let grid = self.scheme.grid();
         let mut out = Vec::with_capacity(rows * cols);
         for row in 0..rows {
-            for col in 0..cols {
-                out.push(grid.value(self.codes[row * cols + col], self.params(row, self.group(col))));
+            let codes = &self.codes[row * cols..][..cols];
+            if self.group_of.is_empty() {
+                for (group, codes) in codes.chunks(self.scheme.group_len(cols)).enumerate() {
+                    let params = self.params(row, group);
+                    out.extend(codes.iter().map(|&code| grid.value(code, params)));
+                }
+            } else {
+                let params = |col| self.params(row, self.group(col));
+                out.extend(codes.iter().enumerate().map(|(col, &code)| grid.value(code, params(col))));
             }
         }
         out
