@@ -14,7 +14,7 @@ pub(crate) enum Effort {
     Fast,
     /// Calibrated gptq, then one pass of tuning where the model is small enough for it
     Balanced,
-    /// The same with 8 passes of tuning, 12 at 3 bits and 32 at 2
+    /// The same with 8 passes of tuning, 12 at 3 bits and 28 at 2
     Best,
 }
 
@@ -44,7 +44,7 @@ impl Effort {
             Effort::Balanced => 1,
             // Coarse codes leave more to be learned: these are the passes after which more of them bring little.
             Effort::Best => match scheme.bits().get() {
-                ..=2 => 32,
+                ..=2 => 28,
                 3 => 12,
                 _ => 8,
             },

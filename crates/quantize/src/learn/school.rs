@@ -294,13 +294,12 @@ impl Student {
     }
 }
 
-/// The rates of step `at` of `total`: the full rates for half of them, then half a cosine down to nothing, and before both a
-/// rise over the first steps, in which the moments of the gradients are still noise.
+/// The rates of step `at` of `total`: half a cosine from the full rates to nothing, after a rise over the first steps, in
+/// which the moments of the gradients are still noise.
 fn rates(tuning: &Tuning, at: usize, total: usize) -> Rates {
     /// Steps of the rise.
     const RISE: f32 = 12.0;
-    let fallen = (2.0 * at as f32 / total as f32 - 1.0).max(0.0);
-    let cosine = 0.5 * (1.0 + (std::f32::consts::PI * fallen).cos());
+    let cosine = 0.5 * (1.0 + (std::f32::consts::PI * at as f32 / total as f32).cos());
     let share = cosine * ((at + 1) as f32 / RISE).min(1.0);
     Rates {
         codes: tuning.codes * share,
