@@ -70,12 +70,20 @@ pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
     let operations = plan.tuning_operations(windows.count() as u64, tokens) as f64;
     // What is not a product of matrices takes a third as long again.
     let seconds = 1.3 * operations / (product_rate() * rayon::current_num_threads() as f64);
+    let memory = plan.tuning_memory();
+    let scarce = crate::units::available_memory().filter(|&free| free < memory);
+    let scarce = scarce.map_or(String::new(), |free| {
+        format!(
+            "; only {} are free: expect it to swap or to be killed, and see --tuning-passes 0",
+            crate::units::bytes(free)
+        )
+    });
     Some(format!(
-        "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine",
+        "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine{scarce}",
         tuning.passes,
         if tuning.passes == 1 { "" } else { "es" },
         operations / f64::from(tuning.passes),
-        crate::units::bytes(plan.tuning_memory()),
+        crate::units::bytes(memory),
         span(seconds),
     ))
 }
