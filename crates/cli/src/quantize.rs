@@ -11,7 +11,7 @@ use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_models::SITES;
 use bitmill_quantize::{
     Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
-    StageRecord, gguf_types, read_plan,
+    StageRecord, TRANSFORMS, gguf_types, read_plan,
 };
 use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
@@ -53,7 +53,7 @@ pub(crate) struct Args {
 pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
-          "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "sequence_length", "seed", "size", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
@@ -80,6 +80,10 @@ pub(crate) struct How {
     /// full-precision logits, after gptq; 0 leaves it out [default: what the effort says]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000))]
     tuning_passes: Option<u32>,
+    /// What is done to the weights before they are rounded; the model's function stays as it is [default: nothing]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = transform_names(), hide_possible_values = true,
+          long_help = transform_help())]
+    transforms: Vec<String>,
     /// How the result is stored [default: what compressed-tensors uses for the scheme]
     #[arg(long, value_name = "FORMAT", value_parser = format_names(), hide_possible_values = true, long_help = format_help())]
     format: Option<String>,
@@ -149,6 +153,17 @@ fn tensor_types() -> PossibleValuesParser {
 
 fn method_names() -> PossibleValuesParser {
     PossibleValuesParser::new(METHODS.iter().map(|m| m.name()))
+}
+
+fn transform_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(TRANSFORMS.iter().map(|t| t.name()))
+}
+
+fn transform_help() -> String {
+    table(
+        "What is done to the weights before they are rounded, without changing the model's function [default: nothing]:",
+        TRANSFORMS.iter().map(|t| (t.name(), t.summary())),
+    )
 }
 
 fn format_names() -> PossibleValuesParser {
@@ -227,6 +242,7 @@ impl How {
         let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
+            transforms: self.transforms.clone(),
             method,
             format,
             scheme,
@@ -461,6 +477,9 @@ impl Reporter {
                 let name = record.tensor.rsplit('.').next().unwrap_or(&record.tensor);
                 self.bar.message(format!("{} {name}: relative error {:.2e}", self.label, record.relative_error));
             }
+            Event::Transforming { done, total } => {
+                self.bar.message(format!("transforming the weights: step {done} of {total}"));
+            }
             Event::Tuning { done, total, held_out } => {
                 self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
                 let (last, before) = held_out;
@@ -482,6 +501,9 @@ impl Reporter {
 /// What a stage brought, in one line.
 fn tuned(stage: &StageRecord) -> String {
     let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
+    if *windows == 0 {
+        return format!("{name}: {loss} {before:.4e} -> {after:.4e}");
+    }
     let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
     format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
 }

@@ -23,6 +23,7 @@ mod run;
 mod sensitivity;
 mod settings;
 mod sweep;
+mod transforms;
 
 pub use allocate::{Allocation, Choice, Impossible, allocate};
 pub use calibration::calibrate;
@@ -40,3 +41,4 @@ pub use run::{Calibration, Event, Finished, RunOptions, run};
 pub use sensitivity::{Sensitivity, probe_sites, sensitivities};
 pub use settings::{ScaleSearch, Settings, SolverOptions, Tuning};
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
+pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};

@@ -1,6 +1,6 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
-use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use crate::{Error, GgufOutput, Method, Needs, Settings, Transform, gguf, method, transforms};
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
@@ -70,6 +70,12 @@ pub struct Plan {
     pub config: serde_json::Value,
     /// Numbers in all tensors of the input.
     pub parameters: u64,
+    /// What is done to the weights before anything is rounded, in order.
+    pub transforms: Vec<&'static dyn Transform>,
+    /// Whether the input's output head is its embedding; `spec` speaks of the output.
+    pub tied: bool,
+    /// The output head that transforms part from the embedding, where the input has no tensor for it.
+    pub untied: Option<TensorSpec>,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
     /// What the user should know before it starts.
@@ -90,9 +96,12 @@ impl Plan {
             name: settings.format.clone(),
             known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
         })?;
-        let calibrated = method.needs(&settings.solver) == Needs::Hessian || settings.tuning.is_some();
+        let transforms = transforms(&settings.transforms)?;
+        let calibrated = method.needs(&settings.solver) == Needs::Hessian
+            || settings.tuning.is_some()
+            || transforms.iter().any(|t| t.needs_statistics());
         let mut notes = Vec::new();
-        let spec = match bitmill_models::spec_of(input) {
+        let mut spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
             Err(e) if calibrated => {
                 return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
@@ -112,8 +121,10 @@ impl Plan {
         if as_gguf {
             gguf::check(input, spec.as_ref(), &mut notes)?;
         }
+        let tied = spec.as_ref().is_some_and(|spec| spec.tied);
+        let untied = untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
         let mut settings = settings.clone();
-        let mut units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(&mut notes)?;
+        let mut units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(untied.as_ref(), &mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
         if layers.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
@@ -140,6 +151,9 @@ impl Plan {
                 files,
                 config,
                 parameters,
+                transforms,
+                tied,
+                untied,
                 gguf,
                 notes,
             });
@@ -147,10 +161,29 @@ impl Plan {
         let ignored = left_dense(input, spec.as_ref(), &units);
         let mut config = input.config().clone();
         config["quantization_config"] = format.config(&layers, &ignored)?;
-        let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
+        if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
+            config["tie_word_embeddings"] = false.into();
+        }
+        let output = OutputPlan::new(outputs(input, untied.as_ref(), &units, format), settings.shard_bytes)?;
         let files = copied_files(input, &mut notes)?;
         let gguf = None;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, gguf, notes })
+        Ok(Plan {
+            settings,
+            method,
+            format,
+            spec,
+            calibrated,
+            units,
+            output,
+            files,
+            config,
+            parameters,
+            transforms,
+            tied,
+            untied,
+            gguf,
+            notes,
+        })
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -229,6 +262,37 @@ fn quantized(units: &[Unit]) -> impl Iterator<Item = (&String, &Scheme, [usize; 
     })
 }
 
+/// Checks that `transforms` suit the model, and parts head and embedding in `spec` where one of them asks for it; returns
+/// the head's tensor where the input has none.
+fn untie(
+    input: &Checkpoint,
+    spec: Option<&mut ModelSpec>,
+    transforms: &[&'static dyn Transform],
+    as_gguf: bool,
+    notes: &mut Vec<String>,
+) -> Result<Option<TensorSpec>, Error> {
+    let Some(first) = transforms.first() else { return Ok(None) };
+    let refuse = |name, reason: &str| Error::Transform { name, dir: input.dir().into(), reason: reason.into() };
+    let spec = spec.ok_or_else(|| refuse(first.name(), "its architecture has no forward pass here"))?;
+    if let Some((name, reason)) = transforms.iter().find_map(|t| Some((t.name(), t.refuses(spec)?))) {
+        return Err(refuse(name, reason));
+    }
+    if let [_, second, ..] = transforms.iter().filter(|t| t.unties()).collect::<Vec<_>>()[..] {
+        return Err(refuse(second.name(), "the residual stream is turned already; one of these transforms is enough"));
+    }
+    let (Some(by), true, Some(head)) = (transforms.iter().find(|t| t.unties()), spec.tied, spec.head()) else {
+        return Ok(None);
+    };
+    if as_gguf {
+        return Err(refuse(by.name(), "its output head is its embedding, which a GGUF file keeps so"));
+    }
+    spec.tied = false;
+    notes.push(format!("{} makes {head} a matrix of its own; it was the embedding", by.name()));
+    let name = format!("{head}.weight");
+    let embedding = input.spec(&spec.embedding()).filter(|_| input.spec(&name).is_none());
+    Ok(embedding.map(|e| TensorSpec { name, ..e.clone() }))
+}
+
 /// Every tensor the architecture needs is stored, in its shape.
 fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
     for slot in spec.tensors() {
@@ -264,9 +328,9 @@ fn left_dense(input: &Checkpoint, spec: Option<&ModelSpec>, units: &[Unit]) -> V
 }
 
 /// Specs of every output tensor, in model order.
-fn outputs(input: &Checkpoint, units: &[Unit], format: &dyn Format) -> Vec<TensorSpec> {
+fn outputs(input: &Checkpoint, untied: Option<&TensorSpec>, units: &[Unit], format: &dyn Format) -> Vec<TensorSpec> {
     let of = |t: &PlannedTensor| match &t.action {
-        Action::Copy => input.spec(&t.name).cloned().into_iter().collect(),
+        Action::Copy => input.spec(&t.name).or(untied.filter(|u| u.name == t.name)).cloned().into_iter().collect(),
         Action::Quantize { module, scheme, shape, .. } => format.layout(module, scheme, *shape),
     };
     units.iter().flat_map(|u| &u.tensors).flat_map(of).collect()
@@ -319,7 +383,7 @@ impl<'a> Units<'a> {
         Ok(Units { input, spec, format, ignore, scheme: settings.scheme, settings: settings.clone() })
     }
 
-    fn build(&self, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
+    fn build(&self, untied: Option<&TensorSpec>, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
         let roles: BTreeMap<String, Role> = match self.spec {
             Some(spec) => (0..spec.layers).flat_map(|b| spec.block_linears(b)).map(|(r, m)| (m, r)).collect(),
             None => BTreeMap::new(),
@@ -341,6 +405,11 @@ impl<'a> Units<'a> {
                 None => outside.push(tensor),
             }
         }
+        outside.extend(untied.map(|u| PlannedTensor {
+            name: u.name.clone(),
+            action: Action::Copy,
+            bytes: u.bytes() as u64,
+        }));
         if self.spec.is_none() {
             let found: Vec<&str> = (outside.iter())
                 .filter_map(|t| match &t.action {

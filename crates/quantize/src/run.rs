@@ -5,6 +5,7 @@ mod measured;
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
+use crate::transforms::{transformed, transformed_bytes};
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
@@ -43,6 +44,13 @@ pub enum Event<'a> {
     },
     /// A tensor is finished.
     Tensor(&'a TensorRecord),
+    /// The weights are being transformed, before anything is rounded.
+    Transforming {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
+    },
     /// The rounded model is being tuned.
     Tuning {
         /// Steps done.
@@ -114,12 +122,16 @@ pub fn run(
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
     }
+    if !plan.transforms.is_empty() && matches!(calibration, Some(Calibration::Statistics(_))) {
+        return Err(Error::TransformsNeedText);
+    }
     let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
         check_finite(input)?;
-        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + plan.work_bytes())?;
+        let work = plan.work_bytes() + transformed_bytes(input, plan);
+        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + work)?;
     }
     std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
     let mut journal = Journal::open(out, &identity, options.force)?;
@@ -128,7 +140,17 @@ pub fn run(
     if done > 0 {
         observe(Event::Resumed { done, total });
     }
-    let mut worker = Worker { input, plan, output, observe, options };
+    let text = match calibration {
+        Some(Calibration::Text(windows)) => Some(windows),
+        _ => None,
+    };
+    let place = (journal.dir(), options.stream_memory, options.stop);
+    let rewritten = transformed(input, plan, text, place, &mut |done, total| {
+        observe(Event::Transforming { done, total });
+    })?;
+    let (model, stages) = rewritten.as_ref().map_or((input, &[][..]), |(model, stages)| (model, stages));
+    stages.iter().for_each(|stage| observe(Event::Stage(stage)));
+    let mut worker = Worker { input: model, plan, output, observe, options };
     let flow = Calibrated::new(&worker, calibration, &journal)?;
     for unit in done..total {
         if options.stop.load(Ordering::Relaxed) {
@@ -163,7 +185,7 @@ pub fn run(
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
-    publish(input, plan, &identity, journal, out, options.force)
+    publish(input, plan, &identity, journal, stages, (out, options.force))
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
@@ -455,10 +477,11 @@ fn publish(
     plan: &Plan,
     identity: &serde_json::Value,
     journal: Journal,
-    out: &Path,
-    force: bool,
+    first: &[StageRecord],
+    (out, force): (&Path, bool),
 ) -> Result<Finished, Error> {
-    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
+    let later = journal.lines.iter().filter_map(|l| l.stage.clone());
+    let stages: Vec<StageRecord> = first.iter().cloned().chain(later).collect();
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
     // A GGUF file is complete in itself; a folder has more in it than weights.
     let result = match plan.gguf {

@@ -98,6 +98,9 @@ pub struct Settings {
     pub scale_type: Option<ScaleType>,
     /// Options of the method.
     pub solver: SolverOptions,
+    /// Names of the transforms (rows of `TRANSFORMS`) applied before anything is rounded, in any order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub transforms: Vec<String>,
     /// Refinement by gradients, if any.
     pub tuning: Option<Tuning>,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.

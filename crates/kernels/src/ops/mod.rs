@@ -1,6 +1,7 @@
 //! One file per operation.
 
 pub(crate) mod cholesky;
+pub(crate) mod eigen;
 pub(crate) mod hadamard;
 pub(crate) mod matrix;
 pub(crate) mod pack;
