@@ -17,6 +17,7 @@
 //!     layers: Default::default(),
 //!     scale_type: None,
 //!     solver: SolverOptions::default(),
+//!     observation: Default::default(),
 //!     transforms: Vec::new(),
 //!     tuning: None,
 //!     ignore: vec![],

@@ -6,6 +6,7 @@
 mod calibrate;
 mod effort;
 mod eval;
+mod goal;
 mod inspect;
 mod mixed;
 mod plan;

@@ -1,6 +1,7 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
 use crate::effort::Effort;
+use crate::goal::GoalArgs;
 use crate::mixed::{self, MixtureArgs, Width};
 use crate::progress::Progress;
 use crate::text::{Text, TextArgs};
@@ -54,6 +55,7 @@ pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "soft_rounding", "target_shift", "token_weights", "full_share", "keep_biases",
           "sequence_length", "seed", "size", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
@@ -105,6 +107,8 @@ pub(crate) struct How {
     /// Times gptq refits the scales to the codes
     #[arg(long, value_name = "N", default_value_t = SolverOptions::default().scale_refits)]
     scale_refits: u32,
+    #[command(flatten)]
+    goal: GoalArgs,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
@@ -265,7 +269,9 @@ impl How {
                 act_order: !self.no_act_order,
                 descent_sweeps: self.descent_sweeps,
                 scale_refits: self.scale_refits,
+                soft: self.goal.soft(),
             },
+            observation: self.goal.observation(),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,

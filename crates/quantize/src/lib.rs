@@ -20,8 +20,11 @@ mod plan_file;
 mod refine;
 mod refine_blocks;
 mod run;
+mod seen;
 mod sensitivity;
 mod settings;
+mod shift;
+mod soft;
 mod sweep;
 mod transforms;
 
@@ -30,7 +33,7 @@ pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, gguf_types};
-pub use journal::{StageRecord, TensorRecord};
+pub use journal::{StageChange, StageRecord, TensorRecord};
 pub use loaders::loaders;
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
 pub use mixture::{Budget, Mixture, mix};
@@ -39,6 +42,8 @@ pub use plan_file::{parse_scheme, read_plan, write_plan};
 pub use refine::{descend, loss, refit_scales};
 pub use run::{Calibration, Event, Finished, RunOptions, run};
 pub use sensitivity::{Sensitivity, probe_sites, sensitivities};
-pub use settings::{ScaleSearch, Settings, SolverOptions, Tuning};
+pub use settings::{
+    Observation, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift, TokenWeights, Tuning,
+};
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
 pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};

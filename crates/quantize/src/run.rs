@@ -4,11 +4,11 @@ mod measured;
 
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
-use crate::learn::{Lesson, tune};
+use crate::learn::{Lesson, rounding_to, tune};
 use crate::transforms::{transformed, transformed_bytes};
-use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
+use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -160,7 +160,7 @@ pub fn run(
             (worker.observe)(Event::Started { unit, total, label: "tuning" });
             let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
-            journal.append(Line { unit, stream: None, tensors: Vec::new(), stage: Some(stage) })?;
+            journal.append(Line { unit, stream: None, full: None, tensors: Vec::new(), stage: Some(stage) })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
             continue;
         };
@@ -171,17 +171,19 @@ pub fn run(
             _ => worker.plain_unit(&plan.units[unit])?,
         };
         worker.output.sync()?;
-        let stream = match (&flow, plan.units[unit].block) {
-            (Some(flow), Some(_)) if unit + 1 < plan.units.len() => {
-                let file = journal.stream(unit + 1);
-                flow.hidden.save(&file)?;
-                Some(hash_file(&file)?)
-            }
-            _ => None,
+        let save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
+            stream.save(&file)?;
+            hash_file(&file)
         };
-        journal.append(Line { unit, stream, tensors, stage: None })?;
+        let (mut stream, mut full) = (None, None);
+        if let (Some(flow), Some(_), true) = (&flow, plan.units[unit].block, unit + 1 < plan.units.len()) {
+            stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
+            full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
+        }
+        journal.append(Line { unit, stream, full, tensors, stage: None })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
+        let _ = std::fs::remove_file(journal.full_stream(unit));
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
@@ -296,13 +298,19 @@ impl Worker<'_, '_> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
             self.copy(&tensor.name)?;
         }
-        let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let block = Block::load(flow.spec, index, self.input)?;
+        let target = |tensor| {
+            let target = Target::of(tensor)?;
+            let stored = self.input.spec(&format!("{}.bias", target.module)).map(|t| t.dtype);
+            let bias = block.bias(target.role).and_then(|_| rounding_to(stored));
+            Some(Target { bias, ..target })
+        };
+        let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(target).collect();
         let (method, solver, stop) = (self.plan.method, &self.plan.settings.solver, self.options.stop);
         let mut records = Vec::new();
         // Both callbacks report to the observer; only one of them runs at a time.
         let observe = std::cell::RefCell::new(&mut *self.observe);
-        let (plan, output) = (self.plan, &self.output);
+        let (plan, output, input) = (self.plan, &self.output, self.input);
         flow.quantize_block(
             index,
             block,
@@ -317,6 +325,9 @@ impl Worker<'_, '_> {
             },
             &mut |finished| {
                 write_quantized(plan, output, &finished.module, &finished.solved.quantized)?;
+                if let Some(bias) = &finished.bias {
+                    write_values(plan, output, &input.tensor(&format!("{}.bias", finished.module))?, bias)?;
+                }
                 (observe.borrow_mut())(Event::Tensor(&finished.record));
                 records.push(finished.record);
                 Ok(())
@@ -335,9 +346,11 @@ impl Worker<'_, '_> {
         let Some(Calibration::Text(windows)) = calibration else {
             unreachable!("checked before anything was written");
         };
+        let written = Checkpoint::open(&journal.output())?;
         let lesson = Lesson {
             spec,
             input: self.input,
+            written: &written,
             windows,
             tuning,
             seed: settings.seed,
@@ -345,7 +358,6 @@ impl Worker<'_, '_> {
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
         };
-        let written = Checkpoint::open(&journal.output())?;
         let read = |target: Target<'_>| match written.weight(target.module)? {
             Weight::Quantized(quantized) => Ok((target.role, quantized)),
             Weight::Dense(_) => unreachable!("{} was written quantized", target.module),
@@ -374,12 +386,7 @@ impl Worker<'_, '_> {
 
     /// Writes a tensor that is not quantized.
     fn copy(&self, name: &str) -> Result<(), Error> {
-        let view = self.input.tensor(name)?;
-        match &self.plan.gguf {
-            Some(gguf) => self.output.write(name, &gguf.copied(&view)?)?,
-            None => self.output.write(name, view.bytes)?,
-        }
-        Ok(())
+        write_dense(self.plan, &self.output, &self.input.tensor(name)?)
     }
 
     /// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
@@ -391,6 +398,21 @@ impl Worker<'_, '_> {
         }
         Ok((method("rtn")?, SolverOptions { scale_search: None, ..solver }))
     }
+}
+
+/// Writes a tensor that is not quantized, as it is.
+fn write_dense(plan: &Plan, output: &Output, view: &TensorView<'_>) -> Result<(), Error> {
+    match &plan.gguf {
+        Some(gguf) => output.write(view.name, &gguf.copied(view)?)?,
+        None => output.write(view.name, view.bytes)?,
+    }
+    Ok(())
+}
+
+/// Writes a tensor that is not quantized with other numbers in it.
+fn write_values(plan: &Plan, output: &Output, view: &TensorView<'_>, values: &[f32]) -> Result<(), Error> {
+    let bytes = view.with_values(values)?;
+    write_dense(plan, output, &TensorView { bytes: &bytes, ..*view })
 }
 
 fn write_quantized(
@@ -417,6 +439,8 @@ struct Calibrated<'a> {
     budget: u64,
     spill: PathBuf,
     hidden: Stream,
+    full: Option<Stream>,
+    observation: Observation,
 }
 
 impl<'a> Calibrated<'a> {
@@ -430,22 +454,24 @@ impl<'a> Calibrated<'a> {
         else {
             return Ok(None);
         };
-        // Three streams exist at a time: the residual, and a site's input and output.
-        let budget = worker.options.stream_memory / 3;
+        // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
+        let observation = worker.plan.settings.observation;
+        let budget = worker.options.stream_memory / if observation.two_streams() { 6 } else { 3 };
         let (count, lengths) = (windows.count(), windows.lengths());
         let spill = journal.dir().join("stream-spill");
         let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
+        let second = journal.dir().join("stream-full-spill");
+        let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
+        let full = observation.two_streams().then(second).transpose()?;
         let rope = RopeTable::new(&spec.rope, windows.length)?;
         let done = journal.lines.len();
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
         match saved {
             Some(hash) => {
-                let file = journal.stream(done);
-                if hash_file(&file)? != *hash {
-                    let source = std::io::Error::other("its contents changed since it was written");
-                    return Err(io(&file, "taking up the calibration stream")(source));
+                take_up(&hidden, &journal.stream(done), hash)?;
+                if let (Some(full), Some(hash)) = (&full, journal.lines.last().and_then(|l| l.full.as_ref())) {
+                    take_up(full, &journal.full_stream(done), hash)?;
                 }
-                hidden.load(&file)?;
             }
             None => {
                 let embedding = Embedding::load(spec, worker.input)?;
@@ -454,21 +480,35 @@ impl<'a> Calibrated<'a> {
                     16,
                     |w| -> Result<(), Error> {
                         let h: Vec<f32> = embedding.embed(&windows.tokens[w])?.flatten_all()?.to_vec1()?;
+                        if let Some(full) = &full {
+                            full.write(w, &h)?;
+                        }
                         Ok(hidden.write(w, &h)?)
                     },
                     |_, _| Ok(()),
                 )?;
             }
         }
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill: journal.dir().to_owned(), hidden }))
+        let spill = journal.dir().to_owned();
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden } = self;
-        Flow { spec, rope, lengths, budget: *budget, spill, hidden }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation } = self;
+        let (budget, full, observation) = (*budget, full.as_ref(), *observation);
+        Flow { spec, rope, lengths, budget, spill, hidden, full, observation }
     }
+}
+
+/// Fills `stream` from `file`, which must have this hash.
+fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
+    if hash_file(file)? != hash {
+        let source = std::io::Error::other("its contents changed since it was written");
+        return Err(io(file, "taking up the calibration stream")(source));
+    }
+    Ok(stream.load(file)?)
 }
 
 /// Completes the folder and gives it its name.
@@ -527,7 +567,7 @@ fn complete_folder(
         "bits_per_weight": plan.bits_per_weight(),
         "tensors": tensors.iter().map(|t| json!({
             "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
-            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
+            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping, "stages": t.stages,
         })).collect::<Vec<_>>(),
         "stages": stages.iter().map(|s| json!({
             "stage": s.stage, "loss": s.loss, "held_out_windows": s.held_out_windows, "before": s.before,

@@ -25,7 +25,8 @@ use bitmill_scheme::Quantized;
 use candle_core::{Device, Tensor};
 use goal::{Goal, resample};
 use half::{bf16, f16};
-use pupil::{Pupil, ToStored};
+use pupil::Pupil;
+pub(crate) use pupil::ToStored;
 use rounding::Rates;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
@@ -43,6 +44,8 @@ pub(crate) struct Lesson<'a> {
     pub(crate) spec: &'a ModelSpec,
     /// The full-precision model.
     pub(crate) input: &'a Checkpoint,
+    /// The rounded model, whose biases may have changed.
+    pub(crate) written: &'a Checkpoint,
     pub(crate) windows: &'a Windows,
     pub(crate) tuning: &'a Tuning,
     pub(crate) seed: u64,
@@ -197,14 +200,19 @@ impl<'a> School<'a> {
     }
 
     fn pupils(&self, start: Vec<Vec<Start>>) -> Result<Vec<Pupil>, Error> {
-        let Lesson { spec, input, .. } = self.lesson;
+        let Lesson { spec, input, written, .. } = self.lesson;
         let pupil = |(index, (linears, block)): (usize, (Vec<Start>, &Block))| {
             let norm = |role: NormRole| {
                 let dtype = input.spec(&spec.norm(index, role)).map(|t| t.dtype);
                 rounding_to(dtype).map(|round| (role, round))
             };
             let norms = NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r)).filter_map(norm).collect();
-            Pupil::new(block.clone(), linears, norms)
+            let mut block = block.clone();
+            for (role, module) in spec.block_linears(index).into_iter().filter(|(role, _)| spec.has_bias(*role)) {
+                let bias = written.tensor(&format!("{module}.bias"))?.to_f32()?;
+                block.set_bias(role, Some(Tensor::from_slice(&bias, bias.len(), &Device::Cpu)?));
+            }
+            Pupil::new(block, linears, norms)
         };
         start.into_iter().zip(&self.teacher).enumerate().map(pupil).collect()
     }
@@ -358,7 +366,7 @@ impl<'a> School<'a> {
 }
 
 /// Rounding to a stored floating-point type; `None` for others.
-fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
+pub(crate) fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
     match dtype? {
         Dtype::F32 | Dtype::F64 => Some(|v| v),
         Dtype::F16 => Some(|v| f16::from_f32(v).to_f32()),

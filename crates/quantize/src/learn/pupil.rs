@@ -27,7 +27,7 @@ pub(super) struct TrainedNorm {
 }
 
 /// Rounds a number to a stored type.
-pub(super) type ToStored = fn(f32) -> f32;
+pub(crate) type ToStored = fn(f32) -> f32;
 
 /// Smallest size a norm's weight is taken to have when its step is a share of it.
 const SMALL: f32 = 1e-3;

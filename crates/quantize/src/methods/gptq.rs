@@ -4,7 +4,8 @@
 use super::rtn::{fit, importance};
 use super::{Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
-use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, Sweep, descend, refit_scales, sweep};
+use crate::soft::soften;
+use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
 use bitmill_scheme::{Granularity, Quantized};
 
 pub(super) struct Gptq;
@@ -77,7 +78,18 @@ fn solve_linear(
         }
         descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
     }
-    Solved { quantized, damping: Some(factor.damping()) }
+    let mut stages = Vec::new();
+    if let Some(soft) = options.soft {
+        let total = |q: &Quantized| loss(linear.weight, &q.dequantize(), &h).iter().sum::<f64>();
+        let before = total(&quantized);
+        if soften(linear.weight, &mut quantized, &h, soft) > 0 {
+            descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
+            refit_scales(linear.weight, &mut quantized, &h);
+        }
+        let (of, change) = ("proxy loss".into(), if before > 0.0 { total(&quantized) / before - 1.0 } else { 0.0 });
+        stages.push(StageChange { stage: "soft rounding".into(), of, change, shares: Vec::new() });
+    }
+    Solved { quantized, damping: Some(factor.damping()), stages }
 }
 
 /// The sweep onto an integer grid.

@@ -17,6 +17,7 @@ fn settings(names: &[&str]) -> Settings {
         layers: BTreeMap::new(),
         scale_type: None,
         solver: SolverOptions::default(),
+        observation: Default::default(),
         transforms: names.iter().map(ToString::to_string).collect(),
         tuning: None,
         ignore: Vec::new(),
