@@ -23,6 +23,9 @@ pub(crate) struct GoalArgs {
     /// Leave biases as they are instead of having them take up the mean of their linear's error
     #[arg(long)]
     keep_biases: bool,
+    /// Try damping and shrinkage of each Hessian on held-out tokens, and take what loses least there
+    #[arg(long)]
+    damping_search: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -76,6 +79,7 @@ impl GoalArgs {
             },
             full_share: self.full_share,
             biases: !self.keep_biases,
+            damping_search: self.damping_search,
         }
     }
 

@@ -141,11 +141,13 @@ impl ModelSpec {
         self.spell(self.layout.tokens)
     }
 
-    /// The tensor of the weight of the norm after the last block, where there is one.
+    /// The name of the final norm's weight, where there is one.
     #[must_use]
     pub fn final_norm(&self) -> Option<String> {
-        let [weight, _] = self.norm_parts(&self.spell(self.layout.final_norm?));
-        Some(weight)
+        self.layout.final_norm.map(|norm| {
+            let [weight, _] = self.norm_parts(&self.spell(norm));
+            weight
+        })
     }
 
     /// The module of the output head, where there is one.

@@ -7,6 +7,7 @@
 use crate::journal::{StageChange, TensorRecord};
 use crate::learn::ToStored;
 use crate::seen::{Glimpse, Seen, token_weights};
+use crate::sensitivity::quick;
 use crate::shift::targets as targets_of;
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
@@ -266,8 +267,10 @@ impl Flow<'_> {
             };
             let moments = seen.all(centred);
             let means = if centred { Some(seen.means()) } else { None };
-            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens()), method, options)?;
+            let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
+            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens()), method, &options)?;
             for (i, (role, done)) in solved.iter_mut().enumerate() {
+                done.record.stages.extend(damping.clone());
                 if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {
                     done.record.stages.push(StageChange {
                         stage: "target shift".into(),
@@ -284,6 +287,52 @@ impl Flow<'_> {
             all.extend(solved);
         }
         Ok(all)
+    }
+}
+
+/// Damping and shrinkage that are tried.
+const DAMPINGS: [(f32, f32); 6] = [(0.001, 0.0), (0.01, 0.0), (0.05, 0.0), (0.01, 0.05), (0.01, 0.15), (0.01, 0.4)];
+
+impl Flow<'_> {
+    /// The options with the damping and shrinkage of H that lose least on held-out tokens, where that is asked for:
+    /// rounded against H of the others, without refinements.
+    fn damped(
+        &self,
+        targets: &[&Target<'_>],
+        goals: &[Vec<f32>],
+        seen: &Seen,
+        centred: bool,
+        (method, options): (&dyn Method, &SolverOptions),
+    ) -> Result<(SolverOptions, Option<StageChange>), Error> {
+        let apart = if self.observation.damping_search { seen.apart(centred) } else { None };
+        let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
+        let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
+            let options = SolverOptions { damping, shrinkage, ..quick(options) };
+            let solved = solve_targets(targets, goals, (&learnt, 0), method, &options)?;
+            let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
+                let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
+                let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
+                if energy > 0.0 { error / energy } else { 0.0 }
+            };
+            Ok(goals.iter().zip(&solved).map(relative).sum())
+        };
+        let own = (options.damping, options.shrinkage);
+        let before = loss_of(own)?;
+        let mut best = (before, own);
+        for candidate in DAMPINGS.into_iter().filter(|&c| c != own) {
+            let loss = loss_of(candidate)?;
+            if loss < best.0 {
+                best = (loss, candidate);
+            }
+        }
+        let (loss, (damping, shrinkage)) = best;
+        let stage = StageChange {
+            stage: "damping".into(),
+            of: "output error on held-out tokens".into(),
+            change: if before > 0.0 { loss / before - 1.0 } else { 0.0 },
+            shares: vec![f64::from(damping), f64::from(shrinkage)],
+        };
+        Ok((SolverOptions { damping, shrinkage, ..options.clone() }, Some(stage)))
     }
 }
 

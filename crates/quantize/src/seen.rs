@@ -53,7 +53,7 @@ impl Seen {
 
     /// Adds windows from `first` on; `weights` are those of all windows' tokens.
     pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
-        let split = self.observation.shift != TargetShift::Off;
+        let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && self.held_out(w)) == part;
             let of = |what: fn(&Glimpse) -> &Vec<f32>| -> Vec<f32> {
@@ -101,6 +101,12 @@ impl Seen {
         let filled = self.parts.iter().all(|(stats, cross)| stats.tokens() > 0 && cross.is_some());
         (filled && self.observation.shift != TargetShift::Off)
             .then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred)))
+    }
+
+    /// H of what was learnt from and of what was held out; `None` where either is empty.
+    pub(crate) fn apart(&self, centred: bool) -> Option<[Vec<f32>; 2]> {
+        let filled = self.parts.iter().all(|(stats, _)| stats.tokens() > 0);
+        filled.then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred).h))
     }
 
     /// Moments of everything. `centred` takes the means out, for linears whose bias takes care of them.

@@ -36,6 +36,9 @@ pub struct SolverOptions {
     pub scale_search: Option<ScaleSearch>,
     /// Share of the mean diagonal added to H (λ of the GPTQ paper); raised tenfold while H is not positive definite.
     pub damping: f32,
+    /// Share of H's entries beside the diagonal that is taken away: with few tokens they are the least certain.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shrinkage: f32,
     /// Whether columns are rounded in order of importance, group by group.
     pub act_order: bool,
     /// Sweeps of coordinate descent after rounding.
@@ -45,6 +48,10 @@ pub struct SolverOptions {
     /// Rounding directions learned on H after all of that, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub soft: Option<SoftRounding>,
+}
+
+fn is_zero(share: &f32) -> bool {
+    *share == 0.0
 }
 
 /// Rounding directions learned by gradients of tr(ΔHΔᵀ).
@@ -74,6 +81,7 @@ impl Default for SolverOptions {
         SolverOptions {
             scale_search: None,
             damping: 0.01,
+            shrinkage: 0.0,
             act_order: true,
             descent_sweeps: 4,
             scale_refits: 2,
@@ -94,11 +102,19 @@ pub struct Observation {
     pub full_share: f32,
     /// Whether biases take up the mean of the error of their linear.
     pub biases: bool,
+    /// Whether damping and shrinkage of each H are those that lose least on held-out tokens.
+    pub damping_search: bool,
 }
 
 impl Default for Observation {
     fn default() -> Self {
-        Observation { shift: TargetShift::Off, tokens: TokenWeights::Equal, full_share: 0.0, biases: true }
+        Observation {
+            shift: TargetShift::Off,
+            tokens: TokenWeights::Equal,
+            full_share: 0.0,
+            biases: true,
+            damping_search: false,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use crate::{Error, Factor};
 use bitmill_kernels::{Element, View, ViewMut, eigen, gemm};
 use bitmill_models::{ModelSpec, NormKind, NormRole, Role};
 use bitmill_scheme::{Fit, Grid, Scheme};
+use std::sync::Arc;
 
 /// Sign vectors that are tried.
 const CANDIDATES: u64 = 8;
@@ -66,25 +67,25 @@ impl Transform for Rotate {
 
     fn prepare(&self, model: &Model<'_>) -> Result<Box<dyn Rewrite>, Error> {
         let n = model.spec.hidden;
-        let basis = if self.eigenbasis { Some(eigenbasis(model)?) } else { None };
-        let sampled = sample(model)?;
-        let plain = sampled.iter().map(|block| predicted(model, block)).sum::<Result<f64, Error>>()?;
-        let mut best: Option<(f64, Turn)> = None;
-        for candidate in 0..CANDIDATES {
-            let seed = model.seed.wrapping_mul(CANDIDATES).wrapping_add(candidate + 1);
-            let turn = Turn::new(n, seed, basis.clone());
-            let mut loss = 0.0;
-            for block in &sampled {
-                let mut block = block.clone();
-                turn_block(&turn, &mut block);
-                loss += predicted(model, &block)?;
-            }
-            if best.as_ref().is_none_or(|(least, _)| loss < *least) {
-                best = Some((loss, turn));
+        let basis = if self.eigenbasis { Some(Arc::new(eigenbasis(model)?)) } else { None };
+        let turns: Vec<Turn> = (1..=CANDIDATES)
+            .map(|candidate| Turn::new(n, model.seed.wrapping_mul(CANDIDATES).wrapping_add(candidate), basis.clone()))
+            .collect();
+        let (mut plain, mut losses) = (0.0, vec![0.0; turns.len()]);
+        let (layers, count) = (model.spec.layers, SAMPLED.min(model.spec.layers));
+        for i in 0..count {
+            let mut folded = model.block(i * layers / count)?;
+            fold_norms(&mut folded);
+            plain += predicted(model, &folded)?;
+            for (turn, loss) in turns.iter().zip(&mut losses) {
+                let mut block = folded.clone();
+                turn_block(turn, &mut block);
+                *loss += predicted(model, &block)?;
             }
         }
+        let best = turns.into_iter().zip(losses).reduce(|best, next| if next.1 < best.1 { next } else { best });
         match best {
-            Some((loss, turn)) => Ok(Box::new(Rotated { turn, predicted: (plain, loss) })),
+            Some((turn, loss)) => Ok(Box::new(Rotated { turn, predicted: (plain, loss) })),
             None => unreachable!("no candidate was tried"),
         }
     }
@@ -161,18 +162,6 @@ fn turn_block(turn: &Turn, block: &mut BlockWeights<'_>) {
             turn.moments(site);
         }
     }
-}
-
-/// A few blocks with their norms folded, on which candidates are compared.
-fn sample<'a>(model: &Model<'a>) -> Result<Vec<BlockWeights<'a>>, Error> {
-    let layers = model.spec.layers;
-    let count = SAMPLED.min(layers);
-    let block = |i: usize| {
-        let mut block = model.block(i * layers / count)?;
-        fold_norms(&mut block);
-        Ok(block)
-    };
-    (0..count).map(block).collect()
 }
 
 /// What rounding the block is predicted to lose, relative to the energy of its outputs: Σ s²/12·tr(D)/tr(WHWᵀ), with s the
@@ -267,7 +256,7 @@ mod tests {
         }
         // With the Hadamard factor behind it, every channel carries the same share of the weights.
         let mut turned = wide.clone();
-        Turn::new(n, 1, Some(sum)).rows(&mut turned);
+        Turn::new(n, 1, Some(Arc::new(sum))).rows(&mut turned);
         let share = |j: usize| turned.iter().skip(j).step_by(n).map(|v| v * v).sum::<f64>();
         let mean = values.iter().sum::<f64>() / n as f64;
         assert!((0..n).all(|j| (share(j) / mean - 1.0).abs() < 1e-9));

@@ -40,8 +40,8 @@ fn goldens() -> Vec<PathBuf> {
 fn windows(spec: &ModelSpec) -> Windows {
     let length = 32.min(spec.max_positions);
     let token = |i: usize| (splitmix(i as u64) % spec.vocab as u64) as u32;
-    let tokens = (0..8).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
-    Windows { tokens, length, text_tokens: 8 * length }
+    let tokens = (0..4).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
+    Windows { tokens, length, text_tokens: 4 * length }
 }
 
 /// Logits of the first window, or hidden states where there is no head.

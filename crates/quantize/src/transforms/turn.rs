@@ -5,6 +5,7 @@ use super::SiteMoments;
 use bitmill_calibrate::splitmix;
 use bitmill_kernels::{Hadamard, View, ViewMut, gemm};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Rows of one task.
 const ROWS: usize = 32;
@@ -14,7 +15,7 @@ const ROWS: usize = 32;
 pub(crate) struct Turn {
     n: usize,
     /// Columns are the vectors of a basis `[n, n]`: coordinates in it are taken first.
-    basis: Option<Vec<f64>>,
+    basis: Option<Arc<Vec<f64>>>,
     signs: Vec<f64>,
     hadamard: Hadamard,
 }
@@ -22,7 +23,7 @@ pub(crate) struct Turn {
 impl Turn {
     /// Random signs by `seed` (0 leaves all positive), then the Hadamard transform of width `n`, or of blocks of the
     /// largest width that divides `n` and has one.
-    pub(crate) fn new(n: usize, seed: u64, basis: Option<Vec<f64>>) -> Self {
+    pub(crate) fn new(n: usize, seed: u64, basis: Option<Arc<Vec<f64>>>) -> Self {
         let sign = |i: usize| match seed {
             0 => 1.0,
             _ if splitmix(splitmix(seed) ^ i as u64) & 1 == 0 => 1.0,
