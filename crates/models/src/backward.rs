@@ -201,7 +201,7 @@ pub(crate) fn backward_linear(
     Ok(d_x)
 }
 
-fn accumulate(sum: &mut [f32], term: &[f32]) {
+pub(crate) fn accumulate(sum: &mut [f32], term: &[f32]) {
     sum.iter_mut().zip(term).for_each(|(a, b)| *a += b);
 }
 

@@ -261,7 +261,7 @@ impl Block {
     }
 
     /// `x [tokens, kv_heads · group · head_dim]` gathered by key-value head as [`ops::rotate`] does, without rotating.
-    fn by_head(&self, x: &Tensor, group: usize) -> Result<Tensor, Error> {
+    pub(crate) fn by_head(&self, x: &Tensor, group: usize) -> Result<Tensor, Error> {
         let (tokens, dim) = (x.dim(0)?, self.head_dim);
         let heads = x.reshape((tokens, (), group * dim))?.transpose(0, 1)?.contiguous()?;
         Ok(heads.reshape(((), tokens * group, dim))?)
@@ -274,12 +274,12 @@ impl Block {
     }
 
     /// Norms every head of `x [tokens, n · head_dim]`.
-    fn norm_heads(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, Error> {
+    pub(crate) fn norm_heads(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, Error> {
         let rows = x.reshape(((), self.head_dim))?;
         Ok(rms_norm(&rows, weight, self.eps)?.reshape(x.shape())?)
     }
 
-    fn at(&self, role: Role) -> &Linear {
+    pub(crate) fn at(&self, role: Role) -> &Linear {
         match &self.linears[role as usize] {
             Some(linear) => linear,
             None => panic!("this block has no {role:?}"),

@@ -1,6 +1,6 @@
 //! What comes before the first block and after the last.
 
-use crate::backward::backward_linear;
+use crate::backward::{accumulate, backward_linear};
 use crate::linear::Linear;
 use crate::norm::Norm;
 use crate::weights::shaped;
@@ -114,16 +114,81 @@ impl Head {
         }
     }
 
-    /// The gradient of `h [tokens, hidden]` from `grad [tokens, vocab]`, that of the logits.
+    /// The gradient of `h [tokens, hidden]` from `grad [tokens, vocab]`, that of the logits. Those of the parameters are
+    /// added to `parameters`, where they are wanted.
     ///
     /// # Errors
     /// [`Error::Tensor`] when `h` has another width.
-    pub fn backward(&self, h: &Tensor, grad: &[f32]) -> Result<Vec<f32>, Error> {
-        let d_h = backward_linear(&self.linear.weight, grad, h, None)?;
-        match &self.norm {
-            None => Ok(d_h),
-            Some(norm) => Ok(norm.backward(h, &d_h, &mut vec![0.0; norm.weight.elem_count()])?),
+    pub fn backward(
+        &self,
+        h: &Tensor,
+        grad: &[f32],
+        parameters: Option<&mut HeadGradients>,
+    ) -> Result<Vec<f32>, Error> {
+        let Some(norm) = &self.norm else {
+            return backward_linear(&self.linear.weight, grad, h, parameters.map(|p| &mut p.linear[..]));
+        };
+        let mut unwanted = Vec::new();
+        let (linear, d_norm) = match parameters {
+            Some(HeadGradients { linear, norm }) => (Some(linear), norm),
+            None => {
+                unwanted.resize(norm.weight.elem_count(), 0.0);
+                (None, &mut unwanted)
+            }
+        };
+        let d_x = match linear {
+            Some(into) => backward_linear(&self.linear.weight, grad, &norm.forward(h)?, Some(into))?,
+            None => backward_linear(&self.linear.weight, grad, h, None)?,
+        };
+        norm.backward(h, &d_x, d_norm)
+    }
+
+    /// Gradients of zero, in this head's shapes.
+    #[must_use]
+    pub fn no_gradients(&self) -> HeadGradients {
+        let count = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
+        HeadGradients { linear: count(Some(&self.linear.weight)), norm: count(self.norm.as_ref().map(|n| &n.weight)) }
+    }
+
+    /// The weight `[vocab, hidden]`.
+    #[must_use]
+    pub fn weight(&self) -> &Tensor {
+        &self.linear.weight
+    }
+
+    /// Replaces the weight by another `[vocab, hidden]`, f32 on the CPU.
+    pub fn set_weight(&mut self, weight: Tensor) {
+        self.linear.weight = weight;
+    }
+
+    /// The weight of the final norm, `[hidden]`.
+    #[must_use]
+    pub fn norm(&self) -> Option<&Tensor> {
+        self.norm.as_ref().map(|norm| &norm.weight)
+    }
+
+    /// Replaces the weight of the final norm by another `[hidden]`.
+    pub fn set_norm(&mut self, weight: Tensor) {
+        if let Some(norm) = &mut self.norm {
+            norm.weight = weight;
         }
+    }
+}
+
+/// Gradients of a head's parameters, each laid out as the parameter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadGradients {
+    /// Of the weight `[vocab, hidden]`.
+    pub linear: Vec<f32>,
+    /// Of the final norm `[hidden]`; empty without one.
+    pub norm: Vec<f32>,
+}
+
+impl HeadGradients {
+    /// Adds another window's gradients.
+    pub fn add(&mut self, other: &HeadGradients) {
+        accumulate(&mut self.linear, &other.linear);
+        accumulate(&mut self.norm, &other.norm);
     }
 }
 

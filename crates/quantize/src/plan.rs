@@ -229,17 +229,29 @@ impl Plan {
         blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
     }
 
+    /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
+    pub(crate) fn trains_head(&self) -> bool {
+        let head = self.spec.as_ref().filter(|spec| !spec.tied).and_then(ModelSpec::head);
+        head.is_some_and(|head| !quantized(&self.units).any(|(module, ..)| *module == head))
+    }
+
+    /// Weights that tuning changes, norms aside.
+    fn trained_weights(&self) -> u64 {
+        let head = self.spec.as_ref().filter(|_| self.trains_head()).map_or(0, |spec| spec.vocab * spec.hidden);
+        self.quantized_size().0 + head as u64
+    }
+
     /// Bytes of memory that tuning takes beside activations; 0 without tuning.
     #[must_use]
     pub fn tuning_memory(&self) -> u64 {
-        let of = |_| crate::learn::memory(self.quantized_size().0, self.parameters);
+        let of = |_| crate::learn::memory(self.trained_weights(), self.parameters);
         self.settings.tuning.as_ref().map_or(0, of)
     }
 
     /// Bytes of disk that the run takes while it works, beside its output.
     #[must_use]
     pub fn work_bytes(&self) -> u64 {
-        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.quantized_size().0))
+        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.trained_weights()))
     }
 
     /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
@@ -251,7 +263,7 @@ impl Plan {
         const STEP: u64 = 2000;
         let Some(tuning) = &self.settings.tuning else { return 0 };
         let steps = windows.div_ceil(tuning.batch as u64);
-        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.quantized_size().0 * steps)
+        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.trained_weights() * steps)
     }
 }
 

@@ -354,6 +354,7 @@ impl Worker<'_, '_> {
             windows,
             tuning,
             seed: settings.seed,
+            train_head: self.plan.trains_head(),
             work: journal.dir(),
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
@@ -371,7 +372,7 @@ impl Worker<'_, '_> {
         for (block, role, quantized) in &tuned.linears {
             self.write(&spec.module(*block, *role), quantized)?;
         }
-        for (name, weight) in &tuned.norms {
+        for (name, weight) in &tuned.dense {
             let stored = self.input.tensor(name)?;
             self.output.write(name, &stored.with_values(weight)?)?;
         }

@@ -164,6 +164,8 @@ pub struct Tuning {
     pub scales: f32,
     /// Largest step of a norm's weight, as a share of it.
     pub norms: f32,
+    /// Largest step of an entry of the output head, as a share of their root mean square; 0 leaves the head alone.
+    pub head: f32,
     /// Share of the tokens that the full-precision model says anew from the second pass on.
     pub resample: f32,
 }
@@ -177,7 +179,7 @@ impl Tuning {
             3 => 0.004,
             _ => 0.002,
         };
-        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, resample: 0.3 }
+        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head: 0.003, resample: 0.3 }
     }
 }
 

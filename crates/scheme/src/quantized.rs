@@ -119,8 +119,15 @@ impl Quantized {
         let grid = self.scheme.grid();
         let mut out = Vec::with_capacity(rows * cols);
         for row in 0..rows {
-            for col in 0..cols {
-                out.push(grid.value(self.codes[row * cols + col], self.params(row, self.group(col))));
+            let codes = &self.codes[row * cols..][..cols];
+            if self.group_of.is_empty() {
+                for (group, codes) in codes.chunks(self.scheme.group_len(cols)).enumerate() {
+                    let params = self.params(row, group);
+                    out.extend(codes.iter().map(|&code| grid.value(code, params)));
+                }
+            } else {
+                let params = |col| self.params(row, self.group(col));
+                out.extend(codes.iter().enumerate().map(|(col, &code)| grid.value(code, params(col))));
             }
         }
         out

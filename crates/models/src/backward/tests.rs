@@ -187,11 +187,18 @@ fn gradients_of_the_head_equal_those_of_candle() {
     let spec = spec("llama", Act::Silu, None);
     let plain = weights(&spec);
     let head = Head::load(&spec, &plain).unwrap();
-    let h = Var::from_tensor(&random(&[7, spec.hidden], 1.0)).unwrap();
-    let normed = normed(h.as_tensor(), &plain["model.norm.weight"], None, spec.norm_eps);
-    let logits = normed.matmul(&plain["lm_head.weight"].t().unwrap()).unwrap();
+    let var = |t: &Tensor| Var::from_tensor(t).unwrap();
+    let h = var(&random(&[7, spec.hidden], 1.0));
+    let (norm, linear) = (var(&plain["model.norm.weight"]), var(&plain["lm_head.weight"]));
+    let normed = normed(h.as_tensor(), &norm, None, spec.norm_eps);
+    let logits = normed.matmul(&linear.t().unwrap()).unwrap();
     let grad = random(&[7, spec.vocab], 1.0);
     let expected = (logits * &grad).unwrap().sum_all().unwrap().backward().unwrap();
     let grad: Vec<f32> = grad.flatten_all().unwrap().to_vec1().unwrap();
-    close("h", &head.backward(&h.as_detached_tensor(), &grad).unwrap(), expected.get(&h).unwrap());
+    let mut parameters = head.no_gradients();
+    let d_h = head.backward(&h.as_detached_tensor(), &grad, Some(&mut parameters)).unwrap();
+    close("h", &d_h, expected.get(&h).unwrap());
+    close("lm_head.weight", &parameters.linear, expected.get(&linear).unwrap());
+    close("model.norm.weight", &parameters.norm, expected.get(&norm).unwrap());
+    assert_eq!(head.backward(&h.as_detached_tensor(), &grad, None).unwrap(), d_h);
 }

@@ -119,3 +119,22 @@ fn layer_norm_equals_its_definition() {
             .is_err()
     );
 }
+
+#[test]
+fn a_divergence_of_logits_and_its_gradient_equal_their_definition() {
+    for n in [1usize, 5, 16, 100, 1003] {
+        let value = |i: usize, k: f64| (4.0 * (i as f64 * k).sin()) as f32;
+        let (mut q, p): (Vec<f32>, Vec<f32>) = (0..n).map(|i| (value(i, 1.7), value(i, 2.3) + 30.0)).unzip();
+        let soft = |row: &[f32]| -> Vec<f64> {
+            let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+            row.iter().map(|&v| f64::from(v).exp() / sum).collect()
+        };
+        let (sq, sp) = (soft(&q), soft(&p));
+        let expected: f64 = sp.iter().zip(&sq).map(|(p, q)| p * (p / q).ln()).sum();
+        let found = softmax_divergence(&mut q, &p);
+        assert!((found - expected).abs() < 2e-6 * expected.max(1.0), "{n}: {found} {expected}");
+        for (slope, (q, p)) in q.iter().zip(sq.iter().zip(&sp)) {
+            assert!((f64::from(*slope) - (q - p)).abs() < 1e-6);
+        }
+    }
+}

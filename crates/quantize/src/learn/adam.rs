@@ -20,14 +20,17 @@ impl Adam {
 
     /// Moves every parameter by at most about `rate` against `gradient(i)`: `change(i, −rate · m̂ / √v̂)`.
     pub(super) fn step(&mut self, gradient: impl Fn(usize) -> f32, rate: f32, mut change: impl FnMut(usize, f32)) {
+        let (update, mean, square) = self.advance(rate);
+        for (i, (m, v)) in mean.iter_mut().zip(square).enumerate() {
+            change(i, update.of(gradient(i), m, v));
+        }
+    }
+
+    /// Begins the next step: its rule, and the means and squares it is to be applied to, once each.
+    pub(super) fn advance(&mut self, rate: f32) -> (Update, &mut [f32], &mut [f32]) {
         self.steps += 1;
         let correct = (1.0 - BETA.0.powi(self.steps), 1.0 - BETA.1.powi(self.steps));
-        for (i, (m, v)) in self.mean.iter_mut().zip(&mut self.square).enumerate() {
-            let g = gradient(i);
-            *m += (1.0 - BETA.0) * (g - *m);
-            *v += (1.0 - BETA.1) * (g * g - *v);
-            change(i, -rate * (*m / correct.0) / ((*v / correct.1).sqrt() + TINY));
-        }
+        (Update { rate: rate / correct.0, square: 1.0 / correct.1 }, &mut self.mean, &mut self.square)
     }
 
     /// Writes the moments to `state`, or reads them back; `steps` is the same for all of a stage.
@@ -35,6 +38,25 @@ impl Adam {
         self.steps = steps as i32;
         state.floats(&mut self.mean)?;
         state.floats(&mut self.square)
+    }
+}
+
+/// The rule of one step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Update {
+    /// Over the share of the mean that its start at zero has left.
+    rate: f32,
+    /// One over the same of the square.
+    square: f32,
+}
+
+impl Update {
+    /// The change of a parameter with moments `m` and `v`, brought up to date, for its gradient `g`.
+    #[inline]
+    pub(super) fn of(self, g: f32, m: &mut f32, v: &mut f32) -> f32 {
+        *m += (1.0 - BETA.0) * (g - *m);
+        *v += (1.0 - BETA.1) * (g * g - *v);
+        -self.rate * *m / ((*v * self.square).sqrt() + TINY)
     }
 }
 

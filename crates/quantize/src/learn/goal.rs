@@ -1,7 +1,7 @@
 //! What tuning aims at, as a loss on the last hidden states and its gradient there.
 
 use crate::Error;
-use bitmill_models::Head;
+use bitmill_models::{Head, HeadGradients, softmax, softmax_divergence};
 use candle_core::Tensor;
 
 /// Positions whose logits exist at a time: bounds memory for large vocabularies.
@@ -11,61 +11,79 @@ const POSITIONS: usize = 128;
 #[derive(Clone, Copy)]
 pub(super) enum Goal<'a> {
     /// The full-precision logits, by KL divergence.
-    Logits(&'a Head),
+    Logits {
+        /// The head that makes them.
+        teacher: &'a Head,
+        /// The student's.
+        student: &'a Head,
+        /// Whether the student's is under training.
+        trained: bool,
+    },
     /// The full-precision hidden states, by mean squared error relative to their mean square: for models without a head.
     States,
 }
 
 impl Goal<'_> {
-    /// The loss of hidden states `h` against `reference`, both `[tokens, hidden]`, and its gradient at `h`, which is
-    /// not computed (and empty) without `gradient`. Means are over positions.
-    pub(super) fn loss(self, h: &Tensor, reference: &Tensor, gradient: bool) -> Result<(f64, Vec<f32>), Error> {
+    /// The loss of hidden states `h` against `reference`, both `[tokens, hidden]`: its mean over positions.
+    pub(super) fn loss(self, h: &Tensor, reference: &Tensor) -> Result<f64, Error> {
+        Ok(self.walk(h, reference, None)?.0)
+    }
+
+    /// The loss, its gradient at `h`, and those of the student's head where it has one.
+    pub(super) fn gradients(self, h: &Tensor, reference: &Tensor) -> Result<(Vec<f32>, Option<HeadGradients>), Error> {
+        let mut of_head = match self {
+            Goal::Logits { student, trained: true, .. } => Some(student.no_gradients()),
+            _ => None,
+        };
+        let (_, grad) = self.walk(h, reference, Some(of_head.as_mut()))?;
+        Ok((grad, of_head))
+    }
+
+    /// The loss, and with `gradient` its gradient at `h`; without, that is empty.
+    fn walk(
+        self,
+        h: &Tensor,
+        reference: &Tensor,
+        gradient: Option<Option<&mut HeadGradients>>,
+    ) -> Result<(f64, Vec<f32>), Error> {
         match self {
             Goal::States => {
                 let (h, r): (Vec<f32>, Vec<f32>) = (h.flatten_all()?.to_vec1()?, reference.flatten_all()?.to_vec1()?);
                 let energy = r.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().max(f64::MIN_POSITIVE);
                 let error: f64 = h.iter().zip(&r).map(|(a, b)| f64::from(a - b).powi(2)).sum();
                 let slope = |(a, b): (&f32, &f32)| (2.0 * f64::from(a - b) / energy) as f32;
-                let grad = if gradient { h.iter().zip(&r).map(slope).collect() } else { Vec::new() };
+                let grad = if gradient.is_some() { h.iter().zip(&r).map(slope).collect() } else { Vec::new() };
                 Ok((error / energy, grad))
             }
-            Goal::Logits(head) => divergence(head, h, reference, gradient),
+            Goal::Logits { teacher, student, .. } => divergence([teacher, student], h, reference, gradient),
         }
     }
 }
 
 /// KL(softmax p ‖ softmax q), q the logits of `h` and p those of `reference`; the gradient at the logits is q − p.
-fn divergence(head: &Head, h: &Tensor, reference: &Tensor, gradient: bool) -> Result<(f64, Vec<f32>), Error> {
+fn divergence(
+    [teacher, student]: [&Head; 2],
+    h: &Tensor,
+    reference: &Tensor,
+    mut gradient: Option<Option<&mut HeadGradients>>,
+) -> Result<(f64, Vec<f32>), Error> {
     let tokens = h.dim(0)?;
     let (mut total, mut grad) = (0.0, Vec::new());
     for from in (0..tokens).step_by(POSITIONS) {
         let rows = POSITIONS.min(tokens - from);
         let part = h.narrow(0, from, rows)?.contiguous()?;
-        let mut q = head.logits(&part)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut p = head.logits(&reference.narrow(0, from, rows)?)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut q = student.logits(&part)?.flatten_all()?.to_vec1::<f32>()?;
+        let p = teacher.logits(&reference.narrow(0, from, rows)?)?.flatten_all()?.to_vec1::<f32>()?;
         let vocab = q.len() / rows;
-        for (q, p) in q.chunks_exact_mut(vocab).zip(p.chunks_exact_mut(vocab)) {
-            let (to_q, to_p) = (1.0 / exponentials(q), 1.0 / exponentials(p));
-            for (q, p) in q.iter_mut().zip(p) {
-                let (mine, theirs) = (*q * to_q, *p * to_p);
-                if theirs > 0.0 {
-                    total += f64::from(theirs * (theirs / mine.max(f32::MIN_POSITIVE)).ln());
-                }
-                *q = (mine - theirs) / tokens as f32;
-            }
+        for (q, p) in q.chunks_exact_mut(vocab).zip(p.chunks_exact(vocab)) {
+            total += softmax_divergence(q, p);
+            q.iter_mut().for_each(|slope| *slope /= tokens as f32);
         }
-        if gradient {
-            grad.extend(head.backward(&part, &q)?);
+        if let Some(of_head) = &mut gradient {
+            grad.extend(student.backward(&part, &q, of_head.as_deref_mut())?);
         }
     }
     Ok((total / tokens as f64, grad))
-}
-
-/// Replaces logits by their exponentials relative to the largest; returns the sum.
-fn exponentials(row: &mut [f32]) -> f32 {
-    let max = row.iter().fold(f32::NEG_INFINITY, |a, &v| a.max(v));
-    row.iter_mut().for_each(|v| *v = (*v - max).exp());
-    row.iter().map(|&v| f64::from(v)).sum::<f64>() as f32
 }
 
 /// Replaces each token after the first by what the full-precision model itself would have said there, with probability
@@ -89,7 +107,8 @@ pub(super) fn resample(
             if random() >= share {
                 continue;
             }
-            let mut left = random() * exponentials(row);
+            softmax(row, 1.0);
+            let mut left = random();
             let passed = row.iter().position(|v| {
                 left -= v;
                 left < 0.0
@@ -125,16 +144,33 @@ mod tests {
         let (h, r) =
             (Tensor::randn(0f32, 1.0, (140, 16), &Device::Cpu), Tensor::randn(0f32, 1.0, (140, 16), &Device::Cpu));
         let (h, r) = (h.unwrap(), r.unwrap());
-        for goal in [Goal::Logits(&head), Goal::States] {
-            let (value, grad) = goal.loss(&h, &r, true).unwrap();
+        let near = |slope: f64, expected: f64| (slope - expected).abs() < 0.02 * expected.abs() + 1e-3;
+        let dot = |a: &Tensor, b: &[f32]| -> f64 {
+            let a: Vec<f32> = a.flatten_all().unwrap().to_vec1().unwrap();
+            a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum()
+        };
+        let moved = |x: &Tensor, along: &Tensor, t: f64| (x + (along * t).unwrap()).unwrap();
+        let random = |like: &Tensor| Tensor::randn(0f32, 1.0, like.shape(), &Device::Cpu).unwrap();
+        for goal in [Goal::Logits { teacher: &head, student: &head, trained: true }, Goal::States] {
+            let value = goal.loss(&h, &r).unwrap();
+            let (grad, of_head) = goal.gradients(&h, &r).unwrap();
             assert!(value > 0.0 && grad.len() == 140 * 16);
-            assert!(goal.loss(&r, &r, false).unwrap().0.abs() < 1e-6, "nothing is lost against itself");
-            let along = Tensor::randn(0f32, 1.0, (140, 16), &Device::Cpu).unwrap();
-            let at = |t: f64| goal.loss(&(&h + (&along * t).unwrap()).unwrap(), &r, false).unwrap().0;
+            assert!(goal.loss(&r, &r).unwrap().abs() < 1e-6, "nothing is lost against itself");
+            let along = random(&h);
+            let at = |t: f64| goal.loss(&moved(&h, &along, t), &r).unwrap();
             let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
-            let along: Vec<f32> = along.flatten_all().unwrap().to_vec1().unwrap();
-            let expected: f64 = along.iter().zip(&grad).map(|(a, b)| f64::from(a * b)).sum();
-            assert!((slope - expected).abs() < 0.02 * expected.abs() + 1e-3, "{slope} {expected}");
+            assert!(near(slope, dot(&along, &grad)), "{slope} {}", dot(&along, &grad));
+            let Some(of_head) = of_head else { continue };
+            let (to_weight, to_norm) = (random(head.weight()), random(head.norm().unwrap()));
+            let at = |t: f64| {
+                let mut student = head.clone();
+                student.set_weight(moved(head.weight(), &to_weight, t));
+                student.set_norm(moved(head.norm().unwrap(), &to_norm, t));
+                Goal::Logits { teacher: &head, student: &student, trained: true }.loss(&h, &r).unwrap()
+            };
+            let (slope, expected) =
+                ((at(1e-2) - at(-1e-2)) / 2e-2, dot(&to_weight, &of_head.linear) + dot(&to_norm, &of_head.norm));
+            assert!(near(slope, expected), "{slope} {expected}");
         }
     }
 

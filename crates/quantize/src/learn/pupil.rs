@@ -1,6 +1,7 @@
 //! A block under training.
 
-use super::adam::{Adam, State};
+use super::adam::State;
+use super::dense::{Dense, ToStored};
 use super::rounding::{Rates, Rounding};
 use crate::Error;
 use bitmill_models::{Block, BlockGradients, NormRole, Role};
@@ -13,24 +14,8 @@ pub(super) struct Pupil {
     /// The block as the present codes, scales and norms make it.
     pub(super) block: Block,
     pub(super) linears: Vec<(Role, Rounding)>,
-    pub(super) norms: Vec<TrainedNorm>,
+    pub(super) norms: Vec<(NormRole, Dense)>,
 }
-
-/// The weight of a norm, kept unrounded; the block sees it in its stored type.
-#[derive(Clone)]
-pub(super) struct TrainedNorm {
-    pub(super) role: NormRole,
-    weight: Vec<f32>,
-    moments: Adam,
-    /// To the stored type.
-    round: ToStored,
-}
-
-/// Rounds a number to a stored type.
-pub(crate) type ToStored = fn(f32) -> f32;
-
-/// Smallest size a norm's weight is taken to have when its step is a share of it.
-const SMALL: f32 = 1e-3;
 
 impl Pupil {
     /// Starts from the full-precision `block`, with `linears` rounded and `norms` to be trained, each with the rounding
@@ -46,10 +31,7 @@ impl Pupil {
             block.set_activations(role, quantized.scheme.activations);
             trained.push((role, Rounding::new(quantized, &weight)));
         }
-        let norm = |(role, round)| -> Result<TrainedNorm, Error> {
-            let weight: Vec<f32> = block.norm(role).to_vec1()?;
-            Ok(TrainedNorm { role, moments: Adam::new(weight.len()), weight, round })
-        };
+        let norm = |(role, round)| Ok::<_, Error>((role, Dense::new(block.norm(role), round)?));
         let norms = norms.into_iter().map(norm).collect::<Result<_, _>>()?;
         let mut pupil = Pupil { block, linears: trained, norms };
         pupil.refresh()?;
@@ -62,9 +44,8 @@ impl Pupil {
             rounding.step(&gradients.linears[*role as usize], rates);
         }
         if rates.norms > 0.0 {
-            for norm in &mut self.norms {
-                let (g, weight) = (&gradients.norms[norm.role as usize], &mut norm.weight);
-                norm.moments.step(|i| g[i], rates.norms, |i, d| weight[i] += d * weight[i].abs().max(SMALL));
+            for (role, norm) in &mut self.norms {
+                norm.step_by_shares(&gradients.norms[*role as usize], rates.norms);
             }
         }
         self.refresh()
@@ -76,10 +57,9 @@ impl Pupil {
             let q = rounding.quantized();
             self.block.set_linear(*role, Tensor::from_vec(q.dequantize(), &q.shape, &Device::Cpu)?);
         }
-        for norm in &self.norms {
-            let weight = norm.stored();
-            let width = weight.len();
-            self.block.set_norm(norm.role, Tensor::from_vec(weight, width, &Device::Cpu)?);
+        for (role, norm) in &self.norms {
+            let tensor = norm.tensor(self.block.norm(*role))?;
+            self.block.set_norm(*role, tensor);
         }
         Ok(())
     }
@@ -90,21 +70,10 @@ impl Pupil {
             for (_, rounding) in &mut self.linears {
                 rounding.exchange(state, steps)?;
             }
-            for norm in &mut self.norms {
-                state.floats(&mut norm.weight)?;
-                norm.moments.exchange(state, steps)?;
-            }
-            Ok(())
+            self.norms.iter_mut().try_for_each(|(_, norm)| norm.exchange(state, steps))
         };
         let done = all();
         self.refresh()?;
         Ok(done)
-    }
-}
-
-impl TrainedNorm {
-    /// The weight as it will be stored.
-    pub(super) fn stored(&self) -> Vec<f32> {
-        self.weight.iter().map(|&v| (self.round)(v)).collect()
     }
 }

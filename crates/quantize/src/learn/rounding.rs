@@ -8,8 +8,8 @@
 //! of codes, started from a solution instead of from round-to-nearest.
 
 use super::adam::{Adam, State};
-use bitmill_scheme::Quantized;
-use rayon::prelude::*;
+use bitmill_scheme::{GroupParams, Quantized};
+use std::ops::Range;
 
 /// Step sizes of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +20,8 @@ pub(super) struct Rates {
     pub(super) scales: f32,
     /// Of norms' weights, as a share of each; 0 leaves them alone.
     pub(super) norms: f32,
+    /// Of the head's weights, as a share of their root mean square; 0 leaves them alone.
+    pub(super) head: f32,
 }
 
 /// How far from its code a latent may start. Nearer to a threshold (0.5), many codes would flip in the first steps, before
@@ -67,24 +69,31 @@ impl Rounding {
             self.scale_moments.step(|i| by_scale[i] * old[i], rates.scales, |i, d| scales[i] *= 1.0 + d);
         }
         if rates.codes > 0.0 {
-            let (q, cols, latents) = (&self.quantized, self.quantized.shape[1], &mut self.latents);
-            let highest = f32::from(q.scheme.bits().max_code()) + BEYOND;
-            let scale = |i: usize| q.params(i / cols, q.group(i % cols)).scale;
-            let change = |i: usize, d: f32| latents[i] = (latents[i] + d).clamp(-BEYOND, highest);
-            self.latent_moments.step(|i| grad[i] * scale(i), rates.codes, change);
+            self.step_latents(grad, rates.codes);
         }
         self.harden();
     }
 
+    /// One step of the latents; the gradient of each is its weight's times the scale of its group.
+    fn step_latents(&mut self, grad: &[f32], rate: f32) {
+        let highest = f32::from(self.quantized.scheme.bits().max_code()) + BEYOND;
+        let (update, mean, square) = self.latent_moments.advance(rate);
+        for run in runs(&self.quantized) {
+            let (at, scale) = (run.at, run.params.scale);
+            let moments = mean[at.clone()].iter_mut().zip(&mut square[at.clone()]);
+            for ((u, g), (m, v)) in self.latents[at.clone()].iter_mut().zip(&grad[at]).zip(moments) {
+                *u = (*u + update.of(g * scale, m, v)).clamp(-BEYOND, highest);
+            }
+        }
+    }
+
     /// Σ grad · (code − zero) of every scale.
     fn scale_gradient(&self, grad: &[f32]) -> Vec<f32> {
-        let (q, cols) = (&self.quantized, self.quantized.shape[1]);
-        let groups = q.scales.len() / q.shape[0].min(q.scales.len());
-        let mut sums = vec![0.0f32; q.scales.len()];
-        for (i, g) in grad.iter().enumerate() {
-            let (row, group) = (i / cols, q.group(i % cols));
-            let at = if q.scales.len() == 1 { 0 } else { row * groups + group };
-            sums[at] += g * (f32::from(q.codes[i]) - f32::from(q.params(row, group).zero));
+        let mut sums = vec![0.0f32; self.quantized.scales.len()];
+        for run in runs(&self.quantized) {
+            let zero = f32::from(run.params.zero);
+            let terms = grad[run.at.clone()].iter().zip(&self.quantized.codes[run.at]);
+            sums[run.scale] += terms.map(|(g, &code)| g * (f32::from(code) - zero)).sum::<f32>();
         }
         sums
     }
@@ -93,7 +102,9 @@ impl Rounding {
     fn harden(&mut self) {
         let q = &mut self.quantized;
         let (highest, scale) = (f32::from(q.scheme.bits().max_code()), q.scheme.scale);
-        q.codes.par_iter_mut().zip(&self.latents).for_each(|(code, u)| *code = u.round().clamp(0.0, highest) as u8);
+        // Adding a half and cutting is rounding where nothing is negative.
+        let code = |u: &f32| (u + 0.5).clamp(0.0, highest) as u8;
+        q.codes.iter_mut().zip(&self.latents).for_each(|(stored, u)| *stored = code(u));
         q.scales.iter_mut().zip(&self.scales).for_each(|(stored, s)| *stored = scale.round(*s));
     }
 
@@ -106,6 +117,30 @@ impl Rounding {
         self.harden();
         Ok(())
     }
+}
+
+/// Weights of one row that share a scale and lie side by side.
+struct Run {
+    /// Their indices in the matrix.
+    at: Range<usize>,
+    params: GroupParams,
+    /// The index of their scale.
+    scale: usize,
+}
+
+/// All weights of `q`, in order.
+fn runs(q: &Quantized) -> impl Iterator<Item = Run> + '_ {
+    let ([rows, cols], groups) = (q.shape, q.scheme.groups(q.shape[1]));
+    // Where groups are not consecutive columns, every weight is a run.
+    let length = if q.group_of.is_empty() { q.scheme.group_len(cols) } else { 1 };
+    (0..rows).flat_map(move |row| {
+        (0..cols).step_by(length).map(move |col| {
+            let group = q.group(col);
+            let scale = if q.scales.len() == 1 { 0 } else { row * groups + group };
+            let at = row * cols + col..row * cols + cols.min(col + length);
+            Run { at, params: q.params(row, group), scale }
+        })
+    })
 }
 
 #[cfg(test)]
@@ -177,7 +212,7 @@ mod tests {
             for step in steps {
                 let rate = 1.0 - step as f32 / 200.0;
                 let grad = gradient(&w, &rounding.quantized().dequantize(), &h, n);
-                rounding.step(&grad, Rates { codes: 0.005 * rate, scales: 0.002 * rate, norms: 0.0 });
+                rounding.step(&grad, Rates { codes: 0.005 * rate, scales: 0.002 * rate, norms: 0.0, head: 0.0 });
                 best = best.min(total(rounding.quantized()));
             }
         };

@@ -1,0 +1,202 @@
+//! Decoding: sequences that grow by one token each at a time, with the keys and values of what came before kept.
+//!
+//! Many sequences grow in step, so that every weight is read once for all of them. The pieces are those of the forward
+//! pass over a window; only attention is another loop, since every sequence has keys of its own.
+
+use crate::attention::Sight;
+use crate::linear::Input;
+use crate::ops::softmax;
+use crate::{Block, Embedding, Error, Role, RopeTable, ops};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+/// Sequences of equal length under construction.
+pub struct Decoder<'a> {
+    embedding: &'a Embedding,
+    blocks: Vec<&'a Block>,
+    rope: &'a RopeTable,
+    /// By block, then sequence.
+    caches: Vec<Vec<Cache>>,
+    sequences: usize,
+    length: usize,
+}
+
+/// Keys and values of one sequence in one block.
+struct Cache {
+    /// `[kv_heads, head_dim, capacity]`: a query meets all keys in one loop over contiguous scores.
+    keys: Vec<f32>,
+    /// `[capacity, kv_heads · head_dim]`.
+    values: Vec<f32>,
+    capacity: usize,
+}
+
+impl<'a> Decoder<'a> {
+    /// No tokens yet, of `sequences` sequences that may grow to `capacity` tokens. `rope` must serve windows of
+    /// `capacity`, whose frequencies every position uses.
+    ///
+    /// # Errors
+    /// [`Error::Window`] when `rope` was built for another length.
+    pub fn new(
+        embedding: &'a Embedding,
+        blocks: impl IntoIterator<Item = &'a Block>,
+        rope: &'a RopeTable,
+        sequences: usize,
+        capacity: usize,
+    ) -> Result<Self, Error> {
+        rope.for_window(capacity)?;
+        let blocks: Vec<&Block> = blocks.into_iter().collect();
+        let cache =
+            |width: usize| Cache { keys: vec![0.0; width * capacity], values: vec![0.0; width * capacity], capacity };
+        let caches = blocks.iter().map(|b| {
+            let width = b.linear(Role::K).dim(0)?;
+            Ok((0..sequences).map(|_| cache(width)).collect())
+        });
+        let caches = caches.collect::<Result<_, Error>>()?;
+        Ok(Decoder { embedding, blocks, rope, caches, sequences, length: 0 })
+    }
+
+    /// Tokens that every sequence has.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Adds a token to every sequence; returns the residual stream `[sequences, hidden]` after the last block, from which
+    /// the head predicts the next.
+    ///
+    /// # Errors
+    /// [`Error::Token`] for an id beyond the vocabulary; [`Error::Window`] beyond the capacity.
+    pub fn step(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
+        let mut h = self.embedding.embed(tokens)?;
+        for (block, caches) in self.blocks.iter().zip(&mut self.caches) {
+            let x = block.attend_next(&block.attn_in(&h)?, self.rope, caches, self.length)?;
+            let (middle, x) = block.mlp_in(&h, &x)?;
+            h = block.finish(&middle, &block.mlp_out(&x)?)?;
+        }
+        self.length += 1;
+        debug_assert_eq!(h.dim(0)?, self.sequences);
+        Ok(h)
+    }
+}
+
+impl Block {
+    /// [`Block::attn_out`] of the next token of every sequence: `x [sequences, hidden]` at position `at`.
+    fn attend_next(&self, x: &Tensor, rope: &RopeTable, caches: &mut [Cache], at: usize) -> Result<Tensor, Error> {
+        let rows = x.dim(0)?;
+        let [q, k, v] = [Role::Q, Role::K, Role::V].map(|role| self.at(role));
+        let input = Input::new(x, &[q, k, v])?;
+        let (mut q, mut k, v) = (q.read(&input)?, k.read(&input)?, v.read(&input)?);
+        if let Some([q_norm, k_norm]) = &self.qk_norms {
+            (q, k) = (self.norm_heads(&q, q_norm)?, self.norm_heads(&k, k_norm)?);
+        }
+        let (kv_width, group, dim) = (v.dim(1)?, self.group, self.head_dim);
+        // Every row stands at the same position.
+        let (q, k) = match rope.for_window(caches.first().map_or(1, |c| c.capacity))? {
+            Some((cos, sin)) => {
+                let row = |t: &Tensor| t.narrow(0, at, 1)?.repeat((rows, 1));
+                let (cos, sin) = (row(cos)?, row(sin)?);
+                (ops::rotate(&q, &cos, &sin, group)?, ops::rotate(&k, &cos, &sin, 1)?)
+            }
+            None => (self.by_head(&q, group)?, self.by_head(&k, 1)?),
+        };
+        let [q, k, v] = [q, k, v].map(|t| t.flatten_all()?.to_vec1::<f32>());
+        let (q, k, v) = (q?, k?, v?);
+        let first = match self.sight {
+            Sight::Past { window } => (at + 1).saturating_sub(window),
+            Sight::All => 0,
+        };
+        let mut out = vec![0.0f32; rows * kv_width * group];
+        let each = out.par_chunks_exact_mut(kv_width * group).zip(caches).enumerate();
+        each.for_each(|(row, (out, cache))| {
+            for head in 0..kv_width / dim {
+                // By key-value head, then sequence.
+                let i = head * rows + row;
+                cache.push(head, at, &k[i * dim..][..dim], &v[row * kv_width + head * dim..][..dim], kv_width);
+                let q = q[i * group * dim..][..group * dim].chunks_exact(dim);
+                let out = out[head * group * dim..][..group * dim].chunks_exact_mut(dim);
+                q.zip(out).for_each(|(q, out)| cache.attend(q, head, kv_width, first..at + 1, out));
+            }
+        });
+        Ok(Tensor::from_vec(out, (rows, kv_width * group), &Device::Cpu)?)
+    }
+}
+
+impl Cache {
+    fn push(&mut self, head: usize, at: usize, key: &[f32], value: &[f32], width: usize) {
+        let dim = key.len();
+        for (j, &k) in key.iter().enumerate() {
+            self.keys[(head * dim + j) * self.capacity + at] = k;
+        }
+        self.values[at * width + head * dim..][..dim].copy_from_slice(value);
+    }
+
+    /// Mixes the values of the positions `seen` by the query `q [head_dim]`.
+    fn attend(&self, q: &[f32], head: usize, width: usize, seen: std::ops::Range<usize>, out: &mut [f32]) {
+        let dim = q.len();
+        let mut scores = vec![0.0f32; seen.len()];
+        for (j, &q) in q.iter().enumerate() {
+            let keys = &self.keys[(head * dim + j) * self.capacity..][seen.clone()];
+            scores.iter_mut().zip(keys).for_each(|(s, k)| *s += q * k);
+        }
+        softmax(&mut scores, (dim as f64).powf(-0.5) as f32);
+        for (&p, at) in scores.iter().zip(seen) {
+            let value = &self.values[at * width + head * dim..][..dim];
+            out.iter_mut().zip(value).for_each(|(o, v)| *o += p * v);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Head, spec};
+    use serde_json::json;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn tokens_one_by_one_see_what_a_window_sees() {
+        let base = json!({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 40});
+        for (model_type, more) in [
+            ("llama", json!({})),
+            ("qwen3", json!({"head_dim": 16})),
+            ("mistral", json!({"sliding_window": 5})),
+            ("qwen2", json!({})),
+        ] {
+            let mut config = base.clone();
+            config["model_type"] = json!(model_type);
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let spec = spec(&config).unwrap();
+            let random = |shape: &[usize]| Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
+            let weights: BTreeMap<String, Tensor> =
+                spec.tensors().into_iter().map(|slot| (slot.name, random(&slot.shape))).collect();
+            let embedding = Embedding::load(&spec, &weights).unwrap();
+            let blocks: Vec<Block> = (0..spec.layers).map(|i| Block::load(&spec, i, &weights).unwrap()).collect();
+            let head = Head::load(&spec, &weights).unwrap();
+            let rope = RopeTable::new(&spec.rope, 12).unwrap();
+            let texts: Vec<Vec<u32>> = (0..3u32).map(|s| (0..12).map(|t| (7 * s + 5 * t) % 40).collect()).collect();
+            let mut decoder = Decoder::new(&embedding, &blocks, &rope, texts.len(), 12).unwrap();
+            let windows: Vec<Vec<Vec<f32>>> = texts
+                .iter()
+                .map(|text| {
+                    let mut h = embedding.embed(text).unwrap();
+                    for block in &blocks {
+                        h = block.forward(&h, &rope).unwrap();
+                    }
+                    head.logits(&h).unwrap().to_vec2().unwrap()
+                })
+                .collect();
+            for t in 0..12 {
+                assert_eq!(decoder.length(), t);
+                let tokens: Vec<u32> = texts.iter().map(|text| text[t]).collect();
+                let logits = head.logits(&decoder.step(&tokens).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+                for (logits, window) in logits.iter().zip(&windows) {
+                    for (a, b) in logits.iter().zip(&window[t]) {
+                        assert!((a - b).abs() < 1e-4 * b.abs().max(1.0), "{model_type}, token {t}: {a} {b}");
+                    }
+                }
+            }
+            assert!(decoder.step(&[1, 1, 1]).is_err(), "beyond the capacity");
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! The school of tuning: a teacher, windows to learn from and windows to be examined by.
+
+use super::adam::State;
+use super::dense::{ToStored, TrainedHead};
+use super::goal::{Goal, resample};
+use super::pupil::Pupil;
+use super::rounding::Rates;
+use super::{Lesson, Start, TOGETHER, Tuned};
+use crate::Error;
+use crate::journal::{StageRecord, io};
+use crate::settings::Tuning;
+use bitmill_calibrate::{Stream, StreamKind, in_order, splitmix};
+use bitmill_checkpoint::Dtype;
+use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+/// One window in this many is held out from training.
+const HELD_OUT: usize = 16;
+
+/// The model under training.
+#[derive(Clone)]
+pub(super) struct Student {
+    pupils: Vec<Pupil>,
+    /// Where the model has one.
+    head: Option<TrainedHead>,
+}
+
+/// The best pass so far.
+pub(super) struct Best {
+    pub(super) student: Student,
+    pub(super) loss: f64,
+    pub(super) pass: usize,
+}
+
+/// Everything that stays the same from pass to pass.
+pub(super) struct School<'a> {
+    lesson: Lesson<'a>,
+    embedding: Embedding,
+    /// The full-precision blocks.
+    teacher: Vec<Block>,
+    head: Option<Head>,
+    rope: RopeTable,
+    /// Last hidden states of the teacher on the windows as they are.
+    reference: Stream,
+    training: Vec<usize>,
+    held_out: Vec<usize>,
+}
+
+impl<'a> School<'a> {
+    pub(super) fn new(lesson: Lesson<'a>) -> Result<Self, Error> {
+        let Lesson { spec, input, windows, work, stream_memory, .. } = lesson;
+        let spill = work.join("tuning-reference");
+        let reference = Stream::of_lengths(StreamKind::F32, &windows.lengths(), spec.hidden, stream_memory, &spill)?;
+        // One window alone is both.
+        let held =
+            |w: &usize| (w + 1).is_multiple_of(HELD_OUT) || (windows.count() < HELD_OUT && w + 1 == windows.count());
+        let (held_out, mut training): (Vec<_>, Vec<_>) = (0..windows.count()).partition(held);
+        if training.is_empty() {
+            training.clone_from(&held_out);
+        }
+        let school = School {
+            lesson,
+            embedding: Embedding::load(spec, input)?,
+            teacher: (0..spec.layers).map(|i| Block::load(spec, i, input)).collect::<Result<_, _>>()?,
+            head: if spec.head().is_some() { Some(Head::load(spec, input)?) } else { None },
+            rope: RopeTable::new(&spec.rope, windows.length)?,
+            reference,
+            training,
+            held_out,
+        };
+        let teach = |w: usize| -> Result<(), Error> {
+            let h = school.forward(school.teacher.iter(), &windows.tokens[w])?;
+            Ok(school.reference.write(w, &h.flatten_all()?.to_vec1::<f32>()?)?)
+        };
+        in_order(windows.count(), 16, teach, |_, _| Ok(()))?;
+        Ok(school)
+    }
+
+    fn goal<'b>(&'b self, student: &'b Student) -> Goal<'b> {
+        match (&self.head, &student.head) {
+            (None, _) => Goal::States,
+            (Some(teacher), None) => Goal::Logits { teacher, student: teacher, trained: false },
+            (Some(teacher), Some(student)) => Goal::Logits { teacher, student: &student.head, trained: true },
+        }
+    }
+
+    /// Steps of one pass.
+    pub(super) fn steps(&self) -> usize {
+        self.training.len().div_ceil(self.lesson.tuning.batch)
+    }
+
+    /// The model as the solvers left it.
+    pub(super) fn student(&self, start: Vec<Vec<Start>>) -> Result<Student, Error> {
+        let Lesson { spec, input, written, train_head, .. } = self.lesson;
+        let stored = |name: &str| rounding_to(input.spec(name).map(|t| t.dtype));
+        let pupil = |(index, (linears, block)): (usize, (Vec<Start>, &Block))| {
+            let norm = |role: NormRole| stored(&spec.norm(index, role)).map(|round| (role, round));
+            let norms = NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r)).filter_map(norm).collect();
+            let mut block = block.clone();
+            for (role, module) in spec.block_linears(index).into_iter().filter(|(role, _)| spec.has_bias(*role)) {
+                let bias = written.tensor(&format!("{module}.bias"))?.to_f32()?;
+                block.set_bias(role, Some(Tensor::from_slice(&bias, bias.len(), &Device::Cpu)?));
+            }
+            Pupil::new(block, linears, norms)
+        };
+        let pupils = start.into_iter().zip(&self.teacher).enumerate().map(pupil).collect::<Result<_, _>>()?;
+        let names = (spec.head().filter(|_| train_head).map(|head| format!("{head}.weight")), spec.final_norm());
+        let trained = |head: &Head| {
+            TrainedHead::new(head, names.0.as_deref().and_then(stored), names.1.as_deref().and_then(stored))
+        };
+        Ok(Student { pupils, head: self.head.as_ref().map(trained).transpose()? })
+    }
+
+    fn forward<'b>(&self, blocks: impl Iterator<Item = &'b Block>, tokens: &[u32]) -> Result<Tensor, Error> {
+        let mut h = self.embedding.embed(tokens)?;
+        for block in blocks {
+            h = block.forward(&h, &self.rope)?;
+        }
+        Ok(h)
+    }
+
+    /// The teacher's last hidden states of window `w` as it is.
+    fn reference(&self, w: usize) -> Result<Tensor, Error> {
+        let (values, width) = (self.reference.read(w)?, self.lesson.spec.hidden);
+        Ok(Tensor::from_vec(values, (self.lesson.windows.tokens[w].len(), width), &Device::Cpu)?)
+    }
+
+    pub(super) fn held_out_loss(&self, student: &Student) -> Result<f64, Error> {
+        let mut total = 0.0;
+        let loss = |i: usize| -> Result<f64, Error> {
+            let w = self.held_out[i];
+            let h = self.forward(student.pupils.iter().map(|p| &p.block), &self.lesson.windows.tokens[w])?;
+            self.goal(student).loss(&h, &self.reference(w)?)
+        };
+        in_order(self.held_out.len(), 16, loss, |_, losses| -> Result<(), Error> {
+            total += losses.iter().sum::<f64>();
+            Ok(())
+        })?;
+        Ok(total / self.held_out.len() as f64)
+    }
+
+    /// Walks once over the training windows, in an order of its own.
+    pub(super) fn pass(&self, pass: usize, student: &mut Student, observe: &mut dyn FnMut(usize)) -> Result<(), Error> {
+        let tuning = self.lesson.tuning;
+        let mut order = self.training.clone();
+        order.sort_by_key(|&w| self.random(&[pass as u64, w as u64]));
+        let total = self.steps() * tuning.passes as usize;
+        for (step, windows) in order.chunks(tuning.batch).enumerate() {
+            if self.lesson.stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped { done: self.lesson.spec.layers, total: self.lesson.spec.layers + 1 });
+            }
+            let mut sum: Option<Gradients> = None;
+            let one = |i: usize| self.window(pass, windows[i], student);
+            in_order(windows.len(), TOGETHER, one, |_, gradients| -> Result<(), Error> {
+                for gradients in gradients {
+                    match &mut sum {
+                        None => sum = Some(gradients),
+                        Some(sum) => sum.add(&gradients),
+                    }
+                }
+                Ok(())
+            })?;
+            let rates = rates(tuning, (pass - 1) * self.steps() + step, total);
+            if let Some(sum) = sum {
+                student.step(&sum, rates)?;
+            }
+            observe(step + 1);
+        }
+        Ok(())
+    }
+
+    /// The gradients that window `w` gives every block. From the second pass on, part of its tokens are the teacher's.
+    fn window(&self, pass: usize, w: usize, student: &Student) -> Result<Gradients, Error> {
+        let mut tokens = self.lesson.windows.tokens[w].clone();
+        let mut reference = self.reference(w)?;
+        if let (Some(head), true, true) = (&self.head, pass > 1, self.lesson.tuning.resample > 0.0) {
+            let mut drawn = 0;
+            let mut random = || {
+                drawn += 1;
+                (self.random(&[pass as u64, w as u64, drawn]) >> 40) as f32 / (1u64 << 24) as f32
+            };
+            resample(head, &reference, &mut tokens, self.lesson.tuning.resample, &mut random)?;
+            reference = self.forward(self.teacher.iter(), &tokens)?;
+        }
+        let mut h = self.embedding.embed(&tokens)?;
+        let mut traces = Vec::with_capacity(student.pupils.len());
+        for pupil in &student.pupils {
+            let (out, trace) = pupil.block.forward_traced(&h, &self.rope)?;
+            traces.push(trace);
+            h = out;
+        }
+        let (mut grad, head) = self.goal(student).gradients(&h, &reference)?;
+        let mut blocks: Vec<BlockGradients> = student.pupils.iter().map(|p| p.block.no_gradients()).collect();
+        for ((pupil, trace), gradients) in student.pupils.iter().zip(traces).zip(&mut blocks).rev() {
+            grad = pupil.block.backward(&trace, &self.rope, grad, Some(gradients))?;
+        }
+        Ok(Gradients { blocks, head })
+    }
+
+    /// A number that depends on the seed and on `path` alone.
+    fn random(&self, path: &[u64]) -> u64 {
+        path.iter().fold(splitmix(self.lesson.seed), |state, &part| splitmix(state ^ splitmix(part)))
+    }
+
+    pub(super) fn state_file(&self, pass: usize) -> PathBuf {
+        self.lesson.work.join(format!("tuning-{pass}"))
+    }
+
+    /// Makes pass `pass` durable.
+    pub(super) fn save(&self, pass: usize, student: &mut Student) -> Result<(), Error> {
+        let (file, draft) = (self.state_file(pass), self.state_file(pass).with_extension("draft"));
+        let steps = pass * self.steps();
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&draft).map_err(io(&draft, "creating"))?);
+        student.exchange(&mut State::Save(&mut out), steps)?.map_err(io(&draft, "writing"))?;
+        let mut finish = || -> std::io::Result<()> {
+            out.flush()?;
+            out.get_ref().sync_data()?;
+            std::fs::rename(&draft, &file)
+        };
+        finish().map_err(io(&file, "writing"))
+    }
+
+    /// Takes up pass `pass` of an earlier process; `false` where its file is gone, because another pass was better.
+    pub(super) fn take_up(&self, pass: usize, student: &mut Student) -> Result<bool, Error> {
+        let file = self.state_file(pass);
+        if !file.exists() {
+            return Ok(false);
+        }
+        let mut input = BufReader::with_capacity(1 << 20, File::open(&file).map_err(io(&file, "opening"))?);
+        student.exchange(&mut State::Load(&mut input), pass * self.steps())?.map_err(io(&file, "reading"))?;
+        Ok(true)
+    }
+
+    pub(super) fn tuned(&self, best: Best, before: f64) -> Tuned {
+        let (spec, Student { pupils, head }) = (self.lesson.spec, best.student);
+        let (mut linears, mut dense) = (Vec::new(), Vec::new());
+        for (index, pupil) in pupils.into_iter().enumerate() {
+            dense.extend(pupil.norms.iter().map(|(role, norm)| (spec.norm(index, *role), norm.stored())));
+            linears.extend(pupil.linears.into_iter().map(|(role, r)| (index, role, r.quantized().clone())));
+        }
+        if let Some(TrainedHead { weight, norm, .. }) = head {
+            let head = spec.head().map(|head| format!("{head}.weight"));
+            dense.extend(spec.final_norm().zip(norm).map(|(name, norm)| (name, norm.stored())));
+            dense.extend(head.zip(weight).map(|(name, weight)| (name, weight.stored())));
+        }
+        let record = StageRecord {
+            stage: "tuning".into(),
+            loss: if self.head.is_some() { "KL divergence" } else { "relative error of hidden states" }.into(),
+            held_out_windows: self.held_out.len(),
+            before,
+            after: best.loss,
+            kept_pass: best.pass,
+            seconds: 0.0,
+        };
+        Tuned { linears, dense, record }
+    }
+}
+
+/// What a step needs.
+struct Gradients {
+    blocks: Vec<BlockGradients>,
+    head: Option<HeadGradients>,
+}
+
+impl Gradients {
+    /// Adds another window's.
+    fn add(&mut self, other: &Gradients) {
+        self.blocks.par_iter_mut().zip(&other.blocks).for_each(|(a, b)| a.add(b));
+        if let (Some(a), Some(b)) = (&mut self.head, &other.head) {
+            a.add(b);
+        }
+    }
+}
+
+impl Student {
+    fn step(&mut self, gradients: &Gradients, rates: Rates) -> Result<(), Error> {
+        let each = self.pupils.par_iter_mut().zip(&gradients.blocks);
+        each.try_for_each(|(pupil, gradients)| pupil.step(gradients, rates))?;
+        match (&mut self.head, &gradients.head) {
+            (Some(head), Some(gradients)) => head.step(gradients, rates),
+            _ => Ok(()),
+        }
+    }
+
+    /// Saves everything that training has changed, or takes it up.
+    fn exchange(&mut self, state: &mut State<'_>, steps: usize) -> Result<std::io::Result<()>, Error> {
+        for pupil in &mut self.pupils {
+            if let failed @ Err(_) = pupil.exchange(state, steps)? {
+                return Ok(failed);
+            }
+        }
+        self.head.as_mut().map_or(Ok(Ok(())), |head| head.exchange(state, steps))
+    }
+}
+
+/// The rates of step `at` of `total`: half a cosine from the full rates to nothing, after a rise over the first steps, in
+/// which the moments of the gradients are still noise.
+fn rates(tuning: &Tuning, at: usize, total: usize) -> Rates {
+    /// Steps of the rise.
+    const RISE: f32 = 12.0;
+    let cosine = 0.5 * (1.0 + (std::f32::consts::PI * at as f32 / total as f32).cos());
+    let share = cosine * ((at + 1) as f32 / RISE).min(1.0);
+    Rates {
+        codes: tuning.codes * share,
+        scales: tuning.scales * share,
+        norms: tuning.norms * share,
+        head: tuning.head * share,
+    }
+}
+
+/// Rounding to a stored floating-point type; `None` for others.
+pub(crate) fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
+    match dtype? {
+        Dtype::F32 | Dtype::F64 => Some(|v| v),
+        Dtype::F16 => Some(|v| f16::from_f32(v).to_f32()),
+        Dtype::BF16 => Some(|v| bf16::from_f32(v).to_f32()),
+        _ => None,
+    }
+}
