@@ -75,6 +75,28 @@ fn killed_tuning_goes_on_after_its_last_pass() {
 }
 
 #[test]
+fn killed_runs_with_every_stage_end_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("killed"));
+    let extra =
+        ["--bits", "3", "--tuning-passes", "1", "--transforms", "rotate,rotate-heads,awq", "--target-shift", "outputs"];
+    let more = ["--token-weights", "attention", "--soft-rounding", "sign", "--soft-steps", "10", "--threads", "1"];
+    let stages = [&extra[..], &more].concat();
+    success(&mut command(&whole, &stages));
+    // The first kills fall into the transforms, the others into blocks with two streams and into tuning. The number of
+    // threads is no setting of the bytes.
+    let stages = [&stages[..stages.len() - 1], &["5"]].concat();
+    for (units, delay) in [(0, 30), (0, 300), (4, 7), (6, 40), (11, 100)] {
+        kill_after(&out, &stages, units, Duration::from_millis(delay));
+    }
+    let output = command(&out, &stages).output().unwrap();
+    assert!(output.status.success() || String::from_utf8_lossy(&output.stderr).contains("exists"));
+    assert_same(&whole, &out);
+    let said = failure(&mut command(&dir.path().join("other"), &["--transforms", "rotat"]), 2);
+    assert!(said.contains("rotate-heads"), "{said}");
+}
+
+#[test]
 fn another_command_refuses_the_leftover_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

@@ -17,6 +17,8 @@
 //!     layers: Default::default(),
 //!     scale_type: None,
 //!     solver: SolverOptions::default(),
+//!     observation: Default::default(),
+//!     transforms: Vec::new(),
 //!     tuning: None,
 //!     ignore: vec![],
 //!     samples: 128,

@@ -26,7 +26,7 @@ impl Pass<'_> {
     /// The residual stream that enters the first block.
     pub(crate) fn embed(&self, windows: &Windows, kind: StreamKind, budget: u64) -> Result<Stream, Error> {
         let spill = self.spill_dir.join(format!(".bitmill-pass-{}", std::process::id()));
-        let stream = Stream::new(kind, windows.count(), windows.length, self.spec.hidden, budget, &spill)?;
+        let stream = Stream::of_lengths(kind, &windows.lengths(), self.spec.hidden, budget, &spill)?;
         let embedding = Embedding::load(self.spec, self.model)?;
         in_order(
             windows.count(),
@@ -58,7 +58,8 @@ pub fn collect<E: From<Error>>(pass: Pass<'_>, windows: &Windows, each: BlockSin
 }
 
 impl Pass<'_> {
-    /// Moves every window past `block`, which is block `index`, and returns what was seen at its sites.
+    /// Moves every window, of at most `length` tokens, past `block`, which is block `index`, and returns what was seen at
+    /// its sites.
     pub(crate) fn observe(
         &self,
         index: usize,
@@ -71,7 +72,9 @@ impl Pass<'_> {
         let spec = self.spec;
         let mut stats = SITES.each_ref().map(|at| SiteStats::new(spec.linear_shape(at.linears[0])[1]));
         let compute = |w| -> Result<[Vec<f32>; 4], Error> {
-            let h = Tensor::from_vec(from.read(w)?, (length, spec.hidden), &Device::Cpu)?;
+            let values = from.read(w)?;
+            let tokens = values.len() / spec.hidden;
+            let h = Tensor::from_vec(values, (tokens, spec.hidden), &Device::Cpu)?;
             let attn_in = block.attn_in(&h)?;
             let attn_out = block.attn_out(&attn_in, rope)?;
             let (h, mlp_in) = block.mlp_in(&h, &attn_out)?;

@@ -5,6 +5,7 @@
 //! a time. Work is split by window and folded in window order: the same input gives the same bits at any thread count.
 
 mod collect;
+mod cross;
 mod embeddings;
 mod error;
 mod eval;
@@ -21,6 +22,7 @@ mod tokenizer;
 mod windows;
 
 pub use collect::{BlockSink, Pass, collect};
+pub use cross::{CrossStats, Drift};
 pub use embeddings::{Cosine, Similarity, compare_embeddings};
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};

@@ -47,11 +47,16 @@ impl SiteStats {
     /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0
     /// leaves a token out. Means and maxima stay unweighted.
     pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
+        self.add_gram(x, weights);
+        self.add_moments(x);
+    }
+
+    /// Adds tokens to H alone, as [`SiteStats::add_weighted`] does: those of another stream, say.
+    pub fn add_gram(&mut self, x: &[f32], weights: &[f32]) {
         let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
         let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
         self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
         syrk(&scaled, self.n, &mut self.gram);
-        self.add_moments(x);
     }
 
     fn add_moments(&mut self, x: &[f32]) {
@@ -71,6 +76,16 @@ impl SiteStats {
                 }
             }
         });
+    }
+
+    /// Adds what `other` has seen.
+    pub fn merge(&mut self, other: &SiteStats) {
+        self.tokens += other.tokens;
+        self.weight += other.weight;
+        self.gram.iter_mut().zip(&other.gram).for_each(|(a, b)| *a += b);
+        self.sum.iter_mut().zip(&other.sum).for_each(|(a, b)| *a += b);
+        self.abs_sum.iter_mut().zip(&other.abs_sum).for_each(|(a, b)| *a += b);
+        self.abs_max.iter_mut().zip(&other.abs_max).for_each(|(a, &b)| *a = a.max(b));
     }
 
     /// Width of the input.

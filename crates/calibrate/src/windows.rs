@@ -149,8 +149,15 @@ impl Windows {
         Ok(Windows { tokens, length, text_tokens })
     }
 
-    /// Tokens of every window.
+    /// The windows of all `parts`, one after another.
     #[must_use]
+    pub fn joined(parts: Vec<Windows>) -> Windows {
+        let length = parts.iter().map(|w| w.length).max().unwrap_or(0);
+        let text_tokens = parts.iter().map(|w| w.text_tokens).sum();
+        Windows { tokens: parts.into_iter().flat_map(|w| w.tokens).collect(), length, text_tokens }
+    }
+
+    /// Tokens of every window.
     pub fn lengths(&self) -> Vec<usize> {
         self.tokens.iter().map(Vec::len).collect()
     }

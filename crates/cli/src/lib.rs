@@ -9,6 +9,7 @@ mod dequantize;
 mod effort;
 mod eval;
 mod gguf;
+mod goal;
 mod inspect;
 mod mixed;
 mod plan;

@@ -141,12 +141,16 @@ fn parse_least(text: &str) -> Result<(Role, u32), String> {
 }
 
 /// A path, with a weight after the last colon if that is a number.
-fn parse_stats(text: &str) -> Result<(PathBuf, f64), String> {
+pub(crate) fn parse_weighted(text: &str) -> Result<(PathBuf, Option<f64>), String> {
     match text.rsplit_once(':').map(|(path, w)| (path, w.parse::<f64>())) {
-        Some((path, Ok(weight))) if weight.is_finite() && weight > 0.0 => Ok((path.into(), weight)),
+        Some((path, Ok(weight))) if weight.is_finite() && weight > 0.0 => Ok((path.into(), Some(weight))),
         Some((_, Ok(weight))) => Err(format!("`{weight}` is not a weight above zero")),
-        _ => Ok((text.into(), 1.0)),
+        _ => Ok((text.into(), None)),
     }
+}
+
+fn parse_stats(text: &str) -> Result<(PathBuf, f64), String> {
+    parse_weighted(text).map(|(path, weight)| (path, weight.unwrap_or(1.0)))
 }
 
 impl MixtureArgs {

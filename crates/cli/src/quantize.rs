@@ -2,6 +2,7 @@
 
 use crate::effort::Effort;
 use crate::gguf::{GgufArgs, scheme_mixes};
+use crate::goal::GoalArgs;
 use crate::mixed::{self, Goal, MixtureArgs, Width};
 use crate::search::BySize;
 use crate::text::{Text, TextArgs};
@@ -11,7 +12,7 @@ use anyhow::{Context, bail};
 use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_quantize::{
-    Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, read_plan,
+    Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, read_plan,
 };
 use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
@@ -55,7 +56,8 @@ pub(crate) struct Args {
 pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
-          "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "soft_rounding", "target_shift", "token_weights", "full_share", "keep_biases", "damping_search",
           "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
@@ -82,6 +84,10 @@ pub(crate) struct How {
     /// full-precision logits, after gptq; 0 leaves it out [default: what the effort says]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000))]
     tuning_passes: Option<u32>,
+    /// What is done to the weights before they are rounded; the model's function stays as it is [default: nothing]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = transform_names(), hide_possible_values = true,
+          long_help = transform_help())]
+    transforms: Vec<String>,
     /// How the result is stored [default: what compressed-tensors uses for the scheme]
     #[arg(long, value_name = "FORMAT", value_parser = format_names(), hide_possible_values = true, long_help = format_help())]
     format: Option<String>,
@@ -103,6 +109,8 @@ pub(crate) struct How {
     /// Times gptq refits the scales to the codes
     #[arg(long, value_name = "N", default_value_t = SolverOptions::default().scale_refits)]
     scale_refits: u32,
+    #[command(flatten)]
+    goal: GoalArgs,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
@@ -146,6 +154,17 @@ fn preset_names() -> PossibleValuesParser {
 
 fn method_names() -> PossibleValuesParser {
     PossibleValuesParser::new(METHODS.iter().map(|m| m.name()))
+}
+
+fn transform_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(TRANSFORMS.iter().map(|t| t.name()))
+}
+
+fn transform_help() -> String {
+    table(
+        "What is done to the weights before they are rounded, without changing the model's function [default: nothing]:",
+        TRANSFORMS.iter().map(|t| (t.name(), t.summary())),
+    )
 }
 
 fn format_names() -> PossibleValuesParser {
@@ -234,6 +253,7 @@ impl How {
         let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
+            transforms: self.transforms.clone(),
             method,
             format,
             scheme,
@@ -254,10 +274,13 @@ impl How {
                     .or(self.gguf.weighs().then_some(ScaleSearch::Hessian))
                     .or_else(|| self.effort.scale_search()),
                 damping: self.damping,
+                shrinkage: 0.0,
                 act_order: !self.no_act_order,
                 descent_sweeps: self.descent_sweeps,
                 scale_refits: self.scale_refits,
+                soft: self.goal.soft(),
             },
+            observation: self.goal.observation(),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,

@@ -1,5 +1,6 @@
 //! Calibration text: where it comes from and how it is cut, for every command that runs some.
 
+use crate::mixed::parse_weighted;
 use crate::quantize::amount;
 use crate::units;
 use bitmill_calibrate::{BUNDLED_TEXT, Sentences, Tokenizer, Windows, read_texts};
@@ -9,9 +10,10 @@ use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct TextArgs {
-    /// Calibration text; by default MODEL/calibration.txt, or else a text that comes with bitmill
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    pub(crate) calibration: Vec<PathBuf>,
+    /// Calibration text; by default MODEL/calibration.txt, or else a text that comes with bitmill. With weights
+    /// (prose.txt:0.7 code.txt:0.3), each text gives its share of the windows
+    #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., value_parser = parse_weighted)]
+    pub(crate) calibration: Vec<(PathBuf, Option<f64>)>,
     /// Calibration windows; of an encoder, sentences [default: 128, or 2048 sentences]
     #[arg(long, value_name = "N", value_parser = units::parse_positive)]
     samples: Option<usize>,
@@ -21,6 +23,18 @@ pub(crate) struct TextArgs {
     /// Moves the calibration windows; 0 spaces them evenly
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+/// `samples` divided by `weights`, at least one each; what is over goes to the largest remainders.
+fn shares(weights: &[f64], samples: usize) -> Vec<usize> {
+    let total: f64 = weights.iter().sum();
+    let exact: Vec<f64> = weights.iter().map(|w| w / total * samples as f64).collect();
+    let mut counts: Vec<usize> = exact.iter().map(|e| e.floor() as usize).collect();
+    let mut order: Vec<usize> = (0..weights.len()).collect();
+    order.sort_by(|&a, &b| (exact[b] - exact[b].floor()).total_cmp(&(exact[a] - exact[a].floor())));
+    let over = samples.saturating_sub(counts.iter().sum());
+    order.iter().take(over).for_each(|&i| counts[i] += 1);
+    counts.iter().map(|&c| c.max(1)).collect()
 }
 
 /// A text's name and its windows.
@@ -51,7 +65,8 @@ impl TextArgs {
     ) -> anyhow::Result<Text> {
         let beside = input.dir().join("calibration.txt");
         let (name, texts) = if !self.calibration.is_empty() {
-            let texts = read_texts(&self.calibration)?;
+            let files: Vec<&PathBuf> = self.calibration.iter().map(|(file, _)| file).collect();
+            let texts = read_texts(&files)?;
             (texts.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "), texts)
         } else if beside.is_file() {
             (beside.display().to_string(), read_texts(&[beside])?)
@@ -61,18 +76,45 @@ impl TextArgs {
         };
         let tokenizer = Tokenizer::of(input, spec.bos)?;
         let length = length.min(spec.max_positions);
-        let (windows, held_out) = match spec.causal {
-            true => Windows::with_held_out(&texts, &tokenizer, spec.vocab, (length, samples, seed), HELD_OUT)?,
-            false => {
-                // Positions that the model's own pipeline never reaches would only dilute the statistics.
-                let limit = Sentences::limit(input.dir())?.unwrap_or(length).min(length);
-                (Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?, None)
+        let limit = match spec.causal {
+            true => length,
+            // Positions that the model's own pipeline never reaches would only dilute the statistics.
+            false => Sentences::limit(input.dir())?.unwrap_or(length).min(length),
+        };
+        let cut = |texts: &[(String, String)], samples: usize| match spec.causal {
+            true => Windows::with_held_out(texts, &tokenizer, spec.vocab, (limit, samples, seed), HELD_OUT),
+            false => Ok((Windows::sentences(texts, &tokenizer, spec.vocab, limit, samples, seed)?, None)),
+        };
+        let weights: Vec<f64> = self.calibration.iter().map(|(_, weight)| weight.unwrap_or(1.0)).collect();
+        let (windows, held_out) = if self.calibration.iter().any(|(_, weight)| weight.is_some()) {
+            let (mut parts, mut held) = (Vec::new(), Vec::new());
+            for (text, samples) in texts.iter().zip(shares(&weights, samples)) {
+                let (part, rest) = cut(std::slice::from_ref(text), samples)?;
+                eprintln!("{}: {}", text.0, amount(&part));
+                parts.push(part);
+                held.extend(rest);
             }
+            (Windows::joined(parts), (!held.is_empty()).then(|| Windows::joined(held)))
+        } else {
+            cut(&texts, samples)?
         };
         // By default an encoder takes what the text has; a number that was asked for and missed is worth a note.
         if windows.count() < samples && (spec.causal || self.samples.is_some()) {
             eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
         }
         Ok(Text { name, windows, held_out })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_shared_by_weight() {
+        assert_eq!(shares(&[0.3, 0.7], 128), [38, 90]);
+        assert_eq!(shares(&[1.0, 1.0, 1.0], 128), [43, 43, 42]);
+        assert_eq!(shares(&[1.0, 1000.0], 10), [1, 10]);
+        assert_eq!(shares(&[2.0], 7), [7]);
     }
 }

@@ -58,6 +58,9 @@ impl Reporter {
                 let name = record.tensor.rsplit('.').next().unwrap_or(&record.tensor);
                 self.bar.message(format!("{} {name}: relative error {:.2e}", self.label, record.relative_error));
             }
+            Event::Transforming { done, total } => {
+                self.bar.message(format!("transforming the weights: step {done} of {total}"));
+            }
             Event::Tuning { done, total, held_out } => {
                 self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
                 let (last, before) = held_out;
@@ -79,6 +82,9 @@ impl Reporter {
 /// What a stage brought, in one line.
 fn tuned(stage: &StageRecord) -> String {
     let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
+    if *windows == 0 {
+        return format!("{name}: {loss} {before:.4e} -> {after:.4e}");
+    }
     let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
     format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
 }

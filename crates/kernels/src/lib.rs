@@ -8,6 +8,7 @@ mod ops;
 
 pub use ops::blocks::fit_blocks;
 pub use ops::cholesky::cholesky;
+pub use ops::eigen::eigen;
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
 pub use ops::pack::{pack_bits, packed_words, unpack_bits};

@@ -120,6 +120,30 @@ impl Inputs<'_> {
     }
 }
 
+/// How much every token is attended to: the sum over heads and queries of the weights in [`attend`], `[tokens]`.
+pub(crate) fn concentration(q: &Tensor, k: &Tensor, sight: Sight) -> std::result::Result<Vec<f32>, crate::Error> {
+    let (kv_heads, tokens, dim) = k.dims3()?;
+    let group = q.dim(1)? / tokens.max(1);
+    let (q, k) = (values(q)?, values(k)?);
+    let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group };
+    let (mut sum, chunk, row) = (vec![0.0f64; tokens], (ROWS / group.max(1)).max(32), group * dim);
+    for begin in (0..tokens).step_by(chunk) {
+        let end = tokens.min(begin + chunk);
+        let (oldest, newest) = (sight.of(begin, tokens).start, sight.of(end - 1, tokens).end);
+        let (rows, keys) = ((end - begin) * group, newest - oldest);
+        let mut weights = vec![0.0f32; rows * keys];
+        for head in 0..kv_heads {
+            let q = View::new(&inputs.q[(head * tokens + begin) * row..], rows, dim, dim);
+            let k = View::new(&inputs.k[(head * tokens + oldest) * dim..], keys, dim, dim);
+            inputs.weights(q, k, begin, (oldest, sight), &mut weights);
+            for weights in weights.chunks_exact(keys) {
+                sum[oldest..newest].iter_mut().zip(weights).for_each(|(s, &w)| *s += f64::from(w));
+            }
+        }
+    }
+    Ok(sum.into_iter().map(|s| s as f32).collect())
+}
+
 /// Gradients of `q`, `k` and `v`, laid out as they are in [`attend`], from `out`, what that returned for them, and
 /// `grad`, the gradient of it. The weights of the mix are computed again, a chunk of tokens at a time.
 pub(crate) fn backward(
@@ -254,8 +278,18 @@ mod tests {
                 };
                 let got = attend(&q, &k, &v, sight).unwrap();
                 let got = got.to_vec2::<f32>().unwrap();
+                let (q_of, k_of) = (q.clone(), k.clone());
                 let (q, k, v) = (q.to_vec3().unwrap(), k.to_vec3().unwrap(), v.to_vec2().unwrap());
                 let expected = naive(&q, &k, &v, sight);
+                // A token's share of all weights is what it gets of values that are one in it and zero elsewhere.
+                let shares = concentration(&q_of, &k_of, sight).unwrap();
+                assert!((shares.iter().sum::<f32>() / (tokens * kv_heads * group) as f32 - 1.0).abs() < 1e-4);
+                let marked = |t: usize| {
+                    (0..tokens).map(|i| vec![f32::from(u8::from(i == t)); kv_heads * dim]).collect::<Vec<_>>()
+                };
+                let last = naive(&q, &k, &marked(tokens - 1), sight);
+                let share: f64 = last.iter().flatten().step_by(dim).sum();
+                assert!((f64::from(shares[tokens - 1]) - share).abs() < 1e-4 * share.max(1.0));
                 for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
                     assert!(
                         (f64::from(*got) - expected).abs() < 1e-5,

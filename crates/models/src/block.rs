@@ -112,6 +112,15 @@ impl Block {
         Ok(attention::attend(q, k, v, self.sight)?)
     }
 
+    /// How much every token is attended to at the site `attn_in`, over all heads and queries, `[tokens]`.
+    ///
+    /// # Errors
+    /// As [`Block::attn_out`].
+    pub fn concentration(&self, x: &Tensor, rope: &RopeTable) -> Result<Vec<f32>, Error> {
+        let Heads { q, k, .. } = self.heads(x, rope)?;
+        attention::concentration(&q, &k, self.sight)
+    }
+
     /// Adds the attention's output to `h` and goes on to the site `mlp_in`; returns both, `[tokens, hidden]`.
     ///
     /// # Errors

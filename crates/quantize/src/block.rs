@@ -4,10 +4,14 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
-use crate::journal::{SiteRecord, TensorRecord};
+use crate::journal::{SiteRecord, StageChange, TensorRecord};
+use crate::learn::ToStored;
+use crate::seen::{Glimpse, Seen, token_weights};
+use crate::sensitivity::quick;
+use crate::shift::targets as targets_of;
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
-use crate::{Method, SolverOptions};
-use bitmill_calibrate::{SiteStats, Stream, StreamKind, in_order};
+use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
+use bitmill_calibrate::{Stream, StreamKind, in_order};
 use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
 use bitmill_scheme::Scheme;
 use candle_core::{Device, Tensor};
@@ -29,6 +33,9 @@ pub(crate) struct Flow<'a> {
     pub(crate) spill: &'a Path,
     /// Residual stream that enters the block; what leaves it, afterwards.
     pub(crate) hidden: &'a Stream,
+    /// The same of the full-precision model, where it runs beside the rounded one.
+    pub(crate) full: Option<&'a Stream>,
+    pub(crate) observation: Observation,
 }
 
 /// A linear of the block that is to be quantized.
@@ -38,13 +45,15 @@ pub(crate) struct Target<'a> {
     pub(crate) scheme: Scheme,
     pub(crate) shape: [usize; 2],
     pub(crate) bytes: u64,
+    /// Rounding of its bias to the stored type, where it has one that can be changed.
+    pub(crate) bias: Option<ToStored>,
 }
 
 impl<'a> Target<'a> {
     pub(crate) fn of(tensor: &'a PlannedTensor) -> Option<Self> {
         match &tensor.action {
             Action::Quantize { module, role: Some(role), scheme, shape } => {
-                Some(Target { module, role: *role, scheme: *scheme, shape: *shape, bytes: tensor.bytes })
+                Some(Target { module, role: *role, scheme: *scheme, shape: *shape, bytes: tensor.bytes, bias: None })
             }
             _ => None,
         }
@@ -66,6 +75,22 @@ pub(crate) struct Done {
     pub(crate) module: String,
     pub(crate) solved: Solved,
     pub(crate) record: TensorRecord,
+    /// Its bias, where that has changed, in values of the stored type.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// The two streams of a flow at a site: the rounded model's, and the full-precision model's where it runs beside it.
+struct Lanes {
+    rounded: Stream,
+    full: Option<Stream>,
+}
+
+/// One stream through one piece of a block.
+struct Lane<'a> {
+    block: &'a Block,
+    hidden: &'a Stream,
+    x: Option<&'a Stream>,
+    next: &'a Stream,
 }
 
 impl Flow<'_> {
@@ -79,43 +104,93 @@ impl Flow<'_> {
         on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let spec = self.spec;
-        let mut x: Option<Stream> = None;
+        let full = self.full.map(|hidden| (block.clone(), hidden));
+        let mut x: Option<Lanes> = None;
+        let mut weights = None;
         for (i, at) in spec.sites().iter().enumerate() {
             on(Moment::Site(at))?;
             let width = spec.linear_shape(at.linears[0])[1];
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| at.linears.contains(&t.role)).collect();
-            let mut stats = (!wanted.is_empty()).then(|| SiteStats::new(width));
-            let next = self.stream(width, at.name)?;
-            self.windows(|w| self.piece(i, &block, x.as_ref(), &next, w), stats.as_mut())?;
+            // What O and Down put out is added to the residual stream.
+            let hidden = if i % 2 == 1 { spec.hidden } else { 0 };
+            let mut seen =
+                (!wanted.is_empty()).then(|| Seen::new(self.observation, width, hidden, self.hidden.windows()));
+            let next = Lanes {
+                rounded: self.stream(width, at.name)?,
+                full: full.as_ref().map(|_| self.stream(width, &format!("full-{}", at.name))).transpose()?,
+            };
+            if i == 0 && seen.is_some() {
+                weights = self.token_weights(&block)?;
+            }
+            let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
+            self.windows(glimpse, &mut |first, glimpses| {
+                if let Some(seen) = &mut seen {
+                    seen.add(first, &glimpses, weights.as_deref());
+                }
+            })?;
             x = Some(next);
-            let Some(stats) = stats else { continue };
-            if !stats.is_finite() {
+            let Some(seen) = seen else { continue };
+            if !seen.is_finite() {
                 return Err(bitmill_calibrate::Error::NonFinite { block: index, site: at.name.into() }.into());
             }
-            let (site, tokens) = (at.name.into(), stats.tokens());
-            on(Moment::Seen(SiteRecord { block: index, site, tokens, spread: stats.spread() }))?;
-            for (role, done) in solve_site(&block, &wanted, &stats, method, options)? {
+            let (site, tokens) = (at.name.into(), seen.tokens());
+            on(Moment::Seen(SiteRecord { block: index, site, tokens, spread: seen.spread() }))?;
+            for (role, done) in self.solve_site(&block, &wanted, &seen, method, options)? {
                 let [rows, cols] = done.solved.quantized.shape;
                 let weight = done.solved.quantized.dequantize();
                 block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
                 block.set_activations(role, done.solved.quantized.scheme.activations);
+                if let Some(bias) = &done.bias {
+                    block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
+                }
                 on(Moment::Finished(done))?;
             }
         }
         let Some(x) = x else { return Ok(()) };
-        self.windows(
-            |w| {
-                let out = block.finish(&self.tensor(self.hidden, w)?, &self.tensor(&x, w)?)?;
-                self.hidden.write(w, &rows(&out)?)?;
-                Ok(Vec::new())
-            },
-            None,
-        )
+        let finish = |w: usize| {
+            self.finish(&block, self.hidden, &x.rounded, w)?;
+            if let (Some((block, hidden)), Some(x)) = (&full, &x.full) {
+                self.finish(block, hidden, x, w)?;
+            }
+            Ok(())
+        };
+        self.windows(finish, &mut |_, _| {})
     }
 
-    /// Piece `i` of the block for window `w`: writes the activation at its site to `next` and returns it.
-    fn piece(&self, i: usize, block: &Block, x: Option<&Stream>, next: &Stream, w: usize) -> Result<Vec<f32>, Error> {
-        let hidden = || self.tensor(self.hidden, w);
+    fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {
+        let out = block.finish(&self.tensor(hidden, w)?, &self.tensor(x, w)?)?;
+        Ok(hidden.write(w, &rows(&out)?)?)
+    }
+
+    /// Moves window `w` through piece `i` of the block and returns what is seen at its site.
+    fn glimpse(
+        &self,
+        i: usize,
+        block: &Block,
+        full: Option<&(Block, &Stream)>,
+        x: Option<&Lanes>,
+        next: &Lanes,
+        w: usize,
+    ) -> Result<Glimpse, Error> {
+        let hidden = self.hidden;
+        let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: &next.rounded };
+        let mut glimpse = Glimpse { seen: self.piece(i, &lane, w)?, ..Glimpse::default() };
+        if let (Some((block, full)), Some(next)) = (full, &next.full) {
+            let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
+            glimpse.drift = self.piece(i, &lane, w)?;
+            glimpse.drift.iter_mut().zip(&glimpse.seen).for_each(|(d, x)| *d -= x);
+            if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
+                glimpse.residual = full.read(w)?;
+                glimpse.residual.iter_mut().zip(hidden.read(w)?).for_each(|(d, h)| *d -= h);
+            }
+        }
+        Ok(glimpse)
+    }
+
+    /// Piece `i` of the block for window `w`: writes the activation at its site and returns it.
+    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize) -> Result<Vec<f32>, Error> {
+        let Lane { block, hidden: stream, x, next } = *lane;
+        let hidden = || self.tensor(stream, w);
         let input = || match x {
             Some(x) => self.tensor(x, w),
             None => hidden(),
@@ -125,7 +200,7 @@ impl Flow<'_> {
             1 => block.attn_out(&input()?, self.rope)?,
             2 => {
                 let (h, out) = block.mlp_in(&hidden()?, &input()?)?;
-                self.hidden.write(w, &rows(&h)?)?;
+                stream.write(w, &rows(&h)?)?;
                 out
             }
             _ => block.mlp_out(&input()?)?,
@@ -135,18 +210,33 @@ impl Flow<'_> {
         Ok(out)
     }
 
-    /// Runs `compute` for all windows and adds what it returns to `stats`, in window order.
-    fn windows(
+    /// Weights of the tokens of every window, by the block's own attention; `None` where all count alike.
+    fn token_weights(&self, block: &Block) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        let sinks_alone = match self.observation.tokens {
+            TokenWeights::Equal => return Ok(None),
+            TokenWeights::Attention => false,
+            TokenWeights::NoSinks => true,
+        };
+        let mut weights = Vec::new();
+        let compute = |w: usize| -> Result<Vec<f32>, Error> {
+            let x = block.attn_in(&self.tensor(self.hidden, w)?)?;
+            Ok(token_weights(&block.concentration(&x, self.rope)?, sinks_alone))
+        };
+        self.windows(compute, &mut |_, part| weights.extend(part))?;
+        Ok(Some(weights))
+    }
+
+    /// Runs `compute` for all windows and hands what it returns to `consume`, in window order, with the first window of
+    /// each batch.
+    fn windows<T: Send>(
         &self,
-        compute: impl Fn(usize) -> Result<Vec<f32>, Error> + Sync,
-        mut stats: Option<&mut SiteStats>,
+        compute: impl Fn(usize) -> Result<T, Error> + Sync,
+        consume: &mut dyn FnMut(usize, Vec<T>),
     ) -> Result<(), Error> {
         let longest = self.lengths.iter().copied().max().unwrap_or(1);
         let batch = (BATCH_TOKENS / longest).clamp(1, 64);
-        in_order(self.hidden.windows(), batch, compute, |_, activations| {
-            if let Some(stats) = stats.as_deref_mut() {
-                stats.add(&activations.concat());
-            }
+        in_order(self.hidden.windows(), batch, compute, |first, results| {
+            consume(first, results);
             Ok(())
         })
     }
@@ -161,22 +251,121 @@ impl Flow<'_> {
         let (length, width) = (self.lengths[w], values.len() / self.lengths[w]);
         Ok(Tensor::from_vec(values, (length, width), &Device::Cpu)?)
     }
+
+    /// Rounds the linears of one site together: they share H and its factor. Those whose bias is corrected are rounded
+    /// for the error about its mean, since the bias takes care of the mean.
+    fn solve_site(
+        &self,
+        block: &Block,
+        targets: &[&Target<'_>],
+        seen: &Seen,
+        method: &dyn Method,
+        options: &SolverOptions,
+    ) -> Result<Vec<(Role, Done)>, Error> {
+        let mut all = Vec::new();
+        let corrected = |t: &Target<'_>| self.observation.biases && t.bias.is_some();
+        for centred in [false, true] {
+            let group: Vec<&Target<'_>> = targets.iter().copied().filter(|t| corrected(t) == centred).collect();
+            if group.is_empty() {
+                continue;
+            }
+            let weights = group.iter().map(|t| rows(block.linear(t.role))).collect::<Result<Vec<_>, _>>()?;
+            let shifted = targets_of(&weights, seen, centred);
+            let goals = match &shifted {
+                Some(shifted) => shifted.iter().map(|s| s.target.clone()).collect(),
+                None => weights.clone(),
+            };
+            let moments = seen.all(centred);
+            let means = if centred { Some(seen.means()) } else { None };
+            let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
+            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens()), method, &options)?;
+            for (i, (role, done)) in solved.iter_mut().enumerate() {
+                done.record.stages.extend(damping.clone());
+                if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {
+                    done.record.stages.push(StageChange {
+                        stage: "target shift".into(),
+                        of: "output error on held-out tokens".into(),
+                        change: shift.change,
+                        shares: shift.shares.to_vec(),
+                    });
+                }
+                if let (Some(means), Some(bias), Some(round)) = (&means, block.bias(*role), group[i].bias) {
+                    let bias = corrected_bias(&rows(bias)?, &weights[i], &done.solved.quantized.dequantize(), means);
+                    done.bias = Some(bias.into_iter().map(round).collect());
+                }
+            }
+            all.extend(solved);
+        }
+        Ok(all)
+    }
+}
+
+/// Damping and shrinkage that are tried.
+const DAMPINGS: [(f32, f32); 6] = [(0.001, 0.0), (0.01, 0.0), (0.05, 0.0), (0.01, 0.05), (0.01, 0.15), (0.01, 0.4)];
+
+impl Flow<'_> {
+    /// The options with the damping and shrinkage of H that lose least on held-out tokens, where that is asked for:
+    /// rounded against H of the others, without refinements.
+    fn damped(
+        &self,
+        targets: &[&Target<'_>],
+        goals: &[Vec<f32>],
+        seen: &Seen,
+        centred: bool,
+        (method, options): (&dyn Method, &SolverOptions),
+    ) -> Result<(SolverOptions, Option<StageChange>), Error> {
+        let apart = if self.observation.damping_search { seen.apart(centred) } else { None };
+        let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
+        let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
+            let options = SolverOptions { damping, shrinkage, ..quick(options) };
+            let solved = solve_targets(targets, goals, (&learnt, 0), method, &options)?;
+            let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
+                let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
+                let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
+                if energy > 0.0 { error / energy } else { 0.0 }
+            };
+            Ok(goals.iter().zip(&solved).map(relative).sum())
+        };
+        let own = (options.damping, options.shrinkage);
+        let before = loss_of(own)?;
+        let mut best = (before, own);
+        for candidate in DAMPINGS.into_iter().filter(|&c| c != own) {
+            let loss = loss_of(candidate)?;
+            if loss < best.0 {
+                best = (loss, candidate);
+            }
+        }
+        let (loss, (damping, shrinkage)) = best;
+        let stage = StageChange {
+            stage: "damping".into(),
+            of: "output error on held-out tokens".into(),
+            change: if before > 0.0 { loss / before - 1.0 } else { 0.0 },
+            shares: vec![f64::from(damping), f64::from(shrinkage)],
+        };
+        Ok((SolverOptions { damping, shrinkage, ..options.clone() }, Some(stage)))
+    }
+}
+
+/// b + W·E[x] + E[h − ĥ] − Ŵ·E[x̂]: with it the mean of the output is what it was.
+pub(crate) fn corrected_bias(
+    bias: &[f32],
+    w: &[f32],
+    rounded: &[f32],
+    [mean, drift, residual]: &[Vec<f32>; 3],
+) -> Vec<f32> {
+    let n = mean.len();
+    let full: Vec<f32> = mean.iter().enumerate().map(|(i, m)| m + drift.get(i).copied().unwrap_or(0.0)).collect();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    let rows = w.chunks_exact(n).zip(rounded.chunks_exact(n)).enumerate();
+    let new = |(i, (w, r)): (usize, (&[f32], &[f32]))| {
+        let stream = residual.get(i).copied().map_or(0.0, f64::from);
+        (f64::from(bias[i]) + dot(w, &full) + stream - dot(r, mean)) as f32
+    };
+    rows.map(new).collect()
 }
 
 fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
     Ok(t.flatten_all()?.to_vec1()?)
-}
-
-/// Rounds the linears of one site together: they share H and its factor.
-fn solve_site(
-    block: &Block,
-    targets: &[&Target<'_>],
-    stats: &SiteStats,
-    method: &dyn Method,
-    options: &SolverOptions,
-) -> Result<Vec<(Role, Done)>, Error> {
-    let weights = targets.iter().map(|t| rows(block.linear(t.role))).collect::<Result<Vec<_>, _>>()?;
-    solve_targets(targets, &weights, (&stats.hessian(), stats.tokens()), method, options)
 }
 
 /// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of).
@@ -200,11 +389,12 @@ pub(crate) fn solve_targets(
             relative_error: if energy > 0.0 { error / energy } else { 0.0 },
             error_of: "output".into(),
             damping: solved.damping,
+            stages: solved.stages.clone(),
             tokens,
             seconds,
             ..TensorRecord::of(t.module, t.shape, t.scheme, method, t.bytes)
         };
-        (t.role, Done { module: t.module.into(), solved, record })
+        (t.role, Done { module: t.module.into(), solved, record, bias: None })
     });
     Ok(done.collect())
 }
@@ -223,6 +413,47 @@ impl TensorRecord {
             damping: None,
             tokens: 0,
             seconds: 0.0,
+            stages: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seen::subtract_outer;
+    use crate::sweep::tests::{Random, random_w};
+
+    #[test]
+    fn a_corrected_bias_keeps_the_mean_and_leaves_the_error_about_it() {
+        // E‖(Ŵ−W)x + b − b₀‖² with the corrected bias is tr(Δ·(H − μμᵀ)·Δᵀ), and no other bias has less.
+        let (n, m, tokens) = (6, 4, 200);
+        let mut r = Random::new(8);
+        let x: Vec<f32> = (0..tokens * n).map(|i| (r.normal() + (i % n) as f64) as f32).collect();
+        let (w, bias) = (random_w(m * n, 1), random_w(m, 2));
+        let rounded: Vec<f32> = w.iter().map(|v| (v * 2.0).round() / 2.0).collect();
+        let mut stats = bitmill_calibrate::SiteStats::new(n);
+        stats.add(&x);
+        let mean = stats.mean();
+        let new = corrected_bias(&bias, &w, &rounded, &[mean.clone(), Vec::new(), Vec::new()]);
+        let error = |b: &[f32]| -> f64 {
+            let one = |x: &[f32], i: usize| -> f64 {
+                let delta = |j: usize| f64::from(rounded[i * n + j] - w[i * n + j]) * f64::from(x[j]);
+                ((0..n).map(delta).sum::<f64>() + f64::from(b[i] - bias[i])).powi(2)
+            };
+            x.chunks(n).map(|x| (0..m).map(|i| one(x, i)).sum::<f64>()).sum::<f64>() / tokens as f64
+        };
+        let mut centred = stats.hessian();
+        subtract_outer(&mut centred, &mean, &mean);
+        let predicted: f64 = loss(&w, &rounded, &centred).iter().sum();
+        assert!((error(&new) / predicted - 1.0).abs() < 1e-4, "{} {predicted}", error(&new));
+        for i in 0..m {
+            for by in [-0.05, 0.05] {
+                let mut other = new.clone();
+                other[i] += by;
+                assert!(error(&other) > error(&new));
+            }
+        }
+        assert!(error(&new) < error(&bias));
     }
 }

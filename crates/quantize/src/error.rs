@@ -14,6 +14,29 @@ pub enum Error {
         /// The names there are.
         known: String,
     },
+    /// No transform of this name.
+    #[error("transform `{name}` does not exist; the transforms are {known}")]
+    UnknownTransform {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// A transform that a model or an output does not allow.
+    #[error("transform `{name}` cannot be applied to {dir}: {reason}; leave it out of --transforms", dir = dir.display())]
+    Transform {
+        /// The transform.
+        name: &'static str,
+        /// The model folder.
+        dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Transforms choose by what text does in the original model.
+    #[error(
+        "transforms run text through the model, and statistics do not hold any; give text, or leave --transforms out"
+    )]
+    TransformsNeedText,
     /// No format of this name.
     #[error("format `{name}` does not exist; the formats are {known}")]
     UnknownFormat {

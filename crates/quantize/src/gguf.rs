@@ -14,7 +14,7 @@ pub use types::{gguf_mix, gguf_types};
 
 use crate::{Action, Error, Settings, Unit};
 use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
-use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec};
+use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
 use bitmill_models::{Act, ModelSpec, RopeKind};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -174,19 +174,31 @@ impl GgufOutput {
             Some(module) => input.weight(module)?.to_f32()?,
             None => view.to_f32()?,
         };
+        Ok(Cow::Owned(self.stored(&view, &values, dtype)?))
+    }
+
+    /// The bytes of a tensor that stays dense, with other numbers in it.
+    pub(crate) fn with_values(&self, view: &TensorView<'_>, values: &[f32]) -> Result<Vec<u8>, Error> {
+        match self.dense.get(view.name) {
+            Some(&dtype) => self.stored(view, values, dtype),
+            None => Ok(view.with_values(values)?),
+        }
+    }
+
+    fn stored(&self, view: &TensorView<'_>, values: &[f32], dtype: Dtype) -> Result<Vec<u8>, Error> {
         let bytes = match dtype {
             Dtype::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
                 if let Some(index) = halves.iter().position(|h| !h.is_finite()) {
                     let value = values[index];
-                    return Err(Error::Overflow { tensor: name.into(), index, value });
+                    return Err(Error::Overflow { tensor: view.name.into(), index, value });
                 }
                 halves.iter().flat_map(|h| h.to_le_bytes()).collect()
             }
             Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         };
-        Ok(Cow::Owned(self.ordered(name, view.shape.first().copied().unwrap_or(1), bytes)))
+        Ok(self.ordered(view.name, view.shape.first().copied().unwrap_or(1), bytes))
     }
 
     /// The bytes of a tensor with `rows` rows in the order of the file.

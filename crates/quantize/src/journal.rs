@@ -38,6 +38,24 @@ pub struct TensorRecord {
     pub tokens: u64,
     /// Seconds spent on it.
     pub seconds: f64,
+    /// What single stages brought, where there were any besides the method itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<StageChange>,
+}
+
+/// What a stage brought to one tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageChange {
+    /// Its name.
+    pub stage: String,
+    /// What is compared with and without it.
+    pub of: String,
+    /// By how much that changed, as a share of the output's energy or of what it was; below zero is better, zero is a stage
+    /// that was dropped.
+    pub change: f64,
+    /// How much of each of its parts was taken, where it can be taken in part.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<f64>,
 }
 
 /// What was seen at a site.
@@ -80,6 +98,9 @@ pub(crate) struct Line {
     pub(crate) unit: usize,
     /// Hash of the activations saved for the next unit, if there are any.
     pub(crate) stream: Option<String>,
+    /// The same of the full-precision model's, where it runs beside the rounded one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) full: Option<String>,
     /// Its quantized tensors.
     pub(crate) tensors: Vec<TensorRecord>,
     /// Its sites, where activations are known.
@@ -204,6 +225,11 @@ impl Journal {
         self.dir.join(format!("stream-{unit}"))
     }
 
+    /// File of those of the full-precision model.
+    pub(crate) fn full_stream(&self, unit: usize) -> PathBuf {
+        self.dir.join(format!("stream-full-{unit}"))
+    }
+
     /// Removes the work folder; the run is complete.
     pub(crate) fn remove(self) -> Result<(), Error> {
         std::fs::remove_dir_all(&self.dir).map_err(io(&self.dir, "removing the work folder"))
@@ -309,7 +335,7 @@ mod tests {
     use super::*;
 
     fn line(unit: usize) -> Line {
-        Line { unit, stream: None, tensors: vec![], sites: vec![], stage: None }
+        Line { unit, stream: None, full: None, tensors: vec![], sites: vec![], stage: None }
     }
 
     #[test]

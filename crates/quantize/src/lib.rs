@@ -22,16 +22,20 @@ mod refine;
 mod refine_blocks;
 mod refine_units;
 mod run;
+mod seen;
 mod sensitivity;
 mod settings;
+mod shift;
+mod soft;
 mod sweep;
+mod transforms;
 
 pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
-pub use journal::{SiteRecord, StageRecord, TensorRecord};
+pub use journal::{SiteRecord, StageChange, StageRecord, TensorRecord};
 pub use loaders::{loader_names, loaders, refusal};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
 pub use mixture::{Budget, Chosen, Mixing, Mixture, Survey, mix};
@@ -40,5 +44,8 @@ pub use plan_file::{parse_scheme, read_plan, write_plan};
 pub use refine::{descend, loss, refit_scales};
 pub use run::{Calibration, Event, Finished, RunOptions, run};
 pub use sensitivity::{Sensitivity, probe_sites, rank_correlation, sensitivities};
-pub use settings::{ScaleSearch, Settings, SolverOptions, Tuning};
+pub use settings::{
+    Observation, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift, TokenWeights, Tuning,
+};
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
+pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};

@@ -1,7 +1,7 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
 use crate::gguf::TensorTypes;
-use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, gguf, method};
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, Transform, gguf, method, transforms};
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
@@ -72,6 +72,12 @@ pub struct Plan {
     pub config: serde_json::Value,
     /// Numbers in all tensors of the input.
     pub parameters: u64,
+    /// What is done to the weights before anything is rounded, in order.
+    pub transforms: Vec<&'static dyn Transform>,
+    /// Whether the input's output head is its embedding; `spec` speaks of the output.
+    pub tied: bool,
+    /// The output head that transforms part from the embedding, where the input has no tensor for it.
+    pub untied: Option<TensorSpec>,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
     /// The mixture its schemes are from, where one was chosen.
@@ -92,9 +98,12 @@ impl Plan {
             name: settings.format.clone(),
             known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
         })?;
-        let calibrated = method.needs(&settings.solver) == Needs::Hessian || settings.tuning.is_some();
+        let transforms = transforms(&settings.transforms)?;
+        let calibrated = method.needs(&settings.solver) == Needs::Hessian
+            || settings.tuning.is_some()
+            || transforms.iter().any(|t| t.needs_statistics());
         let mut notes = Vec::new();
-        let spec = match bitmill_models::spec_of(input) {
+        let mut spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
             Err(e) if calibrated => {
                 return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
@@ -114,9 +123,11 @@ impl Plan {
         if as_gguf {
             gguf::check(input, spec.as_ref(), &mut notes)?;
         }
+        let tied = spec.as_ref().is_some_and(|spec| spec.tied);
+        let untied = untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
         let mut settings = settings.clone();
-        let (mut units, dense) =
-            Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?.build(&mut notes)?;
+        let (mut units, dense) = Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?
+            .build(untied.as_ref(), &mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
         // A GGUF file may be wanted for its container alone.
         if layers.is_empty() && dense.is_empty() {
@@ -136,7 +147,11 @@ impl Plan {
             _ => {
                 let mut config = input.config().clone();
                 config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
-                (None, config, OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?)
+                if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
+                    config["tie_word_embeddings"] = false.into();
+                }
+                let outputs = outputs(input, untied.as_ref(), &units, format);
+                (None, config, OutputPlan::new(outputs, settings.shard_bytes)?)
             }
         };
         Ok(Plan {
@@ -150,6 +165,9 @@ impl Plan {
             files,
             config,
             parameters,
+            transforms,
+            tied,
+            untied,
             gguf,
             mixture: None,
             notes,
@@ -290,6 +308,37 @@ fn taken(input: &Checkpoint, settings: &Settings) -> Result<(), Error> {
     Err(Error::Gguf { dir: input.dir().into(), reason: reason.into() })
 }
 
+/// Checks that `transforms` suit the model, and parts head and embedding in `spec` where one of them asks for it; returns
+/// the head's tensor where the input has none.
+fn untie(
+    input: &Checkpoint,
+    spec: Option<&mut ModelSpec>,
+    transforms: &[&'static dyn Transform],
+    as_gguf: bool,
+    notes: &mut Vec<String>,
+) -> Result<Option<TensorSpec>, Error> {
+    let Some(first) = transforms.first() else { return Ok(None) };
+    let refuse = |name, reason: &str| Error::Transform { name, dir: input.dir().into(), reason: reason.into() };
+    let spec = spec.ok_or_else(|| refuse(first.name(), "its architecture has no forward pass here"))?;
+    if let Some((name, reason)) = transforms.iter().find_map(|t| Some((t.name(), t.refuses(spec)?))) {
+        return Err(refuse(name, reason));
+    }
+    if let [_, second, ..] = transforms.iter().filter(|t| t.unties()).collect::<Vec<_>>()[..] {
+        return Err(refuse(second.name(), "the residual stream is turned already; one of these transforms is enough"));
+    }
+    let (Some(by), true, Some(head)) = (transforms.iter().find(|t| t.unties()), spec.tied, spec.head()) else {
+        return Ok(None);
+    };
+    if as_gguf {
+        return Err(refuse(by.name(), "its output head is its embedding, which a GGUF file keeps so"));
+    }
+    spec.tied = false;
+    notes.push(format!("{} makes {head} a matrix of its own; it was the embedding", by.name()));
+    let name = format!("{head}.weight");
+    let embedding = input.spec(&spec.embedding()).filter(|_| input.spec(&name).is_none());
+    Ok(embedding.map(|e| TensorSpec { name, ..e.clone() }))
+}
+
 /// Every tensor the architecture needs is stored, in its shape.
 fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
     for slot in spec.tensors() {
@@ -325,9 +374,9 @@ fn left_dense(input: &Checkpoint, spec: Option<&ModelSpec>, units: &[Unit]) -> V
 }
 
 /// Specs of every output tensor, in model order.
-fn outputs(input: &Checkpoint, units: &[Unit], format: &dyn Format) -> Vec<TensorSpec> {
+fn outputs(input: &Checkpoint, untied: Option<&TensorSpec>, units: &[Unit], format: &dyn Format) -> Vec<TensorSpec> {
     let of = |t: &PlannedTensor| match &t.action {
-        Action::Copy => input.spec(&t.name).cloned().into_iter().collect(),
+        Action::Copy => input.spec(&t.name).or(untied.filter(|u| u.name == t.name)).cloned().into_iter().collect(),
         Action::Quantize { module, scheme, shape, .. } => format.layout(module, scheme, *shape),
     };
     units.iter().flat_map(|u| &u.tensors).flat_map(of).collect()
@@ -391,7 +440,11 @@ impl<'a> Units<'a> {
     }
 
     /// Units in order, and the types that dense matrices get in a GGUF file.
-    fn build(&self, notes: &mut Vec<String>) -> Result<(Vec<Unit>, BTreeMap<String, Dtype>), Error> {
+    fn build(
+        &self,
+        untied: Option<&TensorSpec>,
+        notes: &mut Vec<String>,
+    ) -> Result<(Vec<Unit>, BTreeMap<String, Dtype>), Error> {
         let linears = |b| self.spec.map(|spec| spec.block_linears(b)).into_iter().flatten();
         let layers = self.spec.map_or(0, |spec| spec.layers);
         let roles: BTreeMap<String, (Role, usize)> =
@@ -414,6 +467,11 @@ impl<'a> Units<'a> {
                 None => outside.push(tensor),
             }
         }
+        outside.extend(untied.map(|u| PlannedTensor {
+            name: u.name.clone(),
+            action: Action::Copy,
+            bytes: u.bytes() as u64,
+        }));
         if self.spec.is_none() {
             let found: Vec<&str> = (outside.iter())
                 .filter_map(|t| match &t.action {

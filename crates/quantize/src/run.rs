@@ -7,10 +7,11 @@ mod slabs;
 
 use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
-use crate::learn::{Lesson, tune};
-use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
+use crate::learn::{Lesson, rounding_to, tune};
+use crate::transforms::{transformed, transformed_bytes};
+use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +46,13 @@ pub enum Event<'a> {
     },
     /// A tensor is finished.
     Tensor(&'a TensorRecord),
+    /// The weights are being transformed, before anything is rounded.
+    Transforming {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
+    },
     /// The rounded model is being tuned.
     Tuning {
         /// Steps done.
@@ -125,12 +133,16 @@ pub fn run(
     if let Some(Calibration::Importance(imatrix)) = calibration {
         measured::check(plan, imatrix)?;
     }
+    if !plan.transforms.is_empty() && !matches!(calibration, Some(Calibration::Text(_)) | None) {
+        return Err(Error::TransformsNeedText);
+    }
     let identity = identity(input, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
         check_finite(input)?;
-        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + plan.work_bytes())?;
+        let work = plan.work_bytes() + transformed_bytes(input, plan);
+        ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + work)?;
     }
     std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
     let mut journal = Journal::open(out, &identity, options.force)?;
@@ -139,7 +151,17 @@ pub fn run(
     if done > 0 {
         observe(Event::Resumed { done, total });
     }
-    let mut worker = Worker { input, plan, output, observe, options };
+    let text = match calibration {
+        Some(Calibration::Text(windows)) => Some(windows),
+        _ => None,
+    };
+    let place = (journal.dir(), options.stream_memory, options.stop);
+    let rewritten = transformed(input, plan, text, place, &mut |done, total| {
+        observe(Event::Transforming { done, total });
+    })?;
+    let (model, stages) = rewritten.as_ref().map_or((input, &[][..]), |(model, stages)| (model, stages));
+    stages.iter().for_each(|stage| observe(Event::Stage(stage)));
+    let mut worker = Worker { input: model, plan, output, observe, options };
     let flow = Calibrated::new(&worker, calibration, &journal)?;
     for unit in done..total {
         if options.stop.load(Ordering::Relaxed) {
@@ -149,7 +171,8 @@ pub fn run(
             (worker.observe)(Event::Started { unit, total, label: "tuning" });
             let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
-            journal.append(Line { unit, stream: None, tensors: Vec::new(), sites: Vec::new(), stage: Some(stage) })?;
+            let stage = Some(stage);
+            journal.append(Line { unit, stream: None, full: None, tensors: Vec::new(), sites: Vec::new(), stage })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
             continue;
         };
@@ -165,21 +188,23 @@ pub fn run(
             _ => (worker.plain_unit(&plan.units[unit])?, Vec::new()),
         };
         worker.output.sync()?;
-        let stream = match (&flow, plan.units[unit].block) {
-            (Some(flow), Some(_)) if unit + 1 < plan.units.len() => {
-                let file = journal.stream(unit + 1);
-                flow.hidden.save(&file)?;
-                Some(hash_file(&file)?)
-            }
-            _ => None,
+        let save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
+            stream.save(&file)?;
+            hash_file(&file)
         };
-        journal.append(Line { unit, stream, tensors, sites, stage: None })?;
+        let (mut stream, mut full) = (None, None);
+        if let (Some(flow), Some(_), true) = (&flow, plan.units[unit].block, unit + 1 < plan.units.len()) {
+            stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
+            full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
+        }
+        journal.append(Line { unit, stream, full, tensors, sites, stage: None })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
+        let _ = std::fs::remove_file(journal.full_stream(unit));
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
-    publish::publish(input, plan, &identity, journal, out, options.force)
+    publish::publish(input, plan, &identity, journal, stages, (out, options.force))
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
@@ -325,8 +350,14 @@ impl Worker<'_, '_> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
             self.copy(&tensor.name)?;
         }
-        let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let block = Block::load(flow.spec, index, self.input)?;
+        let target = |tensor| {
+            let target = Target::of(tensor)?;
+            let stored = self.input.spec(&format!("{}.bias", target.module)).map(|t| t.dtype);
+            let bias = block.bias(target.role).and_then(|_| rounding_to(stored));
+            Some(Target { bias, ..target })
+        };
+        let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(target).collect();
         let how = (self.plan.method, &self.plan.settings.solver);
         let (mut tensors, mut sites) = (Vec::new(), Vec::new());
         flow.quantize_block(index, block, &targets, how, &mut |moment| {
@@ -338,6 +369,10 @@ impl Worker<'_, '_> {
                 Moment::Seen(site) => sites.push(site),
                 Moment::Finished(finished) => {
                     write_quantized(self.plan, &self.output, &finished.module, &finished.solved.quantized)?;
+                    if let Some(bias) = &finished.bias {
+                        let view = self.input.tensor(&format!("{}.bias", finished.module))?;
+                        write_values(self.plan, &self.output, &view, bias)?;
+                    }
                     (self.observe)(Event::Tensor(&finished.record));
                     tensors.push(finished.record);
                 }
@@ -357,9 +392,11 @@ impl Worker<'_, '_> {
         let Some(Calibration::Text(windows)) = calibration else {
             unreachable!("checked before anything was written");
         };
+        let written = Checkpoint::open(&journal.output())?;
         let lesson = Lesson {
             spec,
             input: self.input,
+            written: &written,
             windows,
             tuning,
             seed: settings.seed,
@@ -368,7 +405,6 @@ impl Worker<'_, '_> {
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
         };
-        let written = Checkpoint::open(&journal.output())?;
         let read = |target: Target<'_>| match written.weight(target.module)? {
             Weight::Quantized(quantized) => Ok((target.role, quantized)),
             Weight::Dense(_) => unreachable!("{} was written quantized", target.module),
@@ -415,6 +451,15 @@ impl Worker<'_, '_> {
     }
 }
 
+/// Writes a tensor that is not quantized with other numbers in it.
+fn write_values(plan: &Plan, output: &Output, view: &TensorView<'_>, values: &[f32]) -> Result<(), Error> {
+    let bytes = match &plan.gguf {
+        Some(gguf) => gguf.with_values(view, values)?,
+        None => view.with_values(values)?,
+    };
+    Ok(output.write(view.name, &bytes)?)
+}
+
 fn write_quantized(
     plan: &Plan,
     output: &Output,
@@ -439,6 +484,8 @@ struct Calibrated<'a> {
     budget: u64,
     spill: PathBuf,
     hidden: Stream,
+    full: Option<Stream>,
+    observation: Observation,
 }
 
 impl<'a> Calibrated<'a> {
@@ -452,22 +499,24 @@ impl<'a> Calibrated<'a> {
         else {
             return Ok(None);
         };
-        // Three streams exist at a time: the residual, and a site's input and output.
-        let budget = worker.options.stream_memory / 3;
+        // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
+        let observation = worker.plan.settings.observation;
+        let budget = worker.options.stream_memory / if observation.two_streams() { 6 } else { 3 };
         let (count, lengths) = (windows.count(), windows.lengths());
         let spill = journal.dir().join("stream-spill");
         let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
+        let second = journal.dir().join("stream-full-spill");
+        let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
+        let full = observation.two_streams().then(second).transpose()?;
         let rope = RopeTable::new(&spec.rope, windows.length)?;
         let done = journal.lines.len();
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
         match saved {
             Some(hash) => {
-                let file = journal.stream(done);
-                if hash_file(&file)? != *hash {
-                    let source = std::io::Error::other("its contents changed since it was written");
-                    return Err(io(&file, "taking up the calibration stream")(source));
+                take_up(&hidden, &journal.stream(done), hash)?;
+                if let (Some(full), Some(hash)) = (&full, journal.lines.last().and_then(|l| l.full.as_ref())) {
+                    take_up(full, &journal.full_stream(done), hash)?;
                 }
-                hidden.load(&file)?;
             }
             None => {
                 let embedding = Embedding::load(spec, worker.input)?;
@@ -476,19 +525,33 @@ impl<'a> Calibrated<'a> {
                     16,
                     |w| -> Result<(), Error> {
                         let h: Vec<f32> = embedding.embed(&windows.tokens[w])?.flatten_all()?.to_vec1()?;
+                        if let Some(full) = &full {
+                            full.write(w, &h)?;
+                        }
                         Ok(hidden.write(w, &h)?)
                     },
                     |_, _| Ok(()),
                 )?;
             }
         }
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill: journal.dir().to_owned(), hidden }))
+        let spill = journal.dir().to_owned();
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden } = self;
-        Flow { spec, rope, lengths, budget: *budget, spill, hidden }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation } = self;
+        let (budget, full, observation) = (*budget, full.as_ref(), *observation);
+        Flow { spec, rope, lengths, budget, spill, hidden, full, observation }
     }
+}
+
+/// Fills `stream` from `file`, which must have this hash.
+fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
+    if hash_file(file)? != hash {
+        let source = std::io::Error::other("its contents changed since it was written");
+        return Err(io(file, "taking up the calibration stream")(source));
+    }
+    Ok(stream.load(file)?)
 }

@@ -120,8 +120,8 @@ fn round_site(
 }
 
 /// The options of a solve whose loss is to be known and whose codes are not kept: refinements lower all losses alike.
-fn quick(options: &SolverOptions) -> SolverOptions {
-    SolverOptions { descent_sweeps: 0, scale_refits: 0, ..options.clone() }
+pub(crate) fn quick(options: &SolverOptions) -> SolverOptions {
+    SolverOptions { descent_sweeps: 0, scale_refits: 0, soft: None, ..options.clone() }
 }
 
 /// The table of every tensor that `plan` quantizes and every option, in the plan's order. `progress` is told (blocks

@@ -36,18 +36,118 @@ pub struct SolverOptions {
     pub scale_search: Option<ScaleSearch>,
     /// Share of the mean diagonal added to H (λ of the GPTQ paper); raised tenfold while H is not positive definite.
     pub damping: f32,
+    /// Share of H's entries beside the diagonal that is taken away: with few tokens they are the least certain.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shrinkage: f32,
     /// Whether columns are rounded in order of importance, group by group.
     pub act_order: bool,
     /// Sweeps of coordinate descent after rounding.
     pub descent_sweeps: u32,
     /// Times the scales are refitted to the codes under the full H, each followed by coordinate descent.
     pub scale_refits: u32,
+    /// Rounding directions learned on H after all of that, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft: Option<SoftRounding>,
+}
+
+fn is_zero(share: &f32) -> bool {
+    *share == 0.0
+}
+
+/// Rounding directions learned by gradients of tr(ΔHΔᵀ).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SoftRounding {
+    /// What is learned.
+    pub kind: SoftKind,
+    /// Steps.
+    pub steps: u32,
+}
+
+/// How a rounding direction is parametrised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SoftKind {
+    /// A rectified sigmoid of each weight, driven to its ends (AdaRound).
+    Ada,
+    /// An offset of each weight before rounding, moved by the sign of its gradient (SignRound).
+    Sign,
+    /// The sigmoids of AdaRound, of a matrix of rank 5 (the LoRA-rounding of CBQ).
+    LowRank,
 }
 
 impl Default for SolverOptions {
     fn default() -> Self {
-        SolverOptions { scale_search: None, damping: 0.01, act_order: true, descent_sweeps: 4, scale_refits: 2 }
+        SolverOptions {
+            scale_search: None,
+            damping: 0.01,
+            shrinkage: 0.0,
+            act_order: true,
+            descent_sweeps: 4,
+            scale_refits: 2,
+            soft: None,
+        }
     }
+}
+
+/// What a calibrated run takes the goal of every linear to be, and which tokens say so.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Observation {
+    /// What a linear makes up for besides its own rounding.
+    pub shift: TargetShift,
+    /// How much each token counts.
+    pub tokens: TokenWeights,
+    /// Share of the full-precision stream in H, the rest being the rounded one (QDrop's mixing); 0 without it.
+    pub full_share: f32,
+    /// Whether biases take up the mean of the error of their linear.
+    pub biases: bool,
+    /// Whether damping and shrinkage of each H are those that lose least on held-out tokens.
+    pub damping_search: bool,
+}
+
+impl Default for Observation {
+    fn default() -> Self {
+        Observation {
+            shift: TargetShift::Off,
+            tokens: TokenWeights::Equal,
+            full_share: 0.0,
+            biases: true,
+            damping_search: false,
+        }
+    }
+}
+
+impl Observation {
+    /// Whether the full-precision model runs beside the rounded one.
+    #[must_use]
+    pub fn two_streams(&self) -> bool {
+        self.shift != TargetShift::Off || self.full_share > 0.0
+    }
+}
+
+/// What a linear makes up for besides its own rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetShift {
+    /// Nothing: it imitates itself on what it reads.
+    Off,
+    /// What earlier rounding did to its input, so far as that can be told from the input (GPTAQ as a shift of the target).
+    Inputs,
+    /// That, and where its output is added to the residual stream, what earlier rounding did to the stream.
+    Outputs,
+}
+
+/// How much each token of the calibration text counts in H.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenWeights {
+    /// As much as any other.
+    Equal,
+    /// By how much it is attended to in its block (RSQ); attention sinks are capped.
+    Attention,
+    /// As any other, but for attention sinks, which do not count.
+    NoSinks,
 }
 
 /// Refinement of the whole rounded model by gradients, after the last block.
@@ -101,6 +201,12 @@ pub struct Settings {
     pub scale_type: Option<ScaleType>,
     /// Options of the method.
     pub solver: SolverOptions,
+    /// What a calibrated run takes the goal of every linear to be.
+    #[serde(default)]
+    pub observation: Observation,
+    /// Names of the transforms (rows of `TRANSFORMS`) applied before anything is rounded, in any order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub transforms: Vec<String>,
     /// Refinement by gradients, if any.
     pub tuning: Option<Tuning>,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.

@@ -2,6 +2,7 @@
 
 pub(crate) mod blocks;
 pub(crate) mod cholesky;
+pub(crate) mod eigen;
 pub(crate) mod hadamard;
 pub(crate) mod matrix;
 pub(crate) mod pack;

@@ -7,7 +7,7 @@ use bitmill_models::{Head, HeadGradients};
 use candle_core::{Device, Tensor};
 
 /// Rounds a number to a stored type.
-pub(super) type ToStored = fn(f32) -> f32;
+pub(crate) type ToStored = fn(f32) -> f32;
 
 /// Smallest size an entry is taken to have when its step is a share of it.
 const SMALL: f32 = 1e-3;

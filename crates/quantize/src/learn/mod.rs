@@ -16,6 +16,9 @@ mod pupil;
 mod rounding;
 mod school;
 
+pub(crate) use dense::ToStored;
+pub(crate) use school::rounding_to;
+
 use crate::Error;
 use crate::journal::StageRecord;
 use crate::settings::Tuning;
@@ -36,6 +39,8 @@ pub(crate) struct Lesson<'a> {
     pub(crate) spec: &'a ModelSpec,
     /// The full-precision model.
     pub(crate) input: &'a Checkpoint,
+    /// The rounded model, whose biases may have changed.
+    pub(crate) written: &'a Checkpoint,
     pub(crate) windows: &'a Windows,
     pub(crate) tuning: &'a Tuning,
     pub(crate) seed: u64,

@@ -97,12 +97,17 @@ impl<'a> School<'a> {
 
     /// The model as the solvers left it.
     pub(super) fn student(&self, start: Vec<Vec<Start>>) -> Result<Student, Error> {
-        let Lesson { spec, input, train_head, .. } = self.lesson;
+        let Lesson { spec, input, written, train_head, .. } = self.lesson;
         let stored = |name: &str| rounding_to(input.spec(name).map(|t| t.dtype));
         let pupil = |(index, (linears, block)): (usize, (Vec<Start>, &Block))| {
             let norm = |role: NormRole| stored(&spec.norm(index, role)).map(|round| (role, round));
             let norms = NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r)).filter_map(norm).collect();
-            Pupil::new(block.clone(), linears, norms)
+            let mut block = block.clone();
+            for (role, module) in spec.block_linears(index).into_iter().filter(|(role, _)| spec.has_bias(*role)) {
+                let bias = written.tensor(&format!("{module}.bias"))?.to_f32()?;
+                block.set_bias(role, Some(Tensor::from_slice(&bias, bias.len(), &Device::Cpu)?));
+            }
+            Pupil::new(block, linears, norms)
         };
         let pupils = start.into_iter().zip(&self.teacher).enumerate().map(pupil).collect::<Result<_, _>>()?;
         let names = (spec.head().filter(|_| train_head).map(|head| format!("{head}.weight")), spec.final_norm());
@@ -310,7 +315,7 @@ fn rates(tuning: &Tuning, at: usize, total: usize) -> Rates {
 }
 
 /// Rounding to a stored floating-point type; `None` for others.
-fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
+pub(crate) fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
     match dtype? {
         Dtype::F32 | Dtype::F64 => Some(|v| v),
         Dtype::F16 => Some(|v| f16::from_f32(v).to_f32()),

@@ -4,8 +4,10 @@
 use super::rtn::{fit, importance};
 use super::{Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
-use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, Sweep, descend, refit_scales, sweep};
+use crate::soft::soften;
+use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
 use bitmill_scheme::{Granularity, Quantized, Scheme};
+use std::borrow::Cow;
 
 pub(super) struct Gptq;
 
@@ -25,6 +27,8 @@ impl Method for Gptq {
     fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error> {
         let (Some(first), Some(h)) = (linears.first(), h) else { return Ok(Vec::new()) };
         let n = first.shape[1];
+        let shrunk = shrunk(h, options.shrinkage);
+        let h = &*shrunk;
         let importance = importance(Some(h), n);
         // Linears of a site share H; they share its factor too wherever their groups, and so their orders, are the same.
         let mut factored: Vec<(Order, Factor)> = Vec::new();
@@ -82,7 +86,28 @@ fn solve_linear(
         }
         descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
     }
-    Solved { quantized, damping: Some(factor.damping()) }
+    let mut stages = Vec::new();
+    if let Some(soft) = options.soft {
+        let total = |q: &Quantized| loss(linear.weight, &q.dequantize(), &h).iter().sum::<f64>();
+        let before = total(&quantized);
+        if soften(linear.weight, &mut quantized, &h, soft) > 0 {
+            descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
+            refit_scales(linear.weight, &mut quantized, &h);
+        }
+        let (of, change) = ("proxy loss".into(), if before > 0.0 { total(&quantized) / before - 1.0 } else { 0.0 });
+        stages.push(StageChange { stage: "soft rounding".into(), of, change, shares: Vec::new() });
+    }
+    Solved { quantized, damping: Some(factor.damping()), stages }
+}
+
+/// H with `share` of what lies beside its diagonal taken away.
+fn shrunk(h: &[f32], share: f32) -> Cow<'_, [f32]> {
+    if share == 0.0 {
+        return Cow::Borrowed(h);
+    }
+    let n = h.len().isqrt();
+    let entry = |(i, &v): (usize, &f32)| if i % (n + 1) == 0 { v } else { v * (1.0 - share) };
+    Cow::Owned(h.iter().enumerate().map(entry).collect())
 }
 
 /// The sweep onto an integer grid.

@@ -42,7 +42,7 @@ impl Method for Hqq {
             let chunks: Vec<&[f32]> = groups(linear).collect();
             let params: Vec<GroupParams> = chunks.par_iter().map(|w| fit_group(grid, w)).collect();
             let codes = nearest(linear, &params);
-            Solved { quantized: assemble(linear, codes, params), damping: None }
+            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())
     }

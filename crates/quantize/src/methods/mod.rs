@@ -10,7 +10,7 @@ mod rtn;
 
 pub(crate) use gptq::order;
 
-use crate::{Error, SolverOptions};
+use crate::{Error, SolverOptions, StageChange};
 use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
 
 /// A linear to round: `y = x·Wᵀ`.
@@ -42,6 +42,8 @@ pub struct Solved {
     pub quantized: Quantized,
     /// Damping its Hessian needed, where one was factored.
     pub damping: Option<f32>,
+    /// What single stages of the method brought, where it has any.
+    pub stages: Vec<StageChange>,
 }
 
 /// A rounding method.

@@ -33,11 +33,15 @@ impl Method for Rtn {
         let solve = |linear: &Linear<'_>| {
             if let Some(form) = linear.scheme.form() {
                 let importance = importance(h, linear.shape[1]);
-                return Solved { quantized: blocks::nearest(linear, form, &importance), damping: None };
+                return Solved {
+                    quantized: blocks::nearest(linear, form, &importance),
+                    damping: None,
+                    stages: Vec::new(),
+                };
             }
             let params = fit(linear, search, &importance(h, linear.shape[1]));
             let codes = nearest(linear, &params);
-            Solved { quantized: assemble(linear, codes, params), damping: None }
+            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())
     }

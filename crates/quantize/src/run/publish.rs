@@ -7,16 +7,17 @@ use bitmill_checkpoint::Checkpoint;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// Completes the folder and gives it its name.
+/// Completes the folder and gives it its name. `first` is what stages before the first unit brought.
 pub(super) fn publish(
     input: &Checkpoint,
     plan: &Plan,
     identity: &Value,
     journal: Journal,
-    out: &Path,
-    force: bool,
+    first: &[StageRecord],
+    (out, force): (&Path, bool),
 ) -> Result<Finished, Error> {
-    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
+    let later = journal.lines.iter().filter_map(|l| l.stage.clone());
+    let stages: Vec<StageRecord> = first.iter().cloned().chain(later).collect();
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
     let sites: Vec<SiteRecord> = journal.lines.iter().flat_map(|l| l.sites.iter().cloned()).collect();
     let manifest = manifest(plan, identity, (&tensors, &sites, &stages));
@@ -84,7 +85,7 @@ fn manifest(
         "tensors": tensors.iter().map(|t| json!({
             "tensor": t.tensor, "shape": t.shape, "scheme": t.scheme, "method": t.method,
             "bits_per_weight": t.bits_per_weight, "relative_error": t.relative_error, "error_of": t.error_of,
-            "damping": t.damping, "tokens": t.tokens,
+            "damping": t.damping, "tokens": t.tokens, "stages": t.stages,
         })).collect::<Vec<_>>(),
         "sites": sites,
         "stages": stages.iter().map(|s| json!({

@@ -1,0 +1,166 @@
+//! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
+
+use bitmill_kernels::{View, ViewMut, gemm};
+use rayon::prelude::*;
+
+/// Rows of a product that one task computes. It depends on nothing, so sums are folded the same way at any thread count.
+const BAND: usize = 64;
+
+/// Streaming moments of the drift of two streams at a site: x̂ is read in the partly rounded model, x in the
+/// full-precision one, and h and ĥ are the residual streams that the output of the site's linears is added to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossStats {
+    n: usize,
+    rows: usize,
+    weight: f64,
+    /// Σ r·(x − x̂)·x̂ᵀ, `[n, n]`.
+    drift: Vec<f32>,
+    /// Σ r·(h − ĥ)·x̂ᵀ, `[rows, n]`.
+    residual: Vec<f32>,
+    /// Σ (x − x̂), and tokens in it.
+    drift_sum: Vec<f64>,
+    /// Σ (h − ĥ).
+    residual_sum: Vec<f64>,
+    tokens: u64,
+}
+
+/// Activations of a few tokens, row-major, as [`CrossStats::add`] takes them.
+#[derive(Debug, Clone, Copy)]
+pub struct Drift<'a> {
+    /// x̂ `[tokens, n]`.
+    pub seen: &'a [f32],
+    /// x − x̂ `[tokens, n]`.
+    pub drift: &'a [f32],
+    /// h − ĥ `[tokens, rows]`; empty where rows are 0.
+    pub residual: &'a [f32],
+    /// Weights of the tokens in the moments; 1 each where there are none.
+    pub weights: Option<&'a [f32]>,
+}
+
+impl CrossStats {
+    /// Moments of no tokens, for inputs of width `n` and a residual stream of width `rows` (0 leaves it out).
+    #[must_use]
+    pub fn new(n: usize, rows: usize) -> Self {
+        let (drift, residual) = (vec![0.0; n * n], vec![0.0; rows * n]);
+        let (drift_sum, residual_sum) = (vec![0.0; n], vec![0.0; rows]);
+        CrossStats { n, rows, weight: 0.0, drift, residual, drift_sum, residual_sum, tokens: 0 }
+    }
+
+    /// Adds tokens. Sums are folded in the order of the calls.
+    pub fn add(&mut self, part: &Drift<'_>) {
+        let tokens = part.seen.len() / self.n;
+        let weighted: Vec<f32>;
+        let seen = match part.weights {
+            None => part.seen,
+            Some(r) => {
+                weighted =
+                    part.seen.chunks_exact(self.n).zip(r).flat_map(|(x, r)| x.iter().map(move |v| v * r)).collect();
+                &weighted
+            }
+        };
+        self.weight += part.weights.map_or(tokens as f64, |r| r.iter().map(|&r| f64::from(r)).sum());
+        self.tokens += tokens as u64;
+        product(part.drift, self.n, seen, self.n, &mut self.drift);
+        if self.rows > 0 {
+            product(part.residual, self.rows, seen, self.n, &mut self.residual);
+        }
+        for (sums, values, width) in
+            [(&mut self.drift_sum, part.drift, self.n), (&mut self.residual_sum, part.residual, self.rows)]
+        {
+            for row in values.chunks_exact(width.max(1)) {
+                sums.iter_mut().zip(row).for_each(|(s, &v)| *s += f64::from(v));
+            }
+        }
+    }
+
+    /// Adds what `other` has seen.
+    pub fn merge(&mut self, other: &CrossStats) {
+        self.weight += other.weight;
+        self.tokens += other.tokens;
+        let floats = [(&mut self.drift, &other.drift), (&mut self.residual, &other.residual)];
+        floats.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
+        let sums = [(&mut self.drift_sum, &other.drift_sum), (&mut self.residual_sum, &other.residual_sum)];
+        sums.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
+    }
+
+    /// E[(x − x̂)·x̂ᵀ], `[n, n]`.
+    #[must_use]
+    pub fn drift(&self) -> Vec<f32> {
+        self.mean_of(&self.drift)
+    }
+
+    /// E[(h − ĥ)·x̂ᵀ], `[rows, n]`.
+    #[must_use]
+    pub fn residual(&self) -> Vec<f32> {
+        self.mean_of(&self.residual)
+    }
+
+    /// E[x − x̂], `[n]`, every token alike.
+    #[must_use]
+    pub fn mean_drift(&self) -> Vec<f32> {
+        self.drift_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+    }
+
+    /// E[h − ĥ], `[rows]`, every token alike.
+    #[must_use]
+    pub fn mean_residual(&self) -> Vec<f32> {
+        self.residual_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+    }
+
+    fn mean_of(&self, sums: &[f32]) -> Vec<f32> {
+        let scale = if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 };
+        sums.iter().map(|v| v * scale).collect()
+    }
+}
+
+/// `out [rows, n] += aᵀ·b` for `a [tokens, rows]` and `b [tokens, n]`.
+fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
+    let tokens = b.len() / n;
+    out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
+        let height = out.len() / n;
+        let a = View::new(&a[band * BAND..], tokens, height, rows).t();
+        gemm(1.0, a, View::new(b, tokens, n, n), 1.0, &mut ViewMut::new(out, height, n, n));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_follow_their_definition_in_parts_and_merged() {
+        let (tokens, n, rows) = (30, 5, 70);
+        let values = |count: usize, step: usize| -> Vec<f32> {
+            (0..count).map(|i| ((i * step % 1013) as f32 - 500.0) / 400.0).collect()
+        };
+        let (seen, drift, residual) = (values(tokens * n, 7919), values(tokens * n, 911), values(tokens * rows, 577));
+        let weights: Vec<f32> = (0..tokens).map(|t| 0.5 + (t % 3) as f32).collect();
+        let part = |s: &mut CrossStats, from: usize, to: usize| {
+            s.add(&Drift {
+                seen: &seen[from * n..to * n],
+                drift: &drift[from * n..to * n],
+                residual: &residual[from * rows..to * rows],
+                weights: Some(&weights[from..to]),
+            });
+        };
+        let (mut one, mut a, mut b) = (CrossStats::new(n, rows), CrossStats::new(n, rows), CrossStats::new(n, rows));
+        part(&mut one, 0, tokens);
+        part(&mut a, 0, 11);
+        part(&mut b, 11, tokens);
+        a.merge(&b);
+        let total: f32 = weights.iter().sum();
+        for (values, rows, found, merged) in
+            [(&drift, n, one.drift(), a.drift()), (&residual, rows, one.residual(), a.residual())]
+        {
+            for i in 0..rows {
+                for j in 0..n {
+                    let term = |t: usize| weights[t] * values[t * rows + i] * seen[t * n + j];
+                    let expected = (0..tokens).map(term).sum::<f32>() / total;
+                    assert!((found[i * n + j] - expected).abs() < 1e-5 && (merged[i * n + j] - expected).abs() < 1e-5);
+                }
+            }
+        }
+        let mean = drift.iter().step_by(n).sum::<f32>() / tokens as f32;
+        assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (a.mean_drift()[0] - mean).abs() < 1e-6);
+    }
+}

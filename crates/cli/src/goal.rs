@@ -1,0 +1,95 @@
+//! Options of what a linear is rounded for: which tokens count, what it makes up for, and how its codes are learned.
+
+use bitmill_quantize::{Observation, SoftKind, SoftRounding, TargetShift, TokenWeights};
+use clap::ValueEnum;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct GoalArgs {
+    /// Rounding directions learned by gradients of the layer's own loss after gptq
+    #[arg(long, value_enum, value_name = "KIND")]
+    soft_rounding: Option<Soft>,
+    /// Steps of --soft-rounding
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "soft_rounding")]
+    soft_steps: u32,
+    /// What a linear makes up for besides its own rounding, told from a second stream of the full-precision model
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "off")]
+    target_shift: Shift,
+    /// How much each token of the calibration text counts
+    #[arg(long, value_enum, value_name = "HOW", default_value = "equal")]
+    token_weights: Weights,
+    /// Share of the full-precision model's activations in each Hessian, the rest being the rounded model's
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
+    full_share: f32,
+    /// Leave biases as they are instead of having them take up the mean of their linear's error
+    #[arg(long)]
+    keep_biases: bool,
+    /// Try damping and shrinkage of each Hessian on held-out tokens, and take what loses least there
+    #[arg(long)]
+    damping_search: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Soft {
+    /// A rectified sigmoid for each weight (AdaRound)
+    Ada,
+    /// Offsets moved by the sign of their gradient (SignRound)
+    Sign,
+    /// Sigmoids of a matrix of low rank (CBQ)
+    LowRank,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Shift {
+    /// Nothing
+    Off,
+    /// What earlier rounding did to its input
+    Inputs,
+    /// That, and what it did to the residual stream its output is added to
+    Outputs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Weights {
+    /// As much as any other
+    Equal,
+    /// By how much it is attended to (RSQ), sinks capped
+    Attention,
+    /// As any other, but attention sinks do not count
+    NoSinks,
+}
+
+fn parse_share(text: &str) -> Result<f32, String> {
+    let valid = |d: &f32| (0.0..1.0).contains(d);
+    text.parse().ok().filter(valid).ok_or_else(|| format!("`{text}` is not a number from 0 to below 1"))
+}
+
+impl GoalArgs {
+    /// What a calibrated run takes the goal of every linear to be.
+    pub(crate) fn observation(&self) -> Observation {
+        Observation {
+            shift: match self.target_shift {
+                Shift::Off => TargetShift::Off,
+                Shift::Inputs => TargetShift::Inputs,
+                Shift::Outputs => TargetShift::Outputs,
+            },
+            tokens: match self.token_weights {
+                Weights::Equal => TokenWeights::Equal,
+                Weights::Attention => TokenWeights::Attention,
+                Weights::NoSinks => TokenWeights::NoSinks,
+            },
+            full_share: self.full_share,
+            biases: !self.keep_biases,
+            damping_search: self.damping_search,
+        }
+    }
+
+    /// How codes are learned after gptq, if they are.
+    pub(crate) fn soft(&self) -> Option<SoftRounding> {
+        let kind = |soft| match soft {
+            Soft::Ada => SoftKind::Ada,
+            Soft::Sign => SoftKind::Sign,
+            Soft::LowRank => SoftKind::LowRank,
+        };
+        self.soft_rounding.map(|soft| SoftRounding { kind: kind(soft), steps: self.soft_steps })
+    }
+}

@@ -1,0 +1,214 @@
+//! What a run sees at one site of a block: statistics of the tokens it learns from and of those it judges by, and the
+//! drift between two streams where there are two.
+
+use crate::{Observation, TargetShift};
+use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread};
+use std::borrow::Cow;
+
+/// One window in this many is held out.
+const HELD_OUT: usize = 8;
+
+/// Activations of one window at a site, row-major.
+#[derive(Default)]
+pub(crate) struct Glimpse {
+    /// x̂ `[tokens, n]`.
+    pub(crate) seen: Vec<f32>,
+    /// x − x̂ `[tokens, n]`; empty with one stream.
+    pub(crate) drift: Vec<f32>,
+    /// h − ĥ `[tokens, hidden]`; empty where the site's output is not added to the residual stream.
+    pub(crate) residual: Vec<f32>,
+}
+
+/// Everything seen at a site.
+pub(crate) struct Seen {
+    observation: Observation,
+    /// Windows in all.
+    windows: usize,
+    /// Learnt from, and held out; without a shift all windows are in the first.
+    parts: [(SiteStats, Option<CrossStats>); 2],
+}
+
+/// Second moments of a site, and what they are used for.
+pub(crate) struct Moments {
+    /// H `[n, n]`.
+    pub(crate) h: Vec<f32>,
+    /// E[(x − x̂)·x̂ᵀ] `[n, n]` and E[(h − ĥ)·x̂ᵀ] `[hidden, n]`; empty without two streams.
+    pub(crate) drift: Vec<f32>,
+    pub(crate) residual: Vec<f32>,
+}
+
+impl Seen {
+    /// Nothing yet, for inputs of width `n`. `hidden` is the width of the residual stream that the site's output is
+    /// added to, 0 where it is not.
+    pub(crate) fn new(observation: Observation, n: usize, hidden: usize, windows: usize) -> Self {
+        let rows = if observation.shift == TargetShift::Outputs { hidden } else { 0 };
+        let cross = || observation.two_streams().then(|| CrossStats::new(n, rows));
+        Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n), cross())) }
+    }
+
+    /// Whether window `w` is held out.
+    fn held_out(&self, w: usize) -> bool {
+        (w + 1).is_multiple_of(HELD_OUT) || (self.windows < HELD_OUT && w + 1 == self.windows)
+    }
+
+    /// Adds windows from `first` on; `weights` are those of all windows' tokens.
+    pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
+        let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
+        for part in 0..2 {
+            let mine = |w: usize| usize::from(split && self.held_out(w)) == part;
+            let of = |what: fn(&Glimpse) -> &Vec<f32>| -> Vec<f32> {
+                (first..).zip(glimpses).filter(|(w, _)| mine(*w)).flat_map(|(_, g)| what(g).iter().copied()).collect()
+            };
+            let seen = of(|g| &g.seen);
+            if seen.is_empty() {
+                continue;
+            }
+            let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
+            let r: Option<Vec<f32>> = weights.map(|weights| {
+                (first..first + glimpses.len()).filter(|w| mine(*w)).flat_map(|w| weights[w].iter().copied()).collect()
+            });
+            let share = self.observation.full_share;
+            let (stats, cross) = &mut self.parts[part];
+            match (&r, share > 0.0) {
+                (None, false) => stats.add(&seen),
+                (Some(r), false) => stats.add_weighted(&seen, r),
+                (r, true) => {
+                    let ones = vec![1.0; seen.len() / stats.width()];
+                    let scaled = |by: f32| r.as_ref().unwrap_or(&ones).iter().map(|r| r * by).collect::<Vec<_>>();
+                    stats.add_weighted(&seen, &scaled(1.0 - share));
+                    let full: Vec<f32> = seen.iter().zip(&drift).map(|(x, d)| x + d).collect();
+                    stats.add_gram(&full, &scaled(share));
+                }
+            }
+            if let Some(cross) = cross {
+                cross.add(&Drift { seen: &seen, drift: &drift, residual: &residual, weights: r.as_deref() });
+            }
+        }
+    }
+
+    /// Whether every number is finite.
+    pub(crate) fn is_finite(&self) -> bool {
+        self.parts.iter().all(|(stats, _)| stats.is_finite())
+    }
+
+    /// Tokens seen.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.parts.iter().map(|(stats, _)| stats.tokens()).sum()
+    }
+
+    /// How far the activation is from evenly spread numbers, over all tokens.
+    pub(crate) fn spread(&self) -> Spread {
+        self.merged().0.spread()
+    }
+
+    /// Moments of what was learnt from and of what was held out; `None` where either is empty or nothing is to be shifted.
+    pub(crate) fn split(&self, centred: bool) -> Option<[Moments; 2]> {
+        let filled = self.parts.iter().all(|(stats, cross)| stats.tokens() > 0 && cross.is_some());
+        (filled && self.observation.shift != TargetShift::Off)
+            .then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred)))
+    }
+
+    /// H of what was learnt from and of what was held out; `None` where either is empty.
+    pub(crate) fn apart(&self, centred: bool) -> Option<[Vec<f32>; 2]> {
+        let filled = self.parts.iter().all(|(stats, _)| stats.tokens() > 0);
+        filled.then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred).h))
+    }
+
+    /// Moments of everything. `centred` takes the means out, for linears whose bias takes care of them.
+    pub(crate) fn all(&self, centred: bool) -> Moments {
+        self.moments_of(&self.merged(), centred)
+    }
+
+    /// Both parts as one.
+    fn merged(&self) -> Cow<'_, (SiteStats, Option<CrossStats>)> {
+        let [first, (stats, cross)] = &self.parts;
+        let mut all = Cow::Borrowed(first);
+        if stats.tokens() > 0 {
+            let (both, both_cross) = all.to_mut();
+            both.merge(stats);
+            if let (Some(a), Some(b)) = (both_cross, cross) {
+                a.merge(b);
+            }
+        }
+        all
+    }
+
+    /// E[x̂], E[x − x̂] and E[h − ĥ]; the last two are empty without two streams.
+    pub(crate) fn means(&self) -> [Vec<f32>; 3] {
+        let merged = self.merged();
+        let (stats, cross) = &*merged;
+        let shifted = cross.as_ref().filter(|_| self.observation.shift != TargetShift::Off);
+        let [drift, residual] = shifted.map_or([Vec::new(), Vec::new()], |c| [c.mean_drift(), c.mean_residual()]);
+        [stats.mean(), drift, residual]
+    }
+
+    fn moments_of(&self, (stats, cross): &(SiteStats, Option<CrossStats>), centred: bool) -> Moments {
+        let share = 1.0 - self.observation.full_share;
+        let scaled = |mut m: Vec<f32>| {
+            m.iter_mut().for_each(|v| *v *= share);
+            m
+        };
+        let mut moments = Moments { h: stats.hessian(), drift: Vec::new(), residual: Vec::new() };
+        if let Some(cross) = cross {
+            (moments.drift, moments.residual) = (scaled(cross.drift()), scaled(cross.residual()));
+        }
+        if centred {
+            let mean = stats.mean();
+            subtract_outer(&mut moments.h, &mean, &mean);
+            if let Some(cross) = cross {
+                subtract_outer(&mut moments.drift, &scaled(cross.mean_drift()), &mean);
+                subtract_outer(&mut moments.residual, &scaled(cross.mean_residual()), &mean);
+            }
+        }
+        moments
+    }
+}
+
+/// `m −= a·bᵀ`.
+pub(crate) fn subtract_outer(m: &mut [f32], a: &[f32], b: &[f32]) {
+    for (row, a) in m.chunks_exact_mut(b.len()).zip(a) {
+        row.iter_mut().zip(b).for_each(|(m, b)| *m = (f64::from(*m) - f64::from(*a) * f64::from(*b)) as f32);
+    }
+}
+
+/// Weights of the tokens of one window from how much each is attended to (RSQ): between 0.005 and 1 in proportion, 1 on
+/// average. Tokens that a share of all attention far beyond the others' goes to are sinks: they carry no meaning, and
+/// count no more than the most attended of the rest; or not at all, when that is all that is asked for.
+pub(crate) fn token_weights(concentration: &[f32], sinks_alone: bool) -> Vec<f32> {
+    const LEAST: f32 = 0.005;
+    // Later tokens are seen by fewer queries; a sink stands out from all of them by an order of magnitude.
+    const SINK: f32 = 10.0;
+    let mut sorted = concentration.to_vec();
+    sorted.sort_by(f32::total_cmp);
+    let limit = SINK * sorted.get(sorted.len() / 2).copied().unwrap_or(0.0);
+    let rest = || concentration.iter().copied().filter(|&c| c <= limit);
+    let (least, most) = rest().fold((f32::INFINITY, 0.0f32), |(a, b), c| (a.min(c), b.max(c)));
+    let weight = |&c: &f32| match sinks_alone {
+        true => f32::from(u8::from(c <= limit)),
+        false if most > least => LEAST + (1.0 - LEAST) * (c.min(most) - least) / (most - least),
+        false => 1.0,
+    };
+    let mut weights: Vec<f32> = concentration.iter().map(weight).collect();
+    let mean = weights.iter().sum::<f32>() / weights.len().max(1) as f32;
+    if mean > 0.0 {
+        weights.iter_mut().for_each(|w| *w /= mean);
+    }
+    weights
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sinks_are_capped_or_left_out() {
+        let attended = [400.0, 3.0, 1.0, 2.0, 5.0];
+        let weights = token_weights(&attended, false);
+        assert!((weights.iter().sum::<f32>() / 5.0 - 1.0).abs() < 1e-6);
+        assert_eq!(weights[0], weights[4]);
+        assert!(weights[4] > weights[1] && weights[1] > weights[3] && weights[3] > weights[2] && weights[2] > 0.0);
+        let weights = token_weights(&attended, true);
+        assert_eq!(weights, [0.0, 1.25, 1.25, 1.25, 1.25]);
+        assert_eq!(token_weights(&[2.0; 3], false), [1.0; 3]);
+    }
+}
