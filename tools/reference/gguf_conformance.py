@@ -10,6 +10,7 @@
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -64,6 +65,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.programs = Programs(args.llama, args.bitmill, args.threads)
         self.model, self.text, self.work, self.source = args.model, args.text, args.work, args.source
+        self.golden: Path | None = args.golden
         self.failed: list[str] = []
         config = json.loads((self.model / "config.json").read_text())
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -134,21 +136,40 @@ def made_up(bench: Bench, name: str, changes: dict) -> Path:
     return out
 
 
+def peer_plan(bench: Bench, dense: Path, mix: str, imatrix: Path | None, pure: bool) -> dict[str, str]:
+    """The type llama-quantize means to give each matrix of `dense`, by the tensor's name."""
+    options = [*(["--imatrix", imatrix] if imatrix else []), *(["--pure"] if pure else [])]
+    said = bench.programs.run("llama-quantize", "--dry-run", *options, dense, mix.upper())
+    return dict(re.findall(r"\] +(\S+) +- \[.*-> .*MiB \((\S+)\)", said))
+
+
+def by_role(plan: dict[str, str]) -> dict[str, str]:
+    """A plan in short: for each kind of matrix its types in the order of blocks, `q6_k*2 q4_k*5`."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(plan, key=lambda n: int(n.split(".")[1]) if n.startswith("blk.") else -1):
+        found.setdefault(name.removesuffix(".weight").split(".")[-1], []).append(plan[name].lower())
+    return {role: " ".join(f"{kind}*{len(list(run))}" for kind, run in itertools.groupby(kinds)) for role, kinds in found.items()}
+
+
 def check_mixes(bench: Bench, wanted: Callable[[str], bool]) -> None:
     """Types by matrix, with and without calibration data, as both programs plan them."""
     folders = {bench.model.name: bench.model}
     folders |= {name: made_up(bench, name, changes) for name, changes in SHAPES.items()}
     imatrix = bench.work / "any.dat"
     bench.programs.bitmill("calibrate", bench.model, "-o", imatrix, "--samples", 2, "--sequence-length", 32, "--force")
+    golden = {}
     for folder_name, folder in folders.items():
         dense = bench.work / "dense.gguf"
         bench.programs.bitmill("quantize", folder, "-o", dense, "--mix", "f16", "--force")
         bad, absent, cases = [], set(), 0
+        plans = golden[folder_name] = {"config": json.loads((folder / "config.json").read_text()), "mixes": {}}
         for mix in filter(wanted, MIXES):
             for data, pure in ((True, False), (False, False), (True, True)):
-                options = [*(["--imatrix", imatrix] if data else []), *(["--pure"] if pure else [])]
-                said = bench.programs.run("llama-quantize", "--dry-run", *options, dense, mix.upper())
-                theirs = dict(re.findall(r"\] +(\S+) +- \[.*-> .*MiB \((\S+)\)", said))
+                theirs = peer_plan(bench, dense, mix, imatrix if data else None, pure)
+                if not pure:
+                    plans["mixes"][f"{mix} {'with' if data else 'without'} data"] = by_role(theirs)
+                if bench.golden:
+                    continue
                 try:
                     plan = bench.programs.bitmill(
                         "quantize", folder, "-o", bench.work / "x.gguf", "--mix", mix, "--method", "gptq" if data else "rtn",
@@ -168,7 +189,13 @@ def check_mixes(bench: Bench, wanted: Callable[[str], bool]) -> None:
         said = f"{cases} plans, with and without data and with --pure"
         if absent:
             said += f"; types not written: {', '.join(sorted(absent))}"
-        bench.verdict("mixes", folder_name, cases > 0 and not bad, said + (f"; differ: {bad[:3]}" if bad else ""))
+        good = bool(bench.golden) or (cases > 0 and not bad)
+        bench.verdict("mixes", folder_name, good, said + (f"; differ: {bad[:3]}" if bad else ""))
+    if bench.golden:
+        keys = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads tie_word_embeddings".split()
+        for plans in golden.values():
+            plans["config"] = {key: plans["config"].get(key, False) for key in keys}
+        bench.golden.write_text(json.dumps(golden, indent=1) + "\n")
 
 
 def check_imatrix(bench: Bench, wanted: Callable[[str], bool]) -> None:
@@ -269,6 +296,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", default=",".join(PARTS), help="which to check, with commas between")
+    parser.add_argument("--golden", type=Path, help="only write what llama-quantize says of mixtures, for the tests of crates/quantize")
     parser.add_argument("--cases", default="", help="regular expression of types, mixtures or layouts")
     args = parser.parse_args()
     bench, pattern = Bench(args), re.compile(args.cases)

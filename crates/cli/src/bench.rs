@@ -216,7 +216,7 @@ fn measured(
     let plain: String = recipe.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let out = models.join(format!("{plain}-{bits}-{group}"));
     let quantize = quantize_args(args, recipe, bits, group).into_iter();
-    let quantize = quantize.chain(["-o".into(), out.clone().into(), "--force".into()]);
+    let quantize = quantize.chain(["-o".into(), out.clone().into(), "--force".into(), "--no-report".into()]);
     let made = child(args, "quantize", quantize).with_context(|| format!("{} at {bits} bits", recipe.name))?;
     let eval = std::iter::once(out.clone().into()).chain(eval_args(args));
     let found = child(args, "eval", eval).with_context(|| format!("evaluating {} at {bits} bits", recipe.name))?;

@@ -14,8 +14,12 @@ mod mixed;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
+mod run;
+mod search;
 mod text;
 mod units;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -36,7 +40,9 @@ enum Command {
     Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Report(report::Args),
     Bench(bench::Args),
+    Run(run::Args),
 }
 
 /// Options every command has.
@@ -73,7 +79,9 @@ pub fn main() -> ExitCode {
         Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Run(args) => run::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

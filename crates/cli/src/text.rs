@@ -27,7 +27,12 @@ pub(crate) struct TextArgs {
 pub(crate) struct Text {
     pub(crate) name: String,
     pub(crate) windows: Windows,
+    /// Windows of the same text that calibration does not see; `None` where it leaves no room for any.
+    pub(crate) held_out: Option<Windows>,
 }
+
+/// Held-out windows, at most.
+const HELD_OUT: usize = 16;
 
 impl TextArgs {
     /// The number of windows, by default as many as suit the model `input`: a sentence is a tenth or less of a window,
@@ -56,18 +61,18 @@ impl TextArgs {
         };
         let tokenizer = Tokenizer::of(input, spec.bos)?;
         let length = length.min(spec.max_positions);
-        let windows = match spec.causal {
-            true => Windows::from_texts(&texts, &tokenizer, spec.vocab, length, samples, seed)?,
+        let (windows, held_out) = match spec.causal {
+            true => Windows::with_held_out(&texts, &tokenizer, spec.vocab, (length, samples, seed), HELD_OUT)?,
             false => {
                 // Positions that the model's own pipeline never reaches would only dilute the statistics.
                 let limit = Sentences::limit(input.dir())?.unwrap_or(length).min(length);
-                Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?
+                (Windows::sentences(&texts, &tokenizer, spec.vocab, limit, samples, seed)?, None)
             }
         };
         // By default an encoder takes what the text has; a number that was asked for and missed is worth a note.
         if windows.count() < samples && (spec.causal || self.samples.is_some()) {
             eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
         }
-        Ok(Text { name, windows })
+        Ok(Text { name, windows, held_out })
     }
 }

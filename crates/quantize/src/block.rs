@@ -4,7 +4,7 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
-use crate::journal::TensorRecord;
+use crate::journal::{SiteRecord, TensorRecord};
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, SolverOptions};
 use bitmill_calibrate::{SiteStats, Stream, StreamKind, in_order};
@@ -51,6 +51,16 @@ impl<'a> Target<'a> {
     }
 }
 
+/// What happens while a block is rounded.
+pub(crate) enum Moment<'a> {
+    /// A site is about to be worked.
+    Site(&'a Site),
+    /// What calibration saw there.
+    Seen(SiteRecord),
+    /// A linear is finished.
+    Finished(Done),
+}
+
 /// A finished linear.
 pub(crate) struct Done {
     pub(crate) module: String,
@@ -59,21 +69,19 @@ pub(crate) struct Done {
 }
 
 impl Flow<'_> {
-    /// Rounds the `targets` of `block`, which is block `index`, and moves the flow past it. `site` is told each site before it is worked, and
-    /// each finished linear goes to `finished`.
+    /// Rounds the `targets` of `block`, which is block `index`, and moves the flow past it; `on` is told what happens.
     pub(crate) fn quantize_block(
         &self,
         index: usize,
         mut block: Block,
         targets: &[Target<'_>],
         (method, options): (&dyn Method, &SolverOptions),
-        site: &mut dyn FnMut(&Site) -> Result<(), Error>,
-        finished: &mut dyn FnMut(Done) -> Result<(), Error>,
+        on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let spec = self.spec;
         let mut x: Option<Stream> = None;
         for (i, at) in spec.sites().iter().enumerate() {
-            site(at)?;
+            on(Moment::Site(at))?;
             let width = spec.linear_shape(at.linears[0])[1];
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| at.linears.contains(&t.role)).collect();
             let mut stats = (!wanted.is_empty()).then(|| SiteStats::new(width));
@@ -84,12 +92,14 @@ impl Flow<'_> {
             if !stats.is_finite() {
                 return Err(bitmill_calibrate::Error::NonFinite { block: index, site: at.name.into() }.into());
             }
+            let (site, tokens) = (at.name.into(), stats.tokens());
+            on(Moment::Seen(SiteRecord { block: index, site, tokens, spread: stats.spread() }))?;
             for (role, done) in solve_site(&block, &wanted, &stats, method, options)? {
                 let [rows, cols] = done.solved.quantized.shape;
                 let weight = done.solved.quantized.dequantize();
                 block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
                 block.set_activations(role, done.solved.quantized.scheme.activations);
-                finished(done)?;
+                on(Moment::Finished(done))?;
             }
         }
         let Some(x) = x else { return Ok(()) };

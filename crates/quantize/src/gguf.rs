@@ -109,7 +109,7 @@ fn dropped(name: &str, spec: &ModelSpec) -> bool {
 /// Lays out the file.
 ///
 /// # Errors
-/// [`Error::Gguf`] for a tensor that GGUF has no name for; whatever the tokenizer or the container refuses.
+/// [`Error::TuningFormat`], since tuning moves integer codes; [`Error::Gguf`] for a tensor that GGUF has no name for; whatever the tokenizer or the container refuses.
 pub(crate) fn output(
     input: &Checkpoint,
     spec: &ModelSpec,
@@ -117,6 +117,9 @@ pub(crate) fn output(
     dense: &BTreeMap<String, Dtype>,
     settings: &Settings,
 ) -> Result<(GgufOutput, OutputPlan), Error> {
+    if settings.tuning.is_some() {
+        return Err(Error::TuningFormat { format: settings.format.clone() });
+    }
     for unit in units.iter_mut() {
         unit.tensors.retain(|t| !dropped(&t.name, spec));
     }

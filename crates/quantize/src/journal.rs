@@ -7,6 +7,7 @@
 
 use crate::Calibration;
 use crate::{Error, Plan};
+use bitmill_calibrate::Spread;
 use bitmill_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -39,6 +40,20 @@ pub struct TensorRecord {
     pub seconds: f64,
 }
 
+/// What was seen at a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteRecord {
+    /// Its block.
+    pub block: usize,
+    /// Its name.
+    pub site: String,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// How far the activation is from evenly spread numbers.
+    #[serde(flatten)]
+    pub spread: Spread,
+}
+
 /// What a stage that refines the whole model brought, on windows held out from it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageRecord {
@@ -67,6 +82,9 @@ pub(crate) struct Line {
     pub(crate) stream: Option<String>,
     /// Its quantized tensors.
     pub(crate) tensors: Vec<TensorRecord>,
+    /// Its sites, where activations are known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) sites: Vec<SiteRecord>,
     /// What a stage after the last unit brought.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) stage: Option<StageRecord>,
@@ -291,7 +309,7 @@ mod tests {
     use super::*;
 
     fn line(unit: usize) -> Line {
-        Line { unit, stream: None, tensors: vec![], stage: None }
+        Line { unit, stream: None, tensors: vec![], sites: vec![], stage: None }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
 use crate::gguf::TensorTypes;
-use crate::{Error, GgufOutput, Method, Needs, Settings, gguf, method};
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, gguf, method};
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
@@ -74,6 +74,8 @@ pub struct Plan {
     pub parameters: u64,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
+    /// The mixture its schemes are from, where one was chosen.
+    pub mixture: Option<Mixture>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -125,34 +127,33 @@ impl Plan {
         }
         let sizes = input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64);
         let parameters = sizes.sum();
-        if let (true, Some(spec)) = (as_gguf, &spec) {
-            if settings.tuning.is_some() {
-                return Err(Error::TuningFormat { format: format.name().into() });
+        let files = if as_gguf { Vec::new() } else { copied_files(input, &mut notes)? };
+        let (gguf, config, output) = match (as_gguf, &spec) {
+            (true, Some(spec)) => {
+                let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
+                (Some(gguf), serde_json::Value::Null, output)
             }
-            let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
-            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
-            return Ok(Plan {
-                settings,
-                method,
-                format,
-                spec,
-                calibrated,
-                units,
-                output,
-                files,
-                config,
-                parameters,
-                gguf,
-                notes,
-            });
-        }
-        let ignored = left_dense(input, spec.as_ref(), &units);
-        let mut config = input.config().clone();
-        config["quantization_config"] = format.config(&layers, &ignored)?;
-        let output = OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?;
-        let files = copied_files(input, &mut notes)?;
-        let gguf = None;
-        Ok(Plan { settings, method, format, spec, calibrated, units, output, files, config, parameters, gguf, notes })
+            _ => {
+                let mut config = input.config().clone();
+                config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
+                (None, config, OutputPlan::new(outputs(input, &units, format), settings.shard_bytes)?)
+            }
+        };
+        Ok(Plan {
+            settings,
+            method,
+            format,
+            spec,
+            calibrated,
+            units,
+            output,
+            files,
+            config,
+            parameters,
+            gguf,
+            mixture: None,
+            notes,
+        })
     }
 
     /// What becomes of most weights, in a word or two: `w4 g128 sym`, `q4_k`, `q4_k_m`.
@@ -178,6 +179,24 @@ impl Plan {
             Action::Quantize { shape, .. } => (weights + (shape[0] * shape[1]) as u64, bytes + t.bytes),
             Action::Copy => (weights, bytes),
         })
+    }
+
+    /// Bytes written for the quantized modules that `wanted` names.
+    pub(crate) fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> u64 {
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        let named = tensors.filter(|t| matches!(&t.action, Action::Quantize { module, .. } if wanted(module)));
+        named.map(|t| t.bytes).sum()
+    }
+
+    /// Bytes of the output that generating a token does not read: an embedding that is not the output matrix, of which
+    /// a row is all that is looked up.
+    #[must_use]
+    pub fn unread_bytes(&self) -> u64 {
+        if self.spec.as_ref().is_some_and(|s| s.tied) {
+            return 0;
+        }
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        tensors.filter(|t| t.name.strip_suffix(".weight").is_some_and(is_embedding)).map(|t| t.bytes).sum()
     }
 
     /// Bits per quantized weight: every byte written for quantized tensors, over their weights.

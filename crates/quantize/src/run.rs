@@ -1,16 +1,17 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
+mod card;
 mod measured;
+mod publish;
 mod slabs;
 
-use crate::block::{Flow, Target};
-use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
+use crate::block::{Flow, Moment, Target};
+use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, tune};
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
-use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -97,6 +98,8 @@ pub struct Finished {
     pub tensors: Vec<TensorRecord>,
     /// What stages over the whole model brought.
     pub stages: Vec<StageRecord>,
+    /// The manifest: what decides the output, and what became of every tensor. `bitmill.json` of a folder.
+    pub manifest: serde_json::Value,
     /// Bytes of the weight files.
     pub bytes: u64,
 }
@@ -113,7 +116,7 @@ pub fn run(
     options: RunOptions<'_>,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Error> {
-    for (_, to) in names(plan, Path::new(""), out) {
+    for (_, to) in publish::names(plan, Path::new(""), out) {
         check_place(input, &to, options.force)?;
     }
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
@@ -146,18 +149,20 @@ pub fn run(
             (worker.observe)(Event::Started { unit, total, label: "tuning" });
             let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
-            journal.append(Line { unit, stream: None, tensors: Vec::new(), stage: Some(stage) })?;
+            journal.append(Line { unit, stream: None, tensors: Vec::new(), sites: Vec::new(), stage: Some(stage) })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
             continue;
         };
         (worker.observe)(Event::Started { unit, total, label });
-        let tensors = match (&flow, plan.units[unit].block) {
+        let (tensors, sites) = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
             (None, Some(block)) if plan.calibrated => match calibration {
-                Some(Calibration::Importance(imatrix)) => worker.weighed_unit(&plan.units[unit], imatrix)?,
+                Some(Calibration::Importance(imatrix)) => {
+                    (worker.weighed_unit(&plan.units[unit], imatrix)?, Vec::new())
+                }
                 _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
             },
-            _ => worker.plain_unit(&plan.units[unit])?,
+            _ => (worker.plain_unit(&plan.units[unit])?, Vec::new()),
         };
         worker.output.sync()?;
         let stream = match (&flow, plan.units[unit].block) {
@@ -168,13 +173,13 @@ pub fn run(
             }
             _ => None,
         };
-        journal.append(Line { unit, stream, tensors, stage: None })?;
+        journal.append(Line { unit, stream, tensors, sites, stage: None })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
-    publish(input, plan, &identity, journal, out, options.force)
+    publish::publish(input, plan, &identity, journal, out, options.force)
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
@@ -232,6 +237,9 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
 fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
+
+/// What became of a unit's tensors, and what was seen at its sites.
+type Records = (Vec<TensorRecord>, Vec<SiteRecord>);
 
 struct Worker<'a, 'o> {
     input: &'a Checkpoint,
@@ -313,37 +321,30 @@ impl Worker<'_, '_> {
         flow: &Flow<'_>,
         done: usize,
         total: usize,
-    ) -> Result<Vec<TensorRecord>, Error> {
+    ) -> Result<Records, Error> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
             self.copy(&tensor.name)?;
         }
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
         let block = Block::load(flow.spec, index, self.input)?;
-        let (method, solver, stop) = (self.plan.method, &self.plan.settings.solver, self.options.stop);
-        let mut records = Vec::new();
-        // Both callbacks report to the observer; only one of them runs at a time.
-        let observe = std::cell::RefCell::new(&mut *self.observe);
-        let (plan, output) = (self.plan, &self.output);
-        flow.quantize_block(
-            index,
-            block,
-            &targets,
-            (method, solver),
-            &mut |site| {
-                if stop.load(Ordering::Relaxed) {
+        let how = (self.plan.method, &self.plan.settings.solver);
+        let (mut tensors, mut sites) = (Vec::new(), Vec::new());
+        flow.quantize_block(index, block, &targets, how, &mut |moment| {
+            match moment {
+                Moment::Site(_) if self.options.stop.load(Ordering::Relaxed) => {
                     return Err(Error::Stopped { done, total });
                 }
-                (observe.borrow_mut())(Event::Site { name: site.name });
-                Ok(())
-            },
-            &mut |finished| {
-                write_quantized(plan, output, &finished.module, &finished.solved.quantized)?;
-                (observe.borrow_mut())(Event::Tensor(&finished.record));
-                records.push(finished.record);
-                Ok(())
-            },
-        )?;
-        Ok(records)
+                Moment::Site(site) => (self.observe)(Event::Site { name: site.name }),
+                Moment::Seen(site) => sites.push(site),
+                Moment::Finished(finished) => {
+                    write_quantized(self.plan, &self.output, &finished.module, &finished.solved.quantized)?;
+                    (self.observe)(Event::Tensor(&finished.record));
+                    tensors.push(finished.record);
+                }
+            }
+            Ok(())
+        })?;
+        Ok((tensors, sites))
     }
 
     /// Tunes the whole rounded model and writes what came of it in the place of what was there.
@@ -490,88 +491,4 @@ impl Calibrated<'_> {
         let Calibrated { spec, rope, lengths, budget, spill, hidden } = self;
         Flow { spec, rope, lengths, budget: *budget, spill, hidden }
     }
-}
-
-/// Completes the folder and gives it its name.
-fn publish(
-    input: &Checkpoint,
-    plan: &Plan,
-    identity: &serde_json::Value,
-    journal: Journal,
-    out: &Path,
-    force: bool,
-) -> Result<Finished, Error> {
-    let stages: Vec<StageRecord> = journal.lines.iter().filter_map(|l| l.stage.clone()).collect();
-    let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
-    // GGUF files are complete in themselves; a folder has more in it than weights.
-    if plan.gguf.is_none() {
-        complete_folder(input, plan, identity, &journal.output(), (&tensors, &stages))?;
-    }
-    let mut name = out.file_name().unwrap_or_default().to_owned();
-    name.push(".log.jsonl");
-    let log = out.with_file_name(name);
-    let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
-    write_durably(&log, lines.as_bytes())?;
-    let names = names(plan, &journal.output(), out);
-    // The first of several files is the one that is opened, so it appears last.
-    for (i, (from, to)) in names.iter().enumerate().rev() {
-        if to.exists() {
-            if !force {
-                return Err(Error::Exists { out: to.clone() });
-            }
-            let old = journal.dir().join(format!("replaced-{i}"));
-            std::fs::rename(to, &old).map_err(io(to, "moving the old output away"))?;
-        }
-        std::fs::rename(from, to).map_err(io(to, "naming the output"))?;
-    }
-    journal.remove()?;
-    let out = names.into_iter().next().map_or_else(|| out.to_owned(), |(_, to)| to);
-    Ok(Finished { out, log, tensors, stages, bytes: plan.output.total_bytes() })
-}
-
-/// What the finished output is called in the work folder `dir`, and what it will be: the folder, the file, or each of the
-/// files named after it.
-fn names(plan: &Plan, dir: &Path, out: &Path) -> Vec<(PathBuf, PathBuf)> {
-    if plan.gguf.is_none() {
-        return vec![(dir.to_owned(), out.to_owned())];
-    }
-    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
-    let name = |file: &str| file.replacen(crate::gguf::STEM, &stem, 1);
-    let files: Vec<&str> = plan.output.files().map(|(file, _)| file).collect();
-    match files[..] {
-        [file] => vec![(dir.join(file), out.to_owned())],
-        _ => files.iter().map(|file| (dir.join(file), out.with_file_name(name(file)))).collect(),
-    }
-}
-
-/// Adds what a folder holds besides weights.
-fn complete_folder(
-    input: &Checkpoint,
-    plan: &Plan,
-    identity: &serde_json::Value,
-    dir: &Path,
-    (tensors, stages): (&[TensorRecord], &[StageRecord]),
-) -> Result<(), Error> {
-    for file in &plan.files {
-        let (from, to) = (input.dir().join(file), dir.join(file));
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
-        }
-        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
-        copy().map_err(io(&to, "copying"))?;
-    }
-    // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
-    let manifest = json!({
-        "run": identity,
-        "bits_per_weight": plan.bits_per_weight(),
-        "tensors": tensors.iter().map(|t| json!({
-            "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
-            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping,
-        })).collect::<Vec<_>>(),
-        "stages": stages.iter().map(|s| json!({
-            "stage": s.stage, "loss": s.loss, "held_out_windows": s.held_out_windows, "before": s.before,
-            "after": s.after, "kept_pass": s.kept_pass,
-        })).collect::<Vec<_>>(),
-    });
-    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))
 }

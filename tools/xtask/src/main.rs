@@ -1,7 +1,9 @@
-//! Repository chores: `cargo xtask tidy | golden | conformance | gguf | embeddings`.
+//! Repository chores: `cargo xtask tidy | golden | conformance | gguf | embeddings | mixtures`.
 //!
 //! Each chore is a list of commands that anyone could type; this program only knows their order and what they need.
 //! The house rules themselves are a test of the root package, `tests/house.rs`.
+
+mod mixtures;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -80,6 +82,21 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/embeddings"))]
         work: PathBuf,
     },
+    /// Builds bitmill and measures mixtures of widths against every uniform scheme of the same size.
+    Mixtures {
+        /// A built bitmill, in place of building it.
+        #[arg(long)]
+        bitmill: Option<PathBuf>,
+        /// Unquantized model folder.
+        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
+        model: PathBuf,
+        /// Text to measure on.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
+        text: PathBuf,
+        /// Scratch folder; results stay there, and what is in it is not measured again.
+        #[arg(long, default_value_os_t = root().join("target/mixtures"))]
+        work: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -107,6 +124,7 @@ fn main() -> ExitCode {
         Chore::Embeddings { reference, model, text, work } => {
             embeddings(&reference.python, model.as_deref(), &text, &work)
         }
+        Chore::Mixtures { bitmill, model, text, work } => mixtures(bitmill, &model, &text, &work),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -163,6 +181,17 @@ fn embeddings(python: &Path, model: Option<&Path>, text: &Path, work: &Path) -> 
         check.arg("--model").arg(model);
     }
     run(&mut check)
+}
+
+fn mixtures(bitmill: Option<PathBuf>, model: &Path, text: &Path, work: &Path) -> Result<()> {
+    let bitmill = match bitmill {
+        Some(built) => built,
+        None => {
+            run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+            target_dir()?.join("release/bitmill")
+        }
+    };
+    mixtures::Bench { bitmill, model, text, work }.run()
 }
 
 fn gguf(python: &Path, llama: &Path, options: impl Iterator<Item = (&'static str, OsString)>) -> Result<()> {

@@ -218,3 +218,72 @@ pub(crate) fn fallback(name: &str) -> &'static str {
         _ => "F16",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf_mix;
+    use bitmill_checkpoint::gguf::TYPES;
+    use serde_json::Value;
+
+    fn block(name: &str) -> usize {
+        TYPES.iter().find(|t| t.name == name).unwrap().block
+    }
+
+    /// What a matrix becomes where rows may be no whole blocks.
+    fn chosen(mix: &Mix, place: Place, c: &Circumstances, row: usize) -> String {
+        let mut name = mix.type_of(place, c, row, block(mix.base));
+        if !row.is_multiple_of(block(name)) {
+            name = fallback(name);
+        }
+        if row.is_multiple_of(block(name)) { name.to_lowercase() } else { "f16".into() }
+    }
+
+    #[test]
+    fn every_matrix_gets_the_type_that_llama_quantize_gives_it() {
+        let golden: Value = serde_json::from_str(include_str!("../../tests/golden/mixes.json")).unwrap();
+        let mut checked = 0;
+        for (model, plans) in golden.as_object().unwrap() {
+            let number = |key: &str| plans["config"][key].as_u64().unwrap() as usize;
+            let (layers, hidden, inner) =
+                (number("num_hidden_layers"), number("hidden_size"), number("intermediate_size"));
+            let (heads, kv_heads) = (number("num_attention_heads"), number("num_key_value_heads"));
+            let tied = plans["config"]["tie_word_embeddings"] == true;
+            for (case, roles) in plans["mixes"].as_object().unwrap() {
+                let (name, data) = case.split_once(' ').unwrap();
+                let mix = gguf_mix(name).unwrap();
+                let seventy = layers == 80 && heads != kv_heads;
+                let c = Circumstances { layers, sharing: heads / kv_heads, data: data == "with data", seventy };
+                for (role, runs) in roles.as_object().unwrap() {
+                    let runs = runs.as_str().unwrap().split(' ').map(|run| run.split_once('*').unwrap());
+                    let theirs: Vec<&str> =
+                        runs.flat_map(|(t, n)| std::iter::repeat_n(t, n.parse().unwrap())).collect();
+                    let linear = |role| (move |i| Place::Linear(role, i), layers);
+                    let (row, ours): (usize, Vec<Place>) = match role.as_str() {
+                        "token_embd" if tied => (hidden, vec![Place::Output]),
+                        "token_embd" => (hidden, vec![Place::Embedding]),
+                        "output" => (hidden, vec![Place::Output]),
+                        other => {
+                            let (role, row) = match other {
+                                "attn_q" => (Role::Q, hidden),
+                                "attn_k" => (Role::K, hidden),
+                                "attn_v" => (Role::V, hidden),
+                                "attn_output" => (Role::O, hidden),
+                                "ffn_gate" => (Role::Gate, hidden),
+                                "ffn_up" => (Role::Up, hidden),
+                                "ffn_down" => (Role::Down, inner),
+                                _ => panic!("{other}"),
+                            };
+                            let (place, count) = linear(role);
+                            (row, (0..count).map(place).collect())
+                        }
+                    };
+                    let ours: Vec<String> = ours.into_iter().map(|p| chosen(mix, p, &c, row)).collect();
+                    assert_eq!(ours, theirs, "{model}, {case}: {role}");
+                    checked += ours.len();
+                }
+            }
+        }
+        assert!(checked > 5000, "{checked} matrices");
+    }
+}

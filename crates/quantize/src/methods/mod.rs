@@ -8,6 +8,8 @@ mod gptq;
 mod hqq;
 mod rtn;
 
+pub(crate) use gptq::order;
+
 use crate::{Error, SolverOptions};
 use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
 
