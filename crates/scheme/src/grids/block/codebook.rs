@@ -460,7 +460,7 @@ mod tests {
         let mut r = Random(3);
         for (book, levels) in BOOKS {
             let top = f32::from(levels.iter().copied().max().unwrap());
-            let trials = if book.unit > book.len { 3 } else { 8 };
+            let trials = if book.unit > book.len { 2 } else { 4 };
             for trial in 0..trials {
                 let centre: Vec<f32> = (0..book.unit).map(|_| 1.2 * top * r.real() * r.real().abs().sqrt()).collect();
                 let costs: Vec<f32> = (0..book.unit).map(|_| (2.0 * r.real()).exp()).collect();

@@ -79,11 +79,6 @@ impl BlockForm {
     /// a sub-block whose weights have been compensated since the block was fitted.
     pub fn refit_sub(&self, p: &mut BlockParams, sub: usize, w: &[f32], h: &[f32]) {
         match self.step {
-            // A search takes much longer where codes are chosen together, so only neighbours are tried.
-            Step::Odd { .. } if p.reals[0] != 0.0 => {
-                let start = self.affine(p, sub);
-                self.integers_of(p, sub, start, w, h);
-            }
             Step::Scaled { .. } | Step::Odd { .. } => {
                 let start = self.sub_affine(w, h);
                 let mut fresh = *p;
