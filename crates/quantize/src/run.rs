@@ -1,6 +1,8 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
 mod measured;
+#[cfg(test)]
+mod tests;
 
 use crate::block::{Flow, Target};
 use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
