@@ -136,5 +136,129 @@ fn what_cannot_be_is_refused_while_planning() {
     let file = dir.path().join("c.gguf");
     quantize(&file, &["--scheme", "q4_0", "--method", "rtn"]);
     let said = run(&file, "d.gguf", &["--scheme", "q4_0"]);
-    assert!(said.contains("already quantized as gguf"), "{said}");
+    assert!(said.contains("--allow-requantize"), "{said}");
+}
+
+/// The type of every matrix in a plan.
+fn planned(model: &Path, extra: &[&str]) -> std::collections::BTreeMap<String, String> {
+    let out = std::env::temp_dir().join("never-written.gguf");
+    let plan = json(bitmill(["quantize"]).arg(model).arg("-o").arg(out).arg("--dry-run").args(extra));
+    let tensors = plan["tensors"].as_array().unwrap().iter();
+    let text = |v: &serde_json::Value| v.as_str().unwrap().to_owned();
+    tensors.map(|t| (text(&t["tensor"]), text(&t["scheme"]))).collect()
+}
+
+#[test]
+fn mixtures_patterns_and_names_decide_types_in_this_order() {
+    let model = books();
+    let own = planned(&model, &["--scheme", "q4_k_m", "--method", "rtn"]);
+    let at = |plan: &std::collections::BTreeMap<String, String>, block: usize, part: &str| {
+        plan[&format!("model.layers.{block}.{part}")].clone()
+    };
+    // llama-quantize's own choice for eight blocks: the first, the last, and every third between.
+    let raised: Vec<usize> = (0..8).filter(|&b| at(&own, b, "mlp.down_proj") == "q6_k").collect();
+    assert_eq!(raised, [0, 3, 6, 7]);
+    assert_eq!((at(&own, 1, "mlp.down_proj"), at(&own, 0, "mlp.up_proj")), ("q4_k".into(), "q4_k".into()));
+    assert_eq!((own["lm_head"].as_str(), own["model.embed_tokens"].as_str()), ("q6_k", "q4_k"));
+    assert_eq!(own, planned(&model, &["--mix", "q4_k", "--method", "rtn"]), "the short name means the medium mixture");
+    // Calibration data move one matrix of this mixture.
+    let data = planned(&model, &["--mix", "q4_0", "--method", "gptq", "--sequence-length", "64"]);
+    let none = planned(&model, &["--mix", "q4_0", "--method", "rtn"]);
+    assert_eq!((at(&data, 0, "mlp.down_proj"), at(&none, 0, "mlp.down_proj")), ("q4_1".into(), "q4_0".into()));
+
+    let pure = planned(&model, &["--mix", "q4_k_m", "--pure", "--method", "rtn"]);
+    assert!(pure.len() == 58 && pure.values().all(|t| t == "q4_k"));
+    let type_alone = planned(&model, &["--scheme", "q4_k", "--method", "rtn"]);
+    assert!(type_alone.len() == 56 && type_alone.values().all(|t| t == "q4_k"), "embedding and output stay f16");
+    let asked =
+        ["--scheme", "q4_k_m", "--method", "rtn", "--tensor-type", r"blk\.[0-2]\.ffn_down=q8_0", "--tensor-type"];
+    let asked = planned(&model, &[&asked[..], &["ffn_down=q5_k", "--token-embedding-type", "q2_k"]].concat());
+    let down: Vec<String> = [0, 2, 3].map(|b| at(&asked, b, "mlp.down_proj")).into();
+    assert_eq!((down.join(" "), asked["model.embed_tokens"].as_str()), ("q8_0 q8_0 q5_k".into(), "q2_k"));
+}
+
+#[test]
+fn an_importance_matrix_weighs_errors_and_numbers_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (matrix, old) = (dir.path().join("m.gguf"), dir.path().join("m.dat"));
+    for file in [&matrix, &old] {
+        let made = json(bitmill(["calibrate"]).arg(books()).arg("-o").arg(file).args([
+            "--samples",
+            "4",
+            "--sequence-length",
+            "64",
+        ]));
+        assert_eq!((made["weights"].as_u64(), made["chunks"].as_u64()), (Some(56), Some(4)));
+    }
+    let written = |name: &str, extra: &[&str]| {
+        let out = dir.path().join(name);
+        let mut command = bitmill(["quantize"]);
+        json(command.arg(books()).arg("-o").arg(&out).args(["--scheme", "q2_k"]).args(extra));
+        Checkpoint::open(&out).unwrap().weight("model.layers.0.mlp.up_proj").unwrap().to_f32().unwrap()
+    };
+    let plain = written("plain.gguf", &["--method", "rtn"]);
+    let weighed = written("weighed.gguf", &["--imatrix", matrix.to_str().unwrap()]);
+    assert_ne!(plain, weighed);
+    assert_eq!(weighed, written("old.gguf", &["--imatrix", old.to_str().unwrap()]), "both layouts say the same");
+    let out = dir.path().join("x.gguf");
+    let refused = |extra: &[&str]| failure(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(extra), 1);
+    let said = refused(&["--scheme", "q2_k", "--method", "gptq", "--imatrix", matrix.to_str().unwrap()]);
+    assert!(said.contains("diagonal only"), "{said}");
+
+    // And back to a folder, which holds the numbers the file stands for.
+    let folder = dir.path().join("numbers");
+    json(bitmill(["dequantize"]).arg(dir.path().join("plain.gguf")).arg("-o").arg(&folder));
+    let back = Checkpoint::open(&folder).unwrap();
+    assert_eq!(back.weight("model.layers.0.mlp.up_proj").unwrap().to_f32().unwrap(), plain);
+    assert_eq!(back.names().count(), Checkpoint::open(&books()).unwrap().names().count());
+    let e = json(
+        bitmill(["eval"])
+            .arg(&folder)
+            .arg("--reference")
+            .arg(dir.path().join("plain.gguf"))
+            .arg("--text")
+            .arg(books().join("evaluation.txt"))
+            .args(["--windows", "2", "--window", "64"]),
+    );
+    assert!(e["divergence"]["kl"]["mean"].as_f64().unwrap() < 1e-6, "{e}");
+}
+
+#[test]
+fn files_are_split_read_from_any_part_and_quantized_again_only_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole.gguf"), dir.path().join("parts.gguf"));
+    quantize(&whole, &["--scheme", "q8_0", "--method", "rtn"]);
+    let report = quantize(&out, &["--scheme", "q8_0", "--method", "rtn", "--max-shard-size", "5MB"]);
+    let parts: Vec<_> = (1..=4).map(|i| dir.path().join(format!("parts-0000{i}-of-00004.gguf"))).collect();
+    assert!(parts.iter().all(|p| p.exists()) && report["output"] == parts[0].to_str().unwrap(), "{report}");
+    assert!(!out.exists());
+    let one = Checkpoint::open(&whole).unwrap();
+    for part in [&parts[0], &parts[3]] {
+        let many = Checkpoint::open(part).unwrap();
+        assert_eq!(many.names().collect::<Vec<_>>(), one.names().collect::<Vec<_>>());
+        for module in ["model.layers.0.self_attn.q_proj", "model.layers.7.mlp.down_proj", "lm_head"] {
+            let (a, b) =
+                (one.weight(module).unwrap().to_f32().unwrap(), many.weight(module).unwrap().to_f32().unwrap());
+            assert_eq!(a, b, "{module}");
+        }
+    }
+    let again = dir.path().join("again.gguf");
+    let how = ["--scheme", "q4_0", "--method", "rtn"];
+    let said = failure(bitmill(["quantize"]).arg(&parts[0]).arg("-o").arg(&again).args(how), 1);
+    assert!(said.contains("--allow-requantize"), "{said}");
+    json(bitmill(["quantize"]).arg(&parts[0]).arg("-o").arg(&again).args(how).arg("--allow-requantize"));
+    let direct = dir.path().join("direct.gguf");
+    quantize(&direct, &how);
+    // Eight bits before four are hardly felt, and names, rows and tokenizer came through.
+    let (a, b) = (Checkpoint::open(&again).unwrap(), Checkpoint::open(&direct).unwrap());
+    assert_eq!(a.gguf().unwrap().get("tokenizer.ggml.tokens"), b.gguf().unwrap().get("tokenizer.ggml.tokens"));
+    for module in ["model.layers.3.self_attn.k_proj", "model.layers.3.mlp.up_proj", "model.embed_tokens"] {
+        let (a, b) = (a.weight(module).unwrap().to_f32().unwrap(), b.weight(module).unwrap().to_f32().unwrap());
+        let energy: f32 = b.iter().map(|x| x * x).sum();
+        let error: f32 = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum();
+        assert!(error < 0.01 * energy, "{module}: {}", error / energy);
+    }
+    std::fs::remove_file(&parts[2]).unwrap();
+    let said = failure(bitmill(["inspect"]).arg(&parts[0]), 1);
+    assert!(said.contains("parts-00003-of-00004.gguf"), "{said}");
 }

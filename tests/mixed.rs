@@ -65,7 +65,7 @@ fn sizes_are_met_and_never_exceeded() {
     }
     for loader in mixture["loaders"].as_array().unwrap() {
         let takes = loader["refuses"].as_array().unwrap().is_empty();
-        assert_eq!(takes, loader["loader"] != "GPTQModel", "{loader}");
+        assert_eq!(takes, loader["loader"] != "GPTQModel" && loader["loader"] != "llama.cpp", "{loader}");
     }
     let small = failure(bitmill(["plan"]).arg(books()).arg("--stats").arg(&stats).args(["--size", "8MB"]), 1);
     assert!(small.contains("no mixture of these options fits") && small.contains("raise the size"), "{small}");
@@ -165,4 +165,84 @@ fn a_killed_mixture_resumes_in_the_same_bytes() {
     assert_same(&whole, &killed);
     let manifest: Value = serde_json::from_slice(&contents(&whole)[Path::new("bitmill.json")]).unwrap();
     assert_eq!(manifest["run"]["settings"]["layers"].as_object().unwrap().len(), 14, "the allocation is on record");
+}
+
+#[test]
+fn a_loss_is_bounded_on_held_out_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    // Two blocks, so that the bound is a matter of seconds.
+    let run = |bound: &[&str], name: &str| {
+        let mut command = bitmill(["quantize"]);
+        command.arg(books()).arg("-o").arg(dir.path().join(name)).args(QUICK).args(FEW);
+        command.args(["--tuning-passes", "0", "--options", "2,3,4,6"]).args(bound);
+        command
+    };
+    let loose = json(&mut run(&["--max-kl", "0.02"], "out"));
+    let tight = json(&mut run(&["--max-kl", "0.002", "--max-perplexity-ratio", "1.05"], "tight"));
+    let kl = |v: &Value| v["held_out_kl"].as_f64().unwrap();
+    assert!(kl(&loose) <= 0.02 && kl(&tight) <= 0.002, "{} {}", kl(&loose), kl(&tight));
+    assert!(tight["quantized_bytes"].as_u64() > loose["quantized_bytes"].as_u64(), "less loss takes more bytes");
+    // Each size that was tried is on record, and one that is a few percent smaller loses too much.
+    let trials: Value = serde_json::from_slice(&std::fs::read(dir.path().join("out.search.json")).unwrap()).unwrap();
+    let trials = trials["trials"].as_array().unwrap();
+    let bits = loose["bits_per_weight"].as_f64().unwrap();
+    let failed = trials.iter().filter(|t| t["kl"].as_f64().unwrap() > 0.02).map(|t| t["bits"].as_f64().unwrap());
+    let nearest = failed.fold(0.0, f64::max);
+    assert!(nearest < bits && (nearest > 0.9 * bits || bits < 2.2), "{nearest} {bits}: {trials:?}");
+    let again = support::success(run(&["--max-kl", "0.02", "--force"], "out").arg("--json"));
+    assert_eq!(serde_json::from_str::<Value>(&again).unwrap()["quantized_bytes"], loose["quantized_bytes"]);
+    assert!(out.exists() && !dir.path().join("out.trial").exists(), "trials are removed");
+    let hopeless = failure(&mut run(&["--max-kl", "0.0000001"], "none"), 1);
+    assert!(hopeless.contains("even the largest mixture loses more"), "{hopeless}");
+}
+
+#[test]
+fn loaders_and_decode_time_are_constraints() {
+    let dir = tempfile::tempdir().unwrap();
+    let stats = stats(dir.path());
+    // vLLM has no kernels for three asymmetric bits.
+    let options = ["--bits", "3.6", "--options", "2asym,3asym,4asym,3,8", "--loader", "vLLM"];
+    let distinct: Vec<String> = schemes(&plan(&stats, &options)).into_values().collect();
+    assert!(distinct.iter().all(|s| !s.starts_with("w2") && s != "w3 g128 asym"), "{distinct:?}");
+    let none = failure(
+        bitmill(["plan"]).arg(books()).args(["--method", "rtn", "--stats"]).arg(&stats).args([
+            "--bits",
+            "3.6",
+            "--options",
+            "2asym,3asym",
+            "--loader",
+            "vLLM",
+        ]),
+        1,
+    );
+    assert!(none.contains("vLLM takes none of the schemes"), "{none}");
+    let refused = failure(bitmill(["plan"]).arg(books()).args(["--bits", "3", "--asymmetric", "--loader", "vLLM"]), 1);
+    assert!(refused.contains("vLLM would not load this output"), "{refused}");
+    // Bytes read per token ÷ bandwidth: everything but the embedding, which is not read.
+    let plan = plan(&stats, &["--decode-time", "7.5", "--bandwidth", "1GB"]);
+    let read = plan["output_bytes"].as_u64().unwrap() - 8192 * 256 * 2;
+    assert!(read <= 7_500_000 && read + 2 * STEP > 7_500_000, "{read}");
+    let mixed = failure(
+        bitmill(["plan"]).arg(books()).args(["--bits", "3.5", "--options", "3,q4_k", "--stats"]).arg(&stats),
+        1,
+    );
+    assert!(mixed.contains("do not mix"), "{mixed}");
+}
+
+#[test]
+fn gguf_types_are_mixed() {
+    let dir = tempfile::tempdir().unwrap();
+    let stats = stats(dir.path());
+    let file = dir.path().join("mixed.gguf");
+    let flags = ["--method", "rtn", "--bits", "4.0", "--options", "q2_k,q3_k,q4_k,q6_k,iq4_nl"];
+    let made = json(bitmill(["quantize"]).arg(books()).arg("-o").arg(&file).arg("--stats").arg(&stats).args(flags));
+    let (bytes, weights) = (made["quantized_bytes"].as_u64().unwrap(), made["quantized_weights"].as_u64().unwrap());
+    assert!(bytes <= weights / 2 && bytes + STEP > weights / 2, "{bytes} of {}", weights / 2);
+    let kinds: std::collections::BTreeSet<String> =
+        made["tensors"].as_array().unwrap().iter().map(|t| t["scheme"].as_str().unwrap().to_owned()).collect();
+    assert!(kinds.len() > 1 && kinds.iter().all(|k| k.starts_with('q') || k.starts_with("iq")), "{kinds:?}");
+    let text = books().join("evaluation.txt");
+    let read = json(bitmill(["eval"]).arg(&file).arg("--text").arg(text).args(["--windows", "2", "--window", "64"]));
+    assert!(read["perplexity"]["value"].as_f64().unwrap() < 200.0);
 }

@@ -4,9 +4,12 @@
 
 mod support;
 
-use bitmill::calibrate::{Statistics, model_fingerprint};
+use bitmill::calibrate::{
+    Error, Pass, Replacement, Statistics, Tokenizer, Windows, model_fingerprint, probe, read_texts, splitmix,
+};
 use bitmill::checkpoint::Checkpoint;
-use bitmill::models::SITES;
+use bitmill::models::{Block, Embedding, Head, Role, RopeTable, SITES};
+use candle_core::Tensor;
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use support::{QUICK, assert_same, bitmill, books, copy_of_books, edit, failure, json, success};
@@ -128,4 +131,110 @@ fn what_is_not_usable_is_refused_by_name() {
     let said = failure(bitmill(["calibrate"]).arg(books()).arg("-o").arg(&stats), 1);
     assert!(said.contains("exists"), "{said}");
     assert!(json(bitmill(["inspect"]).arg(&stats))["kinds"].is_array(), "a statistics file is a safetensors file");
+}
+
+/// Numbers from −1 to 1.
+fn noise(seed: u64, count: usize) -> Vec<f32> {
+    let unit = |i: u64| (splitmix(seed << 32 | i) >> 40) as f32 / (1u64 << 24) as f32;
+    (0..count as u64).map(|i| 2.0 * unit(i) - 1.0).collect()
+}
+
+fn predictions(head: &Head, h: &Tensor) -> Vec<Vec<f32>> {
+    let softmax = |row: Vec<f32>| -> Vec<f32> {
+        let max = row.iter().fold(f32::MIN, |a, &b| a.max(b));
+        let sum: f32 = row.iter().map(|v| (v - max).exp()).sum();
+        row.iter().map(|v| (v - max).exp() / sum).collect()
+    };
+    head.logits(h).unwrap().to_vec2::<f32>().unwrap().into_iter().map(softmax).collect()
+}
+
+/// The gradient, at the logits, of the log-probability of tokens drawn at every position but the first.
+fn drawn(predictions: &[Vec<f32>], seed: u64) -> Vec<f32> {
+    let chances = noise(seed, predictions.len());
+    let at = |(t, p): (usize, &Vec<f32>)| {
+        let mut left = (chances[t] + 1.0) / 2.0;
+        let token = p.iter().position(|v| {
+            left -= v;
+            left < 0.0
+        });
+        let token = token.unwrap_or(p.len() - 1);
+        let one = |v| f32::from(u8::from(v == token));
+        p.iter().enumerate().map(|(v, p)| if t == 0 { 0.0 } else { one(v) - p }).collect::<Vec<f32>>()
+    };
+    predictions.iter().enumerate().flat_map(at).collect()
+}
+
+#[test]
+fn cross_terms_are_those_of_per_sample_gradients() {
+    // Methods part 2.11: S_ab = E[⟨g, δ_a⟩·⟨g, δ_b⟩] over tokens that the model itself would say, with g from the backward
+    // pass. Probes take the same from differences of logits.
+    let input = Checkpoint::open(&books()).unwrap();
+    let spec = bitmill::models::spec(input.config()).unwrap();
+    let tokenizer = Tokenizer::open(&books(), spec.bos).unwrap();
+    let texts = read_texts(&[books().join("evaluation.txt")]).unwrap();
+    let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, 24, 1, 0).unwrap();
+    // Two errors of one linear that share a part, and one of the block before.
+    let blocks = [spec.layers - 2, spec.layers - 1];
+    let shape = |role| spec.linear_shape(role).iter().product::<usize>();
+    let small = |v: Vec<f32>| v.into_iter().map(|x| 3e-3 * x).collect::<Vec<f32>>();
+    let (down, up) = (small(noise(1, shape(Role::Down))), small(noise(2, shape(Role::Up))));
+    let mixed: Vec<f32> = down.iter().zip(small(noise(3, down.len()))).map(|(a, b)| 0.7 * a + 0.7 * b).collect();
+    let errors: [(usize, Role, &[f32]); 3] =
+        [(blocks[0], Role::Up, &up), (blocks[1], Role::Down, &down), (blocks[1], Role::Down, &mixed)];
+    let weight = |block: &Block, role| block.linear(role).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let pass = Pass { model: &input, spec: &spec, stream_memory: u64::MAX, spill_dir: &std::env::temp_dir() };
+    let mut replace = |index: usize, block: &Block, _: &[_; 4]| -> Result<Vec<Replacement>, Error> {
+        let own = errors.iter().filter(|e| e.0 == index);
+        let added = |(role, delta): (Role, &[f32])| {
+            let changed = weight(block, role).iter().zip(delta).map(|(w, d)| w + d).collect();
+            vec![(role, changed)]
+        };
+        Ok(own.map(|e| added((e.1, e.2))).collect())
+    };
+    let probes = probe(pass, &windows, &mut replace, &mut |_, _| {}).unwrap();
+
+    let rope = RopeTable::new(&spec.rope, windows.length).unwrap();
+    let head = Head::load(&spec, &input).unwrap();
+    let mut h = Embedding::load(&spec, &input).unwrap().embed(&windows.tokens[0]).unwrap();
+    let mut traced = Vec::new();
+    for index in 0..spec.layers {
+        let block = Block::load(&spec, index, &input).unwrap();
+        let (out, trace) = block.forward_traced(&h, &rope).unwrap();
+        h = out;
+        if blocks.contains(&index) {
+            traced.push((block, trace));
+        }
+    }
+    let predictions = predictions(&head, &h);
+    const SAMPLES: u64 = 300;
+    let mut gram = [[0.0f64; 3]; 3];
+    for sample in 0..SAMPLES {
+        let grad = drawn(&predictions, 1000 + sample);
+        let mut back = head.backward(&h, &grad, None).unwrap();
+        let mut along = [0.0f64; 3];
+        for ((block, trace), index) in traced.iter().zip(blocks).rev() {
+            let mut gradients = block.no_gradients();
+            back = block.backward(trace, &rope, back, Some(&mut gradients)).unwrap();
+            for (a, (_, role, delta)) in along.iter_mut().zip(&errors).filter(|(_, e)| e.0 == index) {
+                let g = &gradients.linears[*role as usize];
+                *a = g.iter().zip(*delta).map(|(g, d)| f64::from(g * d)).sum();
+            }
+        }
+        for (row, a) in gram.iter_mut().zip(along) {
+            row.iter_mut().zip(along).for_each(|(s, b)| *s += a * b / SAMPLES as f64);
+        }
+    }
+    let positions = (windows.length - 1) as f64;
+    let kl: Vec<f64> = probes.kl.concat();
+    assert_eq!(kl.len(), 3);
+    for a in 0..3 {
+        let expected = 0.5 * gram[a][a] / positions;
+        assert!((kl[a] / expected - 1.0).abs() < 0.3, "{a}: {} and {expected}", kl[a]);
+        for b in 0..3 {
+            let expected = gram[a][b] / (gram[a][a] * gram[b][b]).sqrt();
+            let found = probes.cross[3 * a + b];
+            assert!((found - expected).abs() < 0.2, "{a}, {b}: {found} and {expected}");
+        }
+    }
+    assert!(probes.cross[5] > 0.5, "the shared part shows: {:?}", probes.cross);
 }

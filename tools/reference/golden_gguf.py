@@ -12,12 +12,14 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as Type
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
+         "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "NVFP4")
 
 # Where the half-precision numbers of a block lie: random bits would make them NaN.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
+    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
 }
 
 
@@ -30,6 +32,14 @@ def blocks(generator, name, rows):
         data[:, :, at:at + 2] = halves[..., None].view(np.uint8)
     if name == "MXFP4":
         data[:, :, 0] = generator.integers(0, 255, data.shape[:2])  # 255 stands for NaN
+    if name == "IQ1_M":
+        # Nibble j of the half is the upper nibble of word j of the last four.
+        halves = (generator.standard_normal(rows) * 0.01).astype(np.float16).view(np.uint16)
+        for j in range(4):
+            nibble = (halves >> (4 * j) & 15).astype(np.uint8)
+            data[:, 0, 49 + 2 * j] = data[:, 0, 49 + 2 * j] & 15 | nibble << 4
+    if name == "NVFP4":
+        data[:, :, :4] &= 127  # unsigned
     if name == "TQ1_0":
         # Any byte decodes, but a writer makes only those of five digits.
         digits = generator.integers(0, 3 ** 5, (rows, 1, 48))

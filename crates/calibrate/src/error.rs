@@ -100,6 +100,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// An importance matrix that cannot be read.
+    #[error("{file}: not usable as an importance matrix: {reason}", file = file.display())]
+    Imatrix {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// A file operation failed.
     #[error("{path}: {source}", path = path.display())]
     Io {

@@ -9,7 +9,7 @@ use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, Embedding, Head, ModelSpec, RopeTable};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// Windows computed at a time; more than any core count in use would only cost memory.
@@ -31,7 +31,7 @@ pub struct Comparison<'a> {
 }
 
 /// The result of an evaluation.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Windows scored.
     pub windows: usize,

@@ -256,6 +256,32 @@ fn begins_with_special(whole: &Value) -> bool {
     first(processor) || processor["processors"].as_array().is_some_and(|all| all.iter().any(first))
 }
 
+/// The tokenizer in `gguf`, which is `file`, as the files of a model folder: their names and contents.
+///
+/// # Errors
+/// [`Error::Tokenizer`] where it is missing or not recognised.
+pub fn tokenizer_files(gguf: &Gguf, file: &Path) -> Result<Vec<(&'static str, Value)>, Error> {
+    let fail = |reason| Error::Tokenizer { file: file.to_owned(), reason };
+    let (json, bos) = tokenizer_json(gguf).map_err(fail)?;
+    let tokens = gguf.get(&key("tokens")).and_then(Meta::items).unwrap_or_default();
+    let token = |name: &str| {
+        let id = gguf.get(&key(&format!("{name}_token_id")))?.unsigned()?;
+        tokens.get(usize::try_from(id).ok()?)?.text()
+    };
+    let eos = matches!(gguf.get(&key("add_eos_token")), Some(Meta::Bool(true)));
+    let mut settings =
+        json!({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos, "add_eos_token": eos});
+    for (name, own) in [("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")] {
+        if let Some(text) = token(name) {
+            settings[format!("{own}_token")] = json!(text);
+        }
+    }
+    if let Some(template) = gguf.get("tokenizer.chat_template").and_then(Meta::text) {
+        settings["chat_template"] = json!(template);
+    }
+    Ok(vec![("tokenizer.json", json), ("tokenizer_config.json", settings)])
+}
+
 /// The `tokenizer.json` equal to the tokenizer in `gguf`, and whether texts begin with BOS.
 ///
 /// # Errors

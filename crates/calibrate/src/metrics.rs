@@ -1,7 +1,7 @@
 //! Numbers that say how far one predictor of tokens is from the text, and from another predictor.
 
 use crate::windows::splitmix;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What one window contributes: per-token losses, and per-position differences to a reference.
 #[derive(Debug, Clone, Default)]
@@ -65,7 +65,7 @@ impl<'a> Distribution<'a> {
 }
 
 /// Perplexity of a text.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// exp of the mean loss.
     pub value: f64,
@@ -85,7 +85,7 @@ impl Perplexity {
 }
 
 /// Mean, spread and quantiles of a set of numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Arithmetic mean.
     pub mean: f64,
@@ -102,7 +102,7 @@ pub struct Summary {
 }
 
 /// How a model's predictions differ from a reference's on the same text.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// KL(reference ‖ model), nats, over every position after the first of each window.
     pub kl: Summary,
@@ -120,6 +120,28 @@ pub struct Divergence {
     pub ln_perplexity_ratio: (f64, f64),
     /// Positions compared.
     pub positions: usize,
+    /// How many positions have which divergence.
+    pub histogram: Histogram,
+}
+
+/// Positions by the size of their divergence, in bins of equal width on a logarithmic axis.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// Upper edge of each bin, nats; the last one takes everything above, too.
+    pub edges: Vec<f64>,
+    /// Positions in each bin.
+    pub counts: Vec<usize>,
+}
+
+impl Histogram {
+    /// Bins from 10⁻⁷ to 10², four to a decade.
+    fn of(values: &[f64]) -> Self {
+        const BINS: usize = 36;
+        let edges: Vec<f64> = (1..=BINS).map(|i| 10f64.powf(-7.0 + i as f64 / 4.0)).collect();
+        let mut counts = vec![0; BINS];
+        values.iter().for_each(|v| counts[edges.partition_point(|edge| edge < v).min(BINS - 1)] += 1);
+        Histogram { edges, counts }
+    }
 }
 
 impl Divergence {
@@ -151,6 +173,7 @@ impl Divergence {
             delta_p_quantiles: [0.01, 0.05, 0.5, 0.95, 0.99].map(|p| quantile(&delta, p)),
             ln_perplexity_ratio: mean_and_error(&ratio),
             positions,
+            histogram: Histogram::of(&kl),
         }
     }
 }
@@ -209,6 +232,10 @@ mod tests {
         assert_eq!(quantile(&[1.0, 2.0], 0.5), 1.5);
         let p = Perplexity::of(&[2.0, 2.0, 2.0]);
         assert_eq!((p.value, p.error), (2f64.exp(), 0.0));
+        let h = Histogram::of(&[0.0, 1e-9, 0.5, 0.5, 1e6]);
+        assert_eq!((h.counts.iter().sum::<usize>(), h.counts[0], h.counts[35]), (5, 2, 1));
+        let at = h.edges.iter().position(|&e| e >= 0.5).unwrap();
+        assert_eq!(h.counts[at], 2);
         // The bootstrap of n means has the standard error σ/√n.
         let means: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
         assert!((bootstrap_error(&means) - 0.5 / 20.0).abs() < 0.002);

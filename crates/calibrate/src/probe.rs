@@ -4,15 +4,24 @@
 //! divergence from the untouched model is what those replacements cost. A probe shares the model's activations up to its
 //! block and has a stream of its own from there on, so one block is in memory at a time, and all probes together cost
 //! about as much as (probes per block) × (blocks) ÷ 2 evaluations of the probe text.
+//!
+//! The same logits give what errors in two places do together. To second order, KL = ½·Var_p(z) with z the change of the
+//! logits and p the model's prediction; for z = Σ z_a that is ½·Σ_a Σ_b Cov_p(z_a, z_b). This is the Gram form of the
+//! augmented Hessian (methods part 2.11): z_a in the direction of a token is ⟨g, δ_a⟩ with g the gradient of that token's
+//! log-probability and δ_a the error of the weights, and the covariance is E[⟨g, δ_a⟩·⟨g, δ_b⟩] over the tokens that the model
+//! itself would say. Taking the differences forward gives the expectation over tokens exactly instead of by samples.
 
 use crate::collect::{Pass, rows};
 use crate::metrics::Distribution;
 use crate::{Error, SiteStats, Stream, StreamKind, Windows, in_order};
+use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_models::{Block, Head, Role, RopeTable};
 use candle_core::{Device, Tensor};
 
-/// Positions whose logits exist at a time.
+/// Positions whose logits exist at a time, at most.
 const POSITIONS: usize = 128;
+/// Logits of all probes that exist at a time in one thread, unless those of one position are more.
+const LOGITS: usize = 1 << 23;
 /// Windows computed at a time.
 const BATCH: usize = 16;
 
@@ -22,9 +31,17 @@ pub type Replacement = Vec<(Role, Vec<f32>)>;
 /// Names the replacements to measure in a block, given its index, its weights and what its sites see.
 pub type Replace<'a, E> = &'a mut dyn FnMut(usize, &Block, &[SiteStats; 4]) -> Result<Vec<Replacement>, E>;
 
-/// Measures the replacements that `replace` names for every block, given what its sites see; the result has an entry for
-/// each, in order: its mean KL divergence (nats per position) from the untouched model. `progress` is told (steps done,
-/// steps in all).
+/// What probes measured.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probes {
+    /// For every block and each of its replacements: mean KL divergence (nats per position) from the untouched model.
+    pub kl: Vec<Vec<f64>>,
+    /// Correlations of what two replacements do to the logits, row-major over all replacements in order.
+    pub cross: Vec<f64>,
+}
+
+/// Measures the replacements that `replace` names for every block, given what its sites see. `progress` is told (steps
+/// done, steps in all).
 ///
 /// # Errors
 /// Whatever reading and running the model reports; errors of `replace`.
@@ -33,7 +50,7 @@ pub fn probe<E: From<Error>>(
     windows: &Windows,
     replace: Replace<'_, E>,
     progress: &mut dyn FnMut(usize, usize),
-) -> Result<Vec<Vec<f64>>, E> {
+) -> Result<Probes, E> {
     let (spec, length) = (pass.spec, windows.length);
     let rope = RopeTable::new(&spec.rope, length).map_err(Error::from)?;
     let mut streams: Vec<Stream> = Vec::new();
@@ -73,9 +90,10 @@ pub fn probe<E: From<Error>>(
         progress(index + 1, spec.layers + 1);
     }
     let head = Head::load(spec, pass.model).map_err(Error::from)?;
-    let mut flat = divergences(&head, &base, &streams, length)?.into_iter();
+    let (kl, cross) = divergences(&head, &base, &streams, length)?;
+    let mut flat = kl.into_iter();
     progress(spec.layers + 1, spec.layers + 1);
-    Ok(counts.into_iter().map(|n| flat.by_ref().take(n).collect()).collect())
+    Ok(Probes { kl: counts.into_iter().map(|n| flat.by_ref().take(n).collect()).collect(), cross })
 }
 
 /// Moves every window past `block`, from one stream to another (or in place).
@@ -89,10 +107,11 @@ fn advance(block: &Block, rope: &RopeTable, from: &Stream, to: &Stream, length: 
     in_order(from.windows(), BATCH, step, |_, _| Ok(()))
 }
 
-/// Mean KL(base ‖ stream) over the positions after the first, for every stream.
-fn divergences(head: &Head, base: &Stream, streams: &[Stream], length: usize) -> Result<Vec<f64>, Error> {
-    let mut sums = vec![0.0; streams.len()];
-    let window = |w| -> Result<Vec<f64>, Error> {
+/// Mean KL(base ‖ stream) over the positions after the first, for every stream, and the correlations of all pairs.
+fn divergences(head: &Head, base: &Stream, streams: &[Stream], length: usize) -> Result<(Vec<f64>, Vec<f64>), Error> {
+    let probes = streams.len();
+    let mut sums = Sums::new(probes);
+    let window = |w| -> Result<Sums, Error> {
         let hidden = |s: &Stream| -> Result<Tensor, Error> {
             let values = s.read(w)?;
             let width = values.len() / length;
@@ -100,28 +119,86 @@ fn divergences(head: &Head, base: &Stream, streams: &[Stream], length: usize) ->
         };
         let own = hidden(base)?;
         let others = streams.iter().map(hidden).collect::<Result<Vec<_>, _>>()?;
-        let mut sums = vec![0.0; streams.len()];
-        for from in (1..length).step_by(POSITIONS) {
-            let count = POSITIONS.min(length - from);
-            let logits = |h: &Tensor| -> Result<Vec<f32>, Error> { rows(&head.logits(&h.narrow(0, from, count)?)?) };
-            let reference = logits(&own)?;
-            let vocab = reference.len() / count;
-            let reference: Vec<Distribution<'_>> = reference.chunks(vocab).map(Distribution::new).collect();
-            let probabilities: Vec<Vec<f32>> = reference.iter().map(Distribution::probabilities).collect();
-            for (sum, other) in sums.iter_mut().zip(&others) {
-                let other = logits(other)?;
-                let each = reference.iter().zip(&probabilities).zip(other.chunks(vocab));
-                *sum += each.map(|((d, p), q)| d.divergence_by(p, &Distribution::new(q))).sum::<f64>();
+        let mut sums = Sums::new(probes);
+        let logits = |h: &Tensor| -> Result<Vec<f32>, Error> { rows(&head.logits(h)?) };
+        let vocab = logits(&own.narrow(0, 0, 1)?)?.len();
+        let step = (LOGITS / (probes * vocab).max(1)).clamp(1, POSITIONS);
+        for from in (1..length).step_by(step) {
+            let count = step.min(length - from);
+            let reference = logits(&own.narrow(0, from, count)?)?;
+            let parts = others.iter().map(|h| h.narrow(0, from, count)).collect::<Result<Vec<_>, _>>()?;
+            if !parts.is_empty() {
+                sums.add(&reference, logits(&Tensor::cat(&parts, 0)?)?, vocab);
             }
         }
         Ok(sums)
     };
     in_order(base.windows(), BATCH, window, |_, batch| {
-        for window in batch {
-            sums.iter_mut().zip(window).for_each(|(sum, s)| *sum += s);
-        }
+        batch.iter().for_each(|window| sums.merge(window));
         Ok::<(), Error>(())
     })?;
     let positions = (base.windows() * (length - 1)) as f64;
-    Ok(sums.into_iter().map(|s| s / positions).collect())
+    Ok((sums.kl.iter().map(|s| s / positions).collect(), sums.correlations()))
+}
+
+/// What is summed over positions.
+struct Sums {
+    /// KL divergence of every probe.
+    kl: Vec<f64>,
+    /// Covariances of the probes' changes of logits, `[probes, probes]`.
+    covariance: Vec<f64>,
+}
+
+impl Sums {
+    fn new(probes: usize) -> Self {
+        Sums { kl: vec![0.0; probes], covariance: vec![0.0; probes * probes] }
+    }
+
+    fn merge(&mut self, other: &Sums) {
+        self.kl.iter_mut().zip(&other.kl).for_each(|(a, b)| *a += b);
+        self.covariance.iter_mut().zip(&other.covariance).for_each(|(a, b)| *a += b);
+    }
+
+    /// Adds some positions: logits `reference: [positions, vocab]` and `probed: [probes, positions, vocab]`.
+    ///
+    /// The change z of the logits at a position, centred under p and weighted by √p, makes the covariance of two probes
+    /// a plain product: Cov_p(z_a, z_b) = Σ_v p_v·(z_a − E z_a)_v·(z_b − E z_b)_v.
+    fn add(&mut self, reference: &[f32], mut probed: Vec<f32>, vocab: usize) {
+        let (probes, positions) = (self.kl.len(), reference.len() / vocab);
+        for (at, base) in reference.chunks_exact(vocab).enumerate() {
+            let d = Distribution::new(base);
+            let p = d.probabilities();
+            let root: Vec<f32> = p.iter().map(|p| p.sqrt()).collect();
+            for (probe, sum) in self.kl.iter_mut().enumerate() {
+                let q = &mut probed[(probe * positions + at) * vocab..][..vocab];
+                *sum += d.divergence_by(&p, &Distribution::new(q));
+                let mean: f64 =
+                    p.iter().zip(q.iter().zip(base)).map(|(&p, (&q, &b))| f64::from(p) * f64::from(q - b)).sum();
+                for ((q, &b), &root) in q.iter_mut().zip(base).zip(&root) {
+                    *q = root * (*q - b - mean as f32);
+                }
+            }
+        }
+        let width = positions * vocab;
+        let (all, mut product) = (View::new(&probed, probes, width, width), vec![0.0f32; probes * probes]);
+        gemm(1.0, all, all.t(), 0.0, &mut ViewMut::new(&mut product, probes, probes, probes));
+        self.covariance.iter_mut().zip(product).for_each(|(sum, v)| *sum += f64::from(v));
+    }
+
+    fn correlations(&self) -> Vec<f64> {
+        let n = self.kl.len();
+        let at = |a: usize, b: usize| self.covariance[a * n + b];
+        let of = |a: usize, b: usize| {
+            let scale = (at(a, a) * at(b, b)).sqrt();
+            let symmetric = 0.5 * (at(a, b) + at(b, a));
+            if a == b {
+                1.0
+            } else if scale > 0.0 {
+                (symmetric / scale).clamp(-1.0, 1.0)
+            } else {
+                0.0
+            }
+        };
+        (0..n * n).map(|i| of(i / n, i % n)).collect()
+    }
 }

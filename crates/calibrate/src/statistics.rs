@@ -1,11 +1,11 @@
 //! Statistics as a file: what one calibration pass saw at every site, for any number of runs after it.
 //!
 //! A safetensors file of, for block `b` and site `s`, `b.s.hessian` (F32 `[n(n+1)/2]`, the upper triangle of E[x·xᵀ] by
-//! rows), `b.s.mean`, `b.s.mean_abs` and `b.s.abs_max` (F32 `[n]`), the optional `sensitivity` (F64 `[blocks, 4]`, see
-//! [`Statistics::sensitivity`]), and `about` (U8): JSON that names the model and the text by their hashes. Several files
+//! rows), `b.s.mean`, `b.s.mean_abs`, `b.s.abs_max` and, optionally, `b.s.fourth` (F32 `[n]`), the optional `sensitivity` (F64
+//! `[blocks, 4]`, see [`Statistics::sensitivity`]) and `cross` (F64 `[sites, sites]`, see [`Statistics::cross`]), and `about` (U8): JSON that names the model and the text by their hashes. Several files
 //! of one model are read as a mixture by weight, which is how texts are mixed without running any of them again.
 
-use crate::{Error, SiteStats, Windows};
+use crate::{Error, SiteStats, Spread, Windows};
 use bitmill_checkpoint::{Checkpoint, Dtype, Output, OutputPlan, TensorSpec};
 use bitmill_models::{ModelSpec, SITES, Site};
 use serde::{Deserialize, Serialize};
@@ -85,13 +85,17 @@ impl StatisticsWriter {
         let about = serde_json::to_vec(&json!(about)).unwrap_or_default();
         let mut specs = vec![TensorSpec::new("about", Dtype::U8, [about.len()])];
         if sensitivity {
+            let sites = spec.layers * SITES.len();
             specs.push(TensorSpec::new("sensitivity", Dtype::F64, [spec.layers, SITES.len()]));
+            specs.push(TensorSpec::new("cross", Dtype::F64, [sites, sites]));
         }
         for (block, site) in (0..spec.layers).flat_map(|b| SITES.iter().map(move |s| (b, s))) {
             let n = width(spec, site);
             specs.push(TensorSpec::new(key(block, site, "hessian"), Dtype::F32, [triangle(n)]));
-            specs
-                .extend(["mean", "mean_abs", "abs_max"].map(|w| TensorSpec::new(key(block, site, w), Dtype::F32, [n])));
+            specs.extend(
+                ["mean", "mean_abs", "abs_max", "fourth"]
+                    .map(|w| TensorSpec::new(key(block, site, w), Dtype::F32, [n])),
+            );
         }
         let plan = OutputPlan::new(specs, u64::MAX)?;
         let mut draft = to.as_os_str().to_owned();
@@ -111,21 +115,24 @@ impl StatisticsWriter {
         let (n, h) = (stats.width(), stats.hessian());
         let upper = (0..n).flat_map(|i| h[i * n + i..(i + 1) * n].iter());
         self.output.write(&key(block, site, "hessian"), &upper.flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
-        let (mean, mean_abs) = (stats.mean(), stats.mean_abs());
-        for (what, values) in [("mean", &mean[..]), ("mean_abs", &mean_abs), ("abs_max", stats.abs_max())] {
+        let (mean, mean_abs, fourth) = (stats.mean(), stats.mean_abs(), stats.fourth());
+        let all = [("mean", &mean[..]), ("mean_abs", &mean_abs), ("abs_max", stats.abs_max()), ("fourth", &fourth)];
+        for (what, values) in all {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             self.output.write(&key(block, site, what), &bytes)?;
         }
         Ok(())
     }
 
-    /// Writes the sensitivities, `[blocks][4]` in the order of [`SITES`].
+    /// Writes the sensitivities, `[blocks][4]` in the order of [`SITES`], and the correlations of sites,
+    /// `[sites, sites]`.
     ///
     /// # Errors
     /// Those of the disk.
-    pub fn sensitivity(&self, values: &[[f64; 4]]) -> Result<(), Error> {
-        let bytes: Vec<u8> = values.iter().flatten().flat_map(|v| v.to_le_bytes()).collect();
-        Ok(self.output.write("sensitivity", &bytes)?)
+    pub fn sensitivity(&self, values: &[[f64; 4]], cross: &[f64]) -> Result<(), Error> {
+        let bytes = |values: &mut dyn Iterator<Item = &f64>| values.flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        self.output.write("sensitivity", &bytes(&mut values.iter().flatten()))?;
+        Ok(self.output.write("cross", &bytes(&mut cross.iter()))?)
     }
 
     /// Makes the file durable and gives it its name.
@@ -268,6 +275,38 @@ impl Statistics {
         Ok(Some(mixed))
     }
 
+    /// Correlations of what errors at two sites do to the predictions, row-major `[sites, sites]` with site `4·block + s`:
+    /// the KL divergence of errors at all sites is Σ_a Σ_b c_ab·√(d_a·d_b), with d_a that of site a alone. `None` where a
+    /// file was made without.
+    ///
+    /// # Errors
+    /// [`Error::Statistics`] when it holds numbers that are no correlations.
+    pub fn cross(&self) -> Result<Option<Vec<f64>>, Error> {
+        let mut mixed: Vec<f64> = Vec::new();
+        for part in &self.parts {
+            let Ok(view) = part.file.tensor("cross") else { return Ok(None) };
+            let values: Vec<f64> = view.bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
+            if values.iter().any(|v| !(-1.001..=1.001).contains(v)) {
+                return Err(part.wrong("a correlation of sites is outside of -1 to 1".into()));
+            }
+            mixed.resize(values.len(), 0.0);
+            mixed.iter_mut().zip(values).for_each(|(m, v)| *m += part.share * v);
+        }
+        Ok(Some(mixed))
+    }
+
+    /// How far the activation of a site is from evenly spread numbers, given its H.
+    ///
+    /// # Errors
+    /// As [`Statistics::mean`].
+    pub fn spread(&self, block: usize, site: &Site, h: &[f32]) -> Result<Spread, Error> {
+        let max = self.abs_max(block, site)?;
+        let square: Vec<f64> = h.iter().step_by(max.len() + 1).map(|&v| f64::from(v)).collect();
+        let name = key(block, site, "fourth");
+        let fourth = self.parts.iter().all(|p| p.file.contains(&name)).then(|| self.mixed(&name)).transpose()?;
+        Ok(Spread::of(&square, fourth.as_deref(), &max))
+    }
+
     /// Σ share · values over the parts.
     fn mixed(&self, name: &str) -> Result<Vec<f32>, Error> {
         if let [part] = &self.parts[..] {
@@ -305,6 +344,9 @@ impl Part {
         }
         if part.file.contains("sensitivity") {
             part.require("sensitivity", Dtype::F64, &[spec.layers, SITES.len()])?;
+        }
+        if part.file.contains("cross") {
+            part.require("cross", Dtype::F64, &[spec.layers * SITES.len(); 2])?;
         }
         // Shapes come first: "another architecture" says more than "other weights".
         if part.about.model != model {

@@ -2,6 +2,7 @@
 
 use bitmill_kernels::syrk;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// Streaming statistics of the activations `x: [tokens, n]` that feed one site's linears.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +17,8 @@ pub struct SiteStats {
     weighted_sum: Vec<f64>,
     sum: Vec<f64>,
     abs_sum: Vec<f64>,
+    /// Σ x⁴.
+    fourth_sum: Vec<f64>,
     abs_max: Vec<f32>,
 }
 
@@ -31,6 +34,7 @@ impl SiteStats {
             weighted_sum: vec![0.0; n],
             sum: vec![0.0; n],
             abs_sum: vec![0.0; n],
+            fourth_sum: vec![0.0; n],
             abs_max: vec![0.0; n],
         }
     }
@@ -71,13 +75,15 @@ impl SiteStats {
         let n = self.n;
         self.tokens += (x.len() / n) as u64;
         const COLUMNS: usize = 64;
-        let bands = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
-        bands.zip(self.abs_max.par_chunks_mut(COLUMNS)).enumerate().for_each(|(band, ((sum, abs_sum), abs_max))| {
+        let sums = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
+        let rest = self.abs_max.par_chunks_mut(COLUMNS).zip(self.fourth_sum.par_chunks_mut(COLUMNS));
+        sums.zip(rest).enumerate().for_each(|(band, ((sum, abs_sum), (abs_max, fourth)))| {
             for row in x.chunks_exact(n) {
                 let row = &row[band * COLUMNS..band * COLUMNS + sum.len()];
                 for (j, &v) in row.iter().enumerate() {
                     sum[j] += f64::from(v);
                     abs_sum[j] += f64::from(v.abs());
+                    fourth[j] += f64::from(v * v).powi(2);
                     abs_max[j] = abs_max[j].max(v.abs());
                 }
             }
@@ -133,10 +139,24 @@ impl SiteStats {
         self.abs_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
     }
 
+    /// E[x⁴], per input.
+    #[must_use]
+    pub fn fourth(&self) -> Vec<f32> {
+        self.fourth_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+    }
+
     /// max |x|, per input.
     #[must_use]
     pub fn abs_max(&self) -> &[f32] {
         &self.abs_max
+    }
+
+    /// The shape of the distribution: what makes an activation hard to round.
+    #[must_use]
+    pub fn spread(&self) -> Spread {
+        let scale = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        let square: Vec<f64> = (0..self.n).map(|i| f64::from(self.gram[i * self.n + i]) * scale).collect();
+        Spread::of(&square, Some(&self.fourth()), &self.abs_max)
     }
 
     /// Whether every number is finite.
@@ -146,9 +166,43 @@ impl SiteStats {
     }
 }
 
+/// How far an activation is from evenly spread numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// E[x⁴]/E[x²]² over all inputs: 3 for normal numbers, more where few are large. `None` where fourth moments are
+    /// not known.
+    pub kurtosis: Option<f64>,
+    /// Largest magnitude over the root mean square.
+    pub peak: f64,
+    /// Root mean square of the largest input over that of the median one.
+    pub outlier: f64,
+}
+
+impl Spread {
+    /// From E[x²], E[x⁴] and max |x|, each per input.
+    #[must_use]
+    pub fn of(square: &[f64], fourth: Option<&[f32]>, abs_max: &[f32]) -> Self {
+        let n = square.len().max(1) as f64;
+        let mean = square.iter().sum::<f64>() / n;
+        let mut sorted = square.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (median, largest) =
+            (sorted.get(sorted.len() / 2).copied().unwrap_or(0.0), sorted.last().copied().unwrap_or(0.0));
+        let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
+        let peak = abs_max.iter().fold(0.0f32, |a, &v| a.max(v));
+        let fourth = fourth.map(|f| f.iter().map(|&v| f64::from(v)).sum::<f64>() / n);
+        Spread {
+            kurtosis: fourth.map(|f| ratio(f, mean * mean)),
+            peak: ratio(f64::from(peak), mean.sqrt()),
+            outlier: ratio(largest, median).sqrt(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::splitmix;
 
     #[test]
     fn a_weight_of_k_is_the_token_k_times() {
@@ -167,6 +221,25 @@ mod tests {
         }
         assert!(weighted.hessian().iter().zip(copied.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
         assert!(weighted.centre().iter().zip(copied.mean()).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+
+    #[test]
+    fn spread_knows_normal_numbers_and_outliers() {
+        let (tokens, n) = (4000, 16);
+        // Sums of twelve uniform numbers are nearly normal, with kurtosis 2.9.
+        let unit = |i: usize| (splitmix(i as u64) >> 11) as f32 / (1u64 << 53) as f32;
+        let normal = |i: usize| (0..12).map(|k| unit(12 * i + k)).sum::<f32>() - 6.0;
+        let mut x: Vec<f32> = (0..tokens * n).map(normal).collect();
+        let spread = |x: &[f32]| {
+            let mut s = SiteStats::new(n);
+            s.add(x);
+            s.spread()
+        };
+        let even = spread(&x);
+        assert!((even.kurtosis.unwrap() - 2.9).abs() < 0.05 && even.outlier < 1.1 && even.peak < 6.0, "{even:?}");
+        x.iter_mut().step_by(n).for_each(|v| *v *= 20.0);
+        let loud = spread(&x);
+        assert!((loud.outlier / 20.0 - 1.0).abs() < 0.1 && loud.kurtosis.unwrap() > 30.0, "{loud:?}");
     }
 
     #[test]

@@ -102,6 +102,15 @@ impl Tokenizer {
         self.checked(encoding.get_ids().to_vec(), vocab)
     }
 
+    /// The text that `ids` stand for, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the tokenizer cannot decode them.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
+        let fail = |e: tokenizers::Error| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() };
+        self.inner.decode(ids, true).map_err(fail)
+    }
+
     /// The token that opens every window, if the model was trained with one.
     #[must_use]
     pub fn bos(&self) -> Option<u32> {

@@ -15,6 +15,17 @@ pub struct Windows {
     pub text_tokens: usize,
 }
 
+/// Most tokens of a held-out window.
+const HELD_LENGTH: usize = 512;
+
+/// Where window `i` starts.
+fn start(i: usize, stride: usize, seed: u64) -> usize {
+    match seed {
+        0 => i * stride,
+        _ => i * stride + (splitmix(seed.wrapping_add(i as u64)) % stride.max(1) as u64) as usize,
+    }
+}
+
 impl Windows {
     /// Cuts `text` (token ids without special tokens) into at most `count` windows of `length` tokens.
     ///
@@ -41,10 +52,7 @@ impl Windows {
         }
         let count = count.clamp(1, (text.len() / take).max(1));
         let stride = (text.len() - length) / count;
-        let start = |i: usize| match seed {
-            0 => i * stride,
-            _ => i * stride + (splitmix(seed.wrapping_add(i as u64)) % stride.max(1) as u64) as usize,
-        };
+        let start = |i| start(i, stride, seed);
         let window = |i| bos.into_iter().chain(text[start(i)..start(i) + take].iter().copied()).collect();
         Ok(Windows { tokens: (0..count).map(window).collect(), length, text_tokens: text.len() })
     }
@@ -61,12 +69,49 @@ impl Windows {
         count: usize,
         seed: u64,
     ) -> Result<Self, Error> {
+        Ok(Windows::with_held_out(texts, tokenizer, vocab, (length, count, seed), 0)?.0)
+    }
+
+    /// As [`Windows::from_texts`] with `(length, count, seed)`, and at most `held` windows of at most 512 tokens that share
+    /// no token with those: they lie in the gaps between them, evenly over the text. `None` where the gaps are too
+    /// small.
+    ///
+    /// # Errors
+    /// As [`Windows::from_texts`].
+    pub fn with_held_out(
+        texts: &[(String, String)],
+        tokenizer: &Tokenizer,
+        vocab: usize,
+        (length, count, seed): (usize, usize, u64),
+        held: usize,
+    ) -> Result<(Self, Option<Self>), Error> {
         let mut ids = Vec::new();
         for (_, text) in texts {
             ids.extend(tokenizer.encode(text, vocab)?);
         }
         let names: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
-        Windows::pack(&names.join(", "), &ids, tokenizer.bos(), length, count, seed)
+        let windows = Windows::pack(&names.join(", "), &ids, tokenizer.bos(), length, count, seed)?;
+        let gaps = Windows::gaps(&ids, tokenizer.bos(), &windows, seed, held);
+        Ok((windows, gaps))
+    }
+
+    /// Windows of `text` between those that [`Windows::pack`] cut from it.
+    fn gaps(text: &[u32], bos: Option<u32>, packed: &Windows, seed: u64, held: usize) -> Option<Self> {
+        let (count, length) = (packed.count(), packed.length.min(HELD_LENGTH));
+        let begins = usize::from(bos.is_some());
+        let (take, own) = (packed.length - begins, length - begins);
+        let stride = (text.len() - packed.length) / count;
+        let start = |i: usize| start(i, stride, seed);
+        let gap = |i: usize| (start(i) + take, if i + 1 < count { start(i + 1) } else { text.len() });
+        let wanted = held.min(count);
+        let place = |j: usize| {
+            let (from, to) = gap(j * count / wanted);
+            let room = to.checked_sub(from)?.checked_sub(own)?;
+            Some(from + room / 2)
+        };
+        let window = |at: usize| bos.into_iter().chain(text[at..at + own].iter().copied()).collect();
+        let tokens: Vec<Vec<u32>> = (0..wanted).filter_map(place).map(window).collect();
+        (!tokens.is_empty()).then_some(Windows { tokens, length, text_tokens: text.len() })
     }
 
     /// The sentences of `texts`, one a line and blank lines skipped, each cut to at most `limit` tokens with the special
@@ -176,6 +221,7 @@ pub fn splitmix(x: u64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn windows_follow_the_meter() {
@@ -206,6 +252,12 @@ mod tests {
             if let Ok(w) = Windows::pack("t", &text, bos.then_some(9), length, count, seed) {
                 prop_assert!(w.count() >= 1 && w.count() <= count);
                 prop_assert!(w.tokens.iter().all(|t| t.len() == length));
+                // Held-out windows share no token with them.
+                let (b, seen): (_, BTreeSet<u32>) = (usize::from(bos), w.tokens.iter().flat_map(|t| &t[usize::from(bos)..]).copied().collect());
+                if let Some(held) = Windows::gaps(&text, bos.then_some(9), &w, seed, 5) {
+                    prop_assert!(held.count() <= 5 && held.tokens.iter().all(|t| t.len() == length.min(512)));
+                    prop_assert!(held.tokens.iter().all(|t| t[b..].iter().all(|id| !seen.contains(id))));
+                }
             }
         }
     }

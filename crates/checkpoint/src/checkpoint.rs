@@ -136,8 +136,8 @@ impl Checkpoint {
     }
 
     fn of_gguf(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, Error> {
-        let (mut shard, gguf) = Shard::gguf(path.to_owned(), bytes)?;
-        let factors = shard.tensor("rope_freqs.weight").map(|t| t.to_f32()).transpose()?;
+        let (mut shards, gguf) = gguf_shards(path, bytes)?;
+        let factors = shards.iter().find_map(|s| s.tensor("rope_freqs.weight")).map(|t| t.to_f32()).transpose()?;
         let wrong = |reason| Error::Json { file: path.to_owned(), reason };
         let config = gguf::config(&gguf, factors).map_err(wrong)?;
         let architecture = config["model_type"].as_str().unwrap_or_default().to_owned();
@@ -146,14 +146,15 @@ impl Checkpoint {
         let mut rules = Vec::new();
         for t in &gguf.tensors {
             let name = gguf::hf_name(&t.name).unwrap_or_else(|| t.name.clone());
-            if let Some(heads) = gguf::interleaved_heads(&architecture, &name, heads, kv_heads) {
+            let heads = gguf::interleaved_heads(&architecture, &name, heads, kv_heads);
+            if let (Some(heads), Some(shard)) = (heads, shards.iter_mut().find(|s| s.tensors.contains_key(&name))) {
                 shard.interleave(&name, heads)?;
             }
             if let (Storage::Block(kind), Some(module)) = (t.kind.storage, name.strip_suffix(".weight")) {
                 rules.push((module.to_owned(), Scheme::block(kind)));
             }
         }
-        let mut checkpoint = Checkpoint::assemble(path.to_owned(), config, vec![shard])?;
+        let mut checkpoint = Checkpoint::assemble(path.to_owned(), config, shards)?;
         checkpoint.dialect = Some(Dialect::by_name(crate::GGUF, rules));
         checkpoint.gguf = Some(gguf);
         Ok(checkpoint)
@@ -201,6 +202,16 @@ impl Checkpoint {
     pub fn spec(&self, name: &str) -> Option<&TensorSpec> {
         let shard = &self.shards[*self.place.get(name)?];
         shard.tensors.get(name).map(|(spec, _)| spec)
+    }
+
+    /// Shape of the numbers that the tensor `name` stands for: what is stored, but weights where a GGUF file has blocks.
+    #[must_use]
+    pub fn shape_of(&self, name: &str) -> Option<Vec<usize>> {
+        let stored = self.spec(name)?.shape.clone();
+        let scheme = name.strip_suffix(".weight").filter(|_| self.gguf.is_some()).and_then(|m| self.scheme_of(m));
+        let Some(form) = scheme.and_then(|s| s.form()) else { return Some(stored) };
+        let (&row, outer) = stored.split_last()?;
+        Some(outer.iter().copied().chain([row / form.bytes * form.len]).collect())
     }
 
     /// Whether the tensor `name` is stored.
@@ -310,6 +321,44 @@ impl Checkpoint {
         files.sort_unstable();
         Ok(files)
     }
+}
+
+/// The shards of the GGUF model in `path`, which may be any of them, and its header with the tensors of all.
+fn gguf_shards(path: &Path, bytes: Option<Vec<u8>>) -> Result<(Vec<Shard>, Gguf), Error> {
+    let (shard, mut gguf) = Shard::gguf(path.to_owned(), bytes)?;
+    let number = |gguf: &Gguf, key: &str| gguf.get(key).and_then(gguf::Value::unsigned);
+    let Some(count) = number(&gguf, gguf::SPLIT_COUNT).filter(|&n| n > 1) else { return Ok((vec![shard], gguf)) };
+    let wrong = |file: &Path, reason: String| Error::Json { file: file.to_owned(), reason };
+    let own = number(&gguf, gguf::SPLIT_NO).unwrap_or(0);
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let end = gguf::shard_end(own, count);
+    let stem = name.strip_suffix(&end).ok_or_else(|| {
+        wrong(
+            path,
+            format!("it is part {own} of {count}, so its name has to end in {end}, or its other parts cannot be found"),
+        )
+    })?;
+    let mut shards = Vec::new();
+    let mut tensors = Vec::new();
+    for no in 0..count {
+        let file = path.with_file_name(format!("{stem}{}", gguf::shard_end(no, count)));
+        let (shard, mut header) = Shard::gguf(file.clone(), None)?;
+        if (number(&header, gguf::SPLIT_NO), number(&header, gguf::SPLIT_COUNT)) != (Some(no), Some(count)) {
+            return Err(wrong(&file, format!("it does not say that it is part {no} of {count}")));
+        }
+        tensors.append(&mut header.tensors);
+        // Only the first describes the model.
+        if no == 0 {
+            gguf.metadata = header.metadata;
+        }
+        shards.push(shard);
+    }
+    let claimed = number(&gguf, gguf::SPLIT_TENSORS);
+    if claimed != Some(tensors.len() as u64) {
+        return Err(wrong(path, format!("its parts hold {} tensors where it claims {claimed:?}", tensors.len())));
+    }
+    gguf.tensors = tensors;
+    Ok((shards, gguf))
 }
 
 /// The scale type stored as `dtype`.

@@ -88,17 +88,62 @@ impl OutputPlan {
         Ok(plan)
     }
 
-    /// Lays out one GGUF file of the name `file`: `constants`, whose bytes are written with the header, then `tensors`.
-    /// Each of these is written under the name beside its description, which is the one a model folder has for it.
+    /// Lays out one GGUF file called `stem`.gguf, or as many as it takes for none to hold more than `limit` bytes of tensors
+    /// (a larger tensor gets one of its own): `constants`, whose bytes are written with the header, then `tensors`. Each of
+    /// these is written under the name beside its description, which is the one a model folder has for it.
     ///
     /// # Errors
     /// [`Error::Layout`] for what a loader of GGUF would refuse.
     pub fn gguf(
-        file: &str,
+        stem: &str,
         metadata: &[(String, gguf::Value)],
         constants: &[(GgufSpec, Vec<u8>)],
         tensors: &[(String, GgufSpec)],
+        limit: u64,
     ) -> Result<Self, Error> {
+        let constant: u64 = constants.iter().map(|(spec, _)| spec.bytes() as u64).sum();
+        let mut parts: Vec<&[(String, GgufSpec)]> = Vec::new();
+        let (mut from, mut filled) = (0, constant);
+        for (i, (_, spec)) in tensors.iter().enumerate() {
+            let bytes = spec.bytes() as u64;
+            if i > from && filled.saturating_add(bytes) > limit {
+                parts.push(&tensors[from..i]);
+                (from, filled) = (i, 0);
+            }
+            filled = filled.saturating_add(bytes);
+        }
+        parts.push(&tensors[from..]);
+        let (count, all) = (parts.len(), constants.len() + tensors.len());
+        let mut plan = OutputPlan { shards: Vec::new(), index: None, places: BTreeMap::new(), payload: 0 };
+        for (no, part) in parts.into_iter().enumerate() {
+            let mut keys = if no == 0 { metadata.to_vec() } else { Vec::new() };
+            let name = match count {
+                1 => format!("{stem}.gguf"),
+                _ => {
+                    let short = |n: usize| {
+                        let n =
+                            u16::try_from(n).map_err(|_| layout_error(stem, "more than 65535 files; raise their size"));
+                        Ok::<_, Error>(gguf::Value::U16(n?))
+                    };
+                    keys.push((gguf::SPLIT_NO.into(), short(no)?));
+                    keys.push((gguf::SPLIT_COUNT.into(), short(count)?));
+                    keys.push((gguf::SPLIT_TENSORS.into(), gguf::Value::I32(i32::try_from(all).unwrap_or(i32::MAX))));
+                    format!("{stem}{}", gguf::shard_end(no as u64, count as u64))
+                }
+            };
+            plan.add_gguf(name, &keys, if no == 0 { constants } else { &[] }, part)?;
+        }
+        Ok(plan)
+    }
+
+    /// Appends one GGUF file.
+    fn add_gguf(
+        &mut self,
+        name: String,
+        metadata: &[(String, gguf::Value)],
+        constants: &[(GgufSpec, Vec<u8>)],
+        tensors: &[(String, GgufSpec)],
+    ) -> Result<(), Error> {
         let specs: Vec<GgufSpec> =
             constants.iter().map(|(spec, _)| spec).chain(tensors.iter().map(|(_, spec)| spec)).cloned().collect();
         let (mut header, offsets, size) = gguf::header(metadata, &specs)?;
@@ -109,14 +154,15 @@ impl OutputPlan {
             header.resize(offset as usize, 0);
             header.extend(bytes);
         }
-        let mut places = BTreeMap::new();
+        let shard = self.shards.len();
         for ((name, spec), &offset) in tensors.iter().zip(&offsets[constants.len()..]) {
-            if places.insert(name.clone(), Place { shard: 0, offset, bytes: spec.bytes() }).is_some() {
+            if self.places.insert(name.clone(), Place { shard, offset, bytes: spec.bytes() }).is_some() {
                 return Err(layout_error(name, "named twice"));
             }
         }
-        let payload = specs.iter().map(|s| s.bytes() as u64).sum();
-        Ok(OutputPlan { shards: vec![ShardPlan { name: file.to_owned(), header, size }], index: None, places, payload })
+        self.payload += specs.iter().map(|s| s.bytes() as u64).sum::<u64>();
+        self.shards.push(ShardPlan { name, header, size });
+        Ok(())
     }
 
     /// What is in the files besides tensors.

@@ -6,7 +6,7 @@ mod support;
 
 use bitmill_checkpoint::gguf::{GgufSpec, Storage, TYPES, Value, ValueType, by_storage, header, parse};
 use bitmill_checkpoint::{Checkpoint, Error, FORMATS, GGUF, OutputPlan, Weight};
-use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, Quantized, Scheme};
+use bitmill_scheme::{BLOCKS, Bits, BlockForm, BlockType, Granularity, Quantized, Scheme};
 use proptest::prelude::*;
 use safetensors::Dtype;
 use std::path::Path;
@@ -37,6 +37,18 @@ fn gguf_py_agrees_on_every_bit_of_every_type() {
     }
 }
 
+/// Random codes that the type allows.
+fn codes(form: &BlockForm, count: usize, random: &mut Random) -> Vec<u8> {
+    let Some(book) = form.codebook() else {
+        return (0..count).map(|_| random.below(form.levels.len() as u32) as u8).collect();
+    };
+    let mut codes = vec![0u8; count];
+    codes.chunks_mut(book.len).for_each(|v| book.vector(random.below(book.vectors as u32) as usize, v));
+    let flags = 1 << book.flags.bits(book.unit);
+    codes.chunks_mut(book.unit).for_each(|unit| book.set_flags(random.below(flags) as usize, unit));
+    codes
+}
+
 /// A matrix that uses every code and every integer.
 fn random(kind: BlockType, shape: [usize; 2], random: &mut Random) -> Quantized {
     let (form, scheme) = (kind.form(), Scheme::block(kind));
@@ -44,7 +56,7 @@ fn random(kind: BlockType, shape: [usize; 2], random: &mut Random) -> Quantized 
     let q = Quantized {
         scheme,
         shape,
-        codes: (0..shape[0] * shape[1]).map(|_| random.below(form.levels.len() as u32) as u8).collect(),
+        codes: codes(form, shape[0] * shape[1], random),
         scales: (0..blocks * form.reals())
             .map(|_| scheme.scale.round((random.below(2000) as f32 - 1000.0) * 1e-4))
             .collect(),
@@ -75,7 +87,8 @@ fn what_is_written_is_what_is_read_rows_in_order() {
             let kind = by_storage(Storage::Block(form.kind)).unwrap();
             let gguf_name = bitmill_checkpoint::gguf::gguf_name(&format!("{name}.weight")).unwrap();
             let spec = GgufSpec { name: gguf_name, kind, shape: shape.to_vec() };
-            let plan = OutputPlan::gguf("m.gguf", &keys(), &embedding(), &[(format!("{name}.weight"), spec)]).unwrap();
+            let plan =
+                OutputPlan::gguf("m", &keys(), &embedding(), &[(format!("{name}.weight"), spec)], u64::MAX).unwrap();
             let output = plan.create(dir.path()).unwrap();
             let heads = bitmill_checkpoint::gguf::interleaved_heads("llama", &format!("{name}.weight"), 4, 2);
             let stored = match heads {

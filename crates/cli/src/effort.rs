@@ -14,7 +14,7 @@ pub(crate) enum Effort {
     Fast,
     /// Calibrated gptq, then one pass of tuning where the model is small enough for it
     Balanced,
-    /// The same with eight passes of tuning
+    /// The same with 8 passes of tuning, 12 at 3 bits and 28 at 2
     Best,
 }
 
@@ -42,7 +42,12 @@ impl Effort {
             _ if method != METHODS[0].name() => 0,
             Effort::Fast => 0,
             Effort::Balanced => 1,
-            Effort::Best => 8,
+            // Coarse codes leave more to be learned: these are the passes after which more of them bring little.
+            Effort::Best => match scheme.bits().get() {
+                ..=2 => 28,
+                3 => 12,
+                _ => 8,
+            },
         };
         let passes = passes.unwrap_or(own);
         (passes > 0).then(|| Tuning::new(passes, scheme.bits().get()))
@@ -65,14 +70,43 @@ pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
     let operations = plan.tuning_operations(windows.count() as u64, tokens) as f64;
     // What is not a product of matrices takes a third as long again.
     let seconds = 1.3 * operations / (product_rate() * rayon::current_num_threads() as f64);
+    let memory = plan.tuning_memory();
+    let scarce = crate::units::available_memory().filter(|&free| free < memory);
+    let scarce = scarce.map_or(String::new(), |free| {
+        format!(
+            "; only {} are free: expect it to swap or to be killed, and see --tuning-passes 0",
+            crate::units::bytes(free)
+        )
+    });
     Some(format!(
-        "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine",
+        "tuning: {} pass{} of {:.1e} operations, {} of memory, about {} on this machine{scarce}",
         tuning.passes,
         if tuning.passes == 1 { "" } else { "es" },
         operations / f64::from(tuning.passes),
-        crate::units::bytes(plan.tuning_memory()),
+        crate::units::bytes(memory),
         span(seconds),
     ))
+}
+
+/// Seconds that a run over `windows` windows of `tokens` tokens in all is expected to take on this machine.
+pub(crate) fn seconds(plan: &Plan, windows: u64, tokens: u64) -> f64 {
+    let rate = product_rate() * rayon::current_num_threads() as f64;
+    (plan.run_operations(tokens) + 1.3 * plan.tuning_operations(windows, tokens) as f64) / rate
+}
+
+/// What suits a model of this size when nothing else is known, and why. Fewer weights share less redundancy: the bits at
+/// which a model keeps its predictions fall as it grows.
+pub(crate) fn recommended(parameters: u64) -> (&'static str, &'static str) {
+    match parameters {
+        ..1_000_000_000 => ("--bits 5.0", "below a billion parameters every bit under five shows"),
+        1_000_000_000..15_000_000_000 => {
+            ("--bits 4.5", "a mixture around four and a half bits loses about a percent of perplexity")
+        }
+        15_000_000_000..50_000_000_000 => {
+            ("--scheme w4a16", "four bits in groups of 128 suffice, and every loader has kernels for them")
+        }
+        _ => ("--bits 3.5", "models this large keep most of their predictions at three and a half bits"),
+    }
 }
 
 /// Operations per second of one thread on a product of the size that occurs: the best of a tenth of a second.
@@ -88,7 +122,7 @@ fn product_rate() -> f64 {
     2.0 * (N * N * N) as f64 / best
 }
 
-fn span(seconds: f64) -> String {
+pub(crate) fn span(seconds: f64) -> String {
     match seconds {
         ..90.0 => format!("{seconds:.0} s"),
         90.0..5400.0 => format!("{:.0} min", seconds / 60.0),

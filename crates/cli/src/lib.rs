@@ -3,17 +3,24 @@
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
+mod bench;
 mod calibrate;
+mod dequantize;
 mod effort;
 mod eval;
+mod gguf;
 mod goal;
 mod inspect;
 mod mixed;
 mod plan;
 mod progress;
 mod quantize;
+mod report;
+mod run;
+mod search;
 mod text;
 mod units;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -31,8 +38,12 @@ enum Command {
     Quantize(quantize::Args),
     Plan(plan::Args),
     Calibrate(calibrate::Args),
+    Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
+    Report(report::Args),
+    Bench(bench::Args),
+    Run(run::Args),
 }
 
 /// Options every command has.
@@ -66,8 +77,12 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Run(args) => run::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
 //! `bitmill plan`: what a run would do, from headers alone, and as a file that people edit.
 
 use crate::quantize::{How, Reads, Ready, Source, stream_bytes};
-use crate::{Common, units};
+use crate::{Common, effort, units};
 use anyhow::{Context, ensure};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_quantize::{Plan, loaders, write_plan};
@@ -50,7 +50,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let ready = args.how.ready(&input, &beside, memory, Reads::Headers)?;
     let text = summary(&args.model, &ready, memory);
     if let Some(file) = &args.output {
-        let remarks: Vec<String> = text.lines().map(str::to_owned).collect();
+        // The file is the same on every machine; the time is not.
+        let lasting = text.lines().filter(|line| !line.starts_with("  time "));
+        let remarks: Vec<String> = lasting.map(str::to_owned).collect();
         std::fs::write(file, write_plan(&ready.plan.settings, &remarks)?)
             .with_context(|| format!("writing {}", file.display()))?;
     }
@@ -81,30 +83,36 @@ fn rows(plan: &Plan) -> BTreeMap<(String, String), Row> {
     rows
 }
 
-/// Peak memory with `stream_memory` bytes of activations at most; without text there are none.
-fn memory(Ready { plan, source, .. }: &Ready, stream_memory: u64) -> u64 {
+/// Windows and tokens per window that a run reads; without text there are none.
+fn text((plan, source): (&Plan, &Source)) -> (usize, usize) {
     let settings = &plan.settings;
     let length = plan.spec.as_ref().map_or(0, |s| settings.sequence_length.min(s.max_positions));
-    let (windows, length) = match source {
+    match source {
         Source::Text(text) => (text.windows.count(), text.windows.length),
-        Source::Statistics(_) => (0, 0),
+        Source::Statistics(_) | Source::Importance(_) => (0, 0),
         Source::Nothing => (settings.samples, length),
-    };
+    }
+}
+
+/// Peak memory with `stream_memory` bytes of activations at most.
+fn memory(Ready { plan, source }: &Ready, stream_memory: u64) -> u64 {
+    let (windows, length) = text((plan, source));
     plan.peak_memory(stream_bytes(plan, windows, length, stream_memory))
+}
+
+/// Seconds that the run is expected to take here.
+fn seconds(Ready { plan, source }: &Ready) -> f64 {
+    let (windows, length) = text((plan, source));
+    effort::seconds(plan, windows as u64, (windows * length) as u64)
 }
 
 /// The plan of `model` for people.
 pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String {
-    let Ready { plan, predicted, .. } = ready;
+    let Ready { plan, .. } = ready;
     let (weights, payload) = plan.quantized_size();
     let total = plan.output.total_bytes();
-    let mut text = format!(
-        "{}: {} by {}, stored as {}\n",
-        name(model),
-        if plan.settings.layers.is_empty() { plan.settings.scheme.to_string() } else { "a mixture".into() },
-        plan.method.name(),
-        plan.format.name()
-    );
+    let mut text =
+        format!("{}: {} by {}, stored as {}\n", name(model), plan.label(), plan.method.name(), plan.format.name());
     for ((role, scheme), row) in rows(plan) {
         let bits = row.bytes as f64 * 8.0 / row.weights as f64;
         let (tensors, bytes) = (row.tensors, units::bytes(row.bytes));
@@ -119,9 +127,13 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
         plan.output.files().count()
     );
     text += &format!("  peak memory  about {}\n", units::bytes(memory(ready, stream_memory)));
-    if let Some(predicted) = predicted {
+    let threads = rayon::current_num_threads();
+    text += &format!("  time         about {} on {threads} threads of this machine\n", effort::span(seconds(ready)));
+    if let Some(predicted) = plan.mixture.as_ref().map(|m| m.predicted) {
         text += &format!("  predicted    KL divergence {predicted:.5} nats per position\n");
     }
+    let (flags, why) = effort::recommended(plan.parameters);
+    text += &format!("  recommended  {flags}: {why}\n");
     for (loader, reasons) in loaders(plan) {
         let verdict = if reasons.is_empty() { "takes it".to_owned() } else { format!("no: {}", reasons.join("; ")) };
         text += &format!("  {loader:<12} {verdict}\n");
@@ -131,7 +143,7 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
 
 /// The plan of `model` for programs.
 pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_json::Value {
-    let Ready { plan, source, predicted } = ready;
+    let Ready { plan, source } = ready;
     let (weights, payload) = plan.quantized_size();
     let rows = rows(plan).into_iter().map(|((role, scheme), row)| {
         json!({"role": role, "scheme": scheme, "tensors": row.tensors, "weights": row.weights, "bytes": row.bytes})
@@ -148,7 +160,8 @@ pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_j
         "roles": rows.collect::<Vec<_>>(), "tensors": tensors.collect::<Vec<_>>(), "files": files.collect::<Vec<_>>(), "calibration": text,
         "quantized_weights": weights, "quantized_bytes": payload,
         "bits_per_weight": plan.bits_per_weight(), "output_bytes": plan.output.total_bytes(),
-        "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": predicted,
+        "seconds_estimate": seconds(ready), "recommended": effort::recommended(plan.parameters).0,
+        "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": plan.mixture.as_ref().map(|m| m.predicted), "mixture": plan.mixture,
         "loaders": loaders.collect::<Vec<_>>(), "notes": plan.notes,
     })
 }

@@ -1,27 +1,26 @@
 //! `bitmill quantize`: a checkpoint in, a smaller one out.
 
 use crate::effort::Effort;
+use crate::gguf::{GgufArgs, scheme_mixes};
 use crate::goal::GoalArgs;
-use crate::mixed::{self, MixtureArgs, Width};
-use crate::progress::Progress;
+use crate::mixed::{self, Goal, MixtureArgs, Width};
+use crate::search::BySize;
 use crate::text::{Text, TextArgs};
-use crate::{Common, effort, plan, units};
+use crate::watch::{Reporter, stop_on_ctrl_c};
+use crate::{Common, effort, plan, report, units};
 use anyhow::{Context, bail};
-use bitmill_calibrate::{Pass, Statistics, Windows};
+use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
-use bitmill_models::SITES;
 use bitmill_quantize::{
-    Calibration, Event, Finished, GgufSettings, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions,
-    StageRecord, TRANSFORMS, gguf_types, read_plan,
+    Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, read_plan,
 };
-use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Quantize a model folder
@@ -39,6 +38,9 @@ pub(crate) struct Args {
     output: PathBuf,
     #[command(flatten)]
     how: How,
+    /// Write no report (OUT.report.html), and measure nothing on held-out text for it
+    #[arg(long)]
+    no_report: bool,
     /// Print the plan (sizes, memory, what becomes of every tensor) and stop
     #[arg(long)]
     dry_run: bool,
@@ -56,7 +58,7 @@ pub(crate) struct How {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search",
-          "sequence_length", "seed", "size", "options", "least", "ignore", "max_shard_size"])]
+          "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
     #[arg(long, value_name = "NAME", value_parser = preset_names(), hide_possible_values = true,
@@ -116,16 +118,15 @@ pub(crate) struct How {
     /// Regular expression of module names to leave as they are, matched from the start of the name
     #[arg(long, value_name = "REGEX", action = ArgAction::Append, num_args = 1..)]
     ignore: Vec<String>,
-    /// Type of the token embedding in a GGUF file
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
-    token_embedding_type: String,
-    /// Type of the output matrix in a GGUF file, and of an embedding that is tied to it
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = tensor_types(), hide_possible_values = true)]
-    output_tensor_type: String,
-    /// Largest size of one weight file
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
-    max_shard_size: u64,
+    #[command(flatten)]
+    gguf: GgufArgs,
+    /// Largest size of one weight file [default: 5GB, or one GGUF file whatever its size]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    max_shard_size: Option<u64>,
 }
+
+/// Largest size of a weight file in a folder.
+const SHARD: u64 = 5_000_000_000;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Search {
@@ -148,11 +149,7 @@ enum Scales {
 }
 
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)))
-}
-
-fn tensor_types() -> PossibleValuesParser {
-    PossibleValuesParser::new(gguf_types())
+    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)).chain(scheme_mixes()))
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -202,9 +199,16 @@ fn parse_damping(text: &str) -> Result<f32, String> {
 }
 
 impl How {
-    fn scheme(&self) -> anyhow::Result<Scheme> {
+    fn scheme(&self, named_gguf: bool) -> anyhow::Result<Scheme> {
+        if let Some(base) = self.gguf.scheme(self.scheme.as_ref()) {
+            return Ok(base);
+        }
         if let Some(name) = &self.scheme {
             return bitmill_scheme::scheme(name).context("no such scheme");
+        }
+        // Of a mixture this scheme gives all but the widths; in a GGUF file, nothing but a frame that fits every shape.
+        if named_gguf && self.mixed.goal(self.bits)?.is_some() {
+            return Ok(Scheme::block(BlockType::Q8_0));
         }
         let granularity = match self.group_size.unwrap_or(128) {
             -1 => Granularity::Channel,
@@ -213,7 +217,6 @@ impl How {
         };
         let bits = match self.bits {
             Some(Width::Uniform(bits)) => bits,
-            // Of a mixture this scheme gives all but the widths.
             Some(Width::Mean(_)) | None => 4,
         };
         Ok(Scheme::int(Bits::new(bits)?, !self.asymmetric, granularity))
@@ -230,8 +233,11 @@ impl How {
     }
 
     fn flags(&self, input: &Checkpoint, named_gguf: bool) -> anyhow::Result<Settings> {
-        let scheme = self.scheme()?;
-        let method = self.method.clone().unwrap_or_else(|| self.effort.method(&scheme).into());
+        let named_gguf = named_gguf || self.format.as_deref() == Some(GGUF.name());
+        let scheme = self.scheme(named_gguf)?;
+        let nearest = self.gguf.rounds_to_nearest(self.scheme.as_ref());
+        let own = || if nearest { "rtn" } else { self.effort.method(&scheme) };
+        let method = self.method.clone().unwrap_or_else(|| own().into());
         let default_format = match scheme.activations {
             _ if named_gguf || scheme.form().is_some() => GGUF.name(),
             Activations::Full => "pack-quantized",
@@ -242,6 +248,7 @@ impl How {
             bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
         }
         let as_gguf = format == GGUF.name();
+        self.gguf.check(as_gguf)?;
         // Statistics stand in for text, and tuning reads text; it moves integer codes.
         let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         Ok(Settings {
@@ -264,6 +271,7 @@ impl How {
                         Search::Mse => ScaleSearch::Mse,
                         Search::Hessian => ScaleSearch::Hessian,
                     })
+                    .or(self.gguf.weighs().then_some(ScaleSearch::Hessian))
                     .or_else(|| self.effort.scale_search()),
                 damping: self.damping,
                 shrinkage: 0.0,
@@ -277,11 +285,8 @@ impl How {
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,
             seed: self.text.seed,
-            gguf: as_gguf.then(|| GgufSettings {
-                token_embedding: self.token_embedding_type.clone(),
-                output: self.output_tensor_type.clone(),
-            }),
-            shard_bytes: self.max_shard_size,
+            gguf: as_gguf.then(|| self.gguf.settings(self.scheme.as_ref())),
+            shard_bytes: self.max_shard_size.unwrap_or(if as_gguf { u64::MAX } else { SHARD }),
         })
     }
 }
@@ -290,8 +295,6 @@ impl How {
 pub(crate) struct Ready {
     pub(crate) plan: Plan,
     pub(crate) source: Source,
-    /// What the mixture is predicted to lose, where one was chosen.
-    pub(crate) predicted: Option<f64>,
 }
 
 /// How far [`How::ready`] goes where no mixture has to be chosen.
@@ -320,13 +323,14 @@ impl How {
             plan.notes.push(why);
         }
         plan.notes.iter().for_each(|note| eprintln!("note: {note}"));
-        let budget = self.mixed.budget(self.bits)?;
-        let source = match (reads, budget) {
+        let goal = self.mixed.goal(self.bits)?;
+        let source = match (reads, goal) {
             (Reads::Headers, None) => Source::Nothing,
             _ => Source::open(self, input, &plan)?,
         };
-        let Some(budget) = budget else {
-            return Ok(Ready { plan, source, predicted: None });
+        let Some(goal) = goal else {
+            self.mixed.check_loaders(&plan)?;
+            return Ok(Ready { plan, source });
         };
         let collected = match &source {
             Source::Text(text) => Some(collect(beside, stream_memory, input, &plan, text)?),
@@ -336,9 +340,20 @@ impl How {
             (Source::Statistics(statistics), _) | (_, Some(statistics)) => statistics,
             _ => anyhow::bail!("a mixture needs text or statistics"),
         };
-        let mixture = self.mixed.mixture(input, &plan, statistics, budget)?;
-        let plan = Plan::new(input, &mixture.settings(&plan.settings))?;
-        Ok(Ready { plan, source, predicted: Some(mixture.predicted) })
+        let weighed = self.mixed.weighed(input, &plan, statistics)?;
+        let mut plan = match (goal, &source) {
+            (Goal::Within(budget), _) => weighed.plan(input, &plan, budget)?,
+            (Goal::Losing(bound), Source::Text(text)) => {
+                BySize { input, plan: &plan, weighed: &weighed, text, out: beside, stream_memory }.smallest(&bound)?
+            }
+            _ => bail!("a loss is measured on held-out text, and there is none"),
+        };
+        if let Some(mixture) = &mut plan.mixture {
+            mixture.survey = Some(weighed.survey());
+            mixed::describe(mixture);
+        }
+        self.mixed.check_loaders(&plan)?;
+        Ok(Ready { plan, source })
     }
 }
 
@@ -359,7 +374,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         dry_run(args, &ready);
         return Ok(());
     }
-    let Ready { plan, source, .. } = ready;
+    let Ready { plan, source } = ready;
     let text = match &source {
         Source::Text(text) => Some(text.name.as_str()),
         _ => None,
@@ -367,6 +382,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let calibration = match &source {
         Source::Text(text) => Some(Calibration::Text(&text.windows)),
         Source::Statistics(statistics) => Some(Calibration::Statistics(statistics)),
+        Source::Importance(imatrix) => Some(Calibration::Importance(imatrix)),
         Source::Nothing => None,
     };
     let stop = stop_on_ctrl_c()?;
@@ -380,13 +396,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             eprintln!("what is finished is kept; run the same command to go on");
         }
     })?;
-    report(args, &plan, text, &finished, started.elapsed().as_secs_f64())
+    let seconds = started.elapsed().as_secs_f64();
+    let held_out = match &source {
+        Source::Text(text) => text.held_out.as_ref().map(|w| (text.name.as_str(), w)),
+        _ => None,
+    };
+    let reported = match args.no_report {
+        true => None,
+        false => {
+            let memory = args.common.stream_memory;
+            Some(report::of_run(&finished.out, finished.manifest.clone(), &input, held_out, memory)?)
+        }
+    };
+    print(args, &plan, text, &finished, (seconds, reported))
 }
 
 /// What tells the method about activations.
 pub(crate) enum Source {
     Text(Text),
     Statistics(Statistics),
+    Importance(Imatrix),
     Nothing,
 }
 
@@ -398,7 +427,10 @@ impl Source {
             }
             return Ok(Source::Statistics(statistics));
         }
-        if !plan.calibrated && how.mixed.budget(how.bits)?.is_none() {
+        if let Some(imatrix) = how.gguf.imatrix()? {
+            return Ok(Source::Importance(imatrix));
+        }
+        if !plan.calibrated && how.mixed.goal(how.bits)?.is_none() {
             if !how.text.calibration.is_empty() {
                 let method = plan.method.name();
                 eprintln!("note: method {method} needs no calibration; the text given is not used");
@@ -430,89 +462,6 @@ fn collect(
     std::fs::create_dir_all(spill_dir).with_context(|| format!("creating {}", spill_dir.display()))?;
     let pass = Pass { model: input, spec, stream_memory, spill_dir };
     mixed::collect_beside(beside, pass, &text.windows)
-}
-
-/// The first Ctrl-C asks for a clean stop, the second ends the process; neither loses what is finished.
-fn stop_on_ctrl_c() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping at the next clean point; press Ctrl-C again to end at once");
-    })?;
-    Ok(stop)
-}
-
-/// Turns the events of a run into progress.
-struct Reporter {
-    bar: Progress,
-    unit: u64,
-    label: String,
-    errors: Vec<f64>,
-}
-
-/// Steps of the bar per unit: its sites.
-const STEPS: u64 = SITES.len() as u64;
-
-impl Reporter {
-    fn new(units: usize) -> Self {
-        Reporter { bar: Progress::new(units as u64 * STEPS), unit: 0, label: String::new(), errors: Vec::new() }
-    }
-
-    fn event(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Checking => self.bar.message("checking weights for NaN and infinity".into()),
-            Event::Resumed { done, total } => {
-                self.bar.skip(*done as u64 * STEPS);
-                self.bar.line(&format!("taking up an unfinished run: {done} of {total} steps are done"));
-            }
-            Event::Started { unit, label, .. } => {
-                self.unit = *unit as u64;
-                self.label = (*label).to_owned();
-                self.errors.clear();
-                self.bar.message(self.label.clone());
-            }
-            Event::Site { name } => {
-                let step = SITES.iter().position(|s| s.name == *name).unwrap_or(0) as u64;
-                self.bar.set(self.unit * STEPS + step);
-                self.bar.message(format!("{} {name}", self.label));
-            }
-            Event::Tensor(record) => {
-                self.errors.push(record.relative_error);
-                let name = record.tensor.rsplit('.').next().unwrap_or(&record.tensor);
-                self.bar.message(format!("{} {name}: relative error {:.2e}", self.label, record.relative_error));
-            }
-            Event::Transforming { done, total } => {
-                self.bar.message(format!("transforming the weights: step {done} of {total}"));
-            }
-            Event::Tuning { done, total, held_out } => {
-                self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
-                let (last, before) = held_out;
-                self.bar.message(format!("tuning step {done}/{total}: held-out loss {before:.5} -> {last:.5}"));
-            }
-            Event::Stage(stage) => self.bar.line(&tuned(stage)),
-            Event::Committed { done, .. } => {
-                self.bar.set(*done as u64 * STEPS);
-                if !self.errors.is_empty() {
-                    let mean = self.errors.iter().sum::<f64>() / self.errors.len() as f64;
-                    self.bar.plain_line(&format!("{}: mean relative error {mean:.3e}", self.label));
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
-/// What a stage brought, in one line.
-fn tuned(stage: &StageRecord) -> String {
-    let StageRecord { stage: name, loss, held_out_windows: windows, before, after, kept_pass, .. } = stage;
-    if *windows == 0 {
-        return format!("{name}: {loss} {before:.4e} -> {after:.4e}");
-    }
-    let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
-    format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
 }
 
 /// Whether `path` is named as a GGUF file.
@@ -548,7 +497,15 @@ pub(crate) fn stream_bytes(plan: &Plan, windows: usize, length: usize, memory: u
     ((windows * length * widths * 2) as u64).min(memory)
 }
 
-fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds: f64) -> anyhow::Result<()> {
+/// Prints the result: a report's file and divergence are there unless it was left out.
+fn print(
+    args: &Args,
+    plan: &Plan,
+    text: Option<&str>,
+    done: &Finished,
+    (seconds, reported): (f64, Option<(PathBuf, Option<f64>)>),
+) -> anyhow::Result<()> {
+    let (page, kl) = reported.map_or((None, None), |(page, kl)| (Some(page), kl));
     let (weights, payload) = plan.quantized_size();
     let input = folder_weights(&args.model);
     let mean = done.tensors.iter().map(|t| t.relative_error).sum::<f64>() / done.tensors.len().max(1) as f64;
@@ -557,7 +514,9 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
             "output": done.out, "log": done.log, "method": plan.settings.method, "format": plan.format.name(),
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
-            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "tensors": done.tensors, "stages": done.stages,
+            "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "peak_memory": units::peak_memory(),
+            "tensors": done.tensors, "stages": done.stages,
+            "mixture": plan.mixture, "report": page, "held_out_kl": kl,
         });
         println!("{value:#}");
         return Ok(());
@@ -568,7 +527,7 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
         units::count(weights) + " weights",
         done.tensors.len(),
         plan.bits_per_weight(),
-        plan.settings.scheme,
+        plan.label(),
         plan.settings.method,
     );
     println!(
@@ -577,6 +536,10 @@ fn report(args: &Args, plan: &Plan, text: Option<&str>, done: &Finished, seconds
         units::bytes(done.bytes),
         done.log.display()
     );
+    if let Some(page) = page {
+        let kl = kl.map_or(String::new(), |kl| format!("KL divergence on held-out text {kl:.5}; "));
+        println!("{kl}report: {}", page.display());
+    }
     Ok(())
 }
 

@@ -41,7 +41,12 @@ fn shares(weights: &[f64], samples: usize) -> Vec<usize> {
 pub(crate) struct Text {
     pub(crate) name: String,
     pub(crate) windows: Windows,
+    /// Windows of the same text that calibration does not see; `None` where it leaves no room for any.
+    pub(crate) held_out: Option<Windows>,
 }
+
+/// Held-out windows, at most.
+const HELD_OUT: usize = 16;
 
 impl TextArgs {
     /// The number of windows, by default as many as suit the model `input`: a sentence is a tenth or less of a window,
@@ -69,7 +74,7 @@ impl TextArgs {
             let name = "the text that comes with bitmill (give --calibration FILE for text of the model's own use)";
             (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
         };
-        let tokenizer = Tokenizer::open(input.dir(), spec.bos)?;
+        let tokenizer = Tokenizer::of(input, spec.bos)?;
         let length = length.min(spec.max_positions);
         let limit = match spec.causal {
             true => length,
@@ -77,18 +82,19 @@ impl TextArgs {
             false => Sentences::limit(input.dir())?.unwrap_or(length).min(length),
         };
         let cut = |texts: &[(String, String)], samples: usize| match spec.causal {
-            true => Windows::from_texts(texts, &tokenizer, spec.vocab, limit, samples, seed),
-            false => Windows::sentences(texts, &tokenizer, spec.vocab, limit, samples, seed),
+            true => Windows::with_held_out(texts, &tokenizer, spec.vocab, (limit, samples, seed), HELD_OUT),
+            false => Ok((Windows::sentences(texts, &tokenizer, spec.vocab, limit, samples, seed)?, None)),
         };
         let weights: Vec<f64> = self.calibration.iter().map(|(_, weight)| weight.unwrap_or(1.0)).collect();
-        let windows = if self.calibration.iter().any(|(_, weight)| weight.is_some()) {
-            let mut parts = Vec::new();
+        let (windows, held_out) = if self.calibration.iter().any(|(_, weight)| weight.is_some()) {
+            let (mut parts, mut held) = (Vec::new(), Vec::new());
             for (text, samples) in texts.iter().zip(shares(&weights, samples)) {
-                let part = cut(std::slice::from_ref(text), samples)?;
+                let (part, rest) = cut(std::slice::from_ref(text), samples)?;
                 eprintln!("{}: {}", text.0, amount(&part));
                 parts.push(part);
+                held.extend(rest);
             }
-            Windows::joined(parts)
+            (Windows::joined(parts), (!held.is_empty()).then(|| Windows::joined(held)))
         } else {
             cut(&texts, samples)?
         };
@@ -96,7 +102,7 @@ impl TextArgs {
         if windows.count() < samples && (spec.causal || self.samples.is_some()) {
             eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
         }
-        Ok(Text { name, windows })
+        Ok(Text { name, windows, held_out })
     }
 }
 

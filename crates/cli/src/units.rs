@@ -52,6 +52,24 @@ fn scaled(n: u64, units: &[&str]) -> String {
     format!("{value:.digits$} {}", units[unit]).trim_end().to_owned()
 }
 
+/// Memory that programs may still take without swapping, in bytes; where the system tells (Linux).
+pub(crate) fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    kilobytes(&info, "MemAvailable:")
+}
+
+/// The most memory this process has held so far, in bytes; where the system tells (Linux).
+pub(crate) fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    kilobytes(&status, "VmHWM:")
+}
+
+/// The value of a line `key   123 kB`, in bytes.
+fn kilobytes(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok().map(|kib: u64| kib * 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@
 //! divisor: any mixture of shapes and scales is exact. What the losses mean is the caller's business, as long as they
 //! add up; the same table may hold widths, sparsities, ranks or rates.
 
+mod crossed;
 mod pareto;
 
 use pareto::{Entry, Search};
@@ -76,6 +77,21 @@ pub enum Impossible {
 /// # Ok::<(), bitmill_quantize::Impossible>(())
 /// ```
 pub fn allocate(tables: &[Vec<Option<Choice>>], ties: &[usize], budget: u64) -> Result<Allocation, Impossible> {
+    allocate_crossed(tables, ties, budget, None)
+}
+
+/// As [`allocate`] where losses do not add up: `cross` holds the correlations of groups of tied tensors, row-major
+/// `[groups, groups]` in the order in which `ties` first names them, and the loss is Σ_a d_a + Σ_{a≠b} c_ab·√(d_a·d_b). The
+/// exact optimum without cross terms is improved by local search; the bound is that of the additive loss.
+///
+/// # Errors
+/// [`Impossible`].
+pub fn allocate_crossed(
+    tables: &[Vec<Option<Choice>>],
+    ties: &[usize],
+    budget: u64,
+    cross: Option<&[f64]>,
+) -> Result<Allocation, Impossible> {
     let groups = Group::collect(tables, ties)?;
     let entries: Vec<Vec<Entry>> = groups.iter().map(|g| pareto::frontier(&g.table)).collect();
     let least = entries.iter().map(|e| e[0].bytes).sum();
@@ -83,12 +99,20 @@ pub fn allocate(tables: &[Vec<Option<Choice>>], ties: &[usize], budget: u64) -> 
         return Err(Impossible::Budget { least, budget });
     }
     let search = Search::new(&entries, budget);
-    let (chosen, states) = search.solve();
+    let (mut chosen, states) = search.solve();
+    let mut loss = chosen.iter().map(|e| e.loss).sum();
+    if let Some(cross) = cross {
+        let place = |(all, own): (&Vec<Entry>, &Entry)| all.iter().position(|e| e == own).unwrap_or(0);
+        let mut at: Vec<usize> = entries.iter().zip(&chosen).map(place).collect();
+        crossed::improve(&entries, cross, budget, &mut at);
+        loss = crossed::total(&entries, cross, &at);
+        chosen = entries.iter().zip(&at).map(|(all, &i)| all[i]).collect();
+    }
     let mut options = vec![0; tables.len()];
     for (group, entry) in groups.iter().zip(&chosen) {
         group.members.iter().for_each(|&t| options[t] = entry.option);
     }
-    let (bytes, loss) = (chosen.iter().map(|e| e.bytes).sum(), chosen.iter().map(|e| e.loss).sum());
+    let bytes = chosen.iter().map(|e| e.bytes).sum();
     Ok(Allocation { options, bytes, loss, bound: search.bound(), states })
 }
 

@@ -4,7 +4,7 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
-use crate::journal::{StageChange, TensorRecord};
+use crate::journal::{SiteRecord, StageChange, TensorRecord};
 use crate::learn::ToStored;
 use crate::seen::{Glimpse, Seen, token_weights};
 use crate::sensitivity::quick;
@@ -60,6 +60,16 @@ impl<'a> Target<'a> {
     }
 }
 
+/// What happens while a block is rounded.
+pub(crate) enum Moment<'a> {
+    /// A site is about to be worked.
+    Site(&'a Site),
+    /// What calibration saw there.
+    Seen(SiteRecord),
+    /// A linear is finished.
+    Finished(Done),
+}
+
 /// A finished linear.
 pub(crate) struct Done {
     pub(crate) module: String,
@@ -84,23 +94,21 @@ struct Lane<'a> {
 }
 
 impl Flow<'_> {
-    /// Rounds the `targets` of `block`, which is block `index`, and moves the flow past it. `site` is told each site before it is worked, and
-    /// each finished linear goes to `finished`.
+    /// Rounds the `targets` of `block`, which is block `index`, and moves the flow past it; `on` is told what happens.
     pub(crate) fn quantize_block(
         &self,
         index: usize,
         mut block: Block,
         targets: &[Target<'_>],
         (method, options): (&dyn Method, &SolverOptions),
-        site: &mut dyn FnMut(&Site) -> Result<(), Error>,
-        finished: &mut dyn FnMut(Done) -> Result<(), Error>,
+        on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let spec = self.spec;
         let full = self.full.map(|hidden| (block.clone(), hidden));
         let mut x: Option<Lanes> = None;
         let mut weights = None;
         for (i, at) in spec.sites().iter().enumerate() {
-            site(at)?;
+            on(Moment::Site(at))?;
             let width = spec.linear_shape(at.linears[0])[1];
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| at.linears.contains(&t.role)).collect();
             // What O and Down put out is added to the residual stream.
@@ -125,6 +133,8 @@ impl Flow<'_> {
             if !seen.is_finite() {
                 return Err(bitmill_calibrate::Error::NonFinite { block: index, site: at.name.into() }.into());
             }
+            let (site, tokens) = (at.name.into(), seen.tokens());
+            on(Moment::Seen(SiteRecord { block: index, site, tokens, spread: seen.spread() }))?;
             for (role, done) in self.solve_site(&block, &wanted, &seen, method, options)? {
                 let [rows, cols] = done.solved.quantized.shape;
                 let weight = done.solved.quantized.dequantize();
@@ -133,7 +143,7 @@ impl Flow<'_> {
                 if let Some(bias) = &done.bias {
                     block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
                 }
-                finished(done)?;
+                on(Moment::Finished(done))?;
             }
         }
         let Some(x) = x else { return Ok(()) };

@@ -34,7 +34,8 @@ pub fn calibrate(
     })?;
     if sensitivity {
         let probes = windows.sample(PROBE_WINDOWS);
-        file.sensitivity(&probe_sites(pass, &probes, &mut |done, _| progress(layers + done, steps))?)?;
+        let (weights, cross) = probe_sites(pass, &probes, &mut |done, _| progress(layers + done, steps))?;
+        file.sensitivity(&weights, &cross)?;
     }
     Ok(file.finish()?)
 }

@@ -115,6 +115,25 @@ pub enum Error {
         /// Why there is no forward pass.
         reason: String,
     },
+    /// A method that needs all of H where only its diagonal is known.
+    #[error(
+        "method `{method}` feeds errors back through all of H, and an importance matrix holds its diagonal only; use --method \
+         rtn with --imatrix, or give the method text (--calibration) or --stats"
+    )]
+    DiagonalOnly {
+        /// The method.
+        method: &'static str,
+    },
+    /// An importance matrix that does not fit the model.
+    #[error("{module}: the importance matrix weighs {got} of its {inputs} inputs; it was made of another model")]
+    Importance {
+        /// The linear.
+        module: String,
+        /// Its inputs.
+        inputs: usize,
+        /// Entries of the matrix; 0 where it has none for the linear.
+        got: usize,
+    },
     /// A block linear of the architecture that the folder does not hold.
     #[error("{dir}: tensor {tensor} is missing; the download is incomplete or config.json describes another model", dir = dir.display())]
     MissingTensor {

@@ -5,37 +5,44 @@
 //! of `llama` models are reordered as they are written: rows are whole, so it does not matter that they are quantized.
 
 mod metadata;
+mod mixes;
+mod types;
+
+pub use mixes::{MIXES, Mix};
+pub(crate) use types::TensorTypes;
+pub use types::{gguf_mix, gguf_types};
 
 use crate::{Action, Error, Settings, Unit};
-use bitmill_checkpoint::gguf::{self, GgmlType, GgufSpec, Storage};
+use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
 use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
 use bitmill_models::{Act, ModelSpec, RopeKind};
-use bitmill_scheme::{BLOCKS, Scheme};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-/// What becomes of the matrices outside of blocks, and of block linears that are left out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// Which types the matrices of a file get, beside the scheme.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct GgufSettings {
     /// Type of the token embedding: `f32`, `f16`, `bf16` or a block type.
-    pub token_embedding: String,
-    /// Type of the output matrix.
-    pub output: String,
-}
-
-impl Default for GgufSettings {
-    fn default() -> Self {
-        GgufSettings { token_embedding: "f16".into(), output: "f16".into() }
-    }
-}
-
-/// Names that [`GgufSettings`] take.
-#[must_use]
-pub fn gguf_types() -> Vec<&'static str> {
-    ["f32", "f16", "bf16"].into_iter().chain(BLOCKS.iter().map(|b| b.name)).collect()
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_embedding: Option<String>,
+    /// Type of the output matrix, and of an embedding that is tied to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+    /// A row of [`MIXES`] that says what each matrix becomes; the scheme is its base type.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mix: Option<String>,
+    /// Every matrix gets the one type, those outside of blocks too.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pure: bool,
+    /// Regular expressions searched in GGUF's names of tensors, and the type of the first that is found.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<(String, String)>,
+    /// Whether a file that is quantized already may be quantized again.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub requantize: bool,
 }
 
 /// How the tensors of a plan lie in a GGUF file.
@@ -47,8 +54,11 @@ pub struct GgufOutput {
     interleaved: BTreeMap<String, usize>,
 }
 
-/// Name of the file inside of the work folder.
-pub(crate) const FILE: &str = "model.gguf";
+/// Name of the file inside of the work folder, without its end.
+pub(crate) const STEM: &str = "model";
+
+/// The tensor of divisors of the rotary frequencies, which folders have no name for.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Module of the embedding and of the output matrix.
 const EMBEDDING: &str = "model.embed_tokens";
@@ -57,6 +67,7 @@ const HEAD: &str = bitmill_models::HEAD;
 /// Refuses a model that llama.cpp would run differently, or not at all.
 pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Vec<String>) -> Result<(), Error> {
     let refuse = |reason: String| Err(Error::Gguf { dir: input.dir().into(), reason });
+    let factors = input.gguf().is_some() && input.contains(ROPE_FACTORS);
     let Some(spec) = spec else {
         return refuse(
             "its architecture is none that is run here, and names and settings in the file depend on it".into(),
@@ -74,7 +85,10 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     if spec.model_type == "qwen3" && (spec.qkv_bias || spec.out_bias) {
         return refuse("llama.cpp's qwen3 has no biases".into());
     }
-    if matches!(spec.rope.as_ref().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })) {
+    // A file that carries factors carries all there is to know.
+    if !factors
+        && matches!(spec.rope.as_ref().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. }))
+    {
         return refuse("llama.cpp has no dynamic or longrope scaling for this architecture".into());
     }
     if let Some(window) = spec.windows.iter().flatten().min().filter(|&&w| w < spec.max_positions) {
@@ -85,53 +99,27 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     Ok(())
 }
 
-/// The scheme that the settings ask for a matrix outside of blocks; `None` where it stays dense.
-///
-/// # Errors
-/// [`Error::Gguf`] for a type that does not exist.
-pub(crate) fn end_scheme(
-    input: &Checkpoint,
-    settings: &Settings,
-    spec: &ModelSpec,
-    module: &str,
-) -> Result<Option<Scheme>, Error> {
-    let name = end_type(settings, spec, module);
-    let kind = type_named(name);
-    match kind.map(|k| k.storage) {
-        Some(Storage::Block(block)) => Ok(Some(Scheme::block(block))),
-        Some(_) => Ok(None),
-        None => {
-            let reason = format!("there is no tensor type `{name}`; the types are {}", gguf_types().join(", "));
-            Err(Error::Gguf { dir: input.dir().into(), reason })
-        }
-    }
-}
-
-fn end_type<'a>(settings: &'a Settings, spec: &ModelSpec, module: &str) -> &'a str {
-    let Some(types) = &settings.gguf else { return "f16" };
-    // A tied embedding is the output matrix.
-    if module == HEAD || (module == EMBEDDING && spec.tied) { &types.output } else { &types.token_embedding }
-}
-
-fn type_named(name: &str) -> Option<&'static GgmlType> {
-    gguf::TYPES.iter().find(|t| t.storage != Storage::Opaque && t.name.eq_ignore_ascii_case(name))
-}
-
 /// Whether the file does without a tensor of the folder: buffers of old exporters, and a head beside tied embeddings.
 fn dropped(name: &str, spec: &ModelSpec) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
+    name.ends_with(".rotary_emb.inv_freq")
+        || name == ROPE_FACTORS
+        || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
 }
 
 /// Lays out the file.
 ///
 /// # Errors
-/// [`Error::Gguf`] for a tensor that GGUF has no name for; whatever the tokenizer or the container refuses.
+/// [`Error::TuningFormat`], since tuning moves integer codes; [`Error::Gguf`] for a tensor that GGUF has no name for; whatever the tokenizer or the container refuses.
 pub(crate) fn output(
     input: &Checkpoint,
     spec: &ModelSpec,
     units: &mut Vec<Unit>,
+    dense: &BTreeMap<String, Dtype>,
     settings: &Settings,
 ) -> Result<(GgufOutput, OutputPlan), Error> {
+    if settings.tuning.is_some() {
+        return Err(Error::TuningFormat { format: settings.format.clone() });
+    }
     for unit in units.iter_mut() {
         unit.tensors.retain(|t| !dropped(&t.name, spec));
     }
@@ -143,11 +131,13 @@ pub(crate) fn output(
         let refuse = |reason: String| Error::Gguf { dir: input.dir().into(), reason };
         let name = gguf::gguf_name(&tensor.name)
             .ok_or_else(|| refuse(format!("tensor {} has no name in GGUF; is it part of the model?", tensor.name)))?;
-        let shape = input.spec(&tensor.name).map(|s| s.shape.clone()).unwrap_or_default();
+        let shape = input.shape_of(&tensor.name).unwrap_or_default();
         let storage = match &tensor.action {
             Action::Quantize { scheme, .. } => scheme.form().map_or(Storage::Opaque, |f| Storage::Block(f.kind)),
             Action::Copy => {
-                let dtype = dense_type(&tensor.name, &shape, settings, spec);
+                // Vectors are f32, and linears that are left out f16.
+                let own = dense.get(&tensor.name).copied();
+                let dtype = own.unwrap_or(if shape.len() < 2 { Dtype::F32 } else { Dtype::F16 });
                 out.dense.insert(tensor.name.clone(), dtype);
                 tensor.bytes = TensorSpec::new("", dtype, shape.clone()).bytes() as u64;
                 Storage::Dense(dtype)
@@ -160,33 +150,43 @@ pub(crate) fn output(
         tensors.push((tensor.name.clone(), GgufSpec { name, kind, shape }));
     }
     let keys = metadata::metadata(input, spec, settings, &tensors)?;
-    let constants = metadata::rope_factors(spec);
-    Ok((out, OutputPlan::gguf(FILE, &keys, &constants, &tensors)?))
-}
-
-/// Vectors are f32, the ends of the model what was asked for, and linears that are left out f16.
-fn dense_type(name: &str, shape: &[usize], settings: &Settings, spec: &ModelSpec) -> Dtype {
-    if shape.len() < 2 {
-        return Dtype::F32;
-    }
-    let module = name.strip_suffix(".weight").unwrap_or(name);
-    let asked = if module == EMBEDDING || module == HEAD { end_type(settings, spec, module) } else { "f16" };
-    match type_named(asked).map(|t| t.storage) {
-        Some(Storage::Dense(dtype)) => dtype,
-        _ => Dtype::F16,
-    }
+    let constants = match input.tensor(ROPE_FACTORS) {
+        Ok(own) if input.gguf().is_some() => metadata::constant(ROPE_FACTORS, &own.to_f32()?),
+        _ => metadata::rope_factors(spec),
+    };
+    Ok((out, OutputPlan::gguf(STEM, &keys, &constants, &tensors, settings.shard_bytes)?))
 }
 
 impl GgufOutput {
-    /// The bytes of a copied tensor.
+    /// The bytes of the tensor `name` of `input`, which is not quantized in the file.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for a type that is no number; [`Error::Overflow`] for a weight that f16 does not hold.
-    pub(crate) fn copied<'a>(&self, view: &TensorView<'a>) -> Result<Cow<'a, [u8]>, Error> {
-        let Some(&dtype) = self.dense.get(view.name) else { return Ok(Cow::Borrowed(view.bytes)) };
-        let values = view.to_f32()?;
+    pub(crate) fn copied<'a>(&self, input: &'a Checkpoint, name: &str) -> Result<Cow<'a, [u8]>, Error> {
+        let view = input.tensor(name)?;
+        let Some(&dtype) = self.dense.get(name) else { return Ok(Cow::Borrowed(view.bytes)) };
+        if dtype == view.dtype && view.interleaved.is_none() {
+            let rows = view.shape.first().copied().unwrap_or(1);
+            return Ok(Cow::Owned(self.ordered(name, rows, view.bytes.to_vec())));
+        }
+        let module = name.strip_suffix(".weight").filter(|module| input.scheme_of(module).is_some());
+        let values = match module {
+            Some(module) => input.weight(module)?.to_f32()?,
+            None => view.to_f32()?,
+        };
+        Ok(Cow::Owned(self.stored(&view, &values, dtype)?))
+    }
+
+    /// The bytes of a tensor that stays dense, with other numbers in it.
+    pub(crate) fn with_values(&self, view: &TensorView<'_>, values: &[f32]) -> Result<Vec<u8>, Error> {
+        match self.dense.get(view.name) {
+            Some(&dtype) => self.stored(view, values, dtype),
+            None => Ok(view.with_values(values)?),
+        }
+    }
+
+    fn stored(&self, view: &TensorView<'_>, values: &[f32], dtype: Dtype) -> Result<Vec<u8>, Error> {
         let bytes = match dtype {
-            _ if dtype == view.dtype => view.bytes.to_vec(),
             Dtype::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
                 if let Some(index) = halves.iter().position(|h| !h.is_finite()) {
@@ -198,7 +198,7 @@ impl GgufOutput {
             Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         };
-        Ok(Cow::Owned(self.ordered(view.name, view.shape.first().copied().unwrap_or(1), bytes)))
+        Ok(self.ordered(view.name, view.shape.first().copied().unwrap_or(1), bytes))
     }
 
     /// The bytes of a tensor with `rows` rows in the order of the file.

@@ -7,6 +7,7 @@
 
 use crate::Calibration;
 use crate::{Error, Plan};
+use bitmill_calibrate::Spread;
 use bitmill_checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -57,6 +58,20 @@ pub struct StageChange {
     pub shares: Vec<f64>,
 }
 
+/// What was seen at a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteRecord {
+    /// Its block.
+    pub block: usize,
+    /// Its name.
+    pub site: String,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// How far the activation is from evenly spread numbers.
+    #[serde(flatten)]
+    pub spread: Spread,
+}
+
 /// What a stage that refines the whole model brought, on windows held out from it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageRecord {
@@ -88,6 +103,9 @@ pub(crate) struct Line {
     pub(crate) full: Option<String>,
     /// Its quantized tensors.
     pub(crate) tensors: Vec<TensorRecord>,
+    /// Its sites, where activations are known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) sites: Vec<SiteRecord>,
     /// What a stage after the last unit brought.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) stage: Option<StageRecord>,
@@ -242,6 +260,7 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Cali
             json!({"windows": w.count(), "length": w.length, "tokens": w.fingerprint()})
         }
         Some(Calibration::Statistics(s)) => s.identity()?,
+        Some(Calibration::Importance(i)) => json!({"imatrix": i.fingerprint()}),
         None => Value::Null,
     };
     let mut identity = json!({
@@ -316,7 +335,7 @@ mod tests {
     use super::*;
 
     fn line(unit: usize) -> Line {
-        Line { unit, stream: None, full: None, tensors: vec![], stage: None }
+        Line { unit, stream: None, full: None, tensors: vec![], sites: vec![], stage: None }
     }
 
     #[test]

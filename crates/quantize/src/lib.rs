@@ -7,6 +7,7 @@
 mod allocate;
 mod block;
 mod calibration;
+mod cost;
 mod error;
 mod factor;
 mod gguf;
@@ -19,6 +20,7 @@ mod plan;
 mod plan_file;
 mod refine;
 mod refine_blocks;
+mod refine_units;
 mod run;
 mod seen;
 mod sensitivity;
@@ -28,20 +30,20 @@ mod soft;
 mod sweep;
 mod transforms;
 
-pub use allocate::{Allocation, Choice, Impossible, allocate};
+pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
 pub use error::Error;
 pub use factor::Factor;
-pub use gguf::{GgufOutput, GgufSettings, gguf_types};
-pub use journal::{StageChange, StageRecord, TensorRecord};
-pub use loaders::loaders;
+pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
+pub use journal::{SiteRecord, StageChange, StageRecord, TensorRecord};
+pub use loaders::{loader_names, loaders, refusal};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
-pub use mixture::{Budget, Mixture, mix};
+pub use mixture::{Budget, Chosen, Mixing, Mixture, Survey, mix};
 pub use plan::{Action, Plan, PlannedTensor, Unit};
 pub use plan_file::{parse_scheme, read_plan, write_plan};
 pub use refine::{descend, loss, refit_scales};
 pub use run::{Calibration, Event, Finished, RunOptions, run};
-pub use sensitivity::{Sensitivity, probe_sites, sensitivities};
+pub use sensitivity::{Sensitivity, probe_sites, rank_correlation, sensitivities};
 pub use settings::{
     Observation, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift, TokenWeights, Tuning,
 };

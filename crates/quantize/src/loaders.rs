@@ -14,11 +14,24 @@ struct Loader {
     fuses: bool,
 }
 
-static LOADERS: [Loader; 3] = [
+static LOADERS: [Loader; 4] = [
     Loader { name: "vLLM", refuses: vllm, fuses: true },
     Loader { name: "transformers", refuses: transformers, fuses: false },
     Loader { name: "GPTQModel", refuses: gptq_model, fuses: true },
+    Loader { name: "llama.cpp", refuses: llama_cpp, fuses: false },
 ];
+
+/// Names of the loaders.
+#[must_use]
+pub fn loader_names() -> Vec<&'static str> {
+    LOADERS.iter().map(|l| l.name).collect()
+}
+
+/// Why the loader called `name` does not take a linear of `scheme` in `format`; `None` where it does.
+#[must_use]
+pub fn refusal(name: &str, format: &str, scheme: &Scheme) -> Option<String> {
+    LOADERS.iter().find(|l| l.name == name).and_then(|l| (l.refuses)(format, scheme))
+}
 
 /// For every loader, what keeps it from loading the output of `plan`; an empty list is acceptance.
 #[must_use]
@@ -78,4 +91,8 @@ fn gptq_model(format: &str, scheme: &Scheme) -> Option<String> {
         ("gptq", _) => None,
         _ => Some(format!("it does not read {format}")),
     }
+}
+
+fn llama_cpp(format: &str, _: &Scheme) -> Option<String> {
+    (format != "gguf").then(|| format!("it reads gguf files, not {format}"))
 }

@@ -1,6 +1,8 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
-use crate::{Error, GgufOutput, Method, Needs, Settings, Transform, gguf, method, transforms};
+use crate::gguf::TensorTypes;
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, Transform, gguf, method, transforms};
+use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
@@ -78,6 +80,8 @@ pub struct Plan {
     pub untied: Option<TensorSpec>,
     /// How tensors lie in the output, where it is a GGUF file.
     pub gguf: Option<GgufOutput>,
+    /// The mixture its schemes are from, where one was chosen.
+    pub mixture: Option<Mixture>,
     /// What the user should know before it starts.
     pub notes: Vec<String>,
 }
@@ -88,9 +92,7 @@ impl Plan {
     /// # Errors
     /// Everything that would fail later for a reason that names, shapes and settings already show.
     pub fn new(input: &Checkpoint, settings: &Settings) -> Result<Self, Error> {
-        if let Some(dialect) = input.dialect() {
-            return Err(Error::AlreadyQuantized { dir: input.dir().into(), format: dialect.format().name().into() });
-        }
+        taken(input, settings)?;
         let method = method(&settings.method)?;
         let format = format(&settings.format).ok_or_else(|| Error::UnknownFormat {
             name: settings.format.clone(),
@@ -124,49 +126,34 @@ impl Plan {
         let tied = spec.as_ref().is_some_and(|spec| spec.tied);
         let untied = untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
         let mut settings = settings.clone();
-        let mut units = Units::new(input, spec.as_ref(), format, &mut settings)?.build(untied.as_ref(), &mut notes)?;
+        let (mut units, dense) =
+            Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?.build(untied.as_ref(), &mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
-        if layers.is_empty() {
+        // A GGUF file may be wanted for its container alone.
+        if layers.is_empty() && dense.is_empty() {
             return Err(Error::NothingToQuantize { dir: input.dir().into() });
         }
         if let Some(module) = settings.layers.keys().find(|m| !layers.contains_key(*m)) {
             return Err(Error::UnknownLayer { dir: input.dir().into(), module: module.clone() });
         }
-        let sizes = input.names().filter_map(|n| input.spec(n)).map(|t| t.shape.iter().product::<usize>() as u64);
+        let sizes = input.names().filter_map(|n| input.shape_of(n)).map(|s| s.iter().product::<usize>() as u64);
         let parameters = sizes.sum();
-        if let (true, Some(spec)) = (as_gguf, &spec) {
-            if settings.tuning.is_some() {
-                return Err(Error::TuningFormat { format: format.name().into() });
+        let files = if as_gguf { Vec::new() } else { copied_files(input, &mut notes)? };
+        let (gguf, config, output) = match (as_gguf, &spec) {
+            (true, Some(spec)) => {
+                let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
+                (Some(gguf), serde_json::Value::Null, output)
             }
-            let (gguf, output) = gguf::output(input, spec, &mut units, &settings)?;
-            let (spec, gguf, files, config) = (Some(spec.clone()), Some(gguf), Vec::new(), serde_json::Value::Null);
-            return Ok(Plan {
-                settings,
-                method,
-                format,
-                spec,
-                calibrated,
-                units,
-                output,
-                files,
-                config,
-                parameters,
-                transforms,
-                tied,
-                untied,
-                gguf,
-                notes,
-            });
-        }
-        let ignored = left_dense(input, spec.as_ref(), &units);
-        let mut config = input.config().clone();
-        config["quantization_config"] = format.config(&layers, &ignored)?;
-        if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
-            config["tie_word_embeddings"] = false.into();
-        }
-        let output = OutputPlan::new(outputs(input, untied.as_ref(), &units, format), settings.shard_bytes)?;
-        let files = copied_files(input, &mut notes)?;
-        let gguf = None;
+            _ => {
+                let mut config = input.config().clone();
+                config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
+                if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
+                    config["tie_word_embeddings"] = false.into();
+                }
+                let outputs = outputs(input, untied.as_ref(), &units, format);
+                (None, config, OutputPlan::new(outputs, settings.shard_bytes)?)
+            }
+        };
         Ok(Plan {
             settings,
             method,
@@ -182,8 +169,19 @@ impl Plan {
             tied,
             untied,
             gguf,
+            mixture: None,
             notes,
         })
+    }
+
+    /// What becomes of most weights, in a word or two: `w4 g128 sym`, `q4_k`, `q4_k_m`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.settings.gguf.as_ref().and_then(|gguf| gguf.mix.clone()) {
+            Some(mix) => mix,
+            None if self.settings.layers.is_empty() => self.settings.scheme.to_string(),
+            None => "a mixture".into(),
+        }
     }
 
     /// Modules that are quantized, with scheme and shape, in order.
@@ -201,11 +199,29 @@ impl Plan {
         })
     }
 
+    /// Bytes written for the quantized modules that `wanted` names.
+    pub(crate) fn bytes_of(&self, wanted: impl Fn(&str) -> bool) -> u64 {
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        let named = tensors.filter(|t| matches!(&t.action, Action::Quantize { module, .. } if wanted(module)));
+        named.map(|t| t.bytes).sum()
+    }
+
+    /// Bytes of the output that generating a token does not read: an embedding that is not the output matrix, of which
+    /// a row is all that is looked up.
+    #[must_use]
+    pub fn unread_bytes(&self) -> u64 {
+        if self.spec.as_ref().is_some_and(|s| s.tied) {
+            return 0;
+        }
+        let tensors = self.units.iter().flat_map(|u| &u.tensors);
+        tensors.filter(|t| t.name.strip_suffix(".weight").is_some_and(is_embedding)).map(|t| t.bytes).sum()
+    }
+
     /// Bits per quantized weight: every byte written for quantized tensors, over their weights.
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
         let (weights, bytes) = self.quantized_size();
-        bytes as f64 * 8.0 / weights as f64
+        if weights == 0 { 0.0 } else { bytes as f64 * 8.0 / weights as f64 }
     }
 
     /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: one block in f32
@@ -274,6 +290,24 @@ fn quantized(units: &[Unit]) -> impl Iterator<Item = (&String, &Scheme, [usize; 
     })
 }
 
+/// Whether `input` may be quantized: a model of plain numbers, or a GGUF file that becomes another, which its user has to
+/// ask for if blocks would be rounded a second time.
+fn taken(input: &Checkpoint, settings: &Settings) -> Result<(), Error> {
+    let Some(dialect) = input.dialect() else { return Ok(()) };
+    let format = dialect.format().name();
+    let Some(gguf) = input.gguf() else {
+        return Err(Error::AlreadyQuantized { dir: input.dir().into(), format: format.into() });
+    };
+    let reason = match &settings.gguf {
+        None => "from a GGUF file only another GGUF file is made; `bitmill dequantize` makes a folder of it first",
+        Some(own) if !own.requantize && gguf.tensors.iter().any(|t| t.kind.block > 1) => {
+            "it is quantized already, and rounding a second time adds to what was lost; --allow-requantize does it anyway"
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(Error::Gguf { dir: input.dir().into(), reason: reason.into() })
+}
+
 /// Checks that `transforms` suit the model, and parts head and embedding in `spec` where one of them asks for it; returns
 /// the head's tensor where the input has none.
 fn untie(
@@ -308,11 +342,11 @@ fn untie(
 /// Every tensor the architecture needs is stored, in its shape.
 fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
     for slot in spec.tensors() {
-        match input.spec(&slot.name) {
+        match input.shape_of(&slot.name) {
             None if slot.optional => {}
             None => return Err(Error::MissingTensor { dir: input.dir().into(), tensor: slot.name }),
-            Some(stored) if stored.shape != slot.shape && !slot.optional => {
-                let (tensor, expected, got) = (slot.name, slot.shape, stored.shape.clone());
+            Some(got) if got != slot.shape && !slot.optional => {
+                let (tensor, expected) = (slot.name, slot.shape);
                 return Err(bitmill_models::Error::Shape { tensor, expected, got }.into());
             }
             Some(_) => {}
@@ -373,7 +407,12 @@ struct Units<'a> {
     ignore: Vec<Regex>,
     scheme: Scheme,
     settings: Settings,
+    /// How matrices get their types in a GGUF file.
+    types: Option<TensorTypes<'a>>,
 }
+
+/// A tensor's plan, and the type of its numbers where a GGUF file gives dense ones another.
+type Sorted = (PlannedTensor, Option<Dtype>);
 
 impl<'a> Units<'a> {
     fn new(
@@ -381,6 +420,7 @@ impl<'a> Units<'a> {
         spec: Option<&'a ModelSpec>,
         format: &'a dyn Format,
         settings: &mut Settings,
+        calibrated: bool,
     ) -> Result<Self, Error> {
         let compile = |p: &String| {
             // Python's re.match: anchored at the start only.
@@ -392,14 +432,23 @@ impl<'a> Units<'a> {
         let scale = settings.scale_type.unwrap_or_else(own);
         settings.scheme = settings.scheme.with_scale(scale);
         settings.layers.values_mut().for_each(|s| *s = s.with_scale(scale));
-        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, settings: settings.clone() })
+        let types = match spec.filter(|_| format.name() == GGUF.name()) {
+            Some(spec) => Some(TensorTypes::new(input.dir(), settings, spec, calibrated)?),
+            None => None,
+        };
+        Ok(Units { input, spec, format, ignore, scheme: settings.scheme, settings: settings.clone(), types })
     }
 
-    fn build(&self, untied: Option<&TensorSpec>, notes: &mut Vec<String>) -> Result<Vec<Unit>, Error> {
-        let roles: BTreeMap<String, Role> = match self.spec {
-            Some(spec) => (0..spec.layers).flat_map(|b| spec.block_linears(b)).map(|(r, m)| (m, r)).collect(),
-            None => BTreeMap::new(),
-        };
+    /// Units in order, and the types that dense matrices get in a GGUF file.
+    fn build(
+        &self,
+        untied: Option<&TensorSpec>,
+        notes: &mut Vec<String>,
+    ) -> Result<(Vec<Unit>, BTreeMap<String, Dtype>), Error> {
+        let linears = |b| self.spec.map(|spec| spec.block_linears(b)).into_iter().flatten();
+        let layers = self.spec.map_or(0, |spec| spec.layers);
+        let roles: BTreeMap<String, (Role, usize)> =
+            (0..layers).flat_map(|b| linears(b).map(move |(role, module)| (module, (role, b)))).collect();
         let block_of: BTreeMap<String, usize> = match self.spec {
             Some(spec) => {
                 (0..spec.layers).flat_map(|b| spec.block_tensors(b).into_iter().map(move |t| (t.name, b))).collect()
@@ -409,9 +458,10 @@ impl<'a> Units<'a> {
         let mut names: Vec<&str> = self.input.names().collect();
         names.sort_by_key(|n| natural_key(n));
         let mut blocks: BTreeMap<usize, Vec<PlannedTensor>> = BTreeMap::new();
-        let mut outside = Vec::new();
+        let (mut outside, mut dense) = (Vec::new(), BTreeMap::new());
         for name in names {
-            let tensor = self.tensor(name, &roles)?;
+            let (tensor, own) = self.tensor(name, &roles, notes)?;
+            dense.extend(own.map(|dtype| (name.to_owned(), dtype)));
             match block_of.get(name) {
                 Some(&block) => blocks.entry(block).or_default().push(tensor),
                 None => outside.push(tensor),
@@ -435,40 +485,52 @@ impl<'a> Units<'a> {
         let alone = outside.into_iter().map(|t| Unit { label: t.name.clone(), block: None, tensors: vec![t] });
         let blocks =
             blocks.into_iter().map(|(b, tensors)| Unit { label: format!("block {b}"), block: Some(b), tensors });
-        Ok(alone.chain(blocks).collect())
+        Ok((alone.chain(blocks).collect(), dense))
     }
 
-    fn tensor(&self, name: &str, roles: &BTreeMap<String, Role>) -> Result<PlannedTensor, Error> {
-        let stored = self.input.spec(name).map(|s| (s.shape.clone(), s.dtype, s.bytes() as u64));
+    fn tensor(
+        &self,
+        name: &str,
+        roles: &BTreeMap<String, (Role, usize)>,
+        notes: &mut Vec<String>,
+    ) -> Result<Sorted, Error> {
+        let shape = self.input.shape_of(name);
+        let stored = self.input.spec(name).zip(shape).map(|(s, shape)| (shape, s.dtype, s.bytes() as u64));
         let (shape, dtype, stored_bytes) = stored.unwrap_or((Vec::new(), Dtype::F32, 0));
-        let copy = PlannedTensor { name: name.into(), action: Action::Copy, bytes: stored_bytes };
-        let Some(module) = name.strip_suffix(".weight") else { return Ok(copy) };
-        let role = roles.get(module).copied();
+        let copy = |own| Ok((PlannedTensor { name: name.into(), action: Action::Copy, bytes: stored_bytes }, own));
+        let Some(module) = name.strip_suffix(".weight") else { return copy(None) };
+        let place = roles.get(module).copied();
         let linear = match self.spec {
-            Some(_) => role.is_some(),
+            Some(_) => place.is_some(),
             None => looks_linear(module, &shape, dtype),
         };
-        let &[rows, cols] = shape.as_slice() else { return Ok(copy) };
-        // The ends of a model have types of their own in a GGUF file.
-        let end = match self.spec {
-            Some(spec) if self.format.name() == GGUF.name() && !linear && is_end(module) => {
-                gguf::end_scheme(self.input, &self.settings, spec, module)?
+        let &[rows, cols] = shape.as_slice() else { return copy(None) };
+        if self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
+            return copy(None);
+        }
+        let own = self.settings.layers.get(module).copied();
+        let chosen = match &self.types {
+            Some(types) if own.is_none() => {
+                types.place(module, place).map(|place| types.of(name, place, cols)).transpose()?
             }
             _ => None,
         };
-        if !(linear || end.is_some()) || self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
-            return Ok(copy);
+        if let Some((to, from)) = chosen.and_then(|c| Some((c.kind.name, c.instead_of?))) {
+            notes.push(format!("{module} is {to}: its rows of {cols} are no whole blocks of {from}"));
         }
-        let own = self.settings.layers.get(module).copied();
-        let (scheme, shape) = (own.or(end).unwrap_or(self.scheme), [rows, cols]);
+        let scheme = match chosen.map(|c| c.kind.storage) {
+            Some(Storage::Block(kind)) => Scheme::block(kind),
+            Some(_) => return copy(chosen.and_then(|c| c.dense())),
+            None if linear || (own.is_some() && is_end(module)) => own.unwrap_or(self.scheme),
+            None => return copy(None),
+        };
+        let shape = [rows, cols];
         scheme.check(cols).map_err(|source| Error::Scheme { tensor: module.into(), source })?;
         self.format.check(module, &scheme, shape)?;
         let bytes = self.format.layout(module, &scheme, shape).iter().map(|t| t.bytes() as u64).sum();
-        Ok(PlannedTensor {
-            name: name.into(),
-            action: Action::Quantize { module: module.into(), role, scheme, shape },
-            bytes,
-        })
+        let role = place.map(|(role, _)| role);
+        let action = Action::Quantize { module: module.into(), role, scheme, shape };
+        Ok((PlannedTensor { name: name.into(), action, bytes }, None))
     }
 }
 

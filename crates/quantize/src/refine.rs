@@ -3,12 +3,13 @@
 //! Both lower ℓ = tr((Ŵ−W)·H·(Ŵ−W)ᵀ) and never raise it; each row stops as soon as nothing changes.
 
 use crate::refine_blocks::refit_blocks;
+use crate::refine_units::descend_units;
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GroupParams, IntGrid, Quantized};
 use rayon::prelude::*;
 
 /// Rows of one task.
-const ROWS: usize = 32;
+pub(crate) const ROWS: usize = 32;
 
 /// tr((Ŵ−W)·H·(Ŵ−W)ᵀ) of each row, for `w` and `approximation: [rows, n]` and `h: [n, n]`.
 #[must_use]
@@ -98,8 +99,12 @@ impl Values for BlockValues<'_> {
 }
 
 /// Cyclic coordinate descent (QuIP#'s refinement): each code in turn moves to the best value given all others,
-/// ŵ_k ← nearest(ŵ_k − G_k/H_kk) with G = (Ŵ−W)·H. At most `sweeps` passes; returns the number of codes changed.
+/// ŵ_k ← nearest(ŵ_k − G_k/H_kk) with G = (Ŵ−W)·H. At most `sweeps` passes; returns the number of codes changed. Where
+/// codes are chosen together, they move together.
 pub fn descend(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
+    if let Some(form) = q.scheme.form().filter(|f| f.unit() > 1) {
+        return descend_units(w, q, form, h, sweeps);
+    }
     let mut codes = std::mem::take(&mut q.codes);
     let changed = match q.scheme.form() {
         Some(form) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &BlockValues::new(form, q)),

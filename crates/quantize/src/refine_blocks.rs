@@ -128,7 +128,7 @@ impl Row<'_> {
                         moved |= self.move_integers(group, sub);
                     }
                 }
-                if form.step != Step::Exponent {
+                if form.reals() > 0 {
                     moved |= self.move_reals(group);
                 }
             }
@@ -168,20 +168,28 @@ impl Row<'_> {
         let mut best = (0.0, old);
         // With the offset free to follow, the curvature along the scale is the Schur complement.
         let (mut slope, mut bend) = (self.gradient[s], self.curvature(s, s));
-        if let Some(o) = o.filter(|&o| self.curvature(o, o) > 0.0) {
+        if let Some(o) = o.filter(|&o| self.curvature(o, o) > 0.0 && form.shift != Shift::Sign) {
             slope -= self.curvature(s, o) * self.gradient[o] / self.curvature(o, o);
             bend -= self.curvature(s, o).powi(2) / self.curvature(o, o);
         }
         let unit = match form.step {
-            Step::Scaled { .. } => f64::from(old.reals[0]),
+            Step::Scaled { .. } | Step::Odd { .. } => f64::from(old.reals[0] * (form.multiple(1) - form.multiple(0))),
+            // The next float is a power of two, or an eighth of one, away.
+            Step::Float => f64::from(here.scale) / 8.0,
             _ => f64::from(here.scale),
         };
         let ideal = if bend > 0.0 && unit != 0.0 { (-slope / bend / unit).clamp(-300.0, 300.0) } else { 0.0 };
         let centre = i32::from(old.integers[sub]) + ideal.round() as i32;
         let most = i32::from(form.max_integer(sub));
-        for integer in (centre - 2).max(0)..=(centre + 2).min(most) {
+        let (first, last) = ((centre - 2).clamp(0, most), (centre + 2).clamp(0, most));
+        // Where the offset is the scale or its negative, both are tried with every scale.
+        let signs = if form.shift == Shift::Sign { 2 } else { 1 };
+        for (integer, sign) in (first..=last).flat_map(|i| (0..signs).map(move |s| (i, s))) {
             let mut p = old;
             p.integers[sub] = integer as u8;
+            if form.shift == Shift::Sign {
+                p.integers[form.scale_integers() + sub] = sign;
+            }
             if let (Some(o), Shift::Scaled { .. }) = (o, form.shift) {
                 let at = form.scale_integers() + sub;
                 let moved = by(&p)[0];
@@ -215,7 +223,11 @@ impl Row<'_> {
             let at = (0..subs).map(|sub| form.affine(&p, sub)).collect::<Vec<_>>();
             let scales = at.iter().enumerate().map(|(i, a)| (first + i, f64::from(a.scale)));
             let offsets = at.iter().enumerate().map(|(i, a)| (self.shared.subs + first + i, f64::from(a.offset)));
-            if real == 0 { scales.collect() } else { offsets.collect::<Vec<_>>() }
+            match (real, form.shift) {
+                (0, Shift::Sign) => scales.chain(offsets).collect::<Vec<_>>(),
+                (0, _) => scales.collect(),
+                _ => offsets.collect(),
+            }
         };
         let along = |u: &[(usize, f64)]| u.iter().map(|&(i, x)| x * self.gradient[i]).sum::<f64>();
         let form_of = |u: &[(usize, f64)], v: &[(usize, f64)]| {
@@ -279,12 +291,15 @@ mod tests {
     /// Each block fitted on its own, as without error feedback.
     fn fitted(form: &BlockForm, w: &[f32], n: usize) -> Quantized {
         let blocks: Vec<BlockParams> = w.chunks(form.len).map(|w| form.fit(w, &vec![1.0; w.len()])).collect();
-        let code =
-            |(i, &x): (usize, &f32)| form.nearest(x, form.affine(&blocks[i / form.len], i % form.len / form.sub));
+        let mut codes = vec![0u8; w.len()];
+        for (i, (w, codes)) in w.chunks(form.sub).zip(codes.chunks_mut(form.sub)).enumerate() {
+            let a = form.affine(&blocks[i / form.subs()], i % form.subs());
+            form.round(w, &vec![1.0; w.len()], a, codes);
+        }
         Quantized {
             scheme: Scheme::block(form.kind),
             shape: [w.len() / n, n],
-            codes: w.iter().enumerate().map(code).collect(),
+            codes,
             scales: blocks.iter().flat_map(|p| p.reals[..form.reals()].to_vec()).collect(),
             zeros: blocks.iter().flat_map(|p| p.integers[..form.integers()].to_vec()).collect(),
             group_of: vec![],

@@ -1,18 +1,20 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
+mod card;
 mod measured;
+mod publish;
+mod slabs;
 #[cfg(test)]
 mod tests;
 
-use crate::block::{Flow, Target};
-use crate::journal::{Journal, Line, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
+use crate::block::{Flow, Moment, Target};
+use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::transforms::{transformed, transformed_bytes};
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
-use bitmill_calibrate::{Statistics, Stream, StreamKind, Windows, in_order};
+use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
-use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -80,6 +82,8 @@ pub enum Calibration<'a> {
     Text(&'a Windows),
     /// What an earlier pass saw in the full-precision model: no forward pass.
     Statistics(&'a Statistics),
+    /// The diagonal of what another program saw, which is enough to weigh errors and not to feed them back.
+    Importance(&'a Imatrix),
 }
 
 /// How a run is carried out, as far as it does not change its bytes.
@@ -104,6 +108,8 @@ pub struct Finished {
     pub tensors: Vec<TensorRecord>,
     /// What stages over the whole model brought.
     pub stages: Vec<StageRecord>,
+    /// The manifest: what decides the output, and what became of every tensor. `bitmill.json` of a folder.
+    pub manifest: serde_json::Value,
     /// Bytes of the weight files.
     pub bytes: u64,
 }
@@ -120,11 +126,16 @@ pub fn run(
     options: RunOptions<'_>,
     observe: &mut dyn FnMut(Event<'_>),
 ) -> Result<Finished, Error> {
-    check_place(input, out, options.force)?;
+    for (_, to) in publish::names(plan, Path::new(""), out) {
+        check_place(input, &to, options.force)?;
+    }
     if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
     }
-    if !plan.transforms.is_empty() && matches!(calibration, Some(Calibration::Statistics(_))) {
+    if let Some(Calibration::Importance(imatrix)) = calibration {
+        measured::check(plan, imatrix)?;
+    }
+    if !plan.transforms.is_empty() && !matches!(calibration, Some(Calibration::Text(_)) | None) {
         return Err(Error::TransformsNeedText);
     }
     let identity = identity(input, plan, calibration)?;
@@ -162,15 +173,21 @@ pub fn run(
             (worker.observe)(Event::Started { unit, total, label: "tuning" });
             let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
-            journal.append(Line { unit, stream: None, full: None, tensors: Vec::new(), stage: Some(stage) })?;
+            let stage = Some(stage);
+            journal.append(Line { unit, stream: None, full: None, tensors: Vec::new(), sites: Vec::new(), stage })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
             continue;
         };
         (worker.observe)(Event::Started { unit, total, label });
-        let tensors = match (&flow, plan.units[unit].block) {
+        let (tensors, sites) = match (&flow, plan.units[unit].block) {
             (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
-            (None, Some(block)) if plan.calibrated => worker.measured_unit(&plan.units[unit], block, calibration)?,
-            _ => worker.plain_unit(&plan.units[unit])?,
+            (None, Some(block)) if plan.calibrated => match calibration {
+                Some(Calibration::Importance(imatrix)) => {
+                    (worker.weighed_unit(&plan.units[unit], imatrix)?, Vec::new())
+                }
+                _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
+            },
+            _ => (worker.plain_unit(&plan.units[unit])?, Vec::new()),
         };
         worker.output.sync()?;
         let save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
@@ -182,14 +199,14 @@ pub fn run(
             stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
             full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
         }
-        journal.append(Line { unit, stream, full, tensors, stage: None })?;
+        journal.append(Line { unit, stream, full, tensors, sites, stage: None })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
         let _ = std::fs::remove_file(journal.full_stream(unit));
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
-    publish(input, plan, &identity, journal, stages, (out, options.force))
+    publish::publish(input, plan, &identity, journal, stages, (out, options.force))
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
@@ -248,6 +265,9 @@ fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
+/// What became of a unit's tensors, and what was seen at its sites.
+type Records = (Vec<TensorRecord>, Vec<SiteRecord>);
+
 struct Worker<'a, 'o> {
     input: &'a Checkpoint,
     plan: &'a Plan,
@@ -266,9 +286,14 @@ impl Worker<'_, '_> {
                 continue;
             };
             let started = Instant::now();
-            let weight = self.input.tensor(&tensor.name)?.to_f32()?;
-            let linear = Linear { name: module, weight: &weight, shape: *shape, scheme: *scheme };
             let (method, solver) = self.plain_method()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme };
+            if slabs::takes(&linear, method) {
+                records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
+                continue;
+            }
+            let weight = self.input.weight(module)?.to_f32()?;
+            let linear = Linear { weight: &weight, ..linear };
             let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
                 self.write(module, &solved.quantized)?;
@@ -288,6 +313,33 @@ impl Worker<'_, '_> {
         Ok(records)
     }
 
+    /// Rounds, encodes and writes a matrix slab by slab, where errors cost `h` if that is known.
+    fn by_slabs(
+        &mut self,
+        linear: &Linear<'_>,
+        h: Option<&[f32]>,
+        (method, solver): (&dyn Method, &SolverOptions),
+        bytes: u64,
+    ) -> Result<TensorRecord, Error> {
+        let started = Instant::now();
+        let rounded = slabs::round(self.plan, linear, &self.input.weight(linear.name)?, h, (method, solver))?;
+        // A matrix of blocks is one tensor.
+        let name = format!("{}.weight", linear.name);
+        let encoded = match &self.plan.gguf {
+            Some(gguf) => gguf.ordered(&name, linear.shape[0], rounded.bytes),
+            None => rounded.bytes,
+        };
+        self.output.write(&name, &encoded)?;
+        let record = TensorRecord {
+            relative_error: if rounded.energy > 0.0 { rounded.error / rounded.energy } else { 0.0 },
+            error_of: if h.is_some() { "weighed weights".into() } else { "weights".into() },
+            seconds: started.elapsed().as_secs_f64(),
+            ..TensorRecord::of(linear.name, linear.shape, linear.scheme, method, bytes)
+        };
+        (self.observe)(Event::Tensor(&record));
+        Ok(record)
+    }
+
     /// A block through which the calibration text flows.
     fn calibrated_unit(
         &mut self,
@@ -296,7 +348,7 @@ impl Worker<'_, '_> {
         flow: &Flow<'_>,
         done: usize,
         total: usize,
-    ) -> Result<Vec<TensorRecord>, Error> {
+    ) -> Result<Records, Error> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
             self.copy(&tensor.name)?;
         }
@@ -308,34 +360,28 @@ impl Worker<'_, '_> {
             Some(Target { bias, ..target })
         };
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(target).collect();
-        let (method, solver, stop) = (self.plan.method, &self.plan.settings.solver, self.options.stop);
-        let mut records = Vec::new();
-        // Both callbacks report to the observer; only one of them runs at a time.
-        let observe = std::cell::RefCell::new(&mut *self.observe);
-        let (plan, output, input) = (self.plan, &self.output, self.input);
-        flow.quantize_block(
-            index,
-            block,
-            &targets,
-            (method, solver),
-            &mut |site| {
-                if stop.load(Ordering::Relaxed) {
+        let how = (self.plan.method, &self.plan.settings.solver);
+        let (mut tensors, mut sites) = (Vec::new(), Vec::new());
+        flow.quantize_block(index, block, &targets, how, &mut |moment| {
+            match moment {
+                Moment::Site(_) if self.options.stop.load(Ordering::Relaxed) => {
                     return Err(Error::Stopped { done, total });
                 }
-                (observe.borrow_mut())(Event::Site { name: site.name });
-                Ok(())
-            },
-            &mut |finished| {
-                write_quantized(plan, output, &finished.module, &finished.solved.quantized)?;
-                if let Some(bias) = &finished.bias {
-                    write_values(plan, output, &input.tensor(&format!("{}.bias", finished.module))?, bias)?;
+                Moment::Site(site) => (self.observe)(Event::Site { name: site.name }),
+                Moment::Seen(site) => sites.push(site),
+                Moment::Finished(finished) => {
+                    write_quantized(self.plan, &self.output, &finished.module, &finished.solved.quantized)?;
+                    if let Some(bias) = &finished.bias {
+                        let view = self.input.tensor(&format!("{}.bias", finished.module))?;
+                        write_values(self.plan, &self.output, &view, bias)?;
+                    }
+                    (self.observe)(Event::Tensor(&finished.record));
+                    tensors.push(finished.record);
                 }
-                (observe.borrow_mut())(Event::Tensor(&finished.record));
-                records.push(finished.record);
-                Ok(())
-            },
-        )?;
-        Ok(records)
+            }
+            Ok(())
+        })?;
+        Ok((tensors, sites))
     }
 
     /// Tunes the whole rounded model and writes what came of it in the place of what was there.
@@ -389,7 +435,11 @@ impl Worker<'_, '_> {
 
     /// Writes a tensor that is not quantized.
     fn copy(&self, name: &str) -> Result<(), Error> {
-        write_dense(self.plan, &self.output, &self.input.tensor(name)?)
+        match &self.plan.gguf {
+            Some(gguf) => self.output.write(name, &gguf.copied(self.input, name)?)?,
+            None => self.output.write(name, self.input.tensor(name)?.bytes)?,
+        }
+        Ok(())
     }
 
     /// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
@@ -403,19 +453,13 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Writes a tensor that is not quantized, as it is.
-fn write_dense(plan: &Plan, output: &Output, view: &TensorView<'_>) -> Result<(), Error> {
-    match &plan.gguf {
-        Some(gguf) => output.write(view.name, &gguf.copied(view)?)?,
-        None => output.write(view.name, view.bytes)?,
-    }
-    Ok(())
-}
-
 /// Writes a tensor that is not quantized with other numbers in it.
 fn write_values(plan: &Plan, output: &Output, view: &TensorView<'_>, values: &[f32]) -> Result<(), Error> {
-    let bytes = view.with_values(values)?;
-    write_dense(plan, output, &TensorView { bytes: &bytes, ..*view })
+    let bytes = match &plan.gguf {
+        Some(gguf) => gguf.with_values(view, values)?,
+        None => view.with_values(values)?,
+    };
+    Ok(output.write(view.name, &bytes)?)
 }
 
 fn write_quantized(
@@ -512,71 +556,4 @@ fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
         return Err(io(file, "taking up the calibration stream")(source));
     }
     Ok(stream.load(file)?)
-}
-
-/// Completes the folder and gives it its name.
-fn publish(
-    input: &Checkpoint,
-    plan: &Plan,
-    identity: &serde_json::Value,
-    journal: Journal,
-    first: &[StageRecord],
-    (out, force): (&Path, bool),
-) -> Result<Finished, Error> {
-    let later = journal.lines.iter().filter_map(|l| l.stage.clone());
-    let stages: Vec<StageRecord> = first.iter().cloned().chain(later).collect();
-    let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
-    // A GGUF file is complete in itself; a folder has more in it than weights.
-    let result = match plan.gguf {
-        Some(_) => journal.output().join(crate::gguf::FILE),
-        None => complete_folder(input, plan, identity, &journal.output(), (&tensors, &stages))?,
-    };
-    let mut name = out.file_name().unwrap_or_default().to_owned();
-    name.push(".log.jsonl");
-    let log = out.with_file_name(name);
-    let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
-    write_durably(&log, lines.as_bytes())?;
-    if out.exists() {
-        if !force {
-            return Err(Error::Exists { out: out.to_owned() });
-        }
-        let old = journal.dir().join("replaced");
-        std::fs::rename(out, &old).map_err(io(out, "moving the old output away"))?;
-    }
-    std::fs::rename(&result, out).map_err(io(out, "naming the output"))?;
-    journal.remove()?;
-    Ok(Finished { out: out.to_owned(), log, tensors, stages, bytes: plan.output.total_bytes() })
-}
-
-/// Adds what a folder holds besides weights, and returns it.
-fn complete_folder(
-    input: &Checkpoint,
-    plan: &Plan,
-    identity: &serde_json::Value,
-    dir: &Path,
-    (tensors, stages): (&[TensorRecord], &[StageRecord]),
-) -> Result<PathBuf, Error> {
-    for file in &plan.files {
-        let (from, to) = (input.dir().join(file), dir.join(file));
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
-        }
-        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
-        copy().map_err(io(&to, "copying"))?;
-    }
-    // Everything in the folder is a function of input and settings, so seconds stay in the log beside it.
-    let manifest = json!({
-        "run": identity,
-        "bits_per_weight": plan.bits_per_weight(),
-        "tensors": tensors.iter().map(|t| json!({
-            "tensor": t.tensor, "scheme": t.scheme, "bits_per_weight": t.bits_per_weight,
-            "relative_error": t.relative_error, "error_of": t.error_of, "damping": t.damping, "stages": t.stages,
-        })).collect::<Vec<_>>(),
-        "stages": stages.iter().map(|s| json!({
-            "stage": s.stage, "loss": s.loss, "held_out_windows": s.held_out_windows, "before": s.before,
-            "after": s.after, "kept_pass": s.kept_pass,
-        })).collect::<Vec<_>>(),
-    });
-    write_durably(&dir.join("bitmill.json"), &pretty(&manifest))?;
-    Ok(dir.to_owned())
 }

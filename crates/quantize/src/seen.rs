@@ -2,7 +2,7 @@
 //! drift between two streams where there are two.
 
 use crate::{Observation, TargetShift};
-use bitmill_calibrate::{CrossStats, Drift, SiteStats};
+use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread};
 use std::borrow::Cow;
 
 /// One window in this many is held out.
@@ -94,6 +94,11 @@ impl Seen {
     /// Tokens seen.
     pub(crate) fn tokens(&self) -> u64 {
         self.parts.iter().map(|(stats, _)| stats.tokens()).sum()
+    }
+
+    /// How far the activation is from evenly spread numbers, over all tokens.
+    pub(crate) fn spread(&self) -> Spread {
+        self.merged().0.spread()
     }
 
     /// Moments of what was learnt from and of what was held out; `None` where either is empty or nothing is to be shifted.

@@ -171,15 +171,16 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// `passes` walks over the windows, with rates for codes of `bits`: coarse codes leave more to be made up for.
+    /// `passes` walks over the windows, with rates for codes of `bits`: coarse codes leave more to be made up for, and hide
+    /// more of the noise that a step brings.
     #[must_use]
     pub fn new(passes: u32, bits: u32) -> Self {
-        let scales = match bits {
-            ..=2 => 0.008,
-            3 => 0.004,
-            _ => 0.002,
+        let (scales, head) = match bits {
+            ..=2 => (0.008, 0.0015),
+            3 => (0.004, 0.001),
+            _ => (0.002, 0.0005),
         };
-        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head: 0.003, resample: 0.3 }
+        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3 }
     }
 }
 

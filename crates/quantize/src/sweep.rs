@@ -8,12 +8,17 @@
 //!     ŵ_k = nearest grid value to t          (the grid's parameters are fitted to t at the start of a group)
 //! ```
 //!
+//! Where a grid rounds several columns at once, as a codebook does, these are a unit: with M = Ũ·D·Ũᵀ the unit's own part
+//! of the factors, the grid takes the point nearest to the unit's t in the metric M, which is what the unit can still lose
+//! once later columns have made up for it, and the errors of all its columns go on to the columns after it (blocked LDLQ,
+//! as in QuIP#).
+//!
 //! Columns are worked in blocks: one product brings in all earlier blocks, the rest happens inside the block. Rows are
 //! independent, so chunks of rows run in parallel and give the same codes at any thread count.
 
 use crate::{Factor, ScaleSearch};
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{Grid, GroupParams, IntGrid};
+use bitmill_scheme::{Grid, GroupParams, IntGrid, Metric, UNIT};
 use rayon::prelude::*;
 
 /// Rows of one task.
@@ -40,28 +45,26 @@ impl Order {
     /// activation order free at inference (GPTQModel calls it group-aware).
     #[must_use]
     pub fn by_importance(importance: &[f32], group_len: usize) -> Self {
-        let descending = |a: f32, b: f32| b.total_cmp(&a);
-        let mut groups: Vec<(f32, usize)> =
-            importance.chunks(group_len).map(|g| g.iter().sum::<f32>() / g.len() as f32).zip(0..).collect();
-        groups.sort_by(|a, b| descending(a.0, b.0));
-        let mut columns = Vec::with_capacity(importance.len());
-        for (_, g) in groups {
-            let from = g * group_len;
-            let mut group: Vec<usize> = (from..importance.len().min(from + group_len)).collect();
-            group.sort_by(|&a, &b| descending(importance[a], importance[b]));
-            columns.extend(group.into_iter().map(|c| c as u32));
-        }
-        Order { columns }
+        Order::nested(importance, &[group_len, 1])
     }
 
-    /// As [`Order::by_importance`], with the columns of each sub-block of `sub_len` kept together inside its group, so
-    /// that what a sub-block stores can be fitted when the sweep reaches it.
+    /// As [`Order::by_importance`] for groups within groups: of `lens`, each divides the one before it. Columns of an
+    /// innermost group stay as they lie.
     #[must_use]
-    pub fn nested(importance: &[f32], group_len: usize, sub_len: usize) -> Self {
-        let subs = Order::by_importance(importance, sub_len);
-        let groups = Order::by_importance(importance, group_len);
-        let inside = |group: usize| subs.columns.iter().copied().filter(move |&c| c as usize / group_len == group);
-        let columns = groups.columns.iter().step_by(group_len).flat_map(|&c| inside(c as usize / group_len)).collect();
+    pub fn nested(importance: &[f32], lens: &[usize]) -> Self {
+        fn arrange(importance: &[f32], from: usize, lens: &[usize], out: &mut Vec<u32>) {
+            let [len, inner @ ..] = lens else {
+                return out.extend((from..from + importance.len()).map(|c| c as u32));
+            };
+            let mean = |g: &[f32]| g.iter().sum::<f32>() / g.len() as f32;
+            let mut groups: Vec<(f32, usize)> = importance.chunks(*len).map(mean).zip(0..).collect();
+            groups.sort_by(|a, b| b.0.total_cmp(&a.0));
+            for at in groups.into_iter().map(|(_, g)| g * len) {
+                arrange(&importance[at..importance.len().min(at + len)], from + at, inner, out);
+            }
+        }
+        let mut columns = Vec::with_capacity(importance.len());
+        arrange(importance, 0, lens, &mut columns);
         Order { columns }
     }
 }
@@ -80,8 +83,37 @@ pub trait SweepGrid: Copy + Sync {
     fn fit(&self, group: Part<'_>, search: ScaleSearch) -> Self::Params;
     /// Fits what belongs to the next `stride` columns alone to their weights, which have been compensated since.
     fn refit(&self, _params: &mut Self::Params, _part: Part<'_>, _search: ScaleSearch) {}
-    /// The code nearest to `x` in column `column` of the matrix, and its value.
-    fn round(&self, x: f32, params: &Self::Params, column: usize) -> (u8, f32);
+    /// Columns rounded at once, neighbours in the matrix; divides the stride.
+    fn unit(&self) -> usize {
+        1
+    }
+    /// The codes nearest to a unit, and their values.
+    fn round(&self, unit: Unit<'_>, params: &Self::Params, codes: &mut [u8], values: &mut [f32]);
+}
+
+/// Columns of one row that are rounded at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Unit<'a> {
+    /// What they should be, given all columns before them.
+    pub w: &'a [f32],
+    /// The first column of the matrix they are.
+    pub column: usize,
+    factor: &'a Factor,
+    /// Position of the first in the sweep.
+    at: usize,
+}
+
+impl Unit<'_> {
+    /// What errors of the unit still cost after later columns have made up for them.
+    #[must_use]
+    pub fn metric(&self) -> Metric {
+        let (n, at, len) = (self.factor.width(), self.at, self.w.len());
+        let mut metric = Metric::diagonal(&self.factor.diagonal()[at..at + len]);
+        for (j, row) in metric.u.iter_mut().enumerate().take(len) {
+            row[..len].copy_from_slice(&self.factor.unit()[(at + j) * n + at..][..len]);
+        }
+        metric
+    }
 }
 
 /// Columns of one row on which parameters are fitted, in the order of the sweep.
@@ -107,9 +139,9 @@ impl SweepGrid for IntGrid {
     }
 
     #[inline]
-    fn round(&self, x: f32, params: &GroupParams, _column: usize) -> (u8, f32) {
-        let code = self.nearest(x, *params);
-        (code, self.value(code, *params))
+    fn round(&self, unit: Unit<'_>, params: &GroupParams, codes: &mut [u8], values: &mut [f32]) {
+        codes[0] = self.nearest(unit.w[0], *params);
+        values[0] = self.value(codes[0], *params);
     }
 }
 
@@ -219,10 +251,11 @@ impl<'a, G: SweepGrid> Chunk<'a, G> {
         params: &mut [G::Params],
         fit: bool,
     ) {
-        let (n, group_len, grid, search) = (self.n, self.what.group_len, self.what.grid, self.what.search);
-        let stride = grid.stride(group_len);
+        let (group_len, grid, search) = (self.what.group_len, self.what.grid, self.what.search);
+        let (stride, unit) = (grid.stride(group_len), grid.unit());
         let mut current = params[0];
-        for k in 0..t.len() {
+        let (mut found, mut values) = ([0u8; UNIT], [0.0f32; UNIT]);
+        for k in (0..t.len()).step_by(unit) {
             let at = start + k;
             let column = self.what.order.columns[at] as usize;
             if fit && at.is_multiple_of(stride) {
@@ -235,13 +268,37 @@ impl<'a, G: SweepGrid> Chunk<'a, G> {
                 }
                 current = params[group];
             }
-            let (code, value) = grid.round(t[k], &current, column);
-            codes[column] = code;
-            let delta = value - self.w[row * n + at];
-            self.delta[row * n + at] = delta;
-            let unit = &self.what.factor.unit()[at * n + at + 1..at * n + start + t.len()];
-            for (t, &u) in t[k + 1..].iter_mut().zip(unit) {
-                *t -= delta * u;
+            self.centre(row, at, &mut t[k..k + unit]);
+            let what = Unit { w: &t[k..k + unit], column, factor: self.what.factor, at };
+            grid.round(what, &current, &mut found[..unit], &mut values[..unit]);
+            codes[column..column + unit].copy_from_slice(&found[..unit]);
+            for (i, &value) in values[..unit].iter().enumerate() {
+                self.spread(row, at + i, value, &mut t[k + unit..], start + k + unit);
+            }
+        }
+    }
+
+    /// Notes the value of the column at position `at`, and takes its error off the targets `t` of those from position
+    /// `from` on.
+    #[inline]
+    fn spread(&mut self, row: usize, at: usize, value: f32, t: &mut [f32], from: usize) {
+        let n = self.n;
+        let delta = value - self.w[row * n + at];
+        self.delta[row * n + at] = delta;
+        let unit = &self.what.factor.unit()[at * n + from..at * n + from + t.len()];
+        for (t, &u) in t.iter_mut().zip(unit) {
+            *t -= delta * u;
+        }
+    }
+
+    /// The targets of a unit from position `at` on, as each would be if those before it were met exactly.
+    #[inline]
+    fn centre(&self, row: usize, at: usize, t: &mut [f32]) {
+        let n = self.n;
+        for j in 0..t.len() - 1 {
+            let delta = t[j] - self.w[row * n + at + j];
+            for (k, t) in t.iter_mut().enumerate().skip(j + 1) {
+                *t -= delta * self.what.factor.unit()[(at + j) * n + at + k];
             }
         }
     }
@@ -268,6 +325,10 @@ pub(crate) mod tests {
         pub(crate) fn unit(&mut self) -> f64 {
             self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             (self.0 >> 11) as f64 / (1u64 << 53) as f64
+        }
+
+        pub(crate) fn below(&mut self, n: usize) -> usize {
+            (self.unit() * n as f64) as usize
         }
 
         pub(crate) fn normal(&mut self) -> f64 {

@@ -45,6 +45,14 @@ pub enum Error {
         /// The value found.
         got: u8,
     },
+    /// Codes that the codebook of a GGUF type does not list.
+    #[error("the codes of row {row} from input {col} on are not in the codebook of their type")]
+    Codebook {
+        /// Output row.
+        row: usize,
+        /// First input of the unit.
+        col: usize,
+    },
     /// A scale that is NaN or infinite.
     #[error("the scale of row {row}, group {group} is {value}")]
     Scale {

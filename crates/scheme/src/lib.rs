@@ -12,7 +12,9 @@ mod quantized;
 mod scheme;
 
 pub use error::Error;
-pub use grids::block::{Affine, BLOCKS, BlockForm, BlockParams, BlockType, Shift, Step};
+pub use grids::block::{
+    Affine, BLOCKS, BlockForm, BlockParams, BlockType, Codebook, Flags, LANES, Metric, Shift, Step, UNIT,
+};
 pub use grids::{Fit, Grid, GroupParams, int::IntGrid};
 pub use quantized::Quantized;
 pub use scheme::{Activations, Bits, Granularity, GridKind, Preset, SCHEMES, ScaleType, Scheme, scheme};

@@ -55,6 +55,11 @@ impl Quantized {
         if let Some(&c) = self.codes.iter().max() {
             range("code", u32::from(c), u32::from(max_code))?;
         }
+        if let Some(book) = self.scheme.form().and_then(BlockForm::codebook)
+            && let Some(i) = self.codes.chunks(book.unit).position(|unit| !book.holds(unit))
+        {
+            return Err(Error::Codebook { row: i * book.unit / cols, col: i * book.unit % cols });
+        }
         if let Some(form) = self.scheme.form() {
             let n = form.integers();
             if let Some((i, &got)) = self.zeros.iter().enumerate().find(|(i, z)| **z > form.max_integer(i % n)) {
@@ -142,7 +147,7 @@ impl Quantized {
             debug_assert!(groups * form.len == cols);
             let p = self.block(form, row, col / form.len);
             let a = form.affine(&p, col % form.len / form.sub);
-            out.extend(codes.iter().map(|&c| form.value(c, a)));
+            form.values(codes, a, &mut out);
         }
         out
     }

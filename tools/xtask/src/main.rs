@@ -1,9 +1,11 @@
-//! Repository chores: `cargo xtask tidy | golden | conformance | embeddings`.
+//! Repository chores: `cargo xtask tidy | golden | conformance | gguf | embeddings | mixtures`.
 //!
 //! Each chore is a list of commands that anyone could type; this program only knows their order and what they need.
 //! The house rules themselves are a test of the root package, `tests/house.rs`.
 
-use std::ffi::OsStr;
+mod mixtures;
+
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -38,6 +40,33 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/conformance"))]
         work: PathBuf,
     },
+    /// Builds bitmill and holds its GGUF files against llama.cpp and gguf-py: types, mixtures, importance matrices, conversion,
+    /// shards.
+    Gguf {
+        #[command(flatten)]
+        reference: Reference,
+        /// Folder of llama.cpp's binaries: llama-quantize, llama-perplexity, llama-imatrix, llama-gguf-split.
+        #[arg(long)]
+        llama: PathBuf,
+        /// llama.cpp's source folder, for its converter; without it that part is left out.
+        #[arg(long)]
+        source: Option<PathBuf>,
+        /// Which parts to check, with commas between: types,mixes,imatrix,convert,split.
+        #[arg(long)]
+        parts: Option<String>,
+        /// Only types, mixtures or layouts that this regular expression finds.
+        #[arg(long, default_value = "")]
+        cases: String,
+        /// Unquantized model folder.
+        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
+        model: PathBuf,
+        /// Text to compare on.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
+        text: PathBuf,
+        /// Scratch folder.
+        #[arg(long, default_value_os_t = root().join("target/gguf"))]
+        work: PathBuf,
+    },
     /// Builds bitmill and holds the sentence embeddings of all-MiniLM-L6-v2, dense and quantized, against
     /// sentence-transformers.
     Embeddings {
@@ -51,6 +80,21 @@ enum Chore {
         text: PathBuf,
         /// Scratch folder; the result stays there as embeddings.json.
         #[arg(long, default_value_os_t = root().join("target/embeddings"))]
+        work: PathBuf,
+    },
+    /// Builds bitmill and measures mixtures of widths against every uniform scheme of the same size.
+    Mixtures {
+        /// A built bitmill, in place of building it.
+        #[arg(long)]
+        bitmill: Option<PathBuf>,
+        /// Unquantized model folder.
+        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
+        model: PathBuf,
+        /// Text to measure on.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
+        text: PathBuf,
+        /// Scratch folder; results stay there, and what is in it is not measured again.
+        #[arg(long, default_value_os_t = root().join("target/mixtures"))]
         work: PathBuf,
     },
 }
@@ -69,9 +113,18 @@ fn main() -> ExitCode {
         Chore::Conformance { reference, cases, model, text, work } => {
             conformance(&reference.python, &cases, &model, &text, &work)
         }
+        Chore::Gguf { reference, llama, source, parts, cases, model, text, work } => {
+            let options = [("--source", source.map(PathBuf::into_os_string)), ("--parts", parts.map(Into::into))];
+            let given = options.into_iter().filter_map(|(name, value)| Some((name, value?)));
+            let paths = [("--llama", &llama), ("--model", &model), ("--text", &text), ("--work", &work)];
+            let paths = paths.map(|(name, path)| (name, path.clone().into_os_string()));
+            let cases = [("--cases", cases.into())];
+            gguf(&reference.python, &llama, paths.into_iter().chain(given).chain(cases))
+        }
         Chore::Embeddings { reference, model, text, work } => {
             embeddings(&reference.python, model.as_deref(), &text, &work)
         }
+        Chore::Mixtures { bitmill, model, text, work } => mixtures(bitmill, &model, &text, &work),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -126,6 +179,39 @@ fn embeddings(python: &Path, model: Option<&Path>, text: &Path, work: &Path) -> 
     check.arg("--text").arg(text).arg("--work").arg(work);
     if let Some(model) = model {
         check.arg("--model").arg(model);
+    }
+    run(&mut check)
+}
+
+fn mixtures(bitmill: Option<PathBuf>, model: &Path, text: &Path, work: &Path) -> Result<()> {
+    let bitmill = match bitmill {
+        Some(built) => built,
+        None => {
+            run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+            target_dir()?.join("release/bitmill")
+        }
+    };
+    mixtures::Bench { bitmill, model, text, work }.run()
+}
+
+fn gguf(python: &Path, llama: &Path, options: impl Iterator<Item = (&'static str, OsString)>) -> Result<()> {
+    require_packages(python)?;
+    for program in ["llama-quantize", "llama-perplexity", "llama-imatrix", "llama-gguf-split"] {
+        if !llama.join(program).is_file() {
+            bail!(
+                "{} holds no {program}; build llama.cpp (its source is in vendor/ of the source package of \
+                 llama-cpp-python) with `cmake -B BUILD -DCMAKE_BUILD_TYPE=Release && cmake --build BUILD`, then pass \
+                 --llama BUILD/bin",
+                llama.display()
+            );
+        }
+    }
+    run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+    let mut check = Command::new(python);
+    check.arg(reference_dir().join("gguf_conformance.py"));
+    check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
+    for (name, value) in options.filter(|(_, value)| !value.is_empty()) {
+        check.arg(name).arg(value);
     }
     run(&mut check)
 }

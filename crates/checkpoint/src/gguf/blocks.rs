@@ -1,11 +1,15 @@
 //! The bits of a block: where each code, each integer and each real number of a block lies.
 //!
 //! A code is one or two bit fields of the block's bytes, and so is an integer of a sub-block; packing and unpacking read
-//! one table of fields, so they are inverse by construction. TQ1_0 alone packs base-3 digits and is written out below.
+//! one table of fields, so they are inverse by construction. Types with a codebook have fields for the index of each
+//! vector and for the flags of each unit instead. TQ1_0 alone packs base-3 digits and is written out below.
+
+mod vectors;
 
 use bitmill_scheme::{BlockForm, BlockType, Quantized, Scheme};
 use half::f16;
 use rayon::prelude::*;
+use vectors::Vectors;
 
 /// Some bits of a block's bytes.
 #[derive(Clone, Copy)]
@@ -17,6 +21,8 @@ struct Field {
 
 /// Low bits first; a second field of width zero is none.
 type Fields = [Field; 2];
+/// As [`Fields`], for what has more bits.
+type Wide = [Field; 4];
 
 const NONE: Field = Field { byte: 0, shift: 0, width: 0 };
 
@@ -32,19 +38,23 @@ const fn two(a: (usize, usize, usize), b: (usize, usize, usize)) -> Fields {
 struct Layout {
     kind: BlockType,
     bytes: usize,
-    reals: Vec<usize>,
+    reals: Vec<Wide>,
     integers: Vec<Fields>,
     codes: Vec<Fields>,
+    /// In place of `codes`, where there is a codebook.
+    vectors: Option<Vectors>,
 }
 
 impl Layout {
     fn new(form: &BlockForm) -> Self {
+        let vectors = form.codebook().map(|book| Vectors::new(form, book));
         Layout {
             kind: form.kind,
             bytes: form.bytes,
-            reals: reals(form.kind)[..form.reals()].to_vec(),
+            reals: (0..form.reals()).map(|i| real(form.kind, i)).collect(),
             integers: (0..form.integers()).map(|i| integer(form.kind, i)).collect(),
-            codes: (0..form.len).map(|e| code(form.kind, e)).collect(),
+            codes: if vectors.is_some() { vec![] } else { (0..form.len).map(|e| code(form.kind, e)).collect() },
+            vectors,
         }
     }
 
@@ -60,59 +70,104 @@ impl Layout {
     fn pack(&self, codes: &[u8], reals: &[f32], integers: &[u8], out: &mut [u8]) {
         if self.kind == BlockType::Tq1_0 {
             pack_ternary(codes, out);
-        } else {
+        } else if let Some(vectors) = &self.vectors {
+            vectors.pack(codes, out);
+        } else if !pack_bytes(self.kind, codes, out) {
             for (f, &c) in self.codes.iter().zip(codes) {
-                put(out, f, c ^ self.code_mask());
+                put(out, f, u32::from(c ^ self.code_mask()));
             }
         }
         for (f, &i) in self.integers.iter().zip(integers) {
-            put(out, f, i ^ self.integer_mask());
+            put(out, f, u32::from(i ^ self.integer_mask()));
         }
-        for (&at, &r) in self.reals.iter().zip(reals) {
-            out[at..at + 2].copy_from_slice(&f16::from_f32(r).to_le_bytes());
+        for (f, &r) in self.reals.iter().zip(reals) {
+            put(out, f, u32::from(f16::from_f32(r).to_bits()));
         }
     }
 
     fn unpack(&self, bytes: &[u8], codes: &mut [u8], reals: &mut [f32], integers: &mut [u8]) {
         if self.kind == BlockType::Tq1_0 {
             unpack_ternary(bytes, codes);
+        } else if let Some(vectors) = &self.vectors {
+            vectors.unpack(bytes, codes);
         } else {
             for (f, c) in self.codes.iter().zip(codes) {
-                *c = get(bytes, f) ^ self.code_mask();
+                *c = get(bytes, f) as u8 ^ self.code_mask();
             }
         }
         for (f, i) in self.integers.iter().zip(integers) {
-            *i = get(bytes, f) ^ self.integer_mask();
+            *i = get(bytes, f) as u8 ^ self.integer_mask();
         }
-        for (&at, r) in self.reals.iter().zip(reals) {
-            *r = f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        for (f, r) in self.reals.iter().zip(reals) {
+            *r = f16::from_bits(get(bytes, f) as u16).to_f32();
         }
     }
 }
 
-fn put(out: &mut [u8], fields: &Fields, value: u8) {
-    let mut rest = u32::from(value);
+/// Packs the codes of the types whose bytes hold one or two whole codes, which is where time would go; `false` for others.
+fn pack_bytes(kind: BlockType, codes: &[u8], out: &mut [u8]) -> bool {
+    let from = match kind {
+        BlockType::Q8_0 => {
+            out[2..].iter_mut().zip(codes).for_each(|(o, &c)| *o = c ^ 0x80);
+            return true;
+        }
+        BlockType::Q4_0 | BlockType::Iq4Nl => 2,
+        BlockType::Q4_1 => 4,
+        BlockType::Q5_0 => 6,
+        BlockType::Q5_1 => 8,
+        _ => return false,
+    };
+    let (low, high) = codes.split_at(16);
+    for ((o, &a), &b) in out[from..].iter_mut().zip(low).zip(high) {
+        *o = a & 15 | b << 4;
+    }
+    if matches!(kind, BlockType::Q5_0 | BlockType::Q5_1) {
+        let fifth = codes.iter().enumerate().fold(0u32, |bits, (e, &c)| bits | u32::from(c >> 4) << e);
+        out[from - 4..from].copy_from_slice(&fifth.to_le_bytes());
+    }
+    true
+}
+
+#[inline]
+fn put(out: &mut [u8], fields: &[Field], value: u32) {
+    let mut rest = value;
     for f in fields {
         out[f.byte] |= ((rest & ((1 << f.width) - 1)) << f.shift) as u8;
         rest >>= f.width;
     }
 }
 
-fn get(bytes: &[u8], [low, high]: &Fields) -> u8 {
-    let part = |f: &Field| (u32::from(bytes[f.byte]) >> f.shift) & ((1 << f.width) - 1);
-    (part(low) | part(high) << low.width) as u8
+#[inline]
+fn get(bytes: &[u8], fields: &[Field]) -> u32 {
+    let (mut value, mut width) = (0, 0);
+    for f in fields {
+        value |= ((u32::from(bytes[f.byte]) >> f.shift) & ((1 << f.width) - 1)) << width;
+        width += f.width;
+    }
+    value
 }
 
-/// Offsets of d, then of dmin or m.
-fn reals(kind: BlockType) -> [usize; 2] {
-    match kind {
-        BlockType::Q2K => [80, 82],
-        BlockType::Q3K => [108, 0],
-        BlockType::Q6K => [208, 0],
-        BlockType::Tq1_0 => [52, 0],
-        BlockType::Tq2_0 => [64, 0],
-        _ => [0, 2],
-    }
+/// Fields of d, then of dmin or m.
+fn real(kind: BlockType, i: usize) -> Wide {
+    let at = match kind {
+        BlockType::Q2K => 80,
+        BlockType::Q3K => 108,
+        BlockType::Q6K => 208,
+        BlockType::Tq1_0 => 52,
+        BlockType::Tq2_0 => 64,
+        // The upper nibbles of four words of scales.
+        BlockType::Iq1M => return [49, 51, 53, 55].map(|byte| Field { byte, shift: 4, width: 4 }),
+        _ => 0,
+    };
+    let [low, high] = [0, 1].map(|half| Field { byte: at + 2 * i + half, shift: 0, width: 8 });
+    [low, high, NONE, NONE]
+}
+
+/// `width` bits, 8 at most, from bit `shift` of the little-endian number at `byte` on.
+const fn straddling(byte: usize, shift: usize, width: usize) -> Fields {
+    let (byte, shift) = (byte + shift / 8, shift % 8);
+    let low = if width < 8 - shift { width } else { 8 - shift };
+    two((byte, shift, low), if low < width { (byte + 1, 0, width - low) } else { (0, 0, 0) })
 }
 
 /// Fields of integer `i`: those of the scales come first, then those of the offsets.
@@ -129,6 +184,15 @@ fn integer(kind: BlockType, i: usize) -> Fields {
         },
         BlockType::Q6K => one(192 + i, 0, 8),
         BlockType::Iq4Xs => two((4 + i / 2, i % 2 * 4, 4), (2 + i / 4, i % 4 * 2, 2)),
+        BlockType::Iq2Xxs => one(2 + 8 * i + 7, 4, 4),
+        BlockType::Iq2Xs => one(66 + i / 2, i % 2 * 4, 4),
+        BlockType::Iq2S => one(74 + i / 2, i % 2 * 4, 4),
+        BlockType::Iq3Xxs => one(66 + 4 * i + 3, 4, 4),
+        BlockType::Iq3S => one(106 + i / 2, i % 2 * 4, 4),
+        BlockType::Iq1S if i < 8 => one(34 + 2 * i + 1, 4, 3),
+        BlockType::Iq1S => one(34 + 2 * (i - 8) + 1, 7, 1),
+        BlockType::Iq1M => straddling(48 + i / 4 * 2, 3 * (i % 4), 3),
+        BlockType::Nvfp4 => one(i, 0, 8),
         _ => one(0, 0, 8),
     }
 }
@@ -149,6 +213,7 @@ fn code(kind: BlockType, e: usize) -> Fields {
         BlockType::Q5_1 => two(nibble(8), (4 + e / 8, e % 8, 1)),
         BlockType::Q8_0 => one(2 + e, 0, 8),
         BlockType::Mxfp4 => single(nibble(1)),
+        BlockType::Nvfp4 => one(4 + e / 16 * 8 + e % 8, e / 8 % 2 * 4, 4),
         BlockType::Q2K => single(two_bits(16)),
         BlockType::Tq2_0 => single(two_bits(0)),
         BlockType::Q3K => two(two_bits(32), (lane, 4 * half + quarter, 1)),
@@ -159,7 +224,15 @@ fn code(kind: BlockType, e: usize) -> Fields {
             two(low, (128 + 32 * half + lane, 2 * quarter, 2))
         }
         BlockType::Iq4Xs => one(8 + e / 32 * 16 + e % 16, e / 16 % 2 * 4, 4),
-        BlockType::Tq1_0 => [NONE; 2],
+        // These have no field per code.
+        BlockType::Tq1_0
+        | BlockType::Iq2Xxs
+        | BlockType::Iq2Xs
+        | BlockType::Iq2S
+        | BlockType::Iq3Xxs
+        | BlockType::Iq3S
+        | BlockType::Iq1S
+        | BlockType::Iq1M => [NONE; 2],
     }
 }
 
@@ -242,12 +315,10 @@ mod tests {
                 assert_eq!(seen[byte] & bits, 0, "{}: byte {byte} is used twice", form.name);
                 seen[byte] |= bits;
             };
-            for f in layout.codes.iter().chain(&layout.integers).flatten().filter(|f| f.width > 0) {
+            let vectors = layout.vectors.iter().flat_map(Vectors::fields);
+            let fields = layout.codes.iter().chain(&layout.integers).flatten().chain(layout.reals.iter().flatten());
+            for f in fields.chain(vectors).filter(|f| f.width > 0) {
                 mark(f.byte, (((1u32 << f.width) - 1) << f.shift) as u8);
-            }
-            for &at in &layout.reals {
-                mark(at, 0xff);
-                mark(at + 1, 0xff);
             }
             assert!(seen.iter().all(|&s| s == 0xff), "{}: a bit is never used", form.name);
         }

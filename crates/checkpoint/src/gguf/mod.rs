@@ -32,6 +32,17 @@ pub(crate) const ALIGNMENT: usize = 32;
 /// The loader's bound on a tensor's name, its terminating zero included.
 pub(crate) const LONGEST_NAME: usize = 64;
 
+/// Keys of a file that is one of several: its number, how many there are, and the tensors of all.
+pub(crate) const SPLIT_NO: &str = "split.no";
+pub(crate) const SPLIT_COUNT: &str = "split.count";
+pub(crate) const SPLIT_TENSORS: &str = "split.tensors.count";
+
+/// How the name of shard `no` (from 0) of `count` ends.
+#[must_use]
+pub fn shard_end(no: u64, count: u64) -> String {
+    format!("-{:05}-of-{count:05}.gguf", no + 1)
+}
+
 /// What the elements of a tensor are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
@@ -88,25 +99,25 @@ pub static TYPES: &[GgmlType] = &[
     block(13, "Q5_K", 256, 176, BlockType::Q5K, 16),
     block(14, "Q6_K", 256, 210, BlockType::Q6K, 18),
     opaque(15, "Q8_K", 256, 292),
-    opaque(16, "IQ2_XXS", 256, 66),
-    opaque(17, "IQ2_XS", 256, 74),
-    opaque(18, "IQ3_XXS", 256, 98),
-    opaque(19, "IQ1_S", 256, 50),
+    block(16, "IQ2_XXS", 256, 66, BlockType::Iq2Xxs, 19),
+    block(17, "IQ2_XS", 256, 74, BlockType::Iq2Xs, 20),
+    block(18, "IQ3_XXS", 256, 98, BlockType::Iq3Xxs, 23),
+    block(19, "IQ1_S", 256, 50, BlockType::Iq1S, 24),
     block(20, "IQ4_NL", 32, 18, BlockType::Iq4Nl, 25),
-    opaque(21, "IQ3_S", 256, 110),
-    opaque(22, "IQ2_S", 256, 82),
+    block(21, "IQ3_S", 256, 110, BlockType::Iq3S, 26),
+    block(22, "IQ2_S", 256, 82, BlockType::Iq2S, 28),
     block(23, "IQ4_XS", 256, 136, BlockType::Iq4Xs, 30),
     dense(24, "I8", 1, Dtype::I8, 0),
     dense(25, "I16", 2, Dtype::I16, 0),
     dense(26, "I32", 4, Dtype::I32, 0),
     dense(27, "I64", 8, Dtype::I64, 0),
     dense(28, "F64", 8, Dtype::F64, 0),
-    opaque(29, "IQ1_M", 256, 56),
+    block(29, "IQ1_M", 256, 56, BlockType::Iq1M, 31),
     dense(30, "BF16", 2, Dtype::BF16, 32),
     block(34, "TQ1_0", 256, 54, BlockType::Tq1_0, 36),
     block(35, "TQ2_0", 256, 66, BlockType::Tq2_0, 37),
     block(39, "MXFP4", 32, 17, BlockType::Mxfp4, 38),
-    opaque(40, "NVFP4", 64, 36),
+    block(40, "NVFP4", 64, 36, BlockType::Nvfp4, 39),
     opaque(41, "Q1_0", 128, 18),
     opaque(42, "Q2_0", 64, 18),
 ];

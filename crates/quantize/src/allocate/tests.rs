@@ -210,3 +210,45 @@ fn what_cannot_be_is_said() {
     let nothing = allocate(&[], &[], 0).unwrap();
     assert_eq!((nothing.options.len(), nothing.bytes), (0, 0));
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    /// With cross terms: never above the additive optimum, within the budget, and near the best of all allocations.
+    #[test]
+    fn cross_terms_are_searched(seed in 0u64..1_000_000) {
+        let mut r = Random::new(seed);
+        let (n, k) = (6, 4);
+        let mut tables: Vec<Vec<Option<Choice>>> = Vec::new();
+        for _ in 0..n {
+            let (size, c) = (20.0 + 80.0 * r.unit(), (1.5 * r.normal()).exp());
+            let option = |b: usize| Choice { bytes: (size * (b + 2) as f64) as u64, loss: c * 0.25f64.powi(b as i32) };
+            tables.push((0..k).map(|b| Some(option(b))).collect());
+        }
+        // Half the correlations of random vectors: whole ones could cancel, and a local optimum be any multiple of the best.
+        let vectors: Vec<Vec<f64>> = (0..n).map(|_| (0..4).map(|_| r.normal() + 0.3).collect()).collect();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let of = |a: usize, b: usize| dot(&vectors[a], &vectors[b]) / (dot(&vectors[a], &vectors[a]) * dot(&vectors[b], &vectors[b])).sqrt() / 2.0;
+        let cross: Vec<f64> = (0..n * n).map(|i| if i / n == i % n { 1.0 } else { of(i / n, i % n) }).collect();
+        let value = |picked: &[usize]| -> f64 {
+            let d: Vec<f64> = tables.iter().zip(picked).map(|(t, &k)| t[k].unwrap().loss.sqrt()).collect();
+            (0..n * n).map(|i| cross[i] * d[i / n] * d[i % n]).sum()
+        };
+        let budget = tables.iter().map(|t| t[1].unwrap().bytes).sum::<u64>() + 17;
+        let plain = allocate(&tables, &apart(n), budget).unwrap();
+        let found = allocate_crossed(&tables, &apart(n), budget, Some(&cross)).unwrap();
+        prop_assert!(found.bytes <= budget);
+        prop_assert!((found.loss - value(&found.options)).abs() < 1e-9 * (1.0 + found.loss));
+        prop_assert!(found.loss <= value(&plain.options) * (1.0 + 1e-9));
+        let mut best = f64::INFINITY;
+        for mut code in 0..k.pow(n as u32) {
+            let picked: Vec<usize> = (0..n).map(|_| { let o = code % k; code /= k; o }).collect();
+            let bytes: u64 = tables.iter().zip(&picked).map(|(t, &k)| t[k].unwrap().bytes).sum();
+            if bytes <= budget { best = best.min(value(&picked)); }
+        }
+        prop_assert!(found.loss <= 1.5 * best + 1e-12, "{} against {best}", found.loss);
+        // Without correlations it is the knapsack.
+        let identity: Vec<f64> = (0..n * n).map(|i| f64::from(u8::from(i / n == i % n))).collect();
+        let same = allocate_crossed(&tables, &apart(n), budget, Some(&identity)).unwrap();
+        prop_assert!((same.loss - plain.loss).abs() < 1e-12 * (1.0 + plain.loss));
+    }
+}

@@ -1,10 +1,11 @@
 //! Metadata of a GGUF file: what a loader must know of the architecture, and the tokenizer.
 
+use super::gguf_mix;
 use crate::{Error, Settings};
 use bitmill_calibrate::gguf_tokenizer;
 use bitmill_checkpoint::Checkpoint;
 use bitmill_checkpoint::Dtype;
-use bitmill_checkpoint::gguf::{GgufSpec, Storage, TYPES, Value, by_storage};
+use bitmill_checkpoint::gguf::{GgufSpec, Storage, Value, by_storage};
 use bitmill_models::{ModelSpec, Rope, RopeKind};
 use bitmill_scheme::BLOCKS;
 
@@ -57,14 +58,23 @@ pub(super) fn metadata(
     for (key, value) in spec.rope.iter().flat_map(rope) {
         add(key, value);
     }
-    keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?);
+    match input.gguf() {
+        Some(gguf) => {
+            let own = gguf.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
+            keys.extend(own.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        None => keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?),
+    }
     keys.push(("bitmill.version".to_owned(), Value::Text(env!("CARGO_PKG_VERSION").into())));
     keys.push(("bitmill.method".to_owned(), Value::Text(settings.method.clone())));
     Ok(keys)
 }
 
-/// The number of the type most weights have.
+/// The number of the mixture, or of the type most weights have.
 fn file_type(settings: &Settings) -> u32 {
+    if let Some(mix) = settings.gguf.as_ref().and_then(|g| gguf_mix(g.mix.as_ref()?)) {
+        return mix.file_type;
+    }
     let block = settings.scheme.form().and_then(|f| BLOCKS.iter().find(|b| b.kind == f.kind));
     block.and_then(|b| by_storage(Storage::Block(b.kind))).map_or(1, |t| t.file_type)
 }
@@ -100,11 +110,12 @@ pub(super) fn rope_factors(spec: &ModelSpec) -> Vec<(GgufSpec, Vec<u8>)> {
     let plain = Rope { kind: RopeKind::Default, ..own.clone() };
     let (scaled, plain) = (own.frequencies(1), plain.frequencies(1));
     let factors: Vec<f32> = plain.iter().zip(&scaled).map(|(p, s)| p / s).collect();
-    let kind = TYPES.iter().find(|t| t.storage == Storage::Dense(Dtype::F32));
-    kind.map(|kind| {
-        let spec = GgufSpec { name: "rope_freqs.weight".into(), kind, shape: vec![factors.len()] };
-        (spec, factors.iter().flat_map(|f| f.to_le_bytes()).collect())
-    })
-    .into_iter()
-    .collect()
+    constant(super::ROPE_FACTORS, &factors)
+}
+
+/// A vector that is written with the header.
+pub(super) fn constant(name: &str, values: &[f32]) -> Vec<(GgufSpec, Vec<u8>)> {
+    let kind = by_storage(Storage::Dense(Dtype::F32));
+    let spec = kind.map(|kind| GgufSpec { name: name.into(), kind, shape: vec![values.len()] });
+    spec.map(|spec| (spec, values.iter().flat_map(|f| f.to_le_bytes()).collect())).into_iter().collect()
 }

@@ -97,23 +97,21 @@ pub(super) fn resample(
     share: f32,
     random: &mut dyn FnMut() -> f32,
 ) -> Result<(), Error> {
-    let count = tokens.len();
-    for from in (0..count).step_by(POSITIONS) {
-        let rows = POSITIONS.min(count - from);
-        let mut p = head.logits(&h.narrow(0, from, rows)?)?.flatten_all()?.to_vec1::<f32>()?;
-        let vocab = p.len() / rows;
-        for (i, row) in p.chunks_exact_mut(vocab).enumerate() {
-            let Some(next) = tokens.get_mut(from + i + 1) else { continue };
-            if random() >= share {
-                continue;
-            }
+    // Token t is drawn from position t − 1; only the positions drawn from are worth a product with the head.
+    let drawn: Vec<u32> = (1..tokens.len() as u32).filter(|_| random() < share).collect();
+    for some in drawn.chunks(POSITIONS) {
+        let before: Vec<u32> = some.iter().map(|t| t - 1).collect();
+        let rows = h.index_select(&Tensor::new(before, h.device())?, 0)?;
+        let mut p = head.logits(&rows)?.flatten_all()?.to_vec1::<f32>()?;
+        let vocab = p.len() / some.len();
+        for (&token, row) in some.iter().zip(p.chunks_exact_mut(vocab)) {
             softmax(row, 1.0);
             let mut left = random();
             let passed = row.iter().position(|v| {
                 left -= v;
                 left < 0.0
             });
-            *next = passed.unwrap_or(vocab - 1) as u32;
+            tokens[token as usize] = passed.unwrap_or(vocab - 1) as u32;
         }
     }
     Ok(())

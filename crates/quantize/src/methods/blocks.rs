@@ -1,20 +1,27 @@
 //! GGUF block types under the methods: fitted one by one for rounding to nearest, or as the grid of the sweep.
 
 use super::Linear;
-use crate::sweep::{Part, SweepGrid};
+use crate::sweep::{Part, SweepGrid, Unit};
 use crate::{Factor, Order, ScaleSearch, Sweep, sweep};
+use bitmill_kernels::fit_blocks;
 use bitmill_scheme::{BlockForm, BlockParams, Quantized, Step};
 use rayon::prelude::*;
 
 /// Every block fitted to its own weights, whose errors cost `importance`, and each weight at its nearest value.
-pub(super) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32]) -> Quantized {
+pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32]) -> Quantized {
     let n = linear.shape[1];
+    if form.has_lanes() {
+        let mut params = vec![BlockParams::zero(); linear.weight.len() / form.len];
+        let mut codes = vec![0u8; linear.weight.len()];
+        fit_blocks(form, linear.weight, importance, &mut params, &mut codes);
+        return assemble(linear, form, codes, &params);
+    }
     let params: Vec<BlockParams> = (linear.weight.par_chunks(form.len).enumerate())
         .map(|(i, w)| form.fit(w, &importance[i * form.len % n..][..form.len]))
         .collect();
     let round = |(i, (w, codes)): (usize, (&[f32], &mut [u8]))| {
         let a = form.affine(&params[i / form.subs()], i % form.subs());
-        w.iter().zip(codes).for_each(|(&x, c)| *c = form.nearest(x, a));
+        form.round(w, &importance[i * form.sub % n..][..form.sub], a, codes);
     };
     let mut codes = vec![0u8; linear.weight.len()];
     linear.weight.par_chunks(form.sub).zip(codes.par_chunks_mut(form.sub)).enumerate().for_each(round);
@@ -63,7 +70,7 @@ impl SweepGrid for BlockGrid {
     }
 
     fn stride(&self, group_len: usize) -> usize {
-        if matches!(self.0.step, Step::Scaled { .. }) { self.0.sub } else { group_len }
+        if matches!(self.0.step, Step::Scaled { .. } | Step::Odd { .. } | Step::Float) { self.0.sub } else { group_len }
     }
 
     fn fit(&self, group: Part<'_>, search: ScaleSearch) -> BlockParams {
@@ -77,10 +84,60 @@ impl SweepGrid for BlockGrid {
         self.0.refit_sub(params, sub, &w, &cost);
     }
 
+    fn unit(&self) -> usize {
+        self.0.unit()
+    }
+
     #[inline]
-    fn round(&self, x: f32, params: &BlockParams, column: usize) -> (u8, f32) {
-        let a = self.0.affine(params, column % self.0.len / self.0.sub);
-        let code = self.0.nearest(x, a);
-        (code, self.0.value(code, a))
+    fn round(&self, unit: Unit<'_>, params: &BlockParams, codes: &mut [u8], values: &mut [f32]) {
+        let a = self.0.affine(params, unit.column % self.0.len / self.0.sub);
+        if codes.len() == 1 {
+            codes[0] = self.0.nearest(unit.w[0], a);
+        } else {
+            self.0.round_unit(unit.w, &unit.metric(), a, f32::INFINITY, codes);
+        }
+        codes.iter().zip(values).for_each(|(&c, v)| *v = self.0.value(c, a));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::refine_units::tests::point;
+    use crate::sweep::tests::{Random, random_h, random_w};
+    use bitmill_scheme::{BLOCKS, Scheme};
+
+    #[test]
+    fn every_unit_of_a_sweep_is_the_best_given_those_before_it() {
+        let n = 512;
+        let (h, w) = (random_h(n, 31), random_w(2 * n, 32));
+        let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
+        let mut r = Random::new(9);
+        for form in BLOCKS.iter().filter(|f| f.unit() > 1) {
+            let order = Order::nested(&importance, &[form.len, form.sub, form.unit()]);
+            let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
+            let linear = Linear { name: "x", weight: &w, shape: [2, n], scheme: Scheme::block(form.kind) };
+            let q = swept(&linear, form, &order, &factor, ScaleSearch::Hessian);
+            q.validate().unwrap();
+            let column = |k: usize| order.columns[k] as usize;
+            // What the unit at position `at` costs: its share of Σ D(ΔŨ)².
+            let cost = |values: &[f32], row: usize, at: usize| -> f64 {
+                let delta = |k: usize| f64::from(values[row * n + column(k)] - w[row * n + column(k)]);
+                let fed = |k: usize| (0..=k).map(|j| delta(j) * f64::from(factor.unit()[j * n + k])).sum::<f64>();
+                (at..at + form.unit()).map(|k| f64::from(factor.diagonal()[k]) * fed(k).powi(2)).sum()
+            };
+            let values = q.dequantize();
+            for _ in 0..60 {
+                let (row, at) = (r.below(2), r.below(n / form.unit()) * form.unit());
+                let from = row * n + column(at);
+                let mut other = q.clone();
+                let (fresh, begin) = (point(form.codebook().unwrap(), &mut r), r.below(form.unit()));
+                other.codes[from + begin..from + form.unit()].copy_from_slice(&fresh[begin..]);
+                if other.validate().is_ok() {
+                    let (is, could_be) = (cost(&values, row, at), cost(&other.dequantize(), row, at));
+                    assert!(is <= could_be * (1.0 + 1e-4), "{}: {is} where {could_be} is possible", form.name);
+                }
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@ use super::{Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
 use crate::soft::soften;
 use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
-use bitmill_scheme::{Granularity, Quantized};
+use bitmill_scheme::{Granularity, Quantized, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Gptq;
@@ -34,12 +34,7 @@ impl Method for Gptq {
         let mut factored: Vec<(Order, Factor)> = Vec::new();
         let mut solved = Vec::with_capacity(linears.len());
         for linear in linears {
-            let group_len = linear.scheme.group_len(n);
-            let order = match (options.act_order, linear.scheme.form()) {
-                (true, Some(form)) => Order::nested(&importance, form.len, form.sub),
-                (true, None) => Order::by_importance(&importance, group_len),
-                (false, _) => Order::natural(n),
-            };
+            let order = order(&linear.scheme, &importance, options);
             let at = match factored.iter().position(|(o, _)| *o == order) {
                 Some(at) => at,
                 None => {
@@ -53,6 +48,16 @@ impl Method for Gptq {
             solved.push(solve_linear(linear, h, &importance, order, factor, options));
         }
         Ok(solved)
+    }
+}
+
+/// The order in which the columns of a linear under `scheme` are rounded.
+pub(crate) fn order(scheme: &Scheme, importance: &[f32], options: &SolverOptions) -> Order {
+    let n = importance.len();
+    match (options.act_order, scheme.form()) {
+        (true, Some(form)) => Order::nested(importance, &[form.len, form.sub, form.unit()]),
+        (true, None) => Order::by_importance(importance, scheme.group_len(n)),
+        (false, _) => Order::natural(n),
     }
 }
 

@@ -3,10 +3,12 @@
 //! To add one, write `methods/x.rs`, its `mod` line, and a row of [`METHODS`]: `--method x`, help and the conformance
 //! tests below come with it.
 
-mod blocks;
+pub(crate) mod blocks;
 mod gptq;
 mod hqq;
 mod rtn;
+
+pub(crate) use gptq::order;
 
 use crate::{Error, SolverOptions, StageChange};
 use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
@@ -56,8 +58,16 @@ pub trait Method: Sync {
     }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
+    /// Whether every row of a matrix of blocks is rounded by itself.
+    fn works_by_rows(&self) -> bool {
+        false
+    }
+    /// Whether the diagonal of H is enough.
+    fn takes_diagonal(&self) -> bool {
+        false
+    }
     /// Rounds the linears that read one activation. `h` is H, row-major `[in, in]`, present if [`Method::needs`] asks
-    /// for it.
+    /// for it; for a method that [takes it](Method::takes_diagonal), it may be the diagonal, `[in]`.
     ///
     /// # Errors
     /// [`Error::NotPositive`] when H cannot be factored.
@@ -156,7 +166,8 @@ mod tests {
     fn codes_do_not_depend_on_threads() {
         let n = 256;
         let (h, w) = (random_h(n, 61), random_w(100 * n, 62));
-        let schemes = [Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32)), Scheme::block(BlockType::Q2K)];
+        let block = [BlockType::Q2K, BlockType::Iq2Xs].map(Scheme::block);
+        let schemes = [Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32)), block[0], block[1]];
         for (method, scheme) in METHODS.iter().flat_map(|m| schemes.map(|s| (m, s))) {
             if method.refuses(&scheme).is_some() {
                 continue;
@@ -175,7 +186,17 @@ mod tests {
         let n = 256;
         let (h, w) = (random_h(n, 71), random_w(64 * n, 72));
         let int = |symmetric| Scheme::int(Bits::new(3).unwrap(), symmetric, Granularity::Group(32));
-        let blocks = [BlockType::Q4_0, BlockType::Q2K, BlockType::Q3K, BlockType::Q4K, BlockType::Iq4Xs];
+        let blocks = [
+            BlockType::Q4_0,
+            BlockType::Q2K,
+            BlockType::Q3K,
+            BlockType::Q4K,
+            BlockType::Iq4Xs,
+            BlockType::Iq3S,
+            BlockType::Iq2Xxs,
+            BlockType::Iq1S,
+            BlockType::Nvfp4,
+        ];
         for scheme in [int(true), int(false)].into_iter().chain(blocks.map(Scheme::block)) {
             let total = |name: &str, options: &SolverOptions| -> f64 {
                 loss(&w, &solve(method(name).unwrap(), &w, &h, n, scheme, options).dequantize(), &h).iter().sum()

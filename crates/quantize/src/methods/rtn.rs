@@ -20,6 +20,14 @@ impl Method for Rtn {
         if options.scale_search == Some(ScaleSearch::Hessian) { Needs::Hessian } else { Needs::Nothing }
     }
 
+    fn works_by_rows(&self) -> bool {
+        true
+    }
+
+    fn takes_diagonal(&self) -> bool {
+        true
+    }
+
     fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error> {
         let search = options.scale_search.unwrap_or(ScaleSearch::MinMax);
         let solve = |linear: &Linear<'_>| {
@@ -39,9 +47,13 @@ impl Method for Rtn {
     }
 }
 
-/// The diagonal of H, or ones without one.
+/// The diagonal of H, which `h` may be already, or ones without one.
 pub(super) fn importance(h: Option<&[f32]>, n: usize) -> Vec<f32> {
-    h.map_or_else(|| vec![1.0; n], |h| (0..n).map(|i| h[i * n + i]).collect())
+    match h {
+        None => vec![1.0; n],
+        Some(diagonal) if diagonal.len() == n => diagonal.to_vec(),
+        Some(h) => (0..n).map(|i| h[i * n + i]).collect(),
+    }
 }
 
 /// Parameters of every group, each fitted to its own weights.

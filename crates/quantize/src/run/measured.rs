@@ -1,11 +1,28 @@
-//! A block rounded from statistics that an earlier pass collected: weights and H in, nothing flows.
+//! A block rounded from statistics that an earlier pass collected: weights and H, or its diagonal, in; nothing flows.
 
-use super::{Calibration, Worker, write_quantized};
+use super::{Calibration, Records, Worker, write_quantized};
 use crate::block::{Target, solve_targets};
-use crate::journal::TensorRecord;
+use crate::journal::{SiteRecord, TensorRecord};
 use crate::run::Event;
-use crate::{Action, Error, Unit};
+use crate::{Action, Error, Linear, Plan, Unit};
+use bitmill_calibrate::Imatrix;
 use bitmill_models::SITES;
+
+/// Whether `imatrix` weighs the inputs of every linear of `plan`, and its method asks for no more.
+pub(super) fn check(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
+    if !plan.method.takes_diagonal() {
+        return Err(Error::DiagonalOnly { method: plan.method.name() });
+    }
+    let blocks = plan.units.iter().filter(|unit| unit.block.is_some());
+    for tensor in blocks.flat_map(|unit| &unit.tensors) {
+        let Action::Quantize { module, shape, .. } = &tensor.action else { continue };
+        let got = imatrix.importance(module).map(<[f32]>::len);
+        if got != Some(shape[1]) {
+            return Err(Error::Importance { module: module.clone(), inputs: shape[1], got: got.unwrap_or(0) });
+        }
+    }
+    Ok(())
+}
 
 impl Worker<'_, '_> {
     pub(super) fn measured_unit(
@@ -13,7 +30,7 @@ impl Worker<'_, '_> {
         unit: &Unit,
         block: usize,
         calibration: Option<Calibration<'_>>,
-    ) -> Result<Vec<TensorRecord>, Error> {
+    ) -> Result<Records, Error> {
         let Some(Calibration::Statistics(statistics)) = calibration else {
             let (method, reason) = (self.plan.method.name().into(), "neither text nor statistics were given".into());
             return Err(Error::NeedsForward { method, reason });
@@ -22,7 +39,7 @@ impl Worker<'_, '_> {
             self.copy(&tensor.name)?;
         }
         let targets: Vec<Target<'_>> = unit.tensors.iter().filter_map(Target::of).collect();
-        let mut records = Vec::new();
+        let (mut tensors, mut sites) = (Vec::new(), Vec::new());
         for site in &SITES {
             (self.observe)(Event::Site { name: site.name });
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| site.linears.contains(&t.role)).collect();
@@ -30,14 +47,32 @@ impl Worker<'_, '_> {
                 continue;
             }
             let h = statistics.hessian(block, site)?;
+            let (name, tokens, spread) = (site.name.into(), statistics.tokens(), statistics.spread(block, site, &h)?);
+            sites.push(SiteRecord { block, site: name, tokens, spread });
             let weight = |t: &&Target<'_>| Ok::<_, Error>(self.input.weight(t.module)?.to_f32()?);
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             for (_, done) in solve_targets(&wanted, &weights, (&h, statistics.tokens()), method, solver)? {
                 write_quantized(self.plan, &self.output, &done.module, &done.solved.quantized)?;
                 (self.observe)(Event::Tensor(&done.record));
-                records.push(done.record);
+                tensors.push(done.record);
             }
+        }
+        Ok((tensors, sites))
+    }
+
+    /// A block whose errors are weighed by the mean squares in `imatrix`.
+    pub(super) fn weighed_unit(&mut self, unit: &Unit, imatrix: &Imatrix) -> Result<Vec<TensorRecord>, Error> {
+        for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
+            self.copy(&tensor.name)?;
+        }
+        let mut records = Vec::new();
+        for target in unit.tensors.iter().filter_map(Target::of) {
+            // Checked before the run began.
+            let Some(h) = imatrix.importance(target.module) else { continue };
+            let linear = Linear { name: target.module, weight: &[], shape: target.shape, scheme: target.scheme };
+            let (method, solver) = (self.plan.method, &self.plan.settings.solver);
+            records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
         }
         Ok(records)
     }

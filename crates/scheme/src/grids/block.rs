@@ -5,18 +5,27 @@
 //!
 //! ```text
 //! scale  = d                      | d · (integer − bias)      | 2^(integer − 128)
-//! offset = none | m               | −dmin · integer
+//!                                 | d · (2·integer + 1) / 2^k | E4M3(integer) / 2
+//! offset = none | m               | −dmin · integer           | ±scale
 //! ```
 //!
 //! d, dmin and m are half-precision numbers of either sign. Every product of a real and an integer is exact in f32, so
 //! the value of a code is one rounding at most, and the same in every program that follows the format.
+//!
+//! In the types with a [`Codebook`] neighbouring weights may not take any combination of codes, but only one that is listed.
 
+mod codebook;
 mod fit;
+mod lanes;
+
+pub use lanes::LANES;
+
+pub use codebook::{Codebook, Flags, Metric, UNIT};
 
 use super::int::round_small;
 use serde::{Deserialize, Serialize};
 
-/// The quantized types of GGUF whose weights take scalar values.
+/// The quantized types of GGUF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs, reason = "each is described by its form")]
@@ -36,6 +45,14 @@ pub enum BlockType {
     Mxfp4,
     Tq1_0,
     Tq2_0,
+    Iq2Xxs,
+    Iq2Xs,
+    Iq2S,
+    Iq3Xxs,
+    Iq3S,
+    Iq1S,
+    Iq1M,
+    Nvfp4,
 }
 
 /// Where the scale of a sub-block comes from.
@@ -50,8 +67,17 @@ pub enum Step {
         /// What the stored integer exceeds its value by; zero where it has no sign.
         bias: u8,
     },
+    /// d times (2·integer + 1) / 2^halvings, which is never zero.
+    Odd {
+        /// Width of the stored integer.
+        bits: u32,
+        /// How often the odd number is halved.
+        halvings: u32,
+    },
     /// 2^(e − 128), with e a stored byte below 255.
     Exponent,
+    /// Half of an unsigned E4M3 number, a stored byte below 128.
+    Float,
 }
 
 /// What is added to the values of a sub-block.
@@ -66,6 +92,8 @@ pub enum Shift {
         /// Width of the stored integer.
         bits: u32,
     },
+    /// The scale or its negative, as a bit of the sub-block says.
+    Sign,
 }
 
 /// How a block type stores numbers.
@@ -127,7 +155,19 @@ const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 
 /// Twice the values of E2M1; codes from 8 on are negative.
 const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
+/// Magnitudes of the codebooks, then their negatives.
+const IQ2: [i8; 6] = [8, 25, 43, -8, -25, -43];
+const IQ3_XXS: [i8; 16] = [4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62];
+const IQ3_S: [i8; 16] = [1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15];
+/// −1, 0 and 1 in eighths; an offset of an eighth up or down belongs to the sub-block.
+const IQ1_S: [i8; 3] = [-8, 0, 8];
+/// The same, an eighth up and an eighth down.
+const IQ1_M: [i8; 6] = [-7, 1, 9, -9, -1, 7];
+
 const NO_SCALE: Step = Step::Real;
+const fn odd(bits: u32, halvings: u32) -> Step {
+    Step::Odd { bits, halvings }
+}
 const SIX: Step = Step::Scaled { bits: 6, bias: 0 };
 
 macro_rules! forms {
@@ -156,6 +196,14 @@ forms! {
     Mxfp4 "mxfp4" 32 17 32 E2M1, Step::Exponent, Shift::None, "GGUF, 4-bit floats with a power of two per 32, 4.25 bits per weight";
     Tq1_0 "tq1_0" 256 54 256 span::<3>(-1), NO_SCALE, Shift::None, "GGUF, ternary, 1.6875 bits per weight";
     Tq2_0 "tq2_0" 256 66 256 span::<4>(-1), NO_SCALE, Shift::None, "GGUF, ternary in 2 bits, 2.0625 bits per weight";
+    Iq2Xxs "iq2_xxs" 256 66 32 IQ2, odd(4, 3), Shift::None, "GGUF, a codebook of 256 times signs for 8 weights, 2.0625 bits per weight";
+    Iq2Xs "iq2_xs" 256 74 16 IQ2, odd(4, 3), Shift::None, "GGUF, a codebook of 512 times signs for 8 weights, 2.3125 bits per weight";
+    Iq2S "iq2_s" 256 82 16 IQ2, odd(4, 3), Shift::None, "GGUF, a codebook of 1024 times signs for 8 weights, 2.5625 bits per weight";
+    Iq3Xxs "iq3_xxs" 256 98 32 IQ3_XXS, odd(4, 2), Shift::None, "GGUF, a codebook of 256 times signs for 4 weights, 3.0625 bits per weight";
+    Iq3S "iq3_s" 256 110 32 IQ3_S, odd(4, 0), Shift::None, "GGUF, a codebook of 512 times signs for 4 weights, 3.4375 bits per weight";
+    Iq1S "iq1_s" 256 50 32 IQ1_S, odd(3, 3), Shift::Sign, "GGUF, a codebook of 2048 for 8 ternary weights, 1.5625 bits per weight";
+    Iq1M "iq1_m" 256 56 16 IQ1_M, odd(3, 3), Shift::None, "GGUF, the same with a shift for each 8, 1.75 bits per weight";
+    Nvfp4 "nvfp4" 64 36 16 E2M1, Step::Float, Shift::None, "GGUF, 4-bit floats with an 8-bit float per 16, 4.5 bits per weight";
 }
 
 impl BlockType {
@@ -176,8 +224,8 @@ impl BlockForm {
     /// Real numbers a block stores.
     #[must_use]
     pub const fn reals(&self) -> usize {
-        let d = !matches!(self.step, Step::Exponent) as usize;
-        d + !matches!(self.shift, Shift::None) as usize
+        let d = !matches!(self.step, Step::Exponent | Step::Float) as usize;
+        d + matches!(self.shift, Shift::Real | Shift::Scaled { .. }) as usize
     }
 
     /// Integers a block stores for its scales.
@@ -189,7 +237,7 @@ impl BlockForm {
     /// Integers a block stores.
     #[must_use]
     pub const fn integers(&self) -> usize {
-        self.scale_integers() + if matches!(self.shift, Shift::Scaled { .. }) { self.subs() } else { 0 }
+        self.scale_integers() + if matches!(self.shift, Shift::Scaled { .. } | Shift::Sign) { self.subs() } else { 0 }
     }
 
     /// The largest stored integer number `i`.
@@ -197,8 +245,10 @@ impl BlockForm {
     pub const fn max_integer(&self, i: usize) -> u8 {
         let bits = match (self.step, self.shift) {
             (Step::Exponent, _) => return 254,
-            (Step::Scaled { bits, .. }, _) if i < self.subs() => bits,
+            (Step::Float, _) => return 127,
+            (Step::Scaled { bits, .. } | Step::Odd { bits, .. }, _) if i < self.subs() => bits,
             (_, Shift::Scaled { bits }) => bits,
+            (_, Shift::Sign) => 1,
             _ => 0,
         };
         ((1u32 << bits) - 1) as u8
@@ -214,17 +264,92 @@ impl BlockForm {
     #[must_use]
     #[inline]
     pub fn affine(&self, p: &BlockParams, sub: usize) -> Affine {
+        let integer = |i: usize| p.integers[i];
         let scale = match self.step {
             Step::Real => p.reals[0],
-            Step::Scaled { bias, .. } => p.reals[0] * (f32::from(p.integers[sub]) - f32::from(bias)),
-            Step::Exponent => exponent(p.integers[sub]),
+            Step::Scaled { .. } | Step::Odd { .. } => p.reals[0] * self.multiple(integer(sub)),
+            Step::Exponent => exponent(integer(sub)),
+            Step::Float => float8(integer(sub)),
         };
         let offset = match self.shift {
             Shift::None => 0.0,
             Shift::Real => p.reals[1],
-            Shift::Scaled { .. } => -(p.reals[1] * f32::from(p.integers[self.scale_integers() + sub])),
+            Shift::Scaled { .. } => -(p.reals[1] * f32::from(integer(self.scale_integers() + sub))),
+            Shift::Sign if integer(self.scale_integers() + sub) == 0 => scale,
+            Shift::Sign => -scale,
         };
         Affine { scale, offset }
+    }
+
+    /// What d is multiplied by where a sub-block stores `integer` for its scale.
+    #[must_use]
+    #[inline]
+    pub fn multiple(&self, integer: u8) -> f32 {
+        match self.step {
+            Step::Scaled { bias, .. } => f32::from(integer) - f32::from(bias),
+            Step::Odd { halvings, .. } => (2.0 * f32::from(integer) + 1.0) / (1u32 << halvings) as f32,
+            Step::Real | Step::Exponent | Step::Float => 1.0,
+        }
+    }
+
+    /// The stored integer, before it is limited to what can be stored, whose multiple is nearest to `multiple`.
+    #[must_use]
+    pub fn integer_near(&self, multiple: f32) -> i32 {
+        let multiple = multiple.clamp(-256.0, 256.0);
+        match self.step {
+            Step::Scaled { bias, .. } => multiple.round() as i32 + i32::from(bias),
+            Step::Odd { halvings, .. } => ((multiple * (1u32 << halvings) as f32 - 1.0) / 2.0).round() as i32,
+            Step::Real | Step::Exponent | Step::Float => 0,
+        }
+    }
+
+    /// What combinations of codes there are, if not all.
+    #[must_use]
+    #[inline]
+    pub const fn codebook(&self) -> Option<&'static Codebook> {
+        codebook::of(self.kind)
+    }
+
+    /// Weights whose codes are chosen together; divides a sub-block.
+    #[must_use]
+    #[inline]
+    pub const fn unit(&self) -> usize {
+        match self.codebook() {
+            Some(book) => book.unit,
+            None => 1,
+        }
+    }
+
+    /// The codes nearest to `w`, whole units of one sub-block, where errors cost `h` each.
+    pub fn round(&self, w: &[f32], h: &[f32], a: Affine, codes: &mut [u8]) {
+        let Some(book) = self.codebook() else {
+            w.iter().zip(codes).for_each(|(&x, c)| *c = self.nearest(x, a));
+            return;
+        };
+        for ((w, h), codes) in w.chunks(book.unit).zip(h.chunks(book.unit)).zip(codes.chunks_mut(book.unit)) {
+            book.nearest_apart(&self.in_levels(w, a)[..w.len()], h, codes);
+        }
+    }
+
+    /// The codes of the unit nearest to `w` under `metric`. None that costs `bound` or more is looked for: then nothing
+    /// is written, and `false` returned.
+    pub fn round_unit(&self, w: &[f32], metric: &Metric, a: Affine, bound: f32, codes: &mut [u8]) -> bool {
+        let Some(book) = self.codebook() else {
+            codes[0] = self.nearest(w[0], a);
+            return (w[0] - self.value(codes[0], a)).powi(2) * metric.d[0] < bound;
+        };
+        let levels = self.in_levels(w, a);
+        let bound = if a.scale == 0.0 { f32::INFINITY } else { bound / (a.scale * a.scale) };
+        book.nearest(&levels[..w.len()], metric, bound, codes).is_some()
+    }
+
+    /// A unit of weights in levels; all zero where levels have no width.
+    fn in_levels(&self, w: &[f32], a: Affine) -> [f32; UNIT] {
+        let mut levels = [0.0; UNIT];
+        if a.scale != 0.0 {
+            levels.iter_mut().zip(w).for_each(|(l, &x)| *l = (x - a.offset) / a.scale);
+        }
+        levels
     }
 
     /// The value of `code` in a sub-block.
@@ -235,7 +360,7 @@ impl BlockForm {
         if matches!(self.shift, Shift::None) { scaled } else { scaled + a.offset }
     }
 
-    /// The code whose value is nearest to `x`. In a sub-block of scale zero all codes have one value, and the one of
+    /// The code whose value is nearest to `x`, in a type without codebook. In a sub-block of scale zero all codes have one value, and the one of
     /// level 0 stands for it.
     #[must_use]
     #[inline]
@@ -256,7 +381,8 @@ impl BlockForm {
     #[must_use]
     #[inline]
     pub const fn is_uniform(&self) -> bool {
-        !matches!(self.kind, BlockType::Iq4Nl | BlockType::Iq4Xs | BlockType::Mxfp4)
+        !matches!(self.kind, BlockType::Iq4Nl | BlockType::Iq4Xs | BlockType::Mxfp4 | BlockType::Nvfp4)
+            && self.codebook().is_none()
     }
 
     fn zero_code(&self) -> u8 {
@@ -291,6 +417,16 @@ fn exponent(e: u8) -> f32 {
     }
 }
 
+/// Half of an unsigned E4M3 number, whose last code would be NaN and stands for zero.
+fn float8(byte: u8) -> f32 {
+    let (e, m) = (byte >> 3 & 15, f32::from(byte & 7));
+    match e {
+        _ if byte == 0x7f => 0.0,
+        0 => m / 1024.0,
+        _ => (1.0 + m / 8.0) * exponent(e + 120),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,12 +438,18 @@ mod tests {
             assert_eq!(form.kind as usize, i, "{}", form.name);
             assert_eq!(serde_json_name(form.kind), form.name);
             assert!(form.len.is_multiple_of(form.sub) && form.subs() <= SUBS);
-            let code_bits = if form.kind == BlockType::Tq1_0 { 0 } else { form.levels.len().ilog2() as usize };
+            let code_bits = match (form.kind, form.codebook()) {
+                (BlockType::Tq1_0, _) => 0,
+                (_, None) => form.levels.len().ilog2() as usize * form.len,
+                (_, Some(b)) => form.len / b.len * b.index_bits() + form.len / b.unit * b.flags.bits(b.unit),
+            };
             let integers: u32 = (0..form.integers()).map(|i| 32 - u32::from(form.max_integer(i)).leading_zeros()).sum();
-            let bits = code_bits * form.len + 16 * form.reals() + integers as usize;
+            let bits = code_bits + 16 * form.reals() + integers as usize;
             // Ternary digits are packed five to a byte.
             let ternary = if form.kind == BlockType::Tq1_0 { 52 * 8 } else { 0 };
-            assert_eq!(bits + ternary, form.bytes * 8, "{}", form.name);
+            // The sign bit of an unsigned float is never set.
+            let unused = if form.step == Step::Float { form.subs() } else { 0 };
+            assert_eq!(bits + ternary + unused, form.bytes * 8, "{}", form.name);
         }
     }
 
@@ -333,6 +475,7 @@ mod tests {
         #[test]
         fn nearest_is_nearest(kind in 0..BLOCKS.len(), x in -3.0f32..3.0, scale in -0.5f32..0.5, offset in -1.0f32..1.0) {
             let form = &BLOCKS[kind];
+            prop_assume!(form.codebook().is_none());
             let offset = if form.shift == Shift::None { 0.0 } else { offset };
             let a = Affine { scale, offset };
             let e = (x - form.value(form.nearest(x, a), a)).abs();

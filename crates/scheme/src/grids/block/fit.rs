@@ -6,7 +6,7 @@
 //! follow in closed form, rounded to half precision, in turns until nothing improves. Either sign of d and dmin is
 //! allowed wherever the format allows it.
 
-use super::{Affine, BlockForm, BlockParams, BlockType, E2M1, IQ4, Shift, Step};
+use super::{Affine, BlockForm, BlockParams, BlockType, Codebook, E2M1, IQ4, Shift, Step, UNIT};
 use crate::grids::int::round_small;
 use half::f16;
 
@@ -39,10 +39,10 @@ impl BlockForm {
             // Such blocks have one scale, so its own best is the block's.
             return subs().next().map_or(BlockParams::zero(), |_| self.real(self.sub_affine(w, h)));
         }
-        if self.step == Step::Exponent {
+        if matches!(self.step, Step::Exponent | Step::Float) {
             let mut p = BlockParams::zero();
             for (sub, (w, h)) in subs().enumerate() {
-                self.exponent(&mut p, sub, w, h);
+                p.integers[sub] = if self.step == Step::Float { float(self, w, h) } else { self.exponent(w, h) };
             }
             return p;
         }
@@ -79,7 +79,7 @@ impl BlockForm {
     /// a sub-block whose weights have been compensated since the block was fitted.
     pub fn refit_sub(&self, p: &mut BlockParams, sub: usize, w: &[f32], h: &[f32]) {
         match self.step {
-            Step::Scaled { .. } => {
+            Step::Scaled { .. } | Step::Odd { .. } => {
                 let start = self.sub_affine(w, h);
                 let mut fresh = *p;
                 let new = self.integers_of(&mut fresh, sub, start, w, h);
@@ -88,6 +88,7 @@ impl BlockForm {
                     *p = fresh;
                 }
             }
+            Step::Float => p.integers[sub] = float(self, w, h),
             Step::Real | Step::Exponent => {}
         }
     }
@@ -105,7 +106,7 @@ impl BlockForm {
     }
 
     /// The best of the exponents around that of the largest weight.
-    fn exponent(&self, p: &mut BlockParams, sub: usize, w: &[f32], h: &[f32]) {
+    fn exponent(&self, w: &[f32], h: &[f32]) -> u8 {
         let amax = w.iter().fold(0.0f32, |a, x| a.max(x.abs()));
         let top = if amax > 0.0 { (amax / 12.0).log2().ceil() as i32 + 128 } else { 0 };
         let mut best = (f32::INFINITY, 0u8);
@@ -115,7 +116,7 @@ impl BlockForm {
                 best = (loss, e);
             }
         }
-        p.integers[sub] = best.1;
+        best.1
     }
 
     /// What the largest scale may be divided by to get d.
@@ -124,6 +125,10 @@ impl BlockForm {
             BlockType::Q2K => &[15.0, 13.3, 14.5, 12.0, 15.7, 17.0],
             BlockType::Q3K | BlockType::Iq4Xs => &[-32.0, 31.0, -30.4, -32.8],
             BlockType::Q6K => &[-128.0, 127.0],
+            BlockType::Iq2Xxs | BlockType::Iq2Xs | BlockType::Iq2S => &[31.0 / 8.0, 28.5 / 8.0, 32.5 / 8.0],
+            BlockType::Iq3Xxs => &[31.0 / 4.0, 28.5 / 4.0, 32.5 / 4.0],
+            BlockType::Iq3S => &[31.0, 28.5, 32.5],
+            BlockType::Iq1S | BlockType::Iq1M => &[15.0 / 8.0, 13.0 / 8.0, 16.5 / 8.0],
             _ => &[63.0, 60.7],
         }
     }
@@ -140,20 +145,25 @@ impl BlockForm {
 
     /// The integers of a sub-block near scale and offset `start` with the smallest loss under d and dmin.
     fn integers_of(&self, p: &mut BlockParams, sub: usize, start: Affine, w: &[f32], h: &[f32]) -> Moments {
-        let Step::Scaled { bias, .. } = self.step else { return Moments::default() };
-        let (bias, most) = (i32::from(bias), i32::from(self.max_integer(0)));
+        let most = i32::from(self.max_integer(0));
         let wanted = if p.reals[0] == 0.0 { 0.0 } else { start.scale / p.reals[0] };
-        let middle = (wanted.clamp(-256.0, 256.0).round() as i32 + bias).clamp(0, most);
+        let middle = self.integer_near(wanted).clamp(0, most);
         let mut best = (Moments { ee: f32::INFINITY, ..Moments::default() }, *p);
         for integer in (middle - 1).max(0)..=(middle + 1).min(most) {
             let mut q = *p;
             q.integers[sub] = integer as u8;
             let mut offset = start.offset;
             // The offset that suits the scale, then the one that suits the codes this offset leads to.
-            for _ in 0..if self.shift == Shift::None { 1 } else { 2 } {
-                self.set_offset(&mut q, sub, offset);
+            for turn in 0..if self.shift == Shift::None { 1 } else { 2 } {
+                match self.shift {
+                    Shift::Sign => q.integers[self.scale_integers() + sub] = turn,
+                    _ => self.set_offset(&mut q, sub, offset),
+                }
                 let a = self.affine(&q, sub);
-                let m = self.moments(w, h, a);
+                let m = match self.codebook() {
+                    Some(book) => self.book_moments(book, w, h, a, best.0.ee),
+                    None => self.moments(w, h, a),
+                };
                 if m.ee < best.0.ee {
                     best = (m, q);
                 }
@@ -175,8 +185,7 @@ impl BlockForm {
 
     /// Adds a sub-block's share to the normal equations of d and dmin: rows (dd, dm), (mm, 0), (rd, rm).
     fn add(&self, p: &BlockParams, sub: usize, m: &Moments, sums: &mut [[f64; 2]; 3]) {
-        let Step::Scaled { bias, .. } = self.step else { return };
-        let s = f64::from(p.integers[sub]) - f64::from(bias);
+        let s = f64::from(self.multiple(p.integers[sub]));
         let o = match self.shift {
             Shift::Scaled { .. } => -f64::from(p.integers[self.scale_integers() + sub]),
             _ => 0.0,
@@ -213,13 +222,18 @@ impl BlockForm {
             }
         };
         let (lo, hi) = w.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &x| (lo.min(x), hi.max(x)));
-        if self.shift == Shift::None {
+        if matches!(self.shift, Shift::None | Shift::Sign) {
             let amax = hi.max(-lo);
             let (first, step, count) = self.reach();
             for i in 0..count {
                 let scale = amax / (first + i as f32 * step);
-                consider(Affine { scale, offset: 0.0 });
-                consider(Affine { scale: -scale, offset: 0.0 });
+                let offset = if self.shift == Shift::Sign { scale } else { 0.0 };
+                consider(Affine { scale, offset });
+                if self.shift == Shift::Sign {
+                    consider(Affine { scale, offset: -offset });
+                } else if self.codebook().is_none() {
+                    consider(Affine { scale: -scale, offset });
+                }
             }
         } else {
             let last = (self.levels.len() - 1) as f32;
@@ -247,6 +261,12 @@ impl BlockForm {
     /// First divisor of the largest weight, distance and number of divisors, for levels around zero.
     fn reach(&self) -> (f32, f32, usize) {
         match self.levels.len() {
+            _ if self.codebook().is_some() => match self.kind {
+                BlockType::Iq3Xxs => (48.0, 2.5, 10),
+                BlockType::Iq3S => (11.5, 0.6, 10),
+                BlockType::Iq1S | BlockType::Iq1M => (8.0, 1.2, 10),
+                _ => (30.0, 2.8, 10),
+            },
             _ if !self.is_uniform() => (90.0, 3.2, 24),
             3 | 4 => (0.9, 0.15, 24),
             8 | 16 => (f32::from(self.levels[0]).abs() - 0.8, 0.16, 24),
@@ -257,12 +277,14 @@ impl BlockForm {
     /// Scale and offset refitted to the codes that `a` leads to, and the loss with these codes.
     fn refitted(&self, w: &[f32], h: &[f32], a: Affine) -> (f32, Affine) {
         let m = self.moments(w, h, a);
-        if self.shift == Shift::None {
+        if matches!(self.shift, Shift::None | Shift::Sign) {
             if m.ll <= 0.0 {
                 return (m.ee, a);
             }
             let by = m.el / m.ll;
-            return (m.ee - m.el * by, Affine { scale: a.scale + by, offset: 0.0 });
+            let scale = a.scale + by;
+            let offset = if self.shift == Shift::Sign { scale * eighths(a) } else { 0.0 };
+            return (m.ee - m.el * by, Affine { scale, offset });
         }
         let determinant = m.ll * m.h - m.l * m.l;
         if determinant <= 1e-6 * m.ll * m.h || m.h <= 0.0 {
@@ -277,15 +299,58 @@ impl BlockForm {
     }
 
     fn moments(&self, w: &[f32], h: &[f32], a: Affine) -> Moments {
+        if let Some(book) = self.codebook() {
+            return self.book_moments(book, w, h, a, f32::INFINITY);
+        }
         match self.kind {
             BlockType::Iq4Nl | BlockType::Iq4Xs => moments(w, h, a, uneven),
-            BlockType::Mxfp4 => moments(w, h, a, float4),
+            BlockType::Mxfp4 | BlockType::Nvfp4 => moments(w, h, a, float4),
             _ => {
                 let (first, last) = (f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
                 moments(w, h, a, move |x| round_small(x.clamp(first, last)))
             }
         }
     }
+
+    /// As [`moments`], with codes from a codebook. Where the offset is a scale, levels are counted from zero. Sums of which
+    /// the first reaches `limit` may be incomplete.
+    fn book_moments(&self, book: &Codebook, w: &[f32], h: &[f32], a: Affine, limit: f32) -> Moments {
+        let up = if self.shift == Shift::Sign { eighths(a) } else { 0.0 };
+        let mut m = Moments::default();
+        let mut codes = [0u8; UNIT];
+        for (w, h) in w.chunks(book.unit).zip(h.chunks(book.unit)) {
+            let codes = &mut codes[..w.len()];
+            book.nearest_apart(&self.in_levels(w, a)[..w.len()], h, codes);
+            for ((&x, &h), &c) in w.iter().zip(h).zip(&*codes) {
+                let l = f32::from(self.levels[usize::from(c)]) + up;
+                let e = x - a.scale * l;
+                m.ee += h * e * e;
+                m.el += h * e * l;
+                m.ll += h * l * l;
+                m.e += h * e;
+                m.l += h * l;
+                m.h += h;
+            }
+            if m.ee >= limit {
+                break;
+            }
+        }
+        m
+    }
+}
+
+/// The E4M3 number under which a sub-block loses least, of those around its best real scale.
+fn float(form: &BlockForm, w: &[f32], h: &[f32]) -> u8 {
+    let best = form.sub_affine(w, h).scale.abs();
+    let above = (1..126u8).take_while(|&byte| super::float8(byte) < best).count() as u8 + 1;
+    let loss = |byte: u8| form.moments(w, h, Affine { scale: super::float8(byte), offset: 0.0 }).ee;
+    let bytes = above.saturating_sub(4)..=(above + 3).min(126);
+    bytes.fold((f32::INFINITY, 0), |best, byte| if loss(byte) < best.0 { (loss(byte), byte) } else { best }).1
+}
+
+/// The offset in scales where it is one or minus one of them.
+fn eighths(a: Affine) -> f32 {
+    if (a.offset < 0.0) == (a.scale < 0.0) { 1.0 } else { -1.0 }
 }
 
 /// The nearest half-precision number, which may be zero: a block of zero scale is a valid block.
@@ -366,11 +431,15 @@ mod tests {
     }
 
     fn loss(form: &BlockForm, p: &BlockParams, w: &[f32], h: &[f32]) -> f64 {
-        let value = |(i, &x): (usize, &f32)| {
-            let a = form.affine(p, i / form.sub);
-            f64::from(h[i]) * f64::from(x - form.value(form.nearest(x, a), a)).powi(2)
-        };
-        w.iter().enumerate().map(value).sum()
+        let mut codes = vec![0u8; form.sub];
+        let mut total = 0.0;
+        for (sub, (w, h)) in w.chunks(form.sub).zip(h.chunks(form.sub)).enumerate() {
+            let a = form.affine(p, sub);
+            form.round(w, h, a, &mut codes);
+            let value = |(i, &x): (usize, &f32)| f64::from(h[i]) * f64::from(x - form.value(codes[i], a)).powi(2);
+            total += w.iter().enumerate().map(value).sum::<f64>();
+        }
+        total
     }
 
     /// What llama.cpp's plain reference does: the largest magnitude or the range sets each sub-block's scale, and the
@@ -379,7 +448,10 @@ mod tests {
         let own: Vec<Affine> = (w.chunks(form.sub))
             .map(|w| {
                 let (lo, hi) = w.iter().fold((0.0f32, 0.0f32), |(lo, hi), &x| (lo.min(x), hi.max(x)));
-                if form.shift == Shift::None {
+                if form.codebook().is_some() {
+                    let top = form.levels.iter().map(|l| l.unsigned_abs()).fold(0, u8::max);
+                    Affine { scale: hi.max(-lo) / f32::from(top), offset: 0.0 }
+                } else if form.shift == Shift::None {
                     let signed = if hi > -lo { hi } else { lo };
                     Affine { scale: signed / f32::from(form.levels[0]), offset: 0.0 }
                 } else {
@@ -387,16 +459,18 @@ mod tests {
                 }
             })
             .collect();
-        let Step::Scaled { bias, .. } = form.step else { return form.real(own[0]) };
+        let most = match form.step {
+            Step::Scaled { bias, .. } if bias > 0 => -f32::from(bias),
+            Step::Scaled { .. } | Step::Odd { .. } => form.multiple(form.max_integer(0)),
+            _ => return form.real(own[0]),
+        };
         let biggest = own.iter().fold(0.0f32, |b, a| if a.scale.abs() > b.abs() { a.scale } else { b });
-        let most = if bias == 0 { f32::from(form.max_integer(0)) } else { -f32::from(bias) };
         let mut p = BlockParams::zero();
         p.reals[0] = half(biggest / most);
         let lowest = own.iter().fold(0.0f32, |b, a| b.min(a.offset));
         p.reals[1] = half(-lowest / f32::from(form.max_integer(form.integers() - 1)));
         for (i, a) in own.iter().enumerate() {
-            let integer = (a.scale / p.reals[0]).round() + f32::from(bias);
-            p.integers[i] = integer.clamp(0.0, f32::from(form.max_integer(i))) as u8;
+            p.integers[i] = form.integer_near(a.scale / p.reals[0]).clamp(0, form.max_integer(i).into()) as u8;
             form.set_offset(&mut p, i, a.offset);
         }
         p
@@ -404,7 +478,7 @@ mod tests {
 
     #[test]
     fn the_joint_fit_beats_the_plain_one() {
-        for form in BLOCKS.iter().filter(|f| f.step != Step::Exponent && f.levels.len() > 4) {
+        for form in BLOCKS.iter().filter(|f| f.reals() > 0 && (f.levels.len() > 4 || f.codebook().is_some())) {
             let (mut ours, mut theirs) = (0.0, 0.0);
             for seed in 0..40 {
                 let (w, h) = sample(form.len, seed);
@@ -420,7 +494,12 @@ mod tests {
     #[test]
     fn parameters_are_storable_and_zeros_stay_zero() {
         for form in BLOCKS {
-            for w in [vec![0.0; form.len], vec![1e-9; form.len], sample(form.len, 3).0, vec![3e4; form.len]] {
+            for w in [
+                vec![0.0; form.len],
+                vec![1e-9; form.len],
+                sample(form.len, 3).0,
+                vec![if form.step == Step::Float { 2e3 } else { 3e4 }; form.len],
+            ] {
                 let h = vec![1.0; form.len];
                 let p = form.fit(&w, &h);
                 assert!(p.reals.iter().all(|&r| r.is_finite() && half(r) == r), "{} {:?}", form.name, p.reals);

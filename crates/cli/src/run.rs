@@ -1,0 +1,151 @@
+//! `bitmill run`: a model continues a text, so that a person can see it speak.
+
+use crate::{Common, units};
+use anyhow::{Context, bail};
+use bitmill_calibrate::{Tokenizer, splitmix};
+use bitmill_checkpoint::Checkpoint;
+use bitmill_models::{Block, Decoder, Ends, ModelSpec, RopeTable, softmax};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Continue a text: with the original, or with any folder or GGUF file that bitmill reads
+///
+/// The weights are expanded to f32 when the model is loaded, so speed is that of an f32 model whatever its bits.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Folder of the model, or a GGUF file
+    model: PathBuf,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Most tokens to add
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = units::parse_positive)]
+    tokens: usize,
+    /// Spread of the choice of a token; 0 always takes the most likely
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temperature: f32,
+    /// Choose among this many most likely tokens; 0 among all
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    top_k: usize,
+    /// Seed of the choice
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    args.common.set_threads()?;
+    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+        bail!("--temperature {}: a number from 0 on is needed", args.temperature);
+    }
+    let model = Checkpoint::open(&args.model)?;
+    let spec = bitmill_models::spec_of(&model)?;
+    if !spec.causal {
+        bail!("a {} model does not continue text; `bitmill eval --embeddings` shows what it does", spec.model_type);
+    }
+    let tokenizer = Tokenizer::of(&model, spec.bos)?;
+    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().chain(tokenizer.encode(&args.prompt, spec.vocab)?).collect();
+    if tokens.is_empty() {
+        bail!("this model needs a --prompt that is not empty: it has no token to begin a text with");
+    }
+    let (prompt, capacity) = (tokens.len(), spec.max_positions.min(tokens.len() + args.tokens));
+    if prompt >= spec.max_positions {
+        bail!("the prompt has {prompt} tokens, and the model's context is {}", spec.max_positions);
+    }
+    let ends = Ends::load(&spec, &model)?;
+    let blocks = (0..spec.layers).map(|i| Block::load(&spec, i, &model)).collect::<Result<Vec<_>, _>>()?;
+    let rope = RopeTable::new(&spec.rope, capacity)?;
+    let mut decoder = Decoder::new(&ends.embedding, &blocks, &rope, 1, capacity)?;
+    let (stops, mut shown) = (stops(&model, &spec), Shown::new(args.common.json));
+    let started = Instant::now();
+    for &token in &tokens[..prompt - 1] {
+        decoder.step(&[token])?;
+    }
+    let reading = started.elapsed().as_secs_f64();
+    shown.text(&tokenizer.decode(&tokens)?)?;
+    let started = Instant::now();
+    while tokens.len() < capacity {
+        let logits: Vec<f32> = ends.logits(&decoder.step(&tokens[tokens.len() - 1..])?)?.flatten_all()?.to_vec1()?;
+        let token = choose(logits, args, tokens.len());
+        if stops.contains(&token) {
+            break;
+        }
+        tokens.push(token);
+        shown.text(&tokenizer.decode(&tokens)?)?;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let (made, text) = (tokens.len() - prompt, tokenizer.decode(&tokens)?);
+    let rate = |count: usize, seconds: f64| if count == 0 { 0.0 } else { count as f64 / seconds };
+    if args.common.json {
+        let value = json!({
+            "model": args.model, "text": text, "token_ids": tokens, "prompt_tokens": prompt, "new_tokens": made,
+            "prompt_tokens_per_second": rate(prompt - 1, reading), "tokens_per_second": rate(made, seconds),
+        });
+        println!("{value:#}");
+    } else {
+        println!();
+        eprintln!(
+            "{made} tokens, {:.1} per second; prompt of {prompt}, {:.1} per second",
+            rate(made, seconds),
+            rate(prompt - 1, reading)
+        );
+    }
+    Ok(())
+}
+
+/// The tokens that end a text.
+fn stops(model: &Checkpoint, spec: &ModelSpec) -> Vec<u32> {
+    let file = std::fs::read(model.dir().join("generation_config.json")).ok();
+    let generation: Value = file.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let named = [&model.config()["eos_token_id"], &generation["eos_token_id"]];
+    let ids = named.into_iter().flat_map(|v| v.as_array().cloned().unwrap_or_else(|| vec![v.clone()]));
+    ids.filter_map(|id| id.as_u64()).filter(|&id| id < spec.vocab as u64).map(|id| id as u32).collect()
+}
+
+/// The next token, the `at`th of its text.
+fn choose(mut logits: Vec<f32>, args: &Args, at: usize) -> u32 {
+    let likelier = |a: &usize, b: &usize, logits: &[f32]| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    let mut ranked: Vec<usize> = (0..logits.len()).collect();
+    if args.temperature < 1e-6 {
+        return ranked.into_iter().min_by(|a, b| likelier(a, b, &logits)).unwrap_or(0) as u32;
+    }
+    let kept = if args.top_k == 0 { ranked.len() } else { args.top_k.min(ranked.len()) };
+    if kept < ranked.len() {
+        ranked.select_nth_unstable_by(kept - 1, |a, b| likelier(a, b, &logits));
+        ranked[kept..].iter().for_each(|&i| logits[i] = f32::NEG_INFINITY);
+    }
+    softmax(&mut logits, 1.0 / args.temperature);
+    let mut left = (splitmix(args.seed ^ splitmix(at as u64)) >> 40) as f32 / (1u64 << 24) as f32;
+    let passed = logits.iter().position(|p| {
+        left -= p;
+        left < 0.0
+    });
+    passed.unwrap_or(ranked[0]) as u32
+}
+
+/// Text as it grows, on standard output.
+struct Shown {
+    silent: bool,
+    bytes: usize,
+}
+
+impl Shown {
+    fn new(silent: bool) -> Self {
+        Shown { silent, bytes: 0 }
+    }
+
+    /// Shows what `text` has more than before; a character whose last token is still to come waits for it.
+    fn text(&mut self, text: &str) -> anyhow::Result<()> {
+        if self.silent || text.ends_with('\u{fffd}') {
+            return Ok(());
+        }
+        let mut out = std::io::stdout().lock();
+        let new = text.get(self.bytes..).unwrap_or_default();
+        out.write_all(new.as_bytes()).and_then(|()| out.flush()).context("writing the text")?;
+        self.bytes = text.len().max(self.bytes);
+        Ok(())
+    }
+}

@@ -1,0 +1,49 @@
+//! What a run costs in arithmetic, from headers alone.
+
+use crate::{Action, Needs, Plan, Unit};
+use bitmill_models::SITES;
+
+impl Plan {
+    /// Floating-point operations of a run over `tokens` tokens of calibration, tuning left out: the forward pass, H of every
+    /// site and its factor, and rounding. Parts that do not run at the rate of a product count for as many operations as would
+    /// take as long (measured; good to a factor of two).
+    #[must_use]
+    pub fn run_operations(&self, tokens: u64) -> f64 {
+        /// Searching the scales of a group, per weight and value tried.
+        const SEARCH: f64 = 6000.0;
+        /// Rounding one column against those before it, and one sweep of coordinate descent, per weight and input.
+        const SWEEP: f64 = 8.0;
+        /// The factor of H is in double precision.
+        const FACTOR: f64 = 4.0;
+        let hessian = self.method.needs(&self.settings.solver) == Needs::Hessian;
+        let solver = &self.settings.solver;
+        // The sweep itself, then descents: after rounding, and after every refit.
+        let sweeps = 1.0 + f64::from(solver.descent_sweeps) * f64::from(1 + solver.scale_refits);
+        let mut total = 0.0;
+        for unit in &self.units {
+            for tensor in &unit.tensors {
+                let Action::Quantize { shape: [rows, cols], .. } = &tensor.action else { continue };
+                let (weights, cols) = ((rows * cols) as f64, *cols as f64);
+                let forward = if self.calibrated { 2.0 * weights * tokens as f64 } else { 0.0 };
+                let rounding = if hessian { SWEEP * sweeps * weights * cols } else { 0.0 };
+                total += forward + SEARCH * weights + rounding;
+            }
+            if hessian {
+                let n3 = |n: &f64| n * n * tokens as f64 + FACTOR * n * n * n / 3.0;
+                total += site_widths(unit).iter().map(n3).sum::<f64>();
+            }
+        }
+        total
+    }
+}
+
+/// Inputs of the sites of a block that have something to round.
+fn site_widths(unit: &Unit) -> Vec<f64> {
+    let width = |site: &bitmill_models::Site| {
+        unit.tensors.iter().find_map(|t| match &t.action {
+            Action::Quantize { role: Some(role), shape, .. } if site.linears.contains(role) => Some(shape[1] as f64),
+            _ => None,
+        })
+    };
+    SITES.iter().filter_map(width).collect()
+}

@@ -1,0 +1,82 @@
+//! Tests of the fits side by side.
+
+use super::super::BLOCKS;
+use super::*;
+
+/// Heavy-tailed weights, uneven costs.
+fn sample(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut unit = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    let w = (0..n).map(|_| 0.05 * ((0..4).map(|_| unit() - 0.5).sum::<f32>()) * (1.0 + 2.0 * unit().powi(8))).collect();
+    let h = (0..n).map(|_| (3.0 * unit()).exp()).collect();
+    (w, h)
+}
+
+fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[f32]) -> f64 {
+    let value = |i: usize| {
+        let a = form.affine(&params[i / form.len], i % form.len / form.sub);
+        f64::from(h[i]) * f64::from(w[i] - form.value(codes[i], a)).powi(2)
+    };
+    (0..w.len()).map(value).sum()
+}
+
+fn fitted(form: &BlockForm, w: &[f32], h: &[f32]) -> (Vec<BlockParams>, Vec<u8>) {
+    let (mut params, mut codes) = (vec![BlockParams::zero(); w.len() / form.len], vec![0; w.len()]);
+    form.fit_lanes(w, h, &mut params, &mut codes);
+    (params, codes)
+}
+
+#[test]
+fn fewer_starting_points_cost_little() {
+    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+        let (mut ours, mut full) = (0.0, 0.0);
+        for seed in 0..20 {
+            let (w, h) = sample(LANES * form.sub, seed);
+            for h in [&h, &vec![1.0; w.len()]] {
+                let (params, codes) = fitted(form, &w, h);
+                ours += loss(form, &params, &codes, &w, h);
+                let params: Vec<BlockParams> =
+                    w.chunks(form.len).zip(h.chunks(form.len)).map(|(w, h)| form.fit(w, h)).collect();
+                let code = |(i, &x): (usize, &f32)| {
+                    form.nearest(x, form.affine(&params[i / form.len], i % form.len / form.sub))
+                };
+                let codes: Vec<u8> = w.iter().enumerate().map(code).collect();
+                full += loss(form, &params, &codes, &w, h);
+            }
+        }
+        assert!(ours < 1.05 * full, "{}: {ours} against {full}", form.name);
+    }
+}
+
+#[test]
+fn what_is_stored_is_what_was_rounded_to() {
+    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+        let (w, h) = sample(LANES * form.sub, 77);
+        for w in [w, vec![0.0; LANES * form.sub], vec![3e4; LANES * form.sub], vec![1e-9; LANES * form.sub]] {
+            let (params, codes) = fitted(form, &w, &h);
+            for (i, (&x, &code)) in w.iter().zip(&codes).enumerate() {
+                let p = &params[i / form.len];
+                assert!(p.reals.iter().all(|&r| r.is_finite() && half(r) == r));
+                let a = form.affine(p, i % form.len / form.sub);
+                let (own, nearest) = (form.value(code, a), form.value(form.nearest(x, a), a));
+                let slack = 1e-5 * (a.scale.abs() * 128.0 + x.abs());
+                assert!((x - own).abs() <= (x - nearest).abs() + slack, "{}: {own} {nearest} for {x}", form.name);
+                assert!(x != 0.0 || w[0] != 0.0 || own == 0.0, "{}: zeros stay zero", form.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_block_is_fitted_alike_in_any_company() {
+    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+        let (w, h) = sample(LANES * form.sub, 5);
+        let (params, codes) = fitted(form, &w, &h);
+        let at = w.len() - form.len;
+        let (alone, own) = fitted(form, &w[at..], &h[at..]);
+        assert_eq!((alone[0], &own[..]), (params[params.len() - 1], &codes[at..]), "{}", form.name);
+    }
+}

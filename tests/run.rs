@@ -1,0 +1,39 @@
+//! `bitmill run`: a model continues a text, the same text for the same seed.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use serde_json::Value;
+use support::{bitmill, books, failure, json, success};
+
+fn run(flags: &[&str]) -> std::process::Command {
+    let mut command = bitmill(["run"]);
+    command.arg(books()).args(["--prompt", "It was a dark and", "--tokens", "12"]).args(flags);
+    command
+}
+
+#[test]
+fn a_model_continues_a_text() {
+    let greedy = json(&mut run(&["--temperature", "0"]));
+    let text = greedy["text"].as_str().unwrap();
+    assert!(text.starts_with("It was a dark and") && text.len() > 20, "{text}");
+    assert_eq!(greedy["new_tokens"], 12);
+    assert!(greedy["tokens_per_second"].as_f64() > Some(0.0));
+    // What is streamed is the text of the report.
+    assert_eq!(success(&mut run(&["--temperature", "0"])).trim_end_matches('\n'), text.trim_end_matches('\n'));
+    // One likely token is the most likely one, whatever the temperature and seed.
+    assert_eq!(json(&mut run(&["--top-k", "1", "--seed", "5"]))["text"], greedy["text"]);
+    let drawn = |seed: &str| -> Value {
+        json(&mut run(&["--temperature", "1.5", "--top-k", "0", "--seed", seed]))["text"].take()
+    };
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
+}
+
+#[test]
+fn what_cannot_be_continued_is_refused() {
+    let long = "word ".repeat(600);
+    assert!(failure(bitmill(["run"]).arg(books()).args(["--prompt", &long]), 1).contains("context is 512"));
+    assert!(failure(&mut run(&["--temperature", "NaN"]), 1).contains("temperature"));
+}
