@@ -17,11 +17,10 @@ pub struct CrossStats {
     drift: Vec<f32>,
     /// Σ r·(h − ĥ)·x̂ᵀ, `[rows, n]`.
     residual: Vec<f32>,
-    /// Σ (x − x̂), and tokens in it.
+    /// Σ r·(x − x̂).
     drift_sum: Vec<f64>,
-    /// Σ (h − ĥ).
+    /// Σ r·(h − ĥ).
     residual_sum: Vec<f64>,
-    tokens: u64,
 }
 
 /// Activations of a few tokens, row-major, as [`CrossStats::add`] takes them.
@@ -43,7 +42,7 @@ impl CrossStats {
     pub fn new(n: usize, rows: usize) -> Self {
         let (drift, residual) = (vec![0.0; n * n], vec![0.0; rows * n]);
         let (drift_sum, residual_sum) = (vec![0.0; n], vec![0.0; rows]);
-        CrossStats { n, rows, weight: 0.0, drift, residual, drift_sum, residual_sum, tokens: 0 }
+        CrossStats { n, rows, weight: 0.0, drift, residual, drift_sum, residual_sum }
     }
 
     /// Adds tokens. Sums are folded in the order of the calls.
@@ -59,7 +58,6 @@ impl CrossStats {
             }
         };
         self.weight += part.weights.map_or(tokens as f64, |r| r.iter().map(|&r| f64::from(r)).sum());
-        self.tokens += tokens as u64;
         product(part.drift, self.n, seen, self.n, &mut self.drift);
         if self.rows > 0 {
             product(part.residual, self.rows, seen, self.n, &mut self.residual);
@@ -67,8 +65,9 @@ impl CrossStats {
         for (sums, values, width) in
             [(&mut self.drift_sum, part.drift, self.n), (&mut self.residual_sum, part.residual, self.rows)]
         {
-            for row in values.chunks_exact(width.max(1)) {
-                sums.iter_mut().zip(row).for_each(|(s, &v)| *s += f64::from(v));
+            for (t, row) in values.chunks_exact(width.max(1)).enumerate() {
+                let r = part.weights.map_or(1.0, |r| f64::from(r[t]));
+                sums.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
             }
         }
     }
@@ -76,7 +75,6 @@ impl CrossStats {
     /// Adds what `other` has seen.
     pub fn merge(&mut self, other: &CrossStats) {
         self.weight += other.weight;
-        self.tokens += other.tokens;
         let floats = [(&mut self.drift, &other.drift), (&mut self.residual, &other.residual)];
         floats.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
         let sums = [(&mut self.drift_sum, &other.drift_sum), (&mut self.residual_sum, &other.residual_sum)];
@@ -95,16 +93,21 @@ impl CrossStats {
         self.mean_of(&self.residual)
     }
 
-    /// E[x − x̂], `[n]`, every token alike.
+    /// E[x − x̂], `[n]`.
     #[must_use]
     pub fn mean_drift(&self) -> Vec<f32> {
-        self.drift_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+        self.means_of(&self.drift_sum)
     }
 
-    /// E[h − ĥ], `[rows]`, every token alike.
+    /// E[h − ĥ], `[rows]`.
     #[must_use]
     pub fn mean_residual(&self) -> Vec<f32> {
-        self.residual_sum.iter().map(|s| (s / self.tokens.max(1) as f64) as f32).collect()
+        self.means_of(&self.residual_sum)
+    }
+
+    fn means_of(&self, sums: &[f64]) -> Vec<f32> {
+        let scale = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        sums.iter().map(|s| (s * scale) as f32).collect()
     }
 
     fn mean_of(&self, sums: &[f32]) -> Vec<f32> {
@@ -160,7 +163,7 @@ mod tests {
                 }
             }
         }
-        let mean = drift.iter().step_by(n).sum::<f32>() / tokens as f32;
+        let mean = drift.iter().step_by(n).zip(&weights).map(|(d, r)| d * r).sum::<f32>() / total;
         assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (a.mean_drift()[0] - mean).abs() < 1e-6);
     }
 }

@@ -13,6 +13,8 @@ pub struct SiteStats {
     weight: f64,
     /// Σ r·x·xᵀ, row-major `[n, n]`, symmetric.
     gram: Vec<f32>,
+    /// Σ r·x.
+    weighted_sum: Vec<f64>,
     sum: Vec<f64>,
     abs_sum: Vec<f64>,
     /// Σ x⁴.
@@ -29,6 +31,7 @@ impl SiteStats {
             tokens: 0,
             weight: 0.0,
             gram: vec![0.0; n * n],
+            weighted_sum: vec![0.0; n],
             sum: vec![0.0; n],
             abs_sum: vec![0.0; n],
             fourth_sum: vec![0.0; n],
@@ -41,6 +44,7 @@ impl SiteStats {
     pub fn add(&mut self, x: &[f32]) {
         self.weight += (x.len() / self.n) as f64;
         syrk(x, self.n, &mut self.gram);
+        self.weigh(x, None);
         self.add_moments(x);
     }
 
@@ -57,6 +61,14 @@ impl SiteStats {
         let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
         self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
         syrk(&scaled, self.n, &mut self.gram);
+        self.weigh(x, Some(weights));
+    }
+
+    fn weigh(&mut self, x: &[f32], weights: Option<&[f32]>) {
+        for (t, row) in x.chunks_exact(self.n).enumerate() {
+            let r = weights.map_or(1.0, |weights| f64::from(weights[t]));
+            self.weighted_sum.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
+        }
     }
 
     fn add_moments(&mut self, x: &[f32]) {
@@ -83,6 +95,7 @@ impl SiteStats {
         self.tokens += other.tokens;
         self.weight += other.weight;
         self.gram.iter_mut().zip(&other.gram).for_each(|(a, b)| *a += b);
+        self.weighted_sum.iter_mut().zip(&other.weighted_sum).for_each(|(a, b)| *a += b);
         self.sum.iter_mut().zip(&other.sum).for_each(|(a, b)| *a += b);
         self.abs_sum.iter_mut().zip(&other.abs_sum).for_each(|(a, b)| *a += b);
         self.abs_max.iter_mut().zip(&other.abs_max).for_each(|(a, &b)| *a = a.max(b));
@@ -105,6 +118,13 @@ impl SiteStats {
     pub fn hessian(&self) -> Vec<f32> {
         let scale = if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 };
         self.gram.iter().map(|v| v * scale).collect()
+    }
+
+    /// E[x], per input, weighted as H is: H minus its outer product is the second moment about it.
+    #[must_use]
+    pub fn centre(&self) -> Vec<f32> {
+        let scale = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        self.weighted_sum.iter().map(|s| (s * scale) as f32).collect()
     }
 
     /// E[x], per input.
@@ -200,6 +220,7 @@ mod tests {
             (0..w as usize).for_each(|_| copied.add(row));
         }
         assert!(weighted.hessian().iter().zip(copied.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
+        assert!(weighted.centre().iter().zip(copied.mean()).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 
     #[test]

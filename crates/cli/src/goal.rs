@@ -20,9 +20,9 @@ pub(crate) struct GoalArgs {
     /// Share of the full-precision model's activations in each Hessian, the rest being the rounded model's
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
     full_share: f32,
-    /// Leave biases as they are instead of having them take up the mean of their linear's error
+    /// Have biases take up the mean of their linear's error
     #[arg(long)]
-    keep_biases: bool,
+    correct_biases: bool,
     /// Try damping and shrinkage of each Hessian on held-out tokens, and take what loses least there
     #[arg(long)]
     damping_search: bool,
@@ -78,7 +78,7 @@ impl GoalArgs {
                 Weights::NoSinks => TokenWeights::NoSinks,
             },
             full_share: self.full_share,
-            biases: !self.keep_biases,
+            biases: self.correct_biases,
             damping_search: self.damping_search,
         }
     }

@@ -57,7 +57,7 @@ pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
-          "soft_rounding", "target_shift", "token_weights", "full_share", "keep_biases", "damping_search",
+          "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search",
           "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]

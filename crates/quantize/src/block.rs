@@ -119,7 +119,7 @@ impl Flow<'_> {
                 rounded: self.stream(width, at.name)?,
                 full: full.as_ref().map(|_| self.stream(width, &format!("full-{}", at.name))).transpose()?,
             };
-            if i == 0 && seen.is_some() {
+            if i == 0 && !targets.is_empty() {
                 weights = self.token_weights(&block)?;
             }
             let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);

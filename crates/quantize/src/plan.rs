@@ -126,8 +126,8 @@ impl Plan {
         let tied = spec.as_ref().is_some_and(|spec| spec.tied);
         let untied = untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
         let mut settings = settings.clone();
-        let (mut units, dense) = Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?
-            .build(untied.as_ref(), &mut notes)?;
+        let (mut units, dense) =
+            Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?.build(untied.as_ref(), &mut notes)?;
         let layers: BTreeMap<String, Scheme> = quantized(&units).map(|(m, s, _)| (m.clone(), *s)).collect();
         // A GGUF file may be wanted for its container alone.
         if layers.is_empty() && dense.is_empty() {

@@ -4,6 +4,8 @@ mod card;
 mod measured;
 mod publish;
 mod slabs;
+#[cfg(test)]
+mod tests;
 
 use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};

@@ -138,8 +138,11 @@ impl Seen {
         let merged = self.merged();
         let (stats, cross) = &*merged;
         let shifted = cross.as_ref().filter(|_| self.observation.shift != TargetShift::Off);
-        let [drift, residual] = shifted.map_or([Vec::new(), Vec::new()], |c| [c.mean_drift(), c.mean_residual()]);
-        [stats.mean(), drift, residual]
+        let share = 1.0 - self.observation.full_share;
+        let scaled = |m: Vec<f32>| m.into_iter().map(|v| v * share).collect();
+        let means = |c: &CrossStats| [scaled(c.mean_drift()), scaled(c.mean_residual())];
+        let [drift, residual] = shifted.map_or([Vec::new(), Vec::new()], means);
+        [stats.centre(), drift, residual]
     }
 
     fn moments_of(&self, (stats, cross): &(SiteStats, Option<CrossStats>), centred: bool) -> Moments {
@@ -153,7 +156,7 @@ impl Seen {
             (moments.drift, moments.residual) = (scaled(cross.drift()), scaled(cross.residual()));
         }
         if centred {
-            let mean = stats.mean();
+            let mean = stats.centre();
             subtract_outer(&mut moments.h, &mean, &mean);
             if let Some(cross) = cross {
                 subtract_outer(&mut moments.drift, &scaled(cross.mean_drift()), &mean);

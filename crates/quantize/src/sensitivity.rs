@@ -3,8 +3,9 @@
 //! Prediction = (output error tr(ΔHΔᵀ) of the option) × (KL divergence per unit of output error at that site). The first
 //! factor needs weights and H only, and there are two of it, at different cost:
 //!
-//! * *closed form*: Σ_k D_k·s²/12 per row, with D from the factor of H and s the step of the option's grid at each weight.
-//!   One factorisation per site and order of columns, and no rounding.
+//! * *closed form*: Σ_k D_k·s²/12 per row, with D from the factor of H and s the step of the option's grid at each weight
+//!   (for types of GGUF, Σ_k D_k·e² with e what rounding to nearest leaves). One factorisation per site and order of
+//!   columns, and no error feedback.
 //! * *measured*: what the method itself leaves, rounding a sample of the rows. Rows are independent, so a sample of them
 //!   says the error of all to a few percent, and two options on the same rows compare far better than that.
 //!
@@ -287,17 +288,17 @@ fn closed_form(rows: &[f32], scheme: &Scheme, order: &Order, factor: &Factor) ->
                 }
             }
         }
+        // Levels need not be evenly spaced, nor codes be free of one another: rounding to nearest says what s²/12 is.
         Some(form) => {
-            // Levels need not be evenly spaced; a uniform residue sees the mean cube of the gaps over their mean.
-            let gaps: Vec<f64> = form.levels.windows(2).map(|w| f64::from(w[1]) - f64::from(w[0])).collect();
-            let gap2 = gaps.iter().map(|g| g.abs().powi(3)).sum::<f64>() / gaps.iter().map(|g| g.abs()).sum::<f64>();
-            let even = vec![1.0f32; form.len];
+            let (even, mut codes) = (vec![1.0f32; form.len], vec![0u8; form.sub]);
             for row in fitted {
                 for (block, d) in row.chunks_exact(form.len).zip(d.chunks_exact(form.len)) {
                     let params = form.fit(block, &even);
-                    for (sub, d) in d.chunks_exact(form.sub).enumerate() {
-                        let step = f64::from(form.affine(&params, sub).scale);
-                        total += step * step * gap2 * d.iter().sum::<f64>();
+                    for (sub, (w, d)) in block.chunks_exact(form.sub).zip(d.chunks_exact(form.sub)).enumerate() {
+                        let affine = form.affine(&params, sub);
+                        form.round(w, &even[..w.len()], affine, &mut codes);
+                        let error = |(&c, &w): (&u8, &f32)| f64::from(form.value(c, affine) - w).powi(2);
+                        total += 12.0 * codes.iter().zip(w).zip(d).map(|(cw, d)| d * error(cw)).sum::<f64>();
                     }
                 }
             }

@@ -112,7 +112,7 @@ impl Default for Observation {
             shift: TargetShift::Off,
             tokens: TokenWeights::Equal,
             full_share: 0.0,
-            biases: true,
+            biases: false,
             damping_search: false,
         }
     }

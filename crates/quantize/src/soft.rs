@@ -13,8 +13,9 @@ use rayon::prelude::*;
 const ROWS: usize = 32;
 /// Ends of the rectified sigmoid (AdaRound's ζ and γ).
 const STRETCH: (f32, f32) = (1.1, -0.1);
-/// Weight of the regularizer under a normalised H (methods 2.1).
-const REGULAR: f32 = 0.02;
+/// Weight of the regularizer under a normalised H, at first and at last. A constant one leaves the sigmoids where the
+/// weights lie as long as H is stiffer than it; a growing one settles soft directions first and all of them in the end.
+const REGULAR: (f32, f32) = (0.01, 3.0);
 /// Rank of LoRA-rounding (CBQ).
 const RANK: usize = 5;
 
@@ -112,7 +113,7 @@ impl<'a> Problem<'a> {
         best
     }
 
-    /// AdaRound: each code is ⌊·⌋ or the next, by a sigmoid that is pushed to its ends.
+    /// AdaRound: each code is one of two neighbours, by a sigmoid that is pushed to its ends.
     fn sigmoids(&self, v: &mut dyn Directions, steps: u32) -> Vec<u8> {
         let low: Vec<f32> = (0..self.w.len()).map(|i| self.low(i)).collect();
         let (mut best, mut least) = (self.start.to_vec(), vec![f64::INFINITY; self.w.len() / self.n]);
@@ -127,19 +128,45 @@ impl<'a> Problem<'a> {
             let soft: Vec<f32> = low.iter().zip(&h).map(|(l, h)| (l + h).min(self.top)).collect();
             let (g, _) = self.gradient(&soft);
             let done = step as f32 / steps as f32;
-            // No regularizer at first, then one that narrows from 20 to 2.
-            let beta = 2.0 + 18.0 * (1.0 - (done - 0.2) / 0.8);
+            // No regularizer at first, then 1 − (2h − 1)² with a weight that grows.
+            let weight = if done < 0.1 { 0.0 } else { REGULAR.0 * (REGULAR.1 / REGULAR.0).powf((done - 0.1) / 0.9) };
             let slope = |i: usize| {
-                let far = 2.0 * h[i] - 1.0;
-                let regular = if done < 0.2 { 0.0 } else { -2.0 * beta * far.abs().powf(beta - 1.0) * far.signum() };
-                // The steps of a row make its share of the loss as large as its regularizer's.
+                // In units of the code's own step, as the regularizer is.
                 let data = 2.0 * g[i] / self.scale[i];
-                (data + REGULAR * regular) * rectified_slope(values[i])
+                (data - 4.0 * weight * (2.0 * h[i] - 1.0)) * rectified_slope(values[i])
             };
             let grad: Vec<f32> = (0..h.len()).map(slope).collect();
-            v.step(&grad, step + 1, 0.05 * (1.0 - done));
+            v.step(&grad, step + 1, 0.1 * (1.0 - done));
         }
+        self.settle(&low, &mut best);
         best
+    }
+
+    /// Turns over single choices between the two codes of a weight while that lowers the loss of a row.
+    fn settle(&self, low: &[f32], best: &mut [u8]) {
+        let positions: Vec<f32> = best.iter().map(|&c| f32::from(c)).collect();
+        let (mut g, _) = self.gradient(&positions);
+        for (row, g) in g.chunks_exact_mut(self.n).enumerate() {
+            for _ in 0..20 {
+                let mut changed = false;
+                for k in 0..self.n {
+                    let i = row * self.n + k;
+                    let other = 2.0 * low[i] + 1.0 - f32::from(best[i]);
+                    let step = self.scale[i] * (other - f32::from(best[i]));
+                    let h = &self.h[k * self.n..(k + 1) * self.n];
+                    // The start may lie beyond both codes where it was clamped.
+                    if !(0.0..=self.top).contains(&other) || 2.0 * g[k] * step + h[k] * step * step >= 0.0 {
+                        continue;
+                    }
+                    best[i] = other as u8;
+                    changed = true;
+                    g.iter_mut().zip(h).for_each(|(g, h)| *g += step * h);
+                }
+                if !changed {
+                    break;
+                }
+            }
+        }
     }
 
     /// The lower of the two codes that weight `i` may take: of the start and its neighbour towards the target.
@@ -218,7 +245,7 @@ fn share(p: &Problem<'_>, i: usize) -> f32 {
     let (low, exact) = (p.low(i), p.w[i] / p.scale[i] + p.zero[i]);
     let (own, code) = ((exact - low).clamp(0.0, 1.0), f32::from(p.start[i]) - low);
     // The start's own choice must be what h rounds to.
-    let between = 0.5 * (own + code);
+    let between = 0.95 * own + 0.05 * code;
     if code >= 0.5 { between.max(0.501) } else { between.min(0.499) }
 }
 
