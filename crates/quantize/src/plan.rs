@@ -124,7 +124,7 @@ impl Plan {
             gguf::check(input, spec.as_ref(), &mut notes)?;
         }
         let tied = spec.as_ref().is_some_and(|spec| spec.tied);
-        let untied = untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
+        let untied = crate::transforms::untie(input, spec.as_mut(), &transforms, as_gguf, &mut notes)?;
         let mut settings = settings.clone();
         let (mut units, dense) =
             Units::new(input, spec.as_ref(), format, &mut settings, calibrated)?.build(untied.as_ref(), &mut notes)?;
@@ -306,37 +306,6 @@ fn taken(input: &Checkpoint, settings: &Settings) -> Result<(), Error> {
         Some(_) => return Ok(()),
     };
     Err(Error::Gguf { dir: input.dir().into(), reason: reason.into() })
-}
-
-/// Checks that `transforms` suit the model, and parts head and embedding in `spec` where one of them asks for it; returns
-/// the head's tensor where the input has none.
-fn untie(
-    input: &Checkpoint,
-    spec: Option<&mut ModelSpec>,
-    transforms: &[&'static dyn Transform],
-    as_gguf: bool,
-    notes: &mut Vec<String>,
-) -> Result<Option<TensorSpec>, Error> {
-    let Some(first) = transforms.first() else { return Ok(None) };
-    let refuse = |name, reason: &str| Error::Transform { name, dir: input.dir().into(), reason: reason.into() };
-    let spec = spec.ok_or_else(|| refuse(first.name(), "its architecture has no forward pass here"))?;
-    if let Some((name, reason)) = transforms.iter().find_map(|t| Some((t.name(), t.refuses(spec)?))) {
-        return Err(refuse(name, reason));
-    }
-    if let [_, second, ..] = transforms.iter().filter(|t| t.unties()).collect::<Vec<_>>()[..] {
-        return Err(refuse(second.name(), "the residual stream is turned already; one of these transforms is enough"));
-    }
-    let (Some(by), true, Some(head)) = (transforms.iter().find(|t| t.unties()), spec.tied, spec.head()) else {
-        return Ok(None);
-    };
-    if as_gguf {
-        return Err(refuse(by.name(), "its output head is its embedding, which a GGUF file keeps so"));
-    }
-    spec.tied = false;
-    notes.push(format!("{} makes {head} a matrix of its own; it was the embedding", by.name()));
-    let name = format!("{head}.weight");
-    let embedding = input.spec(&spec.embedding()).filter(|_| input.spec(&name).is_none());
-    Ok(embedding.map(|e| TensorSpec { name, ..e.clone() }))
 }
 
 /// Every tensor the architecture needs is stored, in its shape.
