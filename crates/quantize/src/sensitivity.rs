@@ -364,7 +364,8 @@ mod tests {
         assert!(rank > 0.95, "{rank}");
         for (scheme, (p, m)) in options.iter().zip(predicted.iter().zip(&measured)) {
             if scheme.form().is_none() && scheme.bits().get() >= 4 {
-                assert!((0.6..1.7).contains(&(p / m)), "{scheme}: {p} {m}");
+                // A searched scale makes residues of small groups smaller than evenly spread ones.
+                assert!((0.6..2.0).contains(&(p / m)), "{scheme}: {p} {m}");
             }
         }
     }
