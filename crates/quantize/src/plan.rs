@@ -490,7 +490,8 @@ impl<'a> Units<'a> {
         let scheme = match chosen.map(|c| c.kind.storage) {
             Some(Storage::Block(kind)) => Scheme::block(kind),
             Some(_) => return copy(chosen.and_then(|c| c.dense())),
-            None if linear || (own.is_some() && is_end(module)) => own.unwrap_or(self.scheme),
+            // The ends of a model are block types of a GGUF file, or stay as they are.
+            None if linear || (own.is_some() && self.types.is_some() && is_end(module)) => own.unwrap_or(self.scheme),
             None => return copy(None),
         };
         let shape = [rows, cols];
