@@ -36,7 +36,7 @@ pub use statistics::{About, Statistics, StatisticsWriter, model_fingerprint};
 pub use stats::{SiteStats, Spread};
 pub use stream::{Stream, StreamKind, in_order};
 pub use tokenizer::Tokenizer;
-pub use windows::{Windows, read_texts, splitmix};
+pub use windows::{Windows, held_out, read_texts, splitmix, uniform};
 
 /// Calibration text for models that bring none: prose from public-domain books, none of it in any evaluation text of
 /// this repository.

@@ -217,6 +217,18 @@ pub fn splitmix(x: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// A number from 0 to below 1 from the upper bits of `random`.
+#[must_use]
+pub fn uniform(random: u64) -> f32 {
+    (random >> 40) as f32 / (1u64 << 24) as f32
+}
+
+/// Whether window `w` of `count` is one of those held out: one in `one_in`, and at least the last.
+#[must_use]
+pub fn held_out(w: usize, count: usize, one_in: usize) -> bool {
+    (w + 1).is_multiple_of(one_in) || (count < one_in && w + 1 == count)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

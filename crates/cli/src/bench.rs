@@ -4,12 +4,12 @@
 //! found is written at once: a bench that was stopped goes on after its last finished cell.
 
 use crate::Common;
+use crate::beside::{beside, replace};
 use crate::progress::Progress;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -100,23 +100,45 @@ struct Recipe {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let (recipes, groups) = (recipes(args)?, groups(args)?);
-    let mut known = args.output.as_deref().map(taken_up).transpose()?.unwrap_or_default();
+    let known = args.output.as_deref().map(taken_up).transpose()?.unwrap_or_default();
     let models = match &args.output {
         Some(output) if args.keep => with_suffix(output, "models"),
         Some(output) => with_suffix(output, "partial"),
         None => std::env::temp_dir().join(format!("bitmill-bench-{}", std::process::id())),
     };
     std::fs::create_dir_all(&models).with_context(|| format!("creating {}", models.display()))?;
+    let measured = matrix(args, &recipes, &groups, known, &models);
+    // What a stopped cell left would only be of use if the bench can be taken up.
+    if !args.keep && (measured.is_ok() || args.output.is_none()) {
+        let _ = std::fs::remove_dir_all(&models);
+    }
+    let cells = measured?;
+    if args.common.json {
+        println!("{:#}", serde_json::to_value(&cells)?);
+    } else {
+        print!("{}", table(&cells));
+    }
+    Ok(())
+}
+
+/// Every cell, those that are `known` as they are; what is found is written after each.
+fn matrix(
+    args: &Args,
+    recipes: &[Recipe],
+    groups: &[usize],
+    mut known: Vec<Cell>,
+    models: &Path,
+) -> anyhow::Result<Vec<Cell>> {
     let total = args.bits.len() * recipes.len();
     let bar = Progress::new(total as u64);
     let mut cells = Vec::with_capacity(total);
-    for (&bits, &group) in args.bits.iter().zip(&groups) {
-        for recipe in &recipes {
+    for (&bits, &group) in args.bits.iter().zip(groups) {
+        for recipe in recipes {
             bar.message(format!("{} at {bits} bits", recipe.name));
             let key = key(args, recipe, bits, group);
             let cell = match known.iter().position(|cell| cell.key == key) {
                 Some(i) => known.swap_remove(i),
-                None => measured(args, recipe, (bits, group), key, &models)?,
+                None => measured(args, recipe, (bits, group), key, models)?,
             };
             bar.plain_line(&format!("{} at {bits} bits", recipe.name));
             cells.push(cell);
@@ -127,15 +149,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     bar.finish();
-    if !args.keep {
-        let _ = std::fs::remove_dir_all(&models);
-    }
-    if args.common.json {
-        println!("{:#}", serde_json::to_value(&cells)?);
-    } else {
-        print!("{}", table(&cells));
-    }
-    Ok(())
+    Ok(cells)
 }
 
 fn recipes(args: &Args) -> anyhow::Result<Vec<Recipe>> {
@@ -259,11 +273,7 @@ fn child(args: &Args, command: &str, words: impl Iterator<Item = OsString>) -> a
 fn with_suffix(output: &Path, suffix: &str) -> PathBuf {
     match output.extension().and_then(|e| e.to_str()) {
         Some("json" | "csv") => output.with_extension(suffix),
-        _ => {
-            let mut name = output.as_os_str().to_owned();
-            name.push(format!(".{suffix}"));
-            name.into()
-        }
+        _ => beside(output, &format!(".{suffix}")),
     }
 }
 
@@ -292,42 +302,36 @@ fn write(output: &Path, cells: &[Cell], others: &[Cell]) -> anyhow::Result<()> {
         let quality = [cell.kl, cell.kl_error, cell.perplexity, cell.same_top, cell.cosine].map(some).join(",");
         let _ = writeln!(csv, "\"{name}\",{scheme},{quality},{},{memory}", cell.seconds);
     }
-    for (suffix, bytes) in [("json", serde_json::to_vec_pretty(&all)?), ("csv", csv.into_bytes())] {
-        let (file, draft) = (with_suffix(output, suffix), with_suffix(output, &format!("{suffix}.draft")));
-        std::fs::write(&draft, bytes).with_context(|| format!("writing {}", draft.display()))?;
-        std::fs::rename(&draft, &file).with_context(|| format!("writing {}", file.display()))?;
-    }
-    Ok(())
+    replace(&with_suffix(output, "json"), serde_json::to_vec_pretty(&all)?)?;
+    replace(&with_suffix(output, "csv"), csv)
 }
+
+/// A column of the table: its title, and its text where a cell has it.
+type Column = (&'static str, fn(&Cell) -> Option<String>);
+
+/// Columns that decoders or encoders alone have.
+const QUALITY: [Column; 4] = [
+    ("KL", |cell| Some(format!("{:.5} ± {:.5}", cell.kl?, cell.kl_error?))),
+    ("perplexity", |cell| Some(format!("{:.3}", cell.perplexity?))),
+    ("same top %", |cell| Some(format!("{:.2}", cell.same_top?))),
+    ("cosine", |cell| Some(format!("{:.6}", cell.cosine?))),
+];
 
 /// The table for people.
 fn table(cells: &[Cell]) -> String {
     let width = cells.iter().map(|cell| cell.recipe.chars().count()).max().unwrap_or(0).max(6);
-    let mut columns: BTreeMap<usize, &str> = BTreeMap::new();
-    for cell in cells {
-        let has = [cell.kl.map(|_| "KL"), cell.perplexity.map(|_| "perplexity"), cell.same_top.map(|_| "same top %")];
-        let has = has.into_iter().chain([cell.cosine.map(|_| "cosine")]).enumerate();
-        columns.extend(has.filter_map(|(i, name)| name.map(|name| (i, name))));
-    }
+    let columns: Vec<Column> =
+        QUALITY.into_iter().filter(|(_, of)| cells.iter().any(|cell| of(cell).is_some())).collect();
     let mut out = format!("{:<width$}  {:>4}  {:>5}  {:>7}", "recipe", "bits", "group", "b/w");
-    columns.values().for_each(|name| {
-        let _ = write!(out, "  {name:>18}");
-    });
+    for (title, _) in &columns {
+        let _ = write!(out, "  {title:>18}");
+    }
     let _ = writeln!(out, "  {:>8}  {:>9}", "seconds", "memory");
     for cell in cells {
-        let _ = write!(
-            out,
-            "{:<width$}  {:>4}  {:>5}  {:>7.3}",
-            cell.recipe, cell.bits, cell.group_size, cell.bits_per_weight
-        );
-        for column in columns.keys() {
-            let text = match column {
-                0 => cell.kl.map(|kl| format!("{kl:.5} ± {:.5}", cell.kl_error.unwrap_or(0.0))),
-                1 => cell.perplexity.map(|p| format!("{p:.3}")),
-                2 => cell.same_top.map(|s| format!("{s:.2}")),
-                _ => cell.cosine.map(|c| format!("{c:.6}")),
-            };
-            let _ = write!(out, "  {:>18}", text.unwrap_or_default());
+        let Cell { recipe, bits, group_size, bits_per_weight, .. } = cell;
+        let _ = write!(out, "{recipe:<width$}  {bits:>4}  {group_size:>5}  {bits_per_weight:>7.3}");
+        for (_, of) in &columns {
+            let _ = write!(out, "  {:>18}", of(cell).unwrap_or_default());
         }
         let memory = cell.peak_memory.map_or(String::new(), crate::units::bytes);
         let _ = writeln!(out, "  {:>8.1}  {memory:>9}", cell.seconds);

@@ -4,6 +4,7 @@
 //! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
 
 mod bench;
+mod beside;
 mod calibrate;
 mod dequantize;
 mod effort;

@@ -6,7 +6,6 @@ use anyhow::{Context, ensure};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_quantize::{Plan, loaders, write_plan};
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Plan a quantization without running it
@@ -29,14 +28,6 @@ pub(crate) struct Args {
     force: bool,
     #[command(flatten)]
     common: Common,
-}
-
-/// Linears of one role and scheme.
-#[derive(Default)]
-struct Row {
-    tensors: usize,
-    weights: u64,
-    bytes: u64,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -69,20 +60,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Rows by role and scheme, in order of execution as far as names tell.
-fn rows(plan: &Plan) -> BTreeMap<(String, String), Row> {
-    let mut rows: BTreeMap<(String, String), Row> = BTreeMap::new();
-    for (module, scheme, shape) in plan.quantized() {
-        let role = module.rsplit('.').next().unwrap_or(module).to_owned();
-        let row = rows.entry((role, scheme.to_string())).or_default();
-        row.tensors += 1;
-        row.weights += (shape[0] * shape[1]) as u64;
-        let layout = plan.format.layout(module, scheme, shape);
-        row.bytes += layout.iter().map(|t| t.bytes() as u64).sum::<u64>();
-    }
-    rows
-}
-
 /// Windows and tokens per window that a run reads; without text there are none.
 fn text((plan, source): (&Plan, &Source)) -> (usize, usize) {
     let settings = &plan.settings;
@@ -113,9 +90,8 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
     let total = plan.output.total_bytes();
     let mut text =
         format!("{}: {} by {}, stored as {}\n", name(model), plan.label(), plan.method.name(), plan.format.name());
-    for ((role, scheme), row) in rows(plan) {
-        let bits = row.bytes as f64 * 8.0 / row.weights as f64;
-        let (tensors, bytes) = (row.tensors, units::bytes(row.bytes));
+    for ((role, scheme), row) in plan.kinds() {
+        let (bits, tensors, bytes) = (row.bits_per_weight(), row.tensors, units::bytes(row.bytes));
         text += &format!("  {role:<12} {scheme:<16} {tensors:>4} tensors  {bits:>6.3} bits per weight  {bytes:>9}\n");
     }
     text +=
@@ -132,8 +108,7 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
     if let Some(predicted) = plan.mixture.as_ref().map(|m| m.predicted) {
         text += &format!("  predicted    KL divergence {predicted:.5} nats per position\n");
     }
-    let (flags, why) = effort::recommended(plan.parameters);
-    text += &format!("  recommended  {flags}: {why}\n");
+    text += &format!("  recommended  {} by a rule of thumb for its size\n", effort::recommended(plan.parameters));
     for (loader, reasons) in loaders(plan) {
         let verdict = if reasons.is_empty() { "takes it".to_owned() } else { format!("no: {}", reasons.join("; ")) };
         text += &format!("  {loader:<12} {verdict}\n");
@@ -145,7 +120,7 @@ pub(crate) fn summary(model: &Path, ready: &Ready, stream_memory: u64) -> String
 pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_json::Value {
     let Ready { plan, source } = ready;
     let (weights, payload) = plan.quantized_size();
-    let rows = rows(plan).into_iter().map(|((role, scheme), row)| {
+    let rows = plan.kinds().into_iter().map(|((role, scheme), row)| {
         json!({"role": role, "scheme": scheme, "tensors": row.tensors, "weights": row.weights, "bytes": row.bytes})
     });
     let loaders = loaders(plan).into_iter().map(|(name, reasons)| json!({"loader": name, "refuses": reasons}));
@@ -160,7 +135,7 @@ pub(crate) fn report(model: &Path, ready: &Ready, stream_memory: u64) -> serde_j
         "roles": rows.collect::<Vec<_>>(), "tensors": tensors.collect::<Vec<_>>(), "files": files.collect::<Vec<_>>(), "calibration": text,
         "quantized_weights": weights, "quantized_bytes": payload,
         "bits_per_weight": plan.bits_per_weight(), "output_bytes": plan.output.total_bytes(),
-        "seconds_estimate": seconds(ready), "recommended": effort::recommended(plan.parameters).0,
+        "seconds_estimate": seconds(ready), "recommended": effort::recommended(plan.parameters),
         "peak_memory_estimate": memory(ready, stream_memory), "predicted_kl": plan.mixture.as_ref().map(|m| m.predicted), "mixture": plan.mixture,
         "loaders": loaders.collect::<Vec<_>>(), "notes": plan.notes,
     })

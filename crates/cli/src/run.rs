@@ -2,9 +2,9 @@
 
 use crate::{Common, units};
 use anyhow::{Context, bail};
-use bitmill_calibrate::{Tokenizer, splitmix};
+use bitmill_calibrate::{Tokenizer, splitmix, uniform};
 use bitmill_checkpoint::Checkpoint;
-use bitmill_models::{Block, Decoder, Ends, ModelSpec, RopeTable, softmax};
+use bitmill_models::{Block, Decoder, Ends, ModelSpec, RopeTable, draw, softmax};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -118,12 +118,7 @@ fn choose(mut logits: Vec<f32>, args: &Args, at: usize) -> u32 {
         ranked[kept..].iter().for_each(|&i| logits[i] = f32::NEG_INFINITY);
     }
     softmax(&mut logits, 1.0 / args.temperature);
-    let mut left = (splitmix(args.seed ^ splitmix(at as u64)) >> 40) as f32 / (1u64 << 24) as f32;
-    let passed = logits.iter().position(|p| {
-        left -= p;
-        left < 0.0
-    });
-    passed.unwrap_or(ranked[0]) as u32
+    draw(&logits, uniform(splitmix(args.seed ^ splitmix(at as u64)))) as u32
 }
 
 /// Text as it grows, on standard output.

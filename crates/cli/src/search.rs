@@ -5,6 +5,7 @@
 //! predicted losses, scaled to what was measured last, to point into the bracket. Every trial is kept in a file beside the
 //! output, so a killed search goes on with what it knows.
 
+use crate::beside::{beside, replace};
 use crate::mixed::Weighed;
 use crate::text::Text;
 use anyhow::{Context, bail};
@@ -13,7 +14,7 @@ use bitmill_checkpoint::Checkpoint;
 use bitmill_quantize::{Budget, Calibration, Plan, RunOptions, Survey, run};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 /// How much may be lost.
@@ -43,6 +44,8 @@ impl Bound {
     }
 }
 
+/// What the file of trials beside the output ends in.
+const TRIED: &str = ".search.json";
 /// Trials, at most.
 const TRIALS: usize = 9;
 /// The search ends when the bracket is this part of the size.
@@ -73,7 +76,7 @@ impl BySize<'_> {
         let (Some(&(least, _)), Some(&(most, _))) = (survey.frontier.first(), survey.frontier.last()) else {
             bail!("there is no mixture to choose");
         };
-        let mut known = self.known(bound)?;
+        let mut known = self.known(bound, &survey)?;
         // Sizes that lose too much and that do not. Only a measured one counts as the latter.
         let (mut low, mut high, mut scale) = (least, None::<f64>, 1.0);
         let mut next = guess(&survey, bound, scale).clamp(least, most);
@@ -128,7 +131,7 @@ impl BySize<'_> {
         if plan.settings.tuning.is_some() {
             plan = Plan::new(self.input, &bitmill_quantize::Settings { tuning: None, ..plan.settings })?;
         }
-        let out = self.beside("trial", self.out.extension().and_then(|e| e.to_str()).filter(|e| *e == "gguf"));
+        let out = beside(self.out, if self.plan.gguf.is_some() { ".trial.gguf" } else { ".trial" });
         let (memory, stop) = (self.stream_memory, AtomicBool::new(false));
         let options = RunOptions { force: true, stream_memory: memory, stop: &stop };
         let calibration = plan.calibrated.then_some(Calibration::Text(&self.text.windows));
@@ -142,15 +145,11 @@ impl BySize<'_> {
         cleared.with_context(|| format!("removing {}", out.display()))?;
         // The trial's log and manifest go with it; a file that stays behind does no harm.
         let _ = std::fs::remove_file(&made.log);
-        let mut manifest = out.as_os_str().to_owned();
-        manifest.push(".bitmill.json");
-        let _ = std::fs::remove_file(manifest);
+        let _ = std::fs::remove_file(beside(&out, ".bitmill.json"));
         let divergence = result.divergence.context("there was a reference")?;
         let trial = Trial { bits, kl: divergence.kl.mean, ln_ratio: divergence.ln_perplexity_ratio.0 };
         known.trials.push(trial);
-        let file = self.beside("search.json", None);
-        std::fs::write(&file, format!("{:#}\n", json!(known)))
-            .with_context(|| format!("writing {}", file.display()))?;
+        replace(&beside(self.out, TRIED), format!("{:#}\n", json!(known)))?;
         Ok(trial)
     }
 
@@ -165,14 +164,14 @@ impl BySize<'_> {
     }
 
     /// What an earlier search of the same kind measured.
-    fn known(&self, bound: &Bound) -> anyhow::Result<Known> {
+    fn known(&self, bound: &Bound, survey: &Survey) -> anyhow::Result<Known> {
         let held_out = self.held_out()?;
         let of = json!({
             "bitmill": env!("CARGO_PKG_VERSION"), "settings": self.plan.settings, "bound": bound,
             "model": model_fingerprint(self.input)?, "text": self.text.windows.fingerprint(),
-            "held_out": held_out.fingerprint(), "survey": self.weighed.survey(),
+            "held_out": held_out.fingerprint(), "survey": survey,
         });
-        let file = self.beside("search.json", None);
+        let file = beside(self.out, TRIED);
         let found = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice::<Known>(&text).ok());
         if let Some(known) = found.filter(|k| k.of == of) {
             eprintln!("taking up {} trials of {}", known.trials.len(), file.display());
@@ -180,18 +179,6 @@ impl BySize<'_> {
         }
         eprintln!("searching sizes; what is tried is kept in {}", file.display());
         Ok(Known { of, trials: Vec::new() })
-    }
-
-    /// `OUT.what`, with an extension that the format asks for.
-    fn beside(&self, what: &str, extension: Option<&str>) -> PathBuf {
-        let mut name = self.out.file_name().unwrap_or_default().to_owned();
-        name.push(".");
-        name.push(what);
-        if let Some(extension) = extension {
-            name.push(".");
-            name.push(extension);
-        }
-        self.out.with_file_name(name)
     }
 }
 

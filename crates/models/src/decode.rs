@@ -17,7 +17,7 @@ pub struct Decoder<'a> {
     rope: &'a RopeTable,
     /// By block, then sequence.
     caches: Vec<Vec<Cache>>,
-    sequences: usize,
+    capacity: usize,
     length: usize,
 }
 
@@ -52,7 +52,7 @@ impl<'a> Decoder<'a> {
             Ok((0..sequences).map(|_| cache(width)).collect())
         });
         let caches = caches.collect::<Result<_, Error>>()?;
-        Ok(Decoder { embedding, blocks, rope, caches, sequences, length: 0 })
+        Ok(Decoder { embedding, blocks, rope, caches, capacity, length: 0 })
     }
 
     /// Tokens that every sequence has.
@@ -67,6 +67,9 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// [`Error::Token`] for an id beyond the vocabulary; [`Error::Window`] beyond the capacity.
     pub fn step(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
+        if self.length == self.capacity {
+            return Err(Error::Window { tokens: self.length + 1, shortest: 1, longest: self.capacity });
+        }
         let mut h = self.embedding.embed(tokens)?;
         for (block, caches) in self.blocks.iter().zip(&mut self.caches) {
             let x = block.attend_next(&block.attn_in(&h)?, self.rope, caches, self.length)?;
@@ -74,7 +77,6 @@ impl<'a> Decoder<'a> {
             h = block.finish(&middle, &block.mlp_out(&x)?)?;
         }
         self.length += 1;
-        debug_assert_eq!(h.dim(0)?, self.sequences);
         Ok(h)
     }
 }
@@ -196,7 +198,7 @@ mod tests {
                     }
                 }
             }
-            assert!(decoder.step(&[1, 1, 1]).is_err(), "beyond the capacity");
+            assert!(matches!(decoder.step(&[1, 1, 1]), Err(Error::Window { longest: 12, .. })), "beyond the capacity");
         }
     }
 }

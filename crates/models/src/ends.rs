@@ -126,11 +126,12 @@ impl Head {
         parameters: Option<&mut HeadGradients>,
     ) -> Result<Vec<f32>, Error> {
         let Some(norm) = &self.norm else {
-            return backward_linear(&self.linear.weight, grad, h, parameters.map(|p| &mut p.linear[..]));
+            let into = parameters.map(|p| &mut p.linear[..]).filter(|linear| !linear.is_empty());
+            return backward_linear(&self.linear.weight, grad, h, into);
         };
         let mut unwanted = Vec::new();
         let (linear, d_norm) = match parameters {
-            Some(HeadGradients { linear, norm }) => (Some(linear), norm),
+            Some(HeadGradients { linear, norm }) => (Some(linear).filter(|linear| !linear.is_empty()), norm),
             None => {
                 unwanted.resize(norm.weight.elem_count(), 0.0);
                 (None, &mut unwanted)
@@ -143,11 +144,12 @@ impl Head {
         norm.backward(h, &d_x, d_norm)
     }
 
-    /// Gradients of zero, in this head's shapes.
+    /// Gradients of zero, in this head's shapes; without `weight`, that of the weight is left out and not computed.
     #[must_use]
-    pub fn no_gradients(&self) -> HeadGradients {
+    pub fn no_gradients(&self, weight: bool) -> HeadGradients {
         let count = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
-        HeadGradients { linear: count(Some(&self.linear.weight)), norm: count(self.norm.as_ref().map(|n| &n.weight)) }
+        let linear = count(Some(&self.linear.weight).filter(|_| weight));
+        HeadGradients { linear, norm: count(self.norm.as_ref().map(|n| &n.weight)) }
     }
 
     /// The weight `[vocab, hidden]`.
@@ -178,7 +180,7 @@ impl Head {
 /// Gradients of a head's parameters, each laid out as the parameter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeadGradients {
-    /// Of the weight `[vocab, hidden]`.
+    /// Of the weight `[vocab, hidden]`; empty where it is not wanted.
     pub linear: Vec<f32>,
     /// Of the final norm `[hidden]`; empty without one.
     pub norm: Vec<f32>,

@@ -34,7 +34,7 @@ pub use ends::{Embedding, Ends, Head, HeadGradients};
 pub use error::Error;
 pub use layout::{Added, EMBEDDING, FINAL_NORM, HEAD, Layout, Spelling};
 pub use norm::NormKind;
-pub use ops::{softmax, softmax_divergence};
+pub use ops::{draw, softmax, softmax_divergence};
 pub use rope::{Rope, RopeKind, RopeTable};
 pub use sites::{Absorb, NormRole, Role, SITES, Site};
 pub use spec::{Act, ModelSpec, TensorSlot};

@@ -338,6 +338,19 @@ pub fn softmax(row: &mut [f32], scale: f32) {
     }
 }
 
+/// The index that `at`, a number from 0 to below 1, falls on where every index has its probability as room.
+#[must_use]
+pub fn draw(probabilities: &[f32], at: f32) -> usize {
+    let mut left = at;
+    let passed = probabilities.iter().position(|p| {
+        left -= p;
+        left < 0.0
+    });
+    // Rounding may leave a little room beyond the last, which the likeliest takes.
+    let likelier = |a: &usize, b: &usize| probabilities[*a].total_cmp(&probabilities[*b]);
+    passed.unwrap_or_else(|| (0..probabilities.len()).max_by(likelier).unwrap_or(0))
+}
+
 /// KL(softmax p ‖ softmax q) in nats, of two rows of logits. `q` becomes softmax q − softmax p, the divergence's gradient
 /// at q. Sums run in f32 over fixed lanes: the divergence is good to about 1e-6.
 pub fn softmax_divergence(q: &mut [f32], p: &[f32]) -> f64 {

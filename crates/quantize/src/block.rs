@@ -67,7 +67,7 @@ pub(crate) enum Moment<'a> {
     /// What calibration saw there.
     Seen(SiteRecord),
     /// A linear is finished.
-    Finished(Done),
+    Finished(Box<Done>),
 }
 
 /// A finished linear.
@@ -143,7 +143,7 @@ impl Flow<'_> {
                 if let Some(bias) = &done.bias {
                     block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
                 }
-                on(Moment::Finished(done))?;
+                on(Moment::Finished(Box::new(done)))?;
             }
         }
         let Some(x) = x else { return Ok(()) };

@@ -1,12 +1,46 @@
-//! What a run costs in arithmetic, from headers alone.
+//! What a plan costs, from headers alone: arithmetic, and bytes by role and scheme.
 
 use crate::{Action, Needs, Plan, Unit};
 use bitmill_models::SITES;
+use std::collections::BTreeMap;
+
+/// Linears of one role and scheme.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Kind {
+    /// How many there are.
+    pub tensors: usize,
+    /// Weights in all of them.
+    pub weights: u64,
+    /// Bytes written for all of them.
+    pub bytes: u64,
+}
+
+impl Kind {
+    /// Bits per weight, everything written included.
+    #[must_use]
+    pub fn bits_per_weight(self) -> f64 {
+        self.bytes as f64 * 8.0 / self.weights as f64
+    }
+}
 
 impl Plan {
+    /// Quantized modules counted by role, the last part of their names, and scheme.
+    #[must_use]
+    pub fn kinds(&self) -> BTreeMap<(String, String), Kind> {
+        let mut kinds: BTreeMap<(String, String), Kind> = BTreeMap::new();
+        for (module, scheme, shape) in self.quantized() {
+            let role = module.rsplit('.').next().unwrap_or(module).to_owned();
+            let kind = kinds.entry((role, scheme.to_string())).or_default();
+            kind.tensors += 1;
+            kind.weights += (shape[0] * shape[1]) as u64;
+            kind.bytes += self.format.layout(module, scheme, shape).iter().map(|t| t.bytes() as u64).sum::<u64>();
+        }
+        kinds
+    }
+
     /// Floating-point operations of a run over `tokens` tokens of calibration, tuning left out: the forward pass, H of every
     /// site and its factor, and rounding. Parts that do not run at the rate of a product count for as many operations as would
-    /// take as long (measured; good to a factor of two).
+    /// take as long, by estimate: it is an order of magnitude.
     #[must_use]
     pub fn run_operations(&self, tokens: u64) -> f64 {
         /// Searching the scales of a group, per weight and value tried.

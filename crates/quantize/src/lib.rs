@@ -28,10 +28,13 @@ mod settings;
 mod shift;
 mod soft;
 mod sweep;
+#[cfg(test)]
+mod tiny;
 mod transforms;
 
 pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
+pub use cost::Kind;
 pub use error::Error;
 pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};

@@ -5,7 +5,7 @@ use bitmill_checkpoint::Checkpoint;
 use bitmill_models::Role;
 use bitmill_scheme::Scheme;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a mixture must stay within.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -98,8 +98,8 @@ pub fn mix(input: &Checkpoint, plan: &Plan, from: &Mixing<'_>, budget: Budget) -
     let size = size.saturating_add(unread);
     // What is not payload of the table's tensors: everything else and headers. Headers spell sizes out in digits, so they
     // move by a few bytes with the mixture; each round gives back what the last one was over.
-    let named: BTreeMap<&str, ()> = from.table.iter().map(|t| (t.module.as_str(), ())).collect();
-    let mut allowed = size.saturating_sub(plan.output.total_bytes() - plan.bytes_of(|m| named.contains_key(m)));
+    let named: BTreeSet<&str> = from.table.iter().map(|t| t.module.as_str()).collect();
+    let mut allowed = size.saturating_sub(plan.output.total_bytes() - plan.bytes_of(|m| named.contains(m)));
     loop {
         let mixture = from.mixture(allowed)?;
         let total = Plan::new(input, &mixture.settings(&plan.settings))?.output.total_bytes();

@@ -2,7 +2,7 @@
 //! drift between two streams where there are two.
 
 use crate::{Observation, TargetShift};
-use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread};
+use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, held_out};
 use std::borrow::Cow;
 
 /// One window in this many is held out.
@@ -46,16 +46,11 @@ impl Seen {
         Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n), cross())) }
     }
 
-    /// Whether window `w` is held out.
-    fn held_out(&self, w: usize) -> bool {
-        (w + 1).is_multiple_of(HELD_OUT) || (self.windows < HELD_OUT && w + 1 == self.windows)
-    }
-
     /// Adds windows from `first` on; `weights` are those of all windows' tokens.
     pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
         let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
         for part in 0..2 {
-            let mine = |w: usize| usize::from(split && self.held_out(w)) == part;
+            let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
             let of = |what: fn(&Glimpse) -> &Vec<f32>| -> Vec<f32> {
                 (first..).zip(glimpses).filter(|(w, _)| mine(*w)).flat_map(|(_, g)| what(g).iter().copied()).collect()
             };

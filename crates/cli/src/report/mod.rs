@@ -8,6 +8,7 @@ mod page;
 mod plot;
 mod sections;
 
+use crate::beside::{beside, replace};
 use crate::progress::Progress;
 use crate::{Common, units};
 use anyhow::{Context, ensure};
@@ -125,14 +126,7 @@ fn watched(what: Comparison<'_>, windows: &Windows) -> anyhow::Result<bitmill_ca
 }
 
 fn write(file: &Path, facts: &Facts) -> anyhow::Result<()> {
-    std::fs::write(file, page::page(facts)).with_context(|| format!("writing {}", file.display()))
-}
-
-/// A file beside `path` whose name goes on with `ending`.
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(ending);
-    path.with_file_name(name)
+    replace(file, page::page(facts))
 }
 
 fn name(path: &Path) -> String {

@@ -195,10 +195,14 @@ fn gradients_of_the_head_equal_those_of_candle() {
     let grad = random(&[7, spec.vocab], 1.0);
     let expected = (logits * &grad).unwrap().sum_all().unwrap().backward().unwrap();
     let grad: Vec<f32> = grad.flatten_all().unwrap().to_vec1().unwrap();
-    let mut parameters = head.no_gradients();
+    let mut parameters = head.no_gradients(true);
     let d_h = head.backward(&h.as_detached_tensor(), &grad, Some(&mut parameters)).unwrap();
     close("h", &d_h, expected.get(&h).unwrap());
     close("lm_head.weight", &parameters.linear, expected.get(&linear).unwrap());
     close("model.norm.weight", &parameters.norm, expected.get(&norm).unwrap());
     assert_eq!(head.backward(&h.as_detached_tensor(), &grad, None).unwrap(), d_h);
+    // The weight's may be left out.
+    let mut norm_alone = head.no_gradients(false);
+    assert_eq!(head.backward(&h.as_detached_tensor(), &grad, Some(&mut norm_alone)).unwrap(), d_h);
+    assert!(norm_alone.linear.is_empty() && norm_alone.norm == parameters.norm);
 }

@@ -138,3 +138,10 @@ fn a_divergence_of_logits_and_its_gradient_equal_their_definition() {
         }
     }
 }
+
+#[test]
+fn draws_fall_on_indices_by_their_room() {
+    let p = [0.25, 0.0, 0.5, 0.25];
+    assert_eq!([0.0, 0.2, 0.25, 0.74, 0.75, 0.999].map(|at| draw(&p, at)), [0, 0, 2, 2, 3, 3]);
+    assert_eq!(draw(&[0.2, 0.4, 0.0], 0.99), 1);
+}

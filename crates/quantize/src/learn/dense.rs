@@ -77,6 +77,11 @@ impl TrainedHead {
         Ok(TrainedHead { head: head.clone(), weight, norm })
     }
 
+    /// Gradients of zero, of what is trained.
+    pub(super) fn no_gradients(&self) -> HeadGradients {
+        self.head.no_gradients(self.weight.is_some())
+    }
+
     /// One step against the gradients at the present weights.
     pub(super) fn step(&mut self, gradients: &HeadGradients, rates: Rates) -> Result<(), Error> {
         if let Some(weight) = self.weight.as_mut().filter(|_| rates.head > 0.0) {

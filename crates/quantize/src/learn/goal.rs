@@ -1,7 +1,8 @@
 //! What tuning aims at, as a loss on the last hidden states and its gradient there.
 
+use super::dense::TrainedHead;
 use crate::Error;
-use bitmill_models::{Head, HeadGradients, softmax, softmax_divergence};
+use bitmill_models::{Head, HeadGradients, draw, softmax, softmax_divergence};
 use candle_core::Tensor;
 
 /// Positions whose logits exist at a time: bounds memory for large vocabularies.
@@ -14,10 +15,8 @@ pub(super) enum Goal<'a> {
     Logits {
         /// The head that makes them.
         teacher: &'a Head,
-        /// The student's.
-        student: &'a Head,
-        /// Whether the student's is under training.
-        trained: bool,
+        /// The one under training.
+        student: &'a TrainedHead,
     },
     /// The full-precision hidden states, by mean squared error relative to their mean square: for models without a head.
     States,
@@ -26,38 +25,32 @@ pub(super) enum Goal<'a> {
 impl Goal<'_> {
     /// The loss of hidden states `h` against `reference`, both `[tokens, hidden]`: its mean over positions.
     pub(super) fn loss(self, h: &Tensor, reference: &Tensor) -> Result<f64, Error> {
-        Ok(self.walk(h, reference, None)?.0)
-    }
-
-    /// The loss, its gradient at `h`, and those of the student's head where it has one.
-    pub(super) fn gradients(self, h: &Tensor, reference: &Tensor) -> Result<(Vec<f32>, Option<HeadGradients>), Error> {
-        let mut of_head = match self {
-            Goal::Logits { student, trained: true, .. } => Some(student.no_gradients()),
-            _ => None,
-        };
-        let (_, grad) = self.walk(h, reference, Some(of_head.as_mut()))?;
-        Ok((grad, of_head))
-    }
-
-    /// The loss, and with `gradient` its gradient at `h`; without, that is empty.
-    fn walk(
-        self,
-        h: &Tensor,
-        reference: &Tensor,
-        gradient: Option<Option<&mut HeadGradients>>,
-    ) -> Result<(f64, Vec<f32>), Error> {
         match self {
-            Goal::States => {
-                let (h, r): (Vec<f32>, Vec<f32>) = (h.flatten_all()?.to_vec1()?, reference.flatten_all()?.to_vec1()?);
-                let energy = r.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().max(f64::MIN_POSITIVE);
-                let error: f64 = h.iter().zip(&r).map(|(a, b)| f64::from(a - b).powi(2)).sum();
-                let slope = |(a, b): (&f32, &f32)| (2.0 * f64::from(a - b) / energy) as f32;
-                let grad = if gradient.is_some() { h.iter().zip(&r).map(slope).collect() } else { Vec::new() };
-                Ok((error / energy, grad))
-            }
-            Goal::Logits { teacher, student, .. } => divergence([teacher, student], h, reference, gradient),
+            Goal::States => Ok(distance(h, reference)?.0),
+            Goal::Logits { teacher, student } => Ok(divergence([teacher, &student.head], h, reference, None)?.0),
         }
     }
+
+    /// The gradient of the loss at `h`, and those of the head where there is one.
+    pub(super) fn gradients(self, h: &Tensor, reference: &Tensor) -> Result<(Vec<f32>, Option<HeadGradients>), Error> {
+        match self {
+            Goal::States => Ok((distance(h, reference)?.1, None)),
+            Goal::Logits { teacher, student } => {
+                let mut of_head = student.no_gradients();
+                let (_, grad) = divergence([teacher, &student.head], h, reference, Some(&mut of_head))?;
+                Ok((grad, Some(of_head)))
+            }
+        }
+    }
+}
+
+/// The squared distance of `h` to `reference` over the energy of that, and its gradient at `h`.
+fn distance(h: &Tensor, reference: &Tensor) -> Result<(f64, Vec<f32>), Error> {
+    let (h, r): (Vec<f32>, Vec<f32>) = (h.flatten_all()?.to_vec1()?, reference.flatten_all()?.to_vec1()?);
+    let energy = r.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().max(f64::MIN_POSITIVE);
+    let error: f64 = h.iter().zip(&r).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let slope = |(a, b): (&f32, &f32)| (2.0 * f64::from(a - b) / energy) as f32;
+    Ok((error / energy, h.iter().zip(&r).map(slope).collect()))
 }
 
 /// KL(softmax p ‖ softmax q), q the logits of `h` and p those of `reference`; the gradient at the logits is q − p.
@@ -65,7 +58,7 @@ fn divergence(
     [teacher, student]: [&Head; 2],
     h: &Tensor,
     reference: &Tensor,
-    mut gradient: Option<Option<&mut HeadGradients>>,
+    mut gradients: Option<&mut HeadGradients>,
 ) -> Result<(f64, Vec<f32>), Error> {
     let tokens = h.dim(0)?;
     let (mut total, mut grad) = (0.0, Vec::new());
@@ -79,8 +72,8 @@ fn divergence(
             total += softmax_divergence(q, p);
             q.iter_mut().for_each(|slope| *slope /= tokens as f32);
         }
-        if let Some(of_head) = &mut gradient {
-            grad.extend(student.backward(&part, &q, of_head.as_deref_mut())?);
+        if let Some(of_head) = gradients.as_deref_mut() {
+            grad.extend(student.backward(&part, &q, Some(of_head))?);
         }
     }
     Ok((total / tokens as f64, grad))
@@ -106,12 +99,7 @@ pub(super) fn resample(
         let vocab = p.len() / some.len();
         for (&token, row) in some.iter().zip(p.chunks_exact_mut(vocab)) {
             softmax(row, 1.0);
-            let mut left = random();
-            let passed = row.iter().position(|v| {
-                left -= v;
-                left < 0.0
-            });
-            tokens[token as usize] = passed.unwrap_or(vocab - 1) as u32;
+            tokens[token as usize] = draw(row, random()) as u32;
         }
     }
     Ok(())
@@ -149,7 +137,8 @@ mod tests {
         };
         let moved = |x: &Tensor, along: &Tensor, t: f64| (x + (along * t).unwrap()).unwrap();
         let random = |like: &Tensor| Tensor::randn(0f32, 1.0, like.shape(), &Device::Cpu).unwrap();
-        for goal in [Goal::Logits { teacher: &head, student: &head, trained: true }, Goal::States] {
+        let trained = |head: &Head| TrainedHead::new(head, Some(|v| v), Some(|v| v)).unwrap();
+        for goal in [Goal::Logits { teacher: &head, student: &trained(&head) }, Goal::States] {
             let value = goal.loss(&h, &r).unwrap();
             let (grad, of_head) = goal.gradients(&h, &r).unwrap();
             assert!(value > 0.0 && grad.len() == 140 * 16);
@@ -164,7 +153,7 @@ mod tests {
                 let mut student = head.clone();
                 student.set_weight(moved(head.weight(), &to_weight, t));
                 student.set_norm(moved(head.norm().unwrap(), &to_norm, t));
-                Goal::Logits { teacher: &head, student: &student, trained: true }.loss(&h, &r).unwrap()
+                Goal::Logits { teacher: &head, student: &trained(&student) }.loss(&h, &r).unwrap()
             };
             let (slope, expected) =
                 ((at(1e-2) - at(-1e-2)) / 2e-2, dot(&to_weight, &of_head.linear) + dot(&to_norm, &of_head.norm));

@@ -9,7 +9,7 @@ use super::{Lesson, Start, TOGETHER, Tuned};
 use crate::Error;
 use crate::journal::{StageRecord, io};
 use crate::settings::Tuning;
-use bitmill_calibrate::{Stream, StreamKind, in_order, splitmix};
+use bitmill_calibrate::{Stream, StreamKind, held_out, in_order, splitmix, uniform};
 use bitmill_checkpoint::Dtype;
 use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable};
 use candle_core::{Device, Tensor};
@@ -58,8 +58,7 @@ impl<'a> School<'a> {
         let spill = work.join("tuning-reference");
         let reference = Stream::of_lengths(StreamKind::F32, &windows.lengths(), spec.hidden, stream_memory, &spill)?;
         // One window alone is both.
-        let held =
-            |w: &usize| (w + 1).is_multiple_of(HELD_OUT) || (windows.count() < HELD_OUT && w + 1 == windows.count());
+        let held = |w: &usize| held_out(*w, windows.count(), HELD_OUT);
         let (held_out, mut training): (Vec<_>, Vec<_>) = (0..windows.count()).partition(held);
         if training.is_empty() {
             training.clone_from(&held_out);
@@ -84,9 +83,8 @@ impl<'a> School<'a> {
 
     fn goal<'b>(&'b self, student: &'b Student) -> Goal<'b> {
         match (&self.head, &student.head) {
-            (None, _) => Goal::States,
-            (Some(teacher), None) => Goal::Logits { teacher, student: teacher, trained: false },
-            (Some(teacher), Some(student)) => Goal::Logits { teacher, student: &student.head, trained: true },
+            (Some(teacher), Some(student)) => Goal::Logits { teacher, student },
+            _ => Goal::States,
         }
     }
 
@@ -183,7 +181,7 @@ impl<'a> School<'a> {
             let mut drawn = 0;
             let mut random = || {
                 drawn += 1;
-                (self.random(&[pass as u64, w as u64, drawn]) >> 40) as f32 / (1u64 << 24) as f32
+                uniform(self.random(&[pass as u64, w as u64, drawn]))
             };
             resample(head, &reference, &mut tokens, self.lesson.tuning.resample, &mut random)?;
             reference = self.forward(self.teacher.iter(), &tokens)?;

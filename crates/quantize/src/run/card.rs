@@ -3,7 +3,6 @@
 
 use crate::{Plan, loaders};
 use serde_json::Value;
-use std::collections::BTreeMap;
 
 /// The card as Markdown, with the front matter that the hub reads.
 pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
@@ -27,7 +26,7 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
         plan.parameters,
         plan.method.name(),
     );
-    text += &roles(plan);
+    text += &kinds(plan);
     text += &quality(plan, manifest);
     text += &calibration(plan, manifest);
     text += "## Loading\n\n| program | |\n| --- | --- |\n";
@@ -40,18 +39,10 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
 }
 
 /// A row for every kind of linear and scheme.
-fn roles(plan: &Plan) -> String {
-    let mut rows: BTreeMap<(String, String), (usize, u64, u64)> = BTreeMap::new();
-    for (module, scheme, shape) in plan.quantized() {
-        let role = module.rsplit('.').next().unwrap_or(module).to_owned();
-        let row = rows.entry((role, scheme.to_string())).or_default();
-        let bytes: usize = plan.format.layout(module, scheme, shape).iter().map(|t| t.bytes()).sum();
-        *row = (row.0 + 1, row.1 + (shape[0] * shape[1]) as u64, row.2 + bytes as u64);
-    }
+fn kinds(plan: &Plan) -> String {
     let mut text = "| linear | scheme | tensors | bits per weight |\n| --- | --- | --- | --- |\n".to_owned();
-    for ((role, scheme), (tensors, weights, bytes)) in rows {
-        let bits = bytes as f64 * 8.0 / weights as f64;
-        text += &format!("| {role} | {scheme} | {tensors} | {bits:.3} |\n");
+    for ((role, scheme), kind) in plan.kinds() {
+        text += &format!("| {role} | {scheme} | {} | {:.3} |\n", kind.tensors, kind.bits_per_weight());
     }
     text + "\n"
 }

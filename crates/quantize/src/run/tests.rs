@@ -1,36 +1,16 @@
 //! Runs with every stage on tiny models: complete, the same at any thread count, and the same when stopped and taken up.
 
 use super::*;
-use crate::{Observation, Settings, SoftKind, SoftRounding, TargetShift, TokenWeights};
-use bitmill_calibrate::splitmix;
+use crate::{Observation, Settings, SoftKind, SoftRounding, TargetShift, TokenWeights, tiny};
 use bitmill_models::spec_of;
-use bitmill_scheme::{Bits, Granularity, Scheme};
-use std::collections::BTreeMap;
 
 fn model(case: &str) -> Checkpoint {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden").join(case);
-    Checkpoint::open(&folder).unwrap()
+    Checkpoint::open(&tiny::folder().join(case)).unwrap()
 }
 
 fn settings(transforms: &[&str], observation: Observation) -> Settings {
     let soft = Some(SoftRounding { kind: SoftKind::Sign, steps: 5 });
-    Settings {
-        method: "gptq".into(),
-        format: "pack-quantized".into(),
-        scheme: Scheme::int(Bits::ALL[2], true, Granularity::Channel),
-        layers: BTreeMap::new(),
-        scale_type: None,
-        solver: SolverOptions { soft, ..SolverOptions::default() },
-        observation,
-        transforms: transforms.iter().map(ToString::to_string).collect(),
-        tuning: None,
-        ignore: Vec::new(),
-        samples: 10,
-        sequence_length: 24,
-        seed: 0,
-        gguf: None,
-        shard_bytes: u64::MAX,
-    }
+    Settings { solver: SolverOptions { soft, ..SolverOptions::default() }, observation, ..tiny::settings(transforms) }
 }
 
 fn everything(shift: TargetShift) -> Observation {
@@ -38,17 +18,10 @@ fn everything(shift: TargetShift) -> Observation {
     Observation { shift, tokens, full_share: 0.2, biases: true, damping_search: true }
 }
 
-fn windows(spec: &ModelSpec) -> Windows {
-    let length = 24.min(spec.max_positions);
-    let token = |i: usize| (splitmix(i as u64) % spec.vocab as u64) as u32;
-    let tokens = (0..10).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
-    Windows { tokens, length, text_tokens: 10 * length }
-}
-
 /// Runs to `out` on `threads` threads; stops at the `stop`-th site, if that is given.
 fn go(case: &str, settings: &Settings, out: &Path, threads: usize, stop: Option<usize>) -> Result<Finished, Error> {
     let input = model(case);
-    let windows = windows(&spec_of(&input).unwrap());
+    let windows = tiny::windows(&spec_of(&input).unwrap(), 10, 24);
     let plan = Plan::new(&input, settings).unwrap();
     let flag = AtomicBool::new(false);
     let options = RunOptions { force: false, stream_memory: 1 << 30, stop: &flag };

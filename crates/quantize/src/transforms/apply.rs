@@ -117,19 +117,20 @@ impl Rewriting<'_> {
             output.write(name, &stored(&view, types[name], &view.to_f32()?)?)?;
         }
         output.sync()?;
-        let record = |(t, r): (&&'static dyn super::Transform, &Box<dyn Rewrite>)| {
-            let (before, after) = r.predicted()?;
-            Some(StageRecord {
-                stage: t.name().into(),
+        let mut stages = Vec::new();
+        for (transform, rewrite) in plan.transforms.iter().zip(&rewrites) {
+            let Some((before, after)) = rewrite.predicted() else { continue };
+            stages.push(StageRecord {
+                stage: transform.name().into(),
                 loss: "predicted relative error".into(),
                 held_out_windows: 0,
                 before,
                 after,
                 kept_pass: 1,
                 seconds: 0.0,
-            })
-        };
-        Ok(plan.transforms.iter().zip(&rewrites).filter_map(record).collect())
+            });
+        }
+        Ok(stages)
     }
 
     /// Writes what transforms may have changed in a block; returns the names.

@@ -8,7 +8,7 @@
 use super::diagonal::{Candidate, Schemes, fold};
 use super::{BlockWeights, Model, Rewrite, Transform};
 use crate::Error;
-use bitmill_models::{ModelSpec, SITES};
+use bitmill_models::SITES;
 use std::sync::{Mutex, PoisonError};
 
 pub(super) struct Awq;
@@ -20,10 +20,6 @@ impl Transform for Awq {
 
     fn summary(&self) -> &'static str {
         "scale channels by a power of what they carry, and undo it in the norm or linear before (AWQ)"
-    }
-
-    fn refuses(&self, _: &ModelSpec) -> Option<&'static str> {
-        None
     }
 
     fn needs_statistics(&self) -> bool {

@@ -6,7 +6,7 @@
 use super::turn::Turn;
 use super::{BlockWeights, Model, Rewrite, Transform};
 use crate::Error;
-use bitmill_models::{ModelSpec, Role};
+use bitmill_models::Role;
 
 pub(super) struct RotateHeads;
 
@@ -17,10 +17,6 @@ impl Transform for RotateHeads {
 
     fn summary(&self) -> &'static str {
         "turn the channels of every value head by a Hadamard matrix, and back in the attention's output"
-    }
-
-    fn refuses(&self, _: &ModelSpec) -> Option<&'static str> {
-        None
     }
 
     fn prepare(&self, model: &Model<'_>) -> Result<Box<dyn Rewrite>, Error> {

@@ -36,7 +36,9 @@ pub trait Transform: Sync {
     /// One line of help.
     fn summary(&self) -> &'static str;
     /// Why it cannot be applied to this architecture; `None` where it can.
-    fn refuses(&self, spec: &ModelSpec) -> Option<&'static str>;
+    fn refuses(&self, _: &ModelSpec) -> Option<&'static str> {
+        None
+    }
     /// Whether it must be given statistics.
     fn needs_statistics(&self) -> bool {
         false

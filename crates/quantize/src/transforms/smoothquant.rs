@@ -4,7 +4,7 @@
 use super::diagonal::{Candidate, Schemes, fold};
 use super::{BlockWeights, Model, Rewrite, Transform};
 use crate::Error;
-use bitmill_models::{ModelSpec, SITES};
+use bitmill_models::SITES;
 use bitmill_scheme::Activations;
 
 pub(super) struct SmoothQuant;
@@ -16,10 +16,6 @@ impl Transform for SmoothQuant {
 
     fn summary(&self) -> &'static str {
         "move part of the range of rounded activations (w8a8) into the weights that read them"
-    }
-
-    fn refuses(&self, _: &ModelSpec) -> Option<&'static str> {
-        None
     }
 
     fn needs_statistics(&self) -> bool {

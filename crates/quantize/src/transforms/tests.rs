@@ -2,46 +2,18 @@
 
 use super::*;
 use crate::journal::StageRecord;
-use crate::{Plan, Settings, SolverOptions, calibrate};
-use bitmill_calibrate::{Pass, Windows, model_fingerprint, splitmix};
+use crate::tiny::{self, settings, windows};
+use crate::{Plan, calibrate};
+use bitmill_calibrate::{Pass, Windows, model_fingerprint};
 use bitmill_models::{Block, Embedding, Head, RopeTable, SITES, spec_of};
-use bitmill_scheme::{Bits, Granularity};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-fn settings(names: &[&str]) -> Settings {
-    Settings {
-        method: "gptq".into(),
-        format: "pack-quantized".into(),
-        scheme: Scheme::int(Bits::ALL[2], true, Granularity::Channel),
-        layers: BTreeMap::new(),
-        scale_type: None,
-        solver: SolverOptions::default(),
-        observation: Default::default(),
-        transforms: names.iter().map(ToString::to_string).collect(),
-        tuning: None,
-        ignore: Vec::new(),
-        samples: 4,
-        sequence_length: 32,
-        seed: 0,
-        gguf: None,
-        shard_bytes: u64::MAX,
-    }
-}
-
 fn goldens() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden");
-    let mut all: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut all: Vec<PathBuf> = std::fs::read_dir(tiny::folder()).unwrap().map(|e| e.unwrap().path()).collect();
     all.retain(|f| f.join("config.json").exists() && !f.ends_with("int8-activations"));
     all.sort();
     all
-}
-
-fn windows(spec: &ModelSpec) -> Windows {
-    let length = 32.min(spec.max_positions);
-    let token = |i: usize| (splitmix(i as u64) % spec.vocab as u64) as u32;
-    let tokens = (0..4).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
-    Windows { tokens, length, text_tokens: 4 * length }
 }
 
 /// Logits of the first window, or hidden states where there is no head.
@@ -68,7 +40,7 @@ fn logits_do_not_change() {
     let (mut applications, mut untied) = (0, 0);
     for folder in goldens() {
         let input = Checkpoint::open(&folder).unwrap();
-        let windows = windows(&spec_of(&input).unwrap());
+        let windows = windows(&spec_of(&input).unwrap(), 4, 32);
         let before = output(&input, &windows);
         let scale = before.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         let together = [&["smoothquant", "rotate", "rotate-heads", "awq"][..], &["womi", "awq"]];
@@ -109,7 +81,7 @@ fn moments_follow_the_weights() {
         let input = Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden").join(case));
         let input = input.unwrap();
         let original = plan_spec(&input);
-        let (windows, dir) = (windows(&original), tempfile::tempdir().unwrap());
+        let (windows, dir) = (windows(&original, 4, 32), tempfile::tempdir().unwrap());
         let plan = Plan::new(&input, &settings(names)).unwrap();
         let (after, _) = applied(&input, &plan, &windows, dir.path());
         let see = |model: &Checkpoint, spec: &ModelSpec, name: &str| {

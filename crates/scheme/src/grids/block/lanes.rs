@@ -197,7 +197,7 @@ impl Tile {
                 let determinant = ll[i] * h - l[i] * l[i];
                 let scale = (xl[i] * h - x * l[i]) / determinant;
                 let offset = (x * ll[i] - xl[i] * l[i]) / determinant;
-                let flat = !(determinant > 1e-6 * ll[i] * h);
+                let flat = determinant <= 1e-6 * ll[i] * h || determinant.is_nan();
                 // One level for all: only the offset can be fitted.
                 let mean = if h > 0.0 { x / h } else { 0.0 };
                 if flat { (0.0, mean, mean * x) } else { (scale, offset, scale * xl[i] + offset * x) }
@@ -315,16 +315,14 @@ impl BlockForm {
     fn scales(&self, tile: &Tile, snap: impl Snap) -> Affines {
         let mut largest = ZERO;
         for w in &tile.w[..tile.len] {
-            for i in 0..LANES {
-                largest[i] = if w[i].abs() > largest[i].abs() { w[i] } else { largest[i] };
+            for (largest, &w) in largest.iter_mut().zip(w) {
+                *largest = if w.abs() > largest.abs() { w } else { *largest };
             }
         }
         let mut best = (ZERO, Affines { scale: ZERO, offset: ZERO });
         for &start in self.starts() {
             let mut a = Affines { scale: ZERO, offset: ZERO };
-            for i in 0..LANES {
-                a.scale[i] = largest[i] / start;
-            }
+            a.scale.iter_mut().zip(&largest).for_each(|(scale, largest)| *scale = largest / start);
             tile.consider(&a, false, &mut best, snap);
         }
         // The refitted scale leads to other levels, and these to another scale.
@@ -416,9 +414,11 @@ impl BlockForm {
     #[inline(always)]
     fn first_reals(&self, own: &Affines, costs: &Lanes, lane: usize, top: f32) -> BlockParams {
         let (mut biggest, mut pull) = (0.0f32, 0.0);
-        for i in lane..lane + self.subs() {
-            biggest = if own.scale[i].abs() > biggest.abs() { own.scale[i] } else { biggest };
-            pull += own.offset[i] * costs[i];
+        let subs = lane..lane + self.subs();
+        for ((&scale, offset), cost) in own.scale[subs.clone()].iter().zip(&own.offset[subs.clone()]).zip(&costs[subs])
+        {
+            biggest = if scale.abs() > biggest.abs() { scale } else { biggest };
+            pull += offset * cost;
         }
         let mut p = BlockParams::zero();
         p.reals[0] = half(biggest / top);
