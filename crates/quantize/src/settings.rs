@@ -168,6 +168,9 @@ pub struct Tuning {
     pub head: f32,
     /// Share of the tokens that the full-precision model says anew from the second pass on.
     pub resample: f32,
+    /// Share of the windows in whose place the full-precision model writes one of its own, from the second pass on.
+    #[serde(default)]
+    pub generated: f32,
 }
 
 impl Tuning {
@@ -180,7 +183,7 @@ impl Tuning {
             3 => (0.004, 0.001),
             _ => (0.002, 0.0005),
         };
-        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3 }
+        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3, generated: 0.5 }
     }
 }
 

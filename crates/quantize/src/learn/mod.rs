@@ -10,6 +10,7 @@
 //! and a killed run goes on after the last one, to the same bytes.
 
 mod adam;
+mod author;
 mod dense;
 mod goal;
 mod pupil;

@@ -1,6 +1,7 @@
 //! The school of tuning: a teacher, windows to learn from and windows to be examined by.
 
 use super::adam::State;
+use super::author::{Author, Written};
 use super::dense::{ToStored, TrainedHead};
 use super::goal::{Goal, resample};
 use super::pupil::Pupil;
@@ -15,6 +16,7 @@ use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, Norm
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
 use std::path::PathBuf;
@@ -149,51 +151,93 @@ impl<'a> School<'a> {
         let mut order = self.training.clone();
         order.sort_by_key(|&w| self.random(&[pass as u64, w as u64]));
         let total = self.steps() * tuning.passes as usize;
-        for (step, windows) in order.chunks(tuning.batch).enumerate() {
-            if self.lesson.stop.load(Ordering::Relaxed) {
-                return Err(Error::Stopped { done: self.lesson.spec.layers, total: self.lesson.spec.layers + 1 });
-            }
-            let mut sum: Option<Gradients> = None;
-            let one = |i: usize| self.window(pass, windows[i], student);
-            in_order(windows.len(), TOGETHER, one, |_, gradients| -> Result<(), Error> {
-                for gradients in gradients {
-                    match &mut sum {
-                        None => sum = Some(gradients),
-                        Some(sum) => sum.add(&gradients),
-                    }
+        let mut step = 0;
+        // Texts are written as many at a time as the author likes, just before they are read.
+        for some in order.chunks(self.texts_together().next_multiple_of(tuning.batch)) {
+            let texts = self.texts(pass, some)?;
+            for windows in some.chunks(tuning.batch) {
+                if self.lesson.stop.load(Ordering::Relaxed) {
+                    return Err(Error::Stopped { done: self.lesson.spec.layers, total: self.lesson.spec.layers + 1 });
                 }
-                Ok(())
-            })?;
-            let rates = rates(tuning, (pass - 1) * self.steps() + step, total);
-            if let Some(sum) = sum {
-                student.step(&sum, rates)?;
+                let mut sum: Option<Gradients> = None;
+                let one = |i: usize| self.window(pass, windows[i], texts.get(&windows[i]), student);
+                in_order(windows.len(), TOGETHER, one, |_, gradients| -> Result<(), Error> {
+                    for gradients in gradients {
+                        match &mut sum {
+                            None => sum = Some(gradients),
+                            Some(sum) => sum.add(&gradients),
+                        }
+                    }
+                    Ok(())
+                })?;
+                let rates = rates(tuning, (pass - 1) * self.steps() + step, total);
+                if let Some(sum) = sum {
+                    student.step(&sum, rates)?;
+                }
+                step += 1;
+                observe(step);
             }
-            observe(step + 1);
         }
         Ok(())
     }
 
-    /// The gradients that window `w` gives every block. From the second pass on, part of its tokens are the teacher's.
-    fn window(&self, pass: usize, w: usize, student: &Student) -> Result<Gradients, Error> {
-        let mut tokens = self.lesson.windows.tokens[w].clone();
-        let mut reference = self.reference(w)?;
-        if let (Some(head), true, true) = (&self.head, pass > 1, self.lesson.tuning.resample > 0.0) {
-            let mut drawn = 0;
-            let mut random = || {
-                drawn += 1;
-                uniform(self.random(&[pass as u64, w as u64, drawn]))
-            };
-            resample(head, &reference, &mut tokens, self.lesson.tuning.resample, &mut random)?;
-            reference = self.forward(self.teacher.iter(), &tokens)?;
-        }
-        let mut h = self.embedding.embed(&tokens)?;
+    /// The teacher as an author, where it can write: it predicts tokens.
+    fn author(&self) -> Option<Author<'_>> {
+        let (embedding, rope, length) = (&self.embedding, &self.rope, self.lesson.windows.length);
+        self.head.as_ref().map(|head| Author { embedding, blocks: &self.teacher, head, rope, length })
+    }
+
+    fn texts_together(&self) -> usize {
+        self.author().map_or(1, |author| author.together(self.lesson.spec.kv_heads * self.lesson.spec.head_dim))
+    }
+
+    /// What the teacher writes in pass `pass` in place of some of `windows`: from the second on, when they have been seen.
+    fn texts(&self, pass: usize, windows: &[usize]) -> Result<BTreeMap<usize, Written>, Error> {
+        let share = self.lesson.tuning.generated;
+        let Some(author) = self.author().filter(|_| pass > 1 && share > 0.0) else { return Ok(BTreeMap::new()) };
+        let path = |w: usize| [pass as u64, w as u64, 0];
+        let chosen = windows.iter().copied().filter(|&w| uniform(self.random(&path(w))) < share);
+        let chosen: Vec<usize> = chosen.collect();
+        let read: Vec<&[u32]> = chosen.iter().map(|&w| self.lesson.windows.tokens[w].as_slice()).collect();
+        let random = |i: usize, at: u64| self.random(&[&path(chosen[i])[..], &[at]].concat());
+        Ok(chosen.iter().copied().zip(author.write(&read, &random)?).collect())
+    }
+
+    /// What window `w` is in pass `pass`, with the teacher's last hidden states on it. From the second pass on, part of
+    /// its tokens are the teacher's.
+    fn lines(&self, pass: usize, w: usize) -> Result<Written, Error> {
+        let (mut tokens, states) = (self.lesson.windows.tokens[w].clone(), self.reference(w)?);
+        let share = self.lesson.tuning.resample;
+        let Some(head) = self.head.as_ref().filter(|_| pass > 1 && share > 0.0) else {
+            return Ok(Written { tokens, states });
+        };
+        let mut drawn = 0;
+        let mut random = || {
+            drawn += 1;
+            uniform(self.random(&[pass as u64, w as u64, drawn]))
+        };
+        resample(head, &states, &mut tokens, share, &mut random)?;
+        Ok(Written { states: self.forward(self.teacher.iter(), &tokens)?, tokens })
+    }
+
+    /// The gradients that window `w` gives every block, or the text that takes its place.
+    fn window(&self, pass: usize, w: usize, text: Option<&Written>, student: &Student) -> Result<Gradients, Error> {
+        let own;
+        let Written { tokens, states } = match text {
+            Some(text) => text,
+            None => {
+                own = self.lines(pass, w)?;
+                &own
+            }
+        };
+        let mut h = self.embedding.embed(tokens)?;
         let mut traces = Vec::with_capacity(student.pupils.len());
         for pupil in &student.pupils {
             let (out, trace) = pupil.block.forward_traced(&h, &self.rope)?;
             traces.push(trace);
             h = out;
         }
-        let (mut grad, head) = self.goal(student).gradients(&h, &reference)?;
+        let (mut grad, head) = self.goal(student).gradients(&h, states)?;
         let mut blocks: Vec<BlockGradients> = student.pupils.iter().map(|p| p.block.no_gradients()).collect();
         for ((pupil, trace), gradients) in student.pupils.iter().zip(traces).zip(&mut blocks).rev() {
             grad = pupil.block.backward(&trace, &self.rope, grad, Some(gradients))?;
