@@ -39,7 +39,7 @@ fn sizes_are_met_and_never_exceeded() {
     let dir = tempfile::tempdir().unwrap();
     let stats = stats(dir.path());
     for bits in ["2.5", "3.5", "4.25"] {
-        let plan = plan(&stats, &["--bits", bits]);
+        let plan = plan(&stats, &["--bits", bits, "--options", "2,3g64,3,4,6"]);
         let weights = plan["quantized_weights"].as_f64().unwrap();
         let allowed = (weights * bits.parse::<f64>().unwrap() / 8.0) as u64;
         let bytes = plan["quantized_bytes"].as_u64().unwrap();
@@ -234,7 +234,7 @@ fn loaders_and_decode_time_are_constraints() {
     let refused = failure(bitmill(["plan"]).arg(books()).args(["--bits", "3", "--asymmetric", "--loader", "vLLM"]), 1);
     assert!(refused.contains("vLLM would not load this output"), "{refused}");
     // Bytes read per token ÷ bandwidth: everything but the embedding, which is not read.
-    let plan = plan(&stats, &["--decode-time", "7.5", "--bandwidth", "1GB"]);
+    let plan = plan(&stats, &["--decode-time", "7.5", "--bandwidth", "1GB", "--options", "2,3g64,4,6,8"]);
     let read = plan["output_bytes"].as_u64().unwrap() - 8192 * 256 * 2;
     assert!(read <= 7_500_000 && read + 2 * STEP > 7_500_000, "{read}");
     let mixed = failure(
