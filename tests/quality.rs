@@ -82,7 +82,7 @@ fn a_packed_file_runs_as_the_codes_it_holds() {
             );
             simulated.set_linear(role, fake);
         }
-        let rope = RopeTable::new(&spec.rope, 32).unwrap();
+        let rope = RopeTable::new(&spec.ropes, 32).unwrap();
         let tokens: Vec<u32> = (0..32).map(|i| i * 97 % 8192).collect();
         let h = Embedding::load(&spec, &dense).unwrap().embed(&tokens).unwrap();
         let run = |b: &Block| b.forward(&h, &rope).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();

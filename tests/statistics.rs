@@ -193,7 +193,7 @@ fn cross_terms_are_those_of_per_sample_gradients() {
     };
     let probes = probe(pass, &windows, &mut replace, &mut |_, _| {}).unwrap();
 
-    let rope = RopeTable::new(&spec.rope, windows.length).unwrap();
+    let rope = RopeTable::new(&spec.ropes, windows.length).unwrap();
     let head = Head::load(&spec, &input).unwrap();
     let mut h = Embedding::load(&spec, &input).unwrap().embed(&windows.tokens[0]).unwrap();
     let mut traced = Vec::new();

@@ -4,16 +4,17 @@ activations.
 Writes crates/models/tests/golden/<case>/{config.json,model.safetensors,golden.safetensors}: the tests of bitmill-models
 load the first two with our own code and compare with the output in the third, which transformers computed in f32 with
 eager attention. Every case is seeded, so running this again with the same versions writes the same bytes. A case that
-tests a feature (a window, a rope type) names a plainer config under which the same weights must give clearly different
-logits; otherwise the golden file would prove nothing.
+tests features (a window, a rope type) names plainer configs, in a list where there are several, under each of which the
+same weights must give clearly different logits; otherwise the golden file would prove nothing.
 
 Needs torch, transformers and compressed-tensors from PyPI. Run from the root of the repository:
-    python tools/reference/golden_logits.py
+    python tools/reference/golden_logits.py [CASE...]
 """
 
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import compressed_tensors
@@ -73,6 +74,65 @@ LONGROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 24,
 }
+
+SMALL = BASE | {"vocab_size": 48}
+GEMMA = SMALL | {"head_dim": 16, "tie_word_embeddings": True, "bos_token_id": 2}
+GEMMA1 = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], **GEMMA}
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **GEMMA}
+GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], **GEMMA}
+for gemma in (GEMMA2, GEMMA3):
+    del gemma["hidden_act"]
+PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **SMALL, "pad_token_id": 0}
+OLMO2 = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **SMALL}
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], **SMALL}
+SMOLLM3 = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **SMALL, "pad_token_id": 0}
+NEOX = {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 48,
+    "max_position_embeddings": 128,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 32,
+    "n_inner": 40,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 48,
+    "vocab_size": 48,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 32,
+    "ffn_dim": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 48,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 32,
+    "activation_function": "relu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+ROBERTA = BERT | {"model_type": "roberta", "architectures": ["RobertaModel"], "pad_token_id": 1, "type_vocab_size": 1}
 
 # name: (config, keys of the plainer config, sequence length)
 CASES = {
@@ -213,7 +273,145 @@ CASES = {
         {"layer_types": ["full_attention", "full_attention"]},
         40,
     ),
+    "gemma": (
+        GEMMA1 | {"hidden_act": "gelu", "rope_theta": 1000.0, "attention_bias": True},
+        [{"hidden_act": "relu"}, {"rope_theta": 10000.0}],
+        40,
+    ),
+    "gemma2": (
+        GEMMA2
+        | {
+            "rope_theta": 1000.0,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 3.0,
+        },
+        [
+            {"sliding_window": 20},
+            {"query_pre_attn_scalar": 16},
+            {"attn_logit_softcapping": None},
+            {"final_logit_softcapping": None},
+            {"hidden_activation": "silu"},
+        ],
+        40,
+    ),
+    "gemma3": (
+        GEMMA3
+        | {
+            "rope_theta": 1000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+        },
+        [
+            {"rope_local_base_freq": 1000.0},
+            {"rope_scaling": None},
+            {"sliding_window": 20},
+            {"query_pre_attn_scalar": 16},
+        ],
+        40,
+    ),
+    "gemma3-parameters": (
+        GEMMA3
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 9,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+        },
+        [{"layer_types": ["sliding_attention", "full_attention"]}, {"final_logit_softcapping": None}],
+        40,
+    ),
+    "phi3": (
+        PHI3 | {"partial_rotary_factor": 0.75, "rope_theta": 1000.0, "sliding_window": 7},
+        [{"partial_rotary_factor": 0.5}, {"sliding_window": None}, {"rope_theta": 10000.0}],
+        40,
+    ),
+    "phi3-longrope": (
+        PHI3
+        | {
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.2, 3.0]},
+        },
+        [{"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 3.0]}}, {"rope_scaling": None}],
+        24,
+    ),
+    "olmo2": (
+        OLMO2 | {"rope_theta": 1000.0},
+        [{"rms_norm_eps": 1e-1}, {"rope_theta": 10000.0}],
+        40,
+    ),
+    "granite": (
+        GRANITE
+        | {
+            "rope_theta": 1000.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+        },
+        [
+            {"embedding_multiplier": 1.0},
+            {"attention_multiplier": 0.35},
+            {"residual_multiplier": 1.0},
+            {"logits_scaling": 1.0},
+        ],
+        24,
+    ),
+    "smollm3": (
+        SMOLLM3
+        | {
+            "tie_word_embeddings": True,
+            "rope_theta": 1000.0,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+        [{"no_rope_layer_interval": 4}, {"use_sliding_window": False}],
+        40,
+    ),
+    "smollm3-listed": (
+        SMOLLM3 | {"num_hidden_layers": 2, "rope_theta": 1000.0, "no_rope_layers": [0, 1], "attention_bias": True},
+        {"no_rope_layers": [1, 1]},
+        24,
+    ),
+    "gpt-neox": (
+        NEOX | {"use_parallel_residual": True, "rotary_pct": 0.25, "rotary_emb_base": 100},
+        [{"use_parallel_residual": False}, {"rotary_pct": 0.5}, {"rotary_emb_base": 10000}],
+        40,
+    ),
+    "gpt-neox-sequential": (
+        NEOX
+        | {
+            "use_parallel_residual": False,
+            "num_hidden_layers": 1,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0},
+        },
+        [{"use_parallel_residual": True}, {"hidden_act": "relu"}],
+        24,
+    ),
+    "gpt2": (GPT2, [{"activation_function": "relu"}, {"scale_attn_weights": False}], 40),
+    "opt": (OPT, [{"activation_function": "gelu"}], 40),
 }
+
+# Names that checkpoints on the hub write otherwise than this version of transformers.
+RENAMED = {"gpt-neox": {"lm_head.weight": "embed_out.weight"}}
 
 # Encoders: as above, the output being hidden states; besides, a function from our names to those the checkpoint stores.
 ENCODERS = {
@@ -225,16 +423,26 @@ ENCODERS = {
         48,
         lambda name: "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
     ),
+    # Padding stands among the random tokens.
+    "roberta": (ROBERTA, {"pad_token_id": 2}, 40, lambda name: name),
+    "xlm-roberta": (
+        ROBERTA
+        | {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "num_hidden_layers": 1, "pad_token_id": 3},
+        {"layer_norm_eps": 1e-2},
+        24,
+        lambda name: "roberta." + name,
+    ),
 }
 
 
 def randomise(model, seed):
     """Weights wide enough that attention is far from uniform, norms and biases away from their defaults."""
+    centre = 0.0 if model.config.model_type.startswith("gemma") else 1.0
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name.lower() and not name.endswith("bias"):
-            value = 1.0 + 0.3 * noise
+        if ("norm" in name.lower() or "ln_" in name) and not name.endswith("bias"):
+            value = centre + 0.3 * noise
         elif name.endswith("bias"):
             value = 0.3 * noise
         else:
@@ -270,6 +478,7 @@ def write_case(seed, name, config, plainer, length):
     state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
+    state = {RENAMED.get(name, {}).get(k, k): v for k, v in state.items()}
     write_golden(seed, folder, config, plainer, length, state, "logits", logits_of)
 
 
@@ -283,23 +492,25 @@ def write_encoder(seed, name, config, plainer, length, stored):
 
 
 def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
-    """Stores the weights and the output on random tokens, which must not be that of the plainer config."""
+    """Stores the weights and the output on random tokens, which must not be that of a plainer config."""
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(1000 + seed))
     output = output_of(folder, ids)
 
-    plain = folder / "plainer"
-    write_config(plain, config | plainer)
-    shutil.copy(folder / "model.safetensors", plain / "model.safetensors")
-    difference = (output - output_of(plain, ids)).abs().max().item()
-    shutil.rmtree(plain)
-    assert difference > 1e-3, f"{folder.name}: the plainer config gives the same {kind} ({difference})"
+    plain, differences = folder / "plainer", []
+    for keys in plainer if isinstance(plainer, list) else [plainer]:
+        write_config(plain, config | keys)
+        shutil.copy(folder / "model.safetensors", plain / "model.safetensors")
+        difference = (output - output_of(plain, ids)).abs().max().item()
+        shutil.rmtree(plain)
+        assert difference > 1e-3, f"{folder.name}: {keys} gives the same {kind} ({difference})"
+        differences.append(f"{difference:.3f}")
     save_file(
         {"input_ids": ids, kind: output.contiguous()},
         folder / "golden.safetensors",
         metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
     )
-    print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer config differs by {difference:.3f}")
+    print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer configs differ by {', '.join(differences)}")
 
 
 def write_books():
@@ -346,10 +557,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    wanted = sys.argv[1:]
+    unknown = set(wanted) - CASES.keys() - ENCODERS.keys()
+    assert not unknown, f"no such cases: {unknown}"
     for index, (name, (config, plainer, length)) in enumerate(CASES.items()):
-        write_case(index, name, config, plainer, length)
+        if not wanted or name in wanted:
+            write_case(index, name, config, plainer, length)
     for index, (name, (config, plainer, length, stored)) in enumerate(ENCODERS.items()):
-        write_encoder(100 + index, name, config, plainer, length, stored)
-    write_books()
-    write_int8()
+        if not wanted or name in wanted:
+            write_encoder(100 + index, name, config, plainer, length, stored)
+    if not wanted:
+        write_books()
+        write_int8()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

@@ -47,7 +47,7 @@ pub type BlockSink<'a, E> = &'a mut dyn FnMut(usize, &[SiteStats; 4]) -> Result<
 /// # Errors
 /// [`Error::NonFinite`] where activations overflow; whatever reading and running the model reports; errors of `block`.
 pub fn collect<E: From<Error>>(pass: Pass<'_>, windows: &Windows, each: BlockSink<'_, E>) -> Result<(), E> {
-    let rope = RopeTable::new(&pass.spec.rope, windows.length).map_err(Error::from)?;
+    let rope = RopeTable::new(&pass.spec.ropes, windows.length).map_err(Error::from)?;
     let hidden = pass.embed(windows, StreamKind::Bf16, pass.stream_memory)?;
     for index in 0..pass.spec.layers {
         let block = Block::load(pass.spec, index, pass.model).map_err(Error::from)?;

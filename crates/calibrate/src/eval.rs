@@ -126,7 +126,7 @@ pub(crate) fn run_blocks(
     tick: &mut dyn FnMut(),
 ) -> Result<Stream, Error> {
     let (count, lengths) = (windows.count(), windows.lengths());
-    let rope = RopeTable::new(&spec.rope, windows.length)?;
+    let rope = RopeTable::new(&spec.ropes, windows.length)?;
     let spill = what.spill_dir.join(format!(".bitmill-eval-{}-{name}", std::process::id()));
     let stream = Stream::of_lengths(StreamKind::F32, &lengths, spec.hidden, what.stream_memory / 2, &spill)?;
     {

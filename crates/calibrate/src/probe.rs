@@ -52,7 +52,7 @@ pub fn probe<E: From<Error>>(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Probes, E> {
     let (spec, length) = (pass.spec, windows.length);
-    let rope = RopeTable::new(&spec.rope, length).map_err(Error::from)?;
+    let rope = RopeTable::new(&spec.ropes, length).map_err(Error::from)?;
     let mut streams: Vec<Stream> = Vec::new();
     let mut counts = Vec::with_capacity(spec.layers);
     let mut left = pass.stream_memory;

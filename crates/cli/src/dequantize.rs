@@ -4,6 +4,7 @@ use crate::{Common, units};
 use anyhow::{Context, ensure};
 use bitmill_calibrate::tokenizer_files;
 use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
+use bitmill_quantize::transpose;
 use bitmill_scheme::Scheme;
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -55,7 +56,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Numbers::F16 => Dtype::F16,
         Numbers::Bf16 => Dtype::BF16,
     };
-    let planned = tensors(&input, dtype)?;
+    // Where the family stores dense linears [in, out], those that were quantized return to that.
+    let transposed = bitmill_models::spec_of(&input).is_ok_and(|spec| spec.layout.transposed);
+    let planned = tensors(&input, dtype, transposed)?;
     let plan = OutputPlan::new(planned.iter().map(|(spec, _)| spec.clone()).collect(), args.max_shard_size)?;
     let mut draft = out.as_os_str().to_owned();
     draft.push(".draft");
@@ -63,7 +66,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let output = plan.create(&draft)?;
     for (spec, module) in &planned {
         let values = match module {
-            Some(module) => input.weight(module)?.to_f32()?,
+            Some(module) => {
+                let weight = input.weight(module)?;
+                let values = weight.to_f32()?;
+                if transposed { transpose(&values, weight.shape()) } else { values }
+            }
             None => input.tensor(&spec.name)?.to_f32()?,
         };
         output.write(&spec.name, &payload(&values, spec)?)?;
@@ -81,7 +88,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// What the output holds: every weight once, and none of what belongs to a quantized one.
-fn tensors(input: &Checkpoint, dtype: Dtype) -> anyhow::Result<Vec<Planned>> {
+fn tensors(input: &Checkpoint, dtype: Dtype, transposed: bool) -> anyhow::Result<Vec<Planned>> {
     let mut schemes: BTreeMap<&str, Option<Scheme>> = BTreeMap::new();
     let mut planned = Vec::new();
     for name in input.names() {
@@ -93,7 +100,8 @@ fn tensors(input: &Checkpoint, dtype: Dtype) -> anyhow::Result<Vec<Planned>> {
             let own = if spec.shape.len() == 1 && input.gguf().is_some() { spec.dtype } else { dtype };
             planned.push((TensorSpec::new(name, own, spec.shape.clone()), None));
         } else if !planned.iter().any(|(_, m): &Planned| m.as_deref() == Some(module)) {
-            let shape = input.weight(module)?.shape();
+            let [rows, cols] = input.weight(module)?.shape();
+            let shape = if transposed { [cols, rows] } else { [rows, cols] };
             planned.push((TensorSpec::new(format!("{module}.weight"), dtype, shape), Some(module.to_owned())));
         }
     }

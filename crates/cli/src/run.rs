@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let ends = Ends::load(&spec, &model)?;
     let blocks = (0..spec.layers).map(|i| Block::load(&spec, i, &model)).collect::<Result<Vec<_>, _>>()?;
-    let rope = RopeTable::new(&spec.rope, capacity)?;
+    let rope = RopeTable::new(&spec.ropes, capacity)?;
     let mut decoder = Decoder::new(&ends.embedding, &blocks, &rope, 1, capacity)?;
     let (stops, mut shown) = (stops(&model, &spec), Shown::new(args.common.json));
     let started = Instant::now();

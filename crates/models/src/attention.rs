@@ -17,8 +17,32 @@ const ROWS: usize = 256;
 /// Attends `q [kv_heads, tokens · group, head_dim]`, rows in order of token, then head, to
 /// `k [kv_heads, tokens, head_dim]` and `v [tokens, kv_heads · head_dim]`; returns `[tokens, kv_heads · group · head_dim]`.
 /// Every token mixes the values of what it sees.
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sight: Sight) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { sight })
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { scoring })
+}
+
+/// How queries and keys become weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scoring {
+    pub(crate) sight: Sight,
+    /// Factor of their products.
+    pub(crate) scale: f32,
+    /// Bound `c` of the scaled products, which go through `c · tanh(x / c)`.
+    pub(crate) cap: Option<f32>,
+}
+
+impl Scoring {
+    /// Soft-max of one query's products with the keys it sees, in place.
+    pub(crate) fn weigh(&self, products: &mut [f32]) {
+        let Some(cap) = self.cap else { return softmax(products, self.scale) };
+        cap_scores(products, self.scale, cap);
+        softmax(products, 1.0);
+    }
+}
+
+/// `c · tanh(scale · x / c)`, in place.
+pub(crate) fn cap_scores(x: &mut [f32], scale: f32, cap: f32) {
+    x.iter_mut().for_each(|x| *x = cap * (scale * *x / cap).tanh());
 }
 
 /// What a token sees.
@@ -41,7 +65,7 @@ impl Sight {
 }
 
 struct Attention {
-    sight: Sight,
+    scoring: Scoring,
 }
 
 impl CustomOp3 for Attention {
@@ -82,7 +106,7 @@ impl CustomOp3 for Attention {
         let mut out = vec![0.0f32; tokens * width];
         out.par_chunks_mut((chunk * width).max(1))
             .enumerate()
-            .for_each(|(i, out)| inputs.attend(i * chunk, self.sight, out));
+            .for_each(|(i, out)| inputs.attend(i * chunk, self.scoring, out));
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }
@@ -99,9 +123,9 @@ struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// Fills `out`, the rows of the tokens from `begin` on.
-    fn attend(&self, begin: usize, sight: Sight, out: &mut [f32]) {
+    fn attend(&self, begin: usize, scoring: Scoring, out: &mut [f32]) {
         let Inputs { kv_heads, tokens, dim, group, .. } = *self;
-        let (width, row) = (kv_heads * group * dim, group * dim);
+        let (width, row, sight) = (kv_heads * group * dim, group * dim, scoring.sight);
         let end = begin + out.len() / width;
         // Sight moves on with the token, so the first of the chunk sees the oldest key and the last the newest.
         let (oldest, newest) = (sight.of(begin, tokens).start, sight.of(end - 1, tokens).end);
@@ -111,7 +135,7 @@ impl Inputs<'_> {
             let q = View::new(&self.q[(head * tokens + begin) * row..], rows, dim, dim);
             let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
-            self.weights(q, k, begin, (oldest, sight), &mut scores);
+            self.weights(q, k, begin, (oldest, scoring), &mut scores);
             gemm(1.0, View::new(&scores, rows, keys, keys), v, 0.0, &mut ViewMut::new(&mut mixed, rows, dim, dim));
             for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
                 out[head * row..][..row].copy_from_slice(mixed);
@@ -121,11 +145,12 @@ impl Inputs<'_> {
 }
 
 /// How much every token is attended to: the sum over heads and queries of the weights in [`attend`], `[tokens]`.
-pub(crate) fn concentration(q: &Tensor, k: &Tensor, sight: Sight) -> std::result::Result<Vec<f32>, crate::Error> {
+pub(crate) fn concentration(q: &Tensor, k: &Tensor, scoring: Scoring) -> std::result::Result<Vec<f32>, crate::Error> {
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k) = (values(q)?, values(k)?);
     let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group };
+    let sight = scoring.sight;
     let (mut sum, chunk, row) = (vec![0.0f64; tokens], (ROWS / group.max(1)).max(32), group * dim);
     for begin in (0..tokens).step_by(chunk) {
         let end = tokens.min(begin + chunk);
@@ -135,7 +160,7 @@ pub(crate) fn concentration(q: &Tensor, k: &Tensor, sight: Sight) -> std::result
         for head in 0..kv_heads {
             let q = View::new(&inputs.q[(head * tokens + begin) * row..], rows, dim, dim);
             let k = View::new(&inputs.k[(head * tokens + oldest) * dim..], keys, dim, dim);
-            inputs.weights(q, k, begin, (oldest, sight), &mut weights);
+            inputs.weights(q, k, begin, (oldest, scoring), &mut weights);
             for weights in weights.chunks_exact(keys) {
                 sum[oldest..newest].iter_mut().zip(weights).for_each(|(s, &w)| *s += f64::from(w));
             }
@@ -152,7 +177,7 @@ pub(crate) fn backward(
     v: &Tensor,
     out: &Tensor,
     grad: &[f32],
-    sight: Sight,
+    scoring: Scoring,
 ) -> std::result::Result<Gradients, crate::Error> {
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
@@ -162,7 +187,7 @@ pub(crate) fn backward(
     let chunk = (ROWS / group.max(1)).max(32);
     for begin in (0..tokens).step_by(chunk) {
         let tokens = begin..tokens.min(begin + chunk);
-        inputs.attend_backward(tokens, sight, &out, grad, &mut gradients);
+        inputs.attend_backward(tokens, scoring, &out, grad, &mut gradients);
     }
     Ok(gradients)
 }
@@ -176,13 +201,13 @@ pub(crate) struct Gradients {
 
 impl Inputs<'_> {
     /// Adds what the queries of a chunk of tokens contribute. With P the weights, O = PV, and S the scaled scores:
-    /// dV = PᵀdO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
-    fn attend_backward(&self, chunk: Range<usize>, sight: Sight, out: &[f32], grad: &[f32], into: &mut Gradients) {
+    /// dV = PᵀdO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q. A bound c on the scores
+    /// takes dS times 1 − tanh²(S/c).
+    fn attend_backward(&self, chunk: Range<usize>, scoring: Scoring, out: &[f32], grad: &[f32], into: &mut Gradients) {
         let Inputs { kv_heads, tokens, dim, group, .. } = *self;
-        let (width, row) = (kv_heads * group * dim, group * dim);
+        let (width, row, Scoring { sight, scale, cap }) = (kv_heads * group * dim, group * dim, scoring);
         let (oldest, newest) = (sight.of(chunk.start, tokens).start, sight.of(chunk.end - 1, tokens).end);
         let (rows, keys) = (chunk.len() * group, newest - oldest);
-        let scale = (dim as f64).powf(-0.5) as f32;
         let (mut p, mut d) = (vec![0.0f32; rows * keys], vec![0.0f32; rows * keys]);
         let (mut d_out, mut along) = (vec![0.0f32; rows * dim], vec![0.0f32; rows]);
         for head in 0..kv_heads {
@@ -200,11 +225,18 @@ impl Inputs<'_> {
             let q = View::new(&self.q[first_query..], rows, dim, dim);
             let k = View::new(&self.k[first_key..], keys, dim, dim);
             let v = View::new(&self.v[first_value..], keys, dim, kv_heads * dim);
-            self.weights(q, k, chunk.start, (oldest, sight), &mut p);
+            self.weights(q, k, chunk.start, (oldest, scoring), &mut p);
             let grad = View::new(&d_out, rows, dim, dim);
             gemm(1.0, grad, v.t(), 0.0, &mut ViewMut::new(&mut d, rows, keys, keys));
             for ((d, p), along) in d.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).zip(&along) {
                 d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - along));
+            }
+            if let Some(cap) = cap {
+                // The products once more: where the weights are zero, their slope does not matter.
+                let mut products = vec![0.0f32; rows * keys];
+                gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(&mut products, rows, keys, keys));
+                let slope = |x: f32| 1.0 - (scale * x / cap).tanh().powi(2);
+                d.iter_mut().zip(&products).for_each(|(d, &x)| *d *= slope(x));
             }
             let (p, d) = (View::new(&p, rows, keys, keys), View::new(&d, rows, keys, keys));
             let d_v = &mut into.v[first_value..];
@@ -220,17 +252,16 @@ impl Inputs<'_> {
         q: View<'_, f32>,
         k: View<'_, f32>,
         begin: usize,
-        (oldest, sight): (usize, Sight),
+        (oldest, scoring): (usize, Scoring),
         p: &mut [f32],
     ) {
-        let scale = (self.dim as f64).powf(-0.5) as f32;
         let (rows, keys) = (q.rows(), k.rows());
         gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(p, rows, keys, keys));
         for (i, scores) in p.chunks_exact_mut(keys).enumerate() {
-            let seen = sight.of(begin + i / self.group, self.tokens);
+            let seen = scoring.sight.of(begin + i / self.group, self.tokens);
             let (first, past) = (seen.start - oldest, seen.end - oldest);
             scores[..first].fill(0.0);
-            softmax(&mut scores[first..past], scale);
+            scoring.weigh(&mut scores[first..past]);
             scores[past..].fill(0.0);
         }
     }
@@ -242,17 +273,21 @@ mod tests {
     use candle_core::Device;
 
     /// The definition, one query at a time in f64.
-    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], sight: Sight) -> Vec<Vec<f64>> {
+    fn naive(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], v: &[Vec<f32>], scoring: Scoring) -> Vec<Vec<f64>> {
         let (tokens, dim) = (v.len(), k[0][0].len());
         let group = q[0].len() / tokens;
         let attend = |token: usize, head: usize| {
             let (query, kv) = (&q[head / group][token * group + head % group], head / group);
-            let seen = match sight {
+            let seen = match scoring.sight {
                 Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
                 Sight::All => 0..tokens,
             };
             let dot = |key: &[f32]| query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            let weights: Vec<f64> = seen.clone().map(|t| (dot(&k[kv][t]) / (dim as f64).sqrt()).exp()).collect();
+            let score = |t: usize| {
+                let scaled = dot(&k[kv][t]) * f64::from(scoring.scale);
+                scoring.cap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
+            };
+            let weights: Vec<f64> = seen.clone().map(|t| score(t).exp()).collect();
             let sum: f64 = weights.iter().sum();
             let mix = |c: usize| {
                 seen.clone().zip(&weights).map(|(t, w)| w * f64::from(v[t][kv * dim + c])).sum::<f64>() / sum
@@ -276,18 +311,20 @@ mod tests {
                     Some(usize::MAX) => Sight::All,
                     _ => Sight::Past { window: window.unwrap_or(usize::MAX) },
                 };
-                let got = attend(&q, &k, &v, sight).unwrap();
+                let cap = matches!(window, None | Some(3)).then_some(2.5);
+                let scoring = Scoring { sight, scale: (dim as f32).powf(-0.5), cap };
+                let got = attend(&q, &k, &v, scoring).unwrap();
                 let got = got.to_vec2::<f32>().unwrap();
                 let (q_of, k_of) = (q.clone(), k.clone());
                 let (q, k, v) = (q.to_vec3().unwrap(), k.to_vec3().unwrap(), v.to_vec2().unwrap());
-                let expected = naive(&q, &k, &v, sight);
+                let expected = naive(&q, &k, &v, scoring);
                 // A token's share of all weights is what it gets of values that are one in it and zero elsewhere.
-                let shares = concentration(&q_of, &k_of, sight).unwrap();
+                let shares = concentration(&q_of, &k_of, scoring).unwrap();
                 assert!((shares.iter().sum::<f32>() / (tokens * kv_heads * group) as f32 - 1.0).abs() < 1e-4);
                 let marked = |t: usize| {
                     (0..tokens).map(|i| vec![f32::from(u8::from(i == t)); kv_heads * dim]).collect::<Vec<_>>()
                 };
-                let last = naive(&q, &k, &marked(tokens - 1), sight);
+                let last = naive(&q, &k, &marked(tokens - 1), scoring);
                 let share: f64 = last.iter().flatten().step_by(dim).sum();
                 assert!((f64::from(shares[tokens - 1]) - share).abs() < 1e-4 * share.max(1.0));
                 for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {

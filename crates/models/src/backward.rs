@@ -7,11 +7,11 @@
 //!
 //! Gradients pass through the rounding of activations as if it were not there (straight-through).
 
-use crate::ops::{act_backward, floats, gated_backward, norm_backward, unrotate};
+use crate::ops::{act_backward, floats, gated_backward, norm_backward, put_channels, unrotate};
 use crate::{Block, Error, NormRole, Role, RopeTable, attention};
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{Layout, Storage, Tensor};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// What one window's way through a block leaves behind. Tensors are `[tokens, width]` unless said.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub struct Trace {
     attn_in: Tensor,
     heads: Heads,
     attn_out: Tensor,
+    /// What the attention puts out, where there is a norm of it.
+    attn_output: Option<Tensor>,
     /// The residual stream after the attention, before and after a norm of it.
     attn_sum: Tensor,
     middle: Tensor,
@@ -28,6 +30,8 @@ pub struct Trace {
     gate: Option<Tensor>,
     up: Tensor,
     mlp_out: Tensor,
+    /// What the MLP puts out, where there is a norm of it.
+    mlp_output: Option<Tensor>,
     /// What leaves the block, before a norm of it.
     mlp_sum: Tensor,
 }
@@ -49,9 +53,9 @@ pub(crate) struct Heads {
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockGradients {
     /// Of the linears' weights `[out, in]`, by [`Role`].
-    pub linears: [Vec<f32>; 7],
+    pub linears: [Vec<f32>; 9],
     /// Of the norms' weights `[hidden]`, by [`NormRole`].
-    pub norms: [Vec<f32>; 4],
+    pub norms: [Vec<f32>; 6],
 }
 
 impl BlockGradients {
@@ -71,15 +75,43 @@ impl Block {
         let attn_in = self.attn_in(h)?;
         let heads = self.heads(&attn_in, rope)?;
         let attn_out = self.attend(&heads)?;
-        let attn_sum = self.attn_sum(h, &attn_out)?;
+        let (attn_sum, attn_output) = self.join_traced(h, Role::O, &attn_out, NormRole::AttnOutput)?;
         let middle = self.normed(NormRole::AttnResidual, &attn_sum)?;
-        let mlp_in = self.normed(NormRole::PostAttention, &middle)?;
+        let mlp_in = self.normed(NormRole::PostAttention, if self.parallel { h } else { &middle })?;
         let (gate, up) = self.branches(&mlp_in)?;
         let mlp_out = self.gated(gate.as_ref().map(Tensor::copy).transpose()?, up.clone())?;
-        let mlp_sum = self.mlp_sum(&middle, &mlp_out)?;
+        let (mlp_sum, mlp_output) = self.join_traced(&middle, Role::Down, &mlp_out, NormRole::MlpOutput)?;
         let out = self.normed(NormRole::MlpResidual, &mlp_sum)?;
         let h = h.contiguous()?;
-        Ok((out, Trace { h, attn_in, heads, attn_out, attn_sum, middle, mlp_in, gate, up, mlp_out, mlp_sum }))
+        let trace = Trace {
+            h,
+            attn_in,
+            heads,
+            attn_out,
+            attn_output,
+            attn_sum,
+            middle,
+            mlp_in,
+            gate,
+            up,
+            mlp_out,
+            mlp_output,
+            mlp_sum,
+        };
+        Ok((out, trace))
+    }
+
+    /// The residual stream plus what the linear `role` makes of `x`; and that alone where the norm `norm` stands behind it.
+    fn join_traced(
+        &self,
+        h: &Tensor,
+        role: Role,
+        x: &Tensor,
+        norm: NormRole,
+    ) -> Result<(Tensor, Option<Tensor>), Error> {
+        let y = self.at(role).forward(x)?;
+        let kept = self.norms[norm as usize].is_some().then(|| y.clone());
+        Ok((self.joined(h, y, norm)?, kept))
     }
 
     /// From `grad [tokens, hidden]`, the gradient of a loss at the output of this window, to its gradient at the input.
@@ -96,11 +128,17 @@ impl Block {
     ) -> Result<Vec<f32>, Error> {
         let mut chain = Chain { block: self, parameters };
         let grad = chain.norm(NormRole::MlpResidual, &trace.mlp_sum, grad)?;
-        let mut d_middle = chain.mlp(trace, &grad)?;
-        accumulate(&mut d_middle, &grad);
+        let of_mlp = chain.mlp(trace, &grad)?;
+        let mut d_middle = grad;
+        if !self.parallel {
+            accumulate(&mut d_middle, &of_mlp);
+        }
         let grad = chain.norm(NormRole::AttnResidual, &trace.attn_sum, d_middle)?;
         let mut d_h = chain.attention(trace, rope, &grad)?;
         accumulate(&mut d_h, &grad);
+        if self.parallel {
+            accumulate(&mut d_h, &of_mlp);
+        }
         Ok(d_h)
     }
 
@@ -137,36 +175,70 @@ impl Chain<'_> {
         }
     }
 
+    /// From the gradient of a sum with the residual stream to that of what `role` put out, which `output` is where the norm
+    /// `norm` stands behind it.
+    fn joined(&mut self, grad: &[f32], output: Option<&Tensor>, norm: NormRole) -> Result<Vec<f32>, Error> {
+        let factor = self.block.residual;
+        let grad = grad.iter().map(|g| g * factor).collect();
+        match output {
+            Some(output) => self.norm(norm, output, grad),
+            None => Ok(grad),
+        }
+    }
+
+    /// Through the linears of `parts`, which all read `x`, from the gradients of what they put out.
+    fn read<const N: usize>(
+        &mut self,
+        parts: [Role; N],
+        (together, shares): (Role, Option<&[Vec<Range<usize>>; N]>),
+        grads: [&[f32]; N],
+        x: &Tensor,
+    ) -> Result<Vec<f32>, Error> {
+        if let Some(shares) = shares {
+            let width = self.block.linear(together).dim(0)?;
+            let mut grad = vec![0.0; x.dim(0)? * width];
+            shares.iter().zip(grads).for_each(|(ranges, part)| put_channels(&mut grad, width, ranges, part));
+            return self.linear(together, &grad, x);
+        }
+        let mut d_x = vec![0.0; x.elem_count()];
+        for (role, grad) in parts.into_iter().zip(grads) {
+            accumulate(&mut d_x, &self.linear(role, grad, x)?);
+        }
+        Ok(d_x)
+    }
+
     /// Through the MLP, back to the residual stream it read.
     fn mlp(&mut self, trace: &Trace, grad: &[f32]) -> Result<Vec<f32>, Error> {
-        let d_out = self.linear(Role::Down, grad, &trace.mlp_out)?;
+        let grad = self.joined(grad, trace.mlp_output.as_ref(), NormRole::MlpOutput)?;
+        let d_out = self.linear(Role::Down, &grad, &trace.mlp_out)?;
         let (act, up) = (self.block.act, values(&trace.up)?);
         let d_in = match &trace.gate {
             None => self.linear(Role::Up, &act_backward(act, &up, &d_out), &trace.mlp_in)?,
             Some(gate) => {
                 let (d_gate, d_up) = gated_backward(act, &values(gate)?, &up, &d_out);
-                let mut d_in = self.linear(Role::Gate, &d_gate, &trace.mlp_in)?;
-                accumulate(&mut d_in, &self.linear(Role::Up, &d_up, &trace.mlp_in)?);
-                d_in
+                let shares = (Role::GateUp, self.block.shares.gate_up.as_ref());
+                self.read([Role::Gate, Role::Up], shares, [&d_gate, &d_up], &trace.mlp_in)?
             }
         };
-        self.norm(NormRole::PostAttention, &trace.middle, d_in)
+        let read = if self.block.parallel { &trace.h } else { &trace.middle };
+        self.norm(NormRole::PostAttention, read, d_in)
     }
 
     /// Through the attention, back to the residual stream it read.
     fn attention(&mut self, trace: &Trace, rope: &RopeTable, grad: &[f32]) -> Result<Vec<f32>, Error> {
         let Block { head_dim, group, eps, qk_norms, .. } = self.block;
-        let d_attn = self.linear(Role::O, grad, &trace.attn_out)?;
+        let grad = self.joined(grad, trace.attn_output.as_ref(), NormRole::AttnOutput)?;
+        let d_attn = self.linear(Role::O, &grad, &trace.attn_out)?;
         let Heads { q, k, v, raw } = &trace.heads;
-        let d = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.block.sight)?;
+        let d = attention::backward(q, k, v, &trace.attn_out, &d_attn, self.block.scoring)?;
         let tokens = trace.h.dim(0)?;
-        let table = rope.for_window(tokens)?;
-        let table = table.map(|(cos, sin)| Ok::<_, Error>((values(cos)?, values(sin)?))).transpose()?;
-        let table = table.as_ref().map(|(cos, sin)| (&**cos, &**sin));
+        let table = rope.of_block(self.block.index, tokens)?;
+        let table = table.map(|(cos, sin)| Ok::<_, Error>((values(cos)?, values(sin)?, cos.dim(1)?))).transpose()?;
+        let table = table.as_ref().map(|(cos, sin, half)| (&**cos, &**sin, *half));
         let mut d_q = unrotate(&d.q, table, (tokens, *head_dim, *group));
         let mut d_k = unrotate(&d.k, table, (tokens, *head_dim, 1));
         if let (Some(raw), Some(norms)) = (raw, qk_norms) {
-            // The norms of single heads are not trained; their weights' gradients are dropped.
+            // The norms of queries and keys are not trained; their weights' gradients are dropped.
             for (grad, (x, weight)) in [&mut d_q, &mut d_k].into_iter().zip(raw.iter().zip(norms)) {
                 let (weight, mut through) = (values(weight)?, vec![0.0; grad.len()]);
                 let mut dropped = vec![0.0; weight.len()];
@@ -174,9 +246,8 @@ impl Chain<'_> {
                 *grad = through;
             }
         }
-        let mut d_in = self.linear(Role::Q, &d_q, &trace.attn_in)?;
-        accumulate(&mut d_in, &self.linear(Role::K, &d_k, &trace.attn_in)?);
-        accumulate(&mut d_in, &self.linear(Role::V, &d.v, &trace.attn_in)?);
+        let shares = (Role::Qkv, self.block.shares.qkv.as_ref());
+        let d_in = self.read([Role::Q, Role::K, Role::V], shares, [&d_q, &d_k, &d.v], &trace.attn_in)?;
         self.norm(NormRole::Input, &trace.h, d_in)
     }
 }

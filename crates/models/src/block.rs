@@ -1,18 +1,19 @@
 //! One block: its weights, and its execution in five pieces that meet at the sites.
 
-use crate::attention::Sight;
+use crate::attention::{Scoring, Sight};
 use crate::backward::Heads;
 use crate::linear::{Input, Linear};
-use crate::norm::Norm;
-use crate::weights::shaped;
+use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
 use bitmill_scheme::Activations;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
+use std::ops::Range;
 
 /// The weights of one block, f32.
 ///
-/// Pre-norm and post-norm, gated and plain, causal and bidirectional blocks differ in which parts are there, not in code.
+/// Pre-norm and post-norm, gated and plain, sequential and parallel, causal and bidirectional blocks differ in which parts
+/// are there, not in code.
 ///
 /// A caller may stop after any piece, look at the activation, replace the linears it feeds and go on from there:
 /// ```text
@@ -22,20 +23,35 @@ use candle_nn::ops::rms_norm;
 /// x = mlp_out(x)                  Down reads x
 /// h = finish(h, x)
 /// ```
-/// A plain MLP has no Gate.
+/// A plain MLP has no Gate; some architectures store Q, K and V, or Gate and Up, as one linear.
 /// All activations are `[tokens, width]` of one window. Cloning shares the tensors.
 #[derive(Debug, Clone)]
 pub struct Block {
-    /// By role; a plain MLP has no gate.
-    pub(crate) linears: [Option<Linear>; 7],
+    /// By role.
+    pub(crate) linears: [Option<Linear>; 9],
+    /// Where Q, K and V, and Gate and Up, lie in the outputs of the linears that store them together.
+    pub(crate) shares: Shares,
     /// By role; an architecture has some of them.
-    pub(crate) norms: [Option<Norm>; 4],
+    pub(crate) norms: [Option<Norm>; 6],
     pub(crate) qk_norms: Option<[Tensor; 2]>,
     pub(crate) group: usize,
     pub(crate) head_dim: usize,
-    pub(crate) sight: Sight,
+    pub(crate) scoring: Scoring,
     pub(crate) act: Act,
     pub(crate) eps: f32,
+    /// Whether the MLP reads what the attention reads.
+    pub(crate) parallel: bool,
+    /// Factor of what attention and MLP add to the residual stream.
+    pub(crate) residual: f32,
+    /// Which block of the model it is.
+    pub(crate) index: usize,
+}
+
+/// Channels of parts that one linear puts out; `None` where each part has a linear of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Shares {
+    pub(crate) qkv: Option<[Vec<Range<usize>>; 3]>,
+    pub(crate) gate_up: Option<[Vec<Range<usize>>; 2]>,
 }
 
 impl Block {
@@ -44,30 +60,42 @@ impl Block {
     /// # Errors
     /// A tensor that is missing, unreadable or of a shape other than the config's.
     pub fn load(spec: &ModelSpec, index: usize, weights: &dyn Weights) -> Result<Block, Error> {
-        let mut linears = [const { None }; 7];
+        let mut linears = [const { None }; 9];
         for (role, module) in spec.block_linears(index) {
-            let linear = Linear::load(weights, &module, spec.linear_shape(role), spec.has_bias(role))?;
+            let how = (spec.has_bias(role), spec.layout.transposed);
+            let linear = Linear::load(weights, &module, spec.linear_shape(role), how)?;
             linears[role as usize] = Some(linear);
         }
-        let mut norms = [const { None }; 4];
+        let mut norms = [const { None }; 6];
         for (role, _) in spec.layout.norms {
-            let names = spec.norm_tensors(index, *role);
-            norms[*role as usize] = Some(Norm::load(weights, &names, spec.hidden, spec.norm, spec.norm_eps)?);
+            norms[*role as usize] = Some(Norm::load(spec, weights, &spec.norm_tensors(index, *role))?);
         }
-        let [q_norm, k_norm] = spec.qk_norms(index);
-        let qk_norm = |name: &str| shaped(weights, name, &[spec.head_dim]);
+        let qk_norms = spec.qk_widths().map(|widths| {
+            let [q, k] = spec.qk_norms(index);
+            Ok::<_, Error>([load_weight(spec, weights, &q, widths[0])?, load_weight(spec, weights, &k, widths[1])?])
+        });
+        let sight = match spec.windows.get(index).copied().flatten() {
+            _ if !spec.causal => Sight::All,
+            window => Sight::Past { window: window.unwrap_or(usize::MAX) },
+        };
+        let scale = spec.factors.attention.unwrap_or_else(|| (spec.head_dim as f64).powf(-0.5));
+        let rows = |role| spec.rows(role).1;
         Ok(Block {
             linears,
+            shares: Shares {
+                qkv: spec.has(Role::Qkv).then(|| [Role::Q, Role::K, Role::V].map(rows)),
+                gate_up: spec.has(Role::GateUp).then(|| [Role::Gate, Role::Up].map(rows)),
+            },
             norms,
-            qk_norms: if spec.qk_norm { Some([qk_norm(&q_norm)?, qk_norm(&k_norm)?]) } else { None },
+            qk_norms: qk_norms.transpose()?,
             group: spec.group(),
             head_dim: spec.head_dim,
-            sight: match spec.windows.get(index).copied().flatten() {
-                _ if !spec.causal => Sight::All,
-                window => Sight::Past { window: window.unwrap_or(usize::MAX) },
-            },
+            scoring: Scoring { sight, scale: scale as f32, cap: spec.factors.attention_cap.map(|cap| cap as f32) },
             act: spec.act,
             eps: spec.norm_eps as f32,
+            parallel: spec.parallel,
+            residual: spec.factors.residual as f32,
+            index,
         })
     }
 
@@ -90,10 +118,8 @@ impl Block {
 
     /// Queries, keys and values of the site `attn_in`.
     pub(crate) fn heads(&self, x: &Tensor, rope: &RopeTable) -> Result<Heads, Error> {
-        let turns = rope.for_window(x.dim(0)?)?;
-        let [q, k, v] = [Role::Q, Role::K, Role::V].map(|role| self.at(role));
-        let input = Input::new(x, &[q, k, v])?;
-        let (mut q, mut k, v) = (q.read(&input)?, k.read(&input)?, v.read(&input)?);
+        let turns = rope.of_block(self.index, x.dim(0)?)?;
+        let [mut q, mut k, v] = self.read([Role::Q, Role::K, Role::V], (Role::Qkv, self.shares.qkv.as_ref()), x)?;
         let mut raw = None;
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             let normed = [self.norm_heads(&q, q_norm)?, self.norm_heads(&k, k_norm)?];
@@ -101,15 +127,42 @@ impl Block {
             [q, k] = normed;
         }
         let (q, k) = match turns {
-            Some((cos, sin)) => (ops::rotate(&q, cos, sin, self.group)?, ops::rotate(&k, cos, sin, 1)?),
+            Some(turns) => {
+                let rotate = |x: &Tensor, group| ops::rotate(x, turns, self.head_dim, group);
+                (rotate(&q, self.group)?, rotate(&k, 1)?)
+            }
             None => (self.by_head(&q, self.group)?, self.by_head(&k, 1)?),
         };
         Ok(Heads { raw, q, k, v: v.contiguous()? })
     }
 
+    /// What the linears `parts` make of `x`, be it that one linear stores them all, each its share of the output.
+    pub(crate) fn read<const N: usize>(
+        &self,
+        parts: [Role; N],
+        (together, shares): (Role, Option<&[Vec<Range<usize>>; N]>),
+        x: &Tensor,
+    ) -> Result<[Tensor; N], Error> {
+        let outputs: Vec<Tensor> = match shares {
+            Some(shares) => {
+                let y = self.at(together).forward(x)?;
+                shares.iter().map(|ranges| Ok(ops::channels(&y, ranges)?)).collect::<Result<_, Error>>()?
+            }
+            None => {
+                let linears = parts.map(|role| self.at(role));
+                let input = Input::new(x, &linears)?;
+                linears.iter().map(|linear| linear.read(&input)).collect::<Result<_, Error>>()?
+            }
+        };
+        match outputs.try_into() {
+            Ok(outputs) => Ok(outputs),
+            Err(_) => unreachable!("there is one output for every part"),
+        }
+    }
+
     /// From queries, keys and values to the site `attn_out`.
     pub(crate) fn attend(&self, Heads { q, k, v, .. }: &Heads) -> Result<Tensor, Error> {
-        Ok(attention::attend(q, k, v, self.sight)?)
+        Ok(attention::attend(q, k, v, self.scoring)?)
     }
 
     /// How much every token is attended to at the site `attn_in`, over all heads and queries, `[tokens]`.
@@ -118,7 +171,7 @@ impl Block {
     /// As [`Block::attn_out`].
     pub fn concentration(&self, x: &Tensor, rope: &RopeTable) -> Result<Vec<f32>, Error> {
         let Heads { q, k, .. } = self.heads(x, rope)?;
-        attention::concentration(&q, &k, self.sight)
+        attention::concentration(&q, &k, self.scoring)
     }
 
     /// Adds the attention's output to `h` and goes on to the site `mlp_in`; returns both, `[tokens, hidden]`.
@@ -126,9 +179,10 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn mlp_in(&self, h: &Tensor, x: &Tensor) -> Result<(Tensor, Tensor), Error> {
-        let h = self.normed(NormRole::AttnResidual, &self.attn_sum(h, x)?)?;
-        let x = self.normed(NormRole::PostAttention, &h)?;
-        Ok((h, x))
+        let sum = self.joined(h, self.at(Role::O).forward(x)?, NormRole::AttnOutput)?;
+        let middle = self.normed(NormRole::AttnResidual, &sum)?;
+        let x = self.normed(NormRole::PostAttention, if self.parallel { h } else { &middle })?;
+        Ok((middle, x))
     }
 
     /// From the site `mlp_in` to the site `mlp_out`, `[tokens, intermediate]`.
@@ -142,10 +196,12 @@ impl Block {
 
     /// The branches of the MLP before the activation, `[tokens, intermediate]`: gate, where there is one, and up.
     pub(crate) fn branches(&self, x: &Tensor) -> Result<(Option<Tensor>, Tensor), Error> {
-        let up = self.at(Role::Up);
-        let Some(gate) = &self.linears[Role::Gate as usize] else { return Ok((None, up.forward(x)?)) };
-        let input = Input::new(x, &[gate, up])?;
-        Ok((Some(gate.read(&input)?), up.read(&input)?))
+        let shares = self.shares.gate_up.as_ref();
+        if shares.is_none() && self.linears[Role::Gate as usize].is_none() {
+            return Ok((None, self.at(Role::Up).forward(x)?));
+        }
+        let [gate, up] = self.read([Role::Gate, Role::Up], (Role::GateUp, shares), x)?;
+        Ok((Some(gate), up))
     }
 
     /// `act(gate) · up`, in the memory of `gate` where that can be, or `act(up)` without a gate.
@@ -165,17 +221,19 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn finish(&self, h: &Tensor, x: &Tensor) -> Result<Tensor, Error> {
-        self.normed(NormRole::MlpResidual, &self.mlp_sum(h, x)?)
+        let sum = self.joined(h, self.at(Role::Down).forward(x)?, NormRole::MlpOutput)?;
+        self.normed(NormRole::MlpResidual, &sum)
     }
 
-    /// The residual stream plus the attention's output, before a norm of the sum.
-    pub(crate) fn attn_sum(&self, h: &Tensor, x: &Tensor) -> Result<Tensor, Error> {
-        Self::add(h, self.at(Role::O).forward(x)?)
-    }
-
-    /// The residual stream plus the MLP's output, before a norm of the sum.
-    pub(crate) fn mlp_sum(&self, h: &Tensor, x: &Tensor) -> Result<Tensor, Error> {
-        Self::add(h, self.at(Role::Down).forward(x)?)
+    /// The residual stream plus what attention or MLP put out, `y`, through the norm at `role` where there is one; `y` is
+    /// fresh memory, and may become the sum.
+    pub(crate) fn joined(&self, h: &Tensor, y: Tensor, role: NormRole) -> Result<Tensor, Error> {
+        let y = if self.norms[role as usize].is_some() { self.normed(role, &y)? } else { y };
+        if self.residual != 1.0 {
+            ops::scale(&y, self.residual)?;
+        }
+        ops::add(&y, &h.contiguous()?)?;
+        Ok(y)
     }
 
     /// The whole block, `[tokens, hidden]` to `[tokens, hidden]`.
@@ -267,15 +325,9 @@ impl Block {
         Ok(heads.reshape(((), tokens * group, dim))?)
     }
 
-    /// `h + y`, in the fresh memory of `y`.
-    fn add(h: &Tensor, y: Tensor) -> Result<Tensor, Error> {
-        ops::add(&y, &h.contiguous()?)?;
-        Ok(y)
-    }
-
-    /// Norms every head of `x [tokens, n · head_dim]`.
+    /// Norms `x [tokens, n · head_dim]`, head by head or all heads together, as the weight is wide.
     pub(crate) fn norm_heads(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, Error> {
-        let rows = x.reshape(((), self.head_dim))?;
+        let rows = x.reshape(((), weight.dim(0)?))?;
         Ok(rms_norm(&rows, weight, self.eps)?.reshape(x.shape())?)
     }
 

@@ -3,9 +3,7 @@
 //! Many sequences grow in step, so that every weight is read once for all of them. The pieces are those of the forward
 //! pass over a window; only attention is another loop, since every sequence has keys of its own.
 
-use crate::attention::Sight;
-use crate::linear::Input;
-use crate::ops::softmax;
+use crate::attention::{Scoring, Sight};
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -43,12 +41,12 @@ impl<'a> Decoder<'a> {
         sequences: usize,
         capacity: usize,
     ) -> Result<Self, Error> {
-        rope.for_window(capacity)?;
+        rope.serves(capacity)?;
         let blocks: Vec<&Block> = blocks.into_iter().collect();
         let cache =
             |width: usize| Cache { keys: vec![0.0; width * capacity], values: vec![0.0; width * capacity], capacity };
         let caches = blocks.iter().map(|b| {
-            let width = b.linear(Role::K).dim(0)?;
+            let width = b.kv_width()?;
             Ok((0..sequences).map(|_| cache(width)).collect())
         });
         let caches = caches.collect::<Result<_, Error>>()?;
@@ -65,12 +63,13 @@ impl<'a> Decoder<'a> {
     /// the head predicts the next.
     ///
     /// # Errors
-    /// [`Error::Token`] for an id beyond the vocabulary; [`Error::Window`] beyond the capacity.
+    /// [`Error::Token`] for an id beyond the vocabulary; [`Error::Window`] beyond the capacity, [`Error::Positions`] beyond
+    /// learned positions.
     pub fn step(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
         if self.length == self.capacity {
             return Err(Error::Window { tokens: self.length + 1, shortest: 1, longest: self.capacity });
         }
-        let mut h = self.embedding.embed(tokens)?;
+        let mut h = self.embedding.embed_next(tokens, self.length)?;
         for (block, caches) in self.blocks.iter().zip(&mut self.caches) {
             let x = block.attend_next(&block.attn_in(&h)?, self.rope, caches, self.length)?;
             let (middle, x) = block.mlp_in(&h, &x)?;
@@ -82,28 +81,34 @@ impl<'a> Decoder<'a> {
 }
 
 impl Block {
+    /// Channels of the keys of all heads.
+    fn kv_width(&self) -> Result<usize, Error> {
+        match &self.shares.qkv {
+            Some([_, k, _]) => Ok(k.iter().map(std::ops::Range::len).sum()),
+            None => Ok(self.linear(Role::K).dim(0)?),
+        }
+    }
+
     /// [`Block::attn_out`] of the next token of every sequence: `x [sequences, hidden]` at position `at`.
     fn attend_next(&self, x: &Tensor, rope: &RopeTable, caches: &mut [Cache], at: usize) -> Result<Tensor, Error> {
         let rows = x.dim(0)?;
-        let [q, k, v] = [Role::Q, Role::K, Role::V].map(|role| self.at(role));
-        let input = Input::new(x, &[q, k, v])?;
-        let (mut q, mut k, v) = (q.read(&input)?, k.read(&input)?, v.read(&input)?);
+        let [mut q, mut k, v] = self.read([Role::Q, Role::K, Role::V], (Role::Qkv, self.shares.qkv.as_ref()), x)?;
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             (q, k) = (self.norm_heads(&q, q_norm)?, self.norm_heads(&k, k_norm)?);
         }
         let (kv_width, group, dim) = (v.dim(1)?, self.group, self.head_dim);
         // Every row stands at the same position.
-        let (q, k) = match rope.for_window(caches.first().map_or(1, |c| c.capacity))? {
+        let (q, k) = match rope.of_block(self.index, caches.first().map_or(1, |c| c.capacity))? {
             Some((cos, sin)) => {
                 let row = |t: &Tensor| t.narrow(0, at, 1)?.repeat((rows, 1));
                 let (cos, sin) = (row(cos)?, row(sin)?);
-                (ops::rotate(&q, &cos, &sin, group)?, ops::rotate(&k, &cos, &sin, 1)?)
+                (ops::rotate(&q, (&cos, &sin), dim, group)?, ops::rotate(&k, (&cos, &sin), dim, 1)?)
             }
             None => (self.by_head(&q, group)?, self.by_head(&k, 1)?),
         };
         let [q, k, v] = [q, k, v].map(|t| t.flatten_all()?.to_vec1::<f32>());
         let (q, k, v) = (q?, k?, v?);
-        let first = match self.sight {
+        let first = match self.scoring.sight {
             Sight::Past { window } => (at + 1).saturating_sub(window),
             Sight::All => 0,
         };
@@ -116,7 +121,7 @@ impl Block {
                 cache.push(head, at, &k[i * dim..][..dim], &v[row * kv_width + head * dim..][..dim], kv_width);
                 let q = q[i * group * dim..][..group * dim].chunks_exact(dim);
                 let out = out[head * group * dim..][..group * dim].chunks_exact_mut(dim);
-                q.zip(out).for_each(|(q, out)| cache.attend(q, head, kv_width, first..at + 1, out));
+                q.zip(out).for_each(|(q, out)| cache.attend(q, (head, kv_width), first..at + 1, self.scoring, out));
             }
         });
         Ok(Tensor::from_vec(out, (rows, kv_width * group), &Device::Cpu)?)
@@ -133,14 +138,21 @@ impl Cache {
     }
 
     /// Mixes the values of the positions `seen` by the query `q [head_dim]`.
-    fn attend(&self, q: &[f32], head: usize, width: usize, seen: std::ops::Range<usize>, out: &mut [f32]) {
+    fn attend(
+        &self,
+        q: &[f32],
+        (head, width): (usize, usize),
+        seen: std::ops::Range<usize>,
+        scoring: Scoring,
+        out: &mut [f32],
+    ) {
         let dim = q.len();
         let mut scores = vec![0.0f32; seen.len()];
         for (j, &q) in q.iter().enumerate() {
             let keys = &self.keys[(head * dim + j) * self.capacity..][seen.clone()];
             scores.iter_mut().zip(keys).for_each(|(s, k)| *s += q * k);
         }
-        softmax(&mut scores, (dim as f64).powf(-0.5) as f32);
+        scoring.weigh(&mut scores);
         for (&p, at) in scores.iter().zip(seen) {
             let value = &self.values[at * width + head * dim..][..dim];
             out.iter_mut().zip(value).for_each(|(o, v)| *o += p * v);
@@ -164,6 +176,18 @@ mod tests {
             ("qwen3", json!({"head_dim": 16})),
             ("mistral", json!({"sliding_window": 5})),
             ("qwen2", json!({})),
+            (
+                "gemma2",
+                json!({"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 9}),
+            ),
+            ("gemma3_text", json!({"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2})),
+            ("phi3", json!({"partial_rotary_factor": 0.5})),
+            ("olmo2", json!({})),
+            ("granite", json!({"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3})),
+            ("smollm3", json!({"no_rope_layer_interval": 2})),
+            ("gpt_neox", json!({})),
+            ("gpt2", json!({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 12})),
+            ("opt", json!({"ffn_dim": 48, "max_position_embeddings": 12})),
         ] {
             let mut config = base.clone();
             config["model_type"] = json!(model_type);
@@ -175,7 +199,7 @@ mod tests {
             let embedding = Embedding::load(&spec, &weights).unwrap();
             let blocks: Vec<Block> = (0..spec.layers).map(|i| Block::load(&spec, i, &weights).unwrap()).collect();
             let head = Head::load(&spec, &weights).unwrap();
-            let rope = RopeTable::new(&spec.rope, 12).unwrap();
+            let rope = RopeTable::new(&spec.ropes, 12).unwrap();
             let texts: Vec<Vec<u32>> = (0..3u32).map(|s| (0..12).map(|t| (7 * s + 5 * t) % 40).collect()).collect();
             let mut decoder = Decoder::new(&embedding, &blocks, &rope, texts.len(), 12).unwrap();
             let windows: Vec<Vec<Vec<f32>>> = texts

@@ -1,30 +1,37 @@
 //! What comes before the first block and after the last.
 
-use crate::backward::{accumulate, backward_linear};
+use crate::backward::{accumulate, backward_linear, values};
 use crate::linear::Linear;
 use crate::norm::Norm;
 use crate::weights::shaped;
 use crate::{Error, ModelSpec, Weights, ops};
 use bitmill_scheme::Activations;
 use candle_core::{Device, Tensor};
+use std::borrow::Cow;
 
 /// The token embedding, and what is added to it.
 #[derive(Debug, Clone)]
 pub struct Embedding {
     /// `[vocab, hidden]`.
     weight: Tensor,
+    /// Factor of its rows.
+    factor: f32,
     added: Option<Added>,
 }
 
 /// Learned embeddings beside those of the tokens.
 #[derive(Debug, Clone)]
 struct Added {
-    /// `[max_positions, hidden]`.
+    /// `[positions, hidden]`.
     positions: Tensor,
+    /// The row of the first position.
+    first: usize,
+    /// The token that is not counted, whose position is the one before the first.
+    padding: Option<u32>,
     /// Of the first type, which every token of a single text has: `[hidden]`.
-    token_type: Tensor,
+    token_type: Option<Tensor>,
     /// Of the sum.
-    norm: Norm,
+    norm: Option<Norm>,
 }
 
 impl Embedding {
@@ -34,19 +41,22 @@ impl Embedding {
     /// A tensor that is missing, unreadable or of another shape.
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
         let weight = shaped(weights, &spec.embedding(), &[spec.vocab, spec.hidden])?;
-        let added = match &spec.layout.added {
-            None => None,
-            Some(added) => {
-                let types = shaped(weights, &spec.spell(added.types), &[spec.token_types, spec.hidden])?;
-                let names = spec.norm_parts(&spec.spell(added.norm));
-                Some(Added {
-                    positions: shaped(weights, &spec.spell(added.positions), &[spec.max_positions, spec.hidden])?,
-                    token_type: types.get(0)?,
-                    norm: Norm::load(weights, &names, spec.hidden, spec.norm, spec.norm_eps)?,
-                })
-            }
+        let load = |added: &'static crate::Added| -> Result<Added, Error> {
+            let rows = spec.max_positions + spec.position_offset;
+            let types = |name| -> Result<Tensor, Error> {
+                Ok(shaped(weights, &spec.spell(name), &[spec.token_types, spec.hidden])?.get(0)?)
+            };
+            let norm = |norm| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(norm)));
+            Ok(Added {
+                positions: shaped(weights, &spec.spell(added.positions), &[rows, spec.hidden])?,
+                first: spec.position_offset,
+                padding: spec.padding,
+                token_type: added.types.map(types).transpose()?,
+                norm: added.norm.map(norm).transpose()?,
+            })
         };
-        Ok(Embedding { weight, added })
+        let added = spec.layout.added.as_ref().map(load).transpose()?;
+        Ok(Embedding { weight, factor: spec.factors.embedding as f32, added })
     }
 
     /// The residual stream `[tokens, hidden]` that enters the first block.
@@ -54,18 +64,54 @@ impl Embedding {
     /// # Errors
     /// [`Error::Token`] for an id beyond the vocabulary, [`Error::Positions`] for more tokens than there are positions.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor, Error> {
+        self.embed_at(tokens, |added| added.places(tokens))
+    }
+
+    /// The same for the token that stands at position `at` of each of several texts.
+    pub(crate) fn embed_next(&self, tokens: &[u32], at: usize) -> Result<Tensor, Error> {
+        self.embed_at(tokens, |added| vec![(added.first + at) as u32; tokens.len()])
+    }
+
+    fn embed_at(&self, tokens: &[u32], places: impl FnOnce(&Added) -> Vec<u32>) -> Result<Tensor, Error> {
         let vocab = self.weight.dim(0)?;
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::Token { token, vocab });
         }
-        let h = self.weight.index_select(&Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?, 0)?;
-        let Some(Added { positions, token_type, norm }) = &self.added else { return Ok(h) };
-        if tokens.len() > positions.dim(0)? {
-            return Err(Error::Positions { tokens: tokens.len(), positions: positions.dim(0)? });
+        let rows_of =
+            |table: &Tensor, rows: &[u32]| table.index_select(&Tensor::from_slice(rows, rows.len(), &Device::Cpu)?, 0);
+        let h = rows_of(&self.weight, tokens)?;
+        if self.factor != 1.0 {
+            ops::scale(&h, self.factor)?;
         }
-        ops::add(&h, token_type)?;
-        ops::add(&h, &positions.narrow(0, 0, tokens.len())?)?;
-        norm.forward(&h)
+        let Some(added) = &self.added else { return Ok(h) };
+        let (places, rows) = (places(added), added.positions.dim(0)?);
+        if let Some(&beyond) = places.iter().max().filter(|&&place| place as usize >= rows) {
+            let tokens = beyond as usize + 1 - added.first;
+            return Err(Error::Positions { tokens, positions: rows - added.first });
+        }
+        if let Some(token_type) = &added.token_type {
+            ops::add(&h, token_type)?;
+        }
+        ops::add(&h, &rows_of(&added.positions, &places)?)?;
+        match &added.norm {
+            Some(norm) => norm.forward(&h),
+            None => Ok(h),
+        }
+    }
+}
+
+impl Added {
+    /// The row of the position of every token.
+    fn places(&self, tokens: &[u32]) -> Vec<u32> {
+        let mut next = self.first as u32;
+        let place = |token: &u32| {
+            if Some(*token) == self.padding {
+                return self.first as u32 - 1;
+            }
+            next += 1;
+            next - 1
+        };
+        tokens.iter().map(place).collect()
     }
 }
 
@@ -74,6 +120,10 @@ impl Embedding {
 pub struct Head {
     norm: Option<Norm>,
     linear: Linear,
+    /// Factor of the logits.
+    factor: f32,
+    /// Bound `c` of the logits, which go through `c · tanh(x / c)`.
+    cap: Option<f32>,
 }
 
 impl Head {
@@ -94,13 +144,15 @@ impl Head {
         let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
         let linear = match spec.tied {
             true => Linear { weight: embedding()?, bias: None, activations: Activations::Full },
-            false => Linear::load(weights, &head, [spec.vocab, spec.hidden], false)?,
+            false => Linear::load(weights, &head, [spec.vocab, spec.hidden], (false, false))?,
         };
-        let load = |module| {
-            let names = spec.norm_parts(&spec.spell(module));
-            Norm::load(weights, &names, spec.hidden, spec.norm, spec.norm_eps)
-        };
-        Ok(Head { norm: spec.layout.final_norm.map(load).transpose()?, linear })
+        let load = |module| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(module)));
+        Ok(Head {
+            norm: spec.layout.final_norm.map(load).transpose()?,
+            linear,
+            factor: spec.factors.logits as f32,
+            cap: spec.factors.logit_cap.map(|cap| cap as f32),
+        })
     }
 
     /// Logits `[tokens, vocab]` of the residual stream `h [tokens, hidden]` that leaves the last block.
@@ -108,10 +160,36 @@ impl Head {
     /// # Errors
     /// [`Error::Tensor`] when `h` has another width.
     pub fn logits(&self, h: &Tensor) -> Result<Tensor, Error> {
+        let logits = self.raw_logits(h)?;
+        if self.factor != 1.0 {
+            ops::scale(&logits, self.factor)?;
+        }
+        match self.cap {
+            Some(cap) => Ok(ops::capped(&logits, cap)?),
+            None => Ok(logits),
+        }
+    }
+
+    /// What the linear puts out.
+    fn raw_logits(&self, h: &Tensor) -> Result<Tensor, Error> {
         match &self.norm {
             Some(norm) => self.linear.forward(&norm.forward(h)?),
             None => self.linear.forward(h),
         }
+    }
+
+    /// The gradient of what the linear puts out from that of the logits.
+    fn uncapped<'a>(&self, h: &Tensor, grad: &'a [f32]) -> Result<Cow<'a, [f32]>, Error> {
+        if self.factor == 1.0 && self.cap.is_none() {
+            return Ok(Cow::Borrowed(grad));
+        }
+        let mut grad: Vec<f32> = grad.iter().map(|g| g * self.factor).collect();
+        if let Some(cap) = self.cap {
+            let raw = self.raw_logits(h)?;
+            let slope = |x: f32| 1.0 - (self.factor * x / cap).tanh().powi(2);
+            grad.iter_mut().zip(values(&raw)?.iter()).for_each(|(g, &x)| *g *= slope(x));
+        }
+        Ok(Cow::Owned(grad))
     }
 
     /// The gradient of `h [tokens, hidden]` from `grad [tokens, vocab]`, that of the logits. Those of the parameters are
@@ -125,9 +203,10 @@ impl Head {
         grad: &[f32],
         parameters: Option<&mut HeadGradients>,
     ) -> Result<Vec<f32>, Error> {
+        let grad = self.uncapped(h, grad)?;
         let Some(norm) = &self.norm else {
             let into = parameters.map(|p| &mut p.linear[..]).filter(|linear| !linear.is_empty());
-            return backward_linear(&self.linear.weight, grad, h, into);
+            return backward_linear(&self.linear.weight, &grad, h, into);
         };
         let mut unwanted = Vec::new();
         let (linear, d_norm) = match parameters {
@@ -138,8 +217,8 @@ impl Head {
             }
         };
         let d_x = match linear {
-            Some(into) => backward_linear(&self.linear.weight, grad, &norm.forward(h)?, Some(into))?,
-            None => backward_linear(&self.linear.weight, grad, h, None)?,
+            Some(into) => backward_linear(&self.linear.weight, &grad, &norm.forward(h)?, Some(into))?,
+            None => backward_linear(&self.linear.weight, &grad, h, None)?,
         };
         norm.backward(h, &d_x, d_norm)
     }

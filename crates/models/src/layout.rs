@@ -25,13 +25,19 @@ pub struct Layout {
     pub norms: &'static [(NormRole, &'static str)],
     /// Modules of the norms of queries and keys inside a block, used where the model has them.
     pub qk_norms: [&'static str; 2],
+    /// In what order rows of Q, K and V lie where one linear stores them.
+    pub fused: Fused,
+    /// Whether linears are stored `[in, out]` as long as they are dense.
+    pub transposed: bool,
+    /// Buffers inside a block that exporters store and nothing here needs.
+    pub buffers: &'static [(&'static str, Buffer)],
     /// The tensor of token embeddings, `[vocab, hidden]`.
     pub tokens: &'static str,
     /// What is added to token embeddings.
     pub added: Option<Added>,
     /// The module of the norm after the last block.
     pub final_norm: Option<&'static str>,
-    /// The module of the output head; without one, a model's result is its hidden states.
+    /// The module of the output head, whatever the spelling; without one, a model's result is its hidden states.
     pub head: Option<&'static str>,
     /// What the names of a masked-language-model head begin with; such a head is carried along, not computed.
     pub task_head: Option<&'static str>,
@@ -42,14 +48,34 @@ pub struct Layout {
 /// Learned embeddings beside those of the tokens, and the norm of their sum.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Added {
-    /// The tensor of positions, `[max_positions, hidden]`.
+    /// The tensor of positions, `[positions, hidden]`.
     pub positions: &'static str,
     /// The tensor of token types, `[types, hidden]`.
-    pub types: &'static str,
+    pub types: Option<&'static str>,
     /// The module of the norm.
-    pub norm: &'static str,
-    /// The row of position numbers that old exporters store, `[1, max_positions]`.
-    pub position_ids: &'static str,
+    pub norm: Option<&'static str>,
+    /// The row of position numbers that old exporters store, `[1, positions]`.
+    pub position_ids: Option<&'static str>,
+}
+
+/// The order of rows in a linear that stores Q, K and V.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fused {
+    /// All queries, then all keys, then all values.
+    ByPart,
+    /// Of each head its queries, its keys and its values.
+    ByHead,
+}
+
+/// The shape of a buffer that is not needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Buffer {
+    /// Rotary frequencies, half the rotated width.
+    Frequencies,
+    /// The causal mask, `[1, 1, positions, positions]`.
+    Mask,
+    /// One number.
+    Number,
 }
 
 /// One way of writing the names of a layout.
@@ -59,11 +85,17 @@ pub struct Spelling {
     pub prefix: &'static str,
     /// What a norm calls its weight and its bias.
     pub norm: [&'static str; 2],
+    /// The module of the output head, where it is not the layout's.
+    pub head: Option<&'static str>,
 }
 
-/// Decoders in the manner of Llama.
-pub(crate) static DECODER: Layout = Layout {
-    spellings: &[Spelling { prefix: "", norm: ["weight", "bias"] }],
+/// The usual way of writing the parts of a norm.
+const fn spelled(prefix: &'static str) -> Spelling {
+    Spelling { prefix, norm: ["weight", "bias"], head: None }
+}
+
+const LLAMA: Layout = Layout {
+    spellings: &[spelled("")],
     blocks: "model.layers.",
     linears: &[
         (Role::Q, "self_attn.q_proj"),
@@ -76,6 +108,9 @@ pub(crate) static DECODER: Layout = Layout {
     ],
     norms: &[(NormRole::Input, "input_layernorm"), (NormRole::PostAttention, "post_attention_layernorm")],
     qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
+    fused: Fused::ByPart,
+    transposed: false,
+    buffers: &[("self_attn.rotary_emb.inv_freq", Buffer::Frequencies)],
     tokens: EMBEDDING,
     added: None,
     final_norm: Some("model.norm"),
@@ -84,14 +119,111 @@ pub(crate) static DECODER: Layout = Layout {
     pooler: None,
 };
 
+/// Decoders in the manner of Llama.
+pub(crate) static DECODER: Layout = LLAMA;
+
+/// The same with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
+pub(crate) static SANDWICH: Layout = Layout {
+    norms: &[
+        (NormRole::Input, "input_layernorm"),
+        (NormRole::AttnOutput, "post_attention_layernorm"),
+        (NormRole::PostAttention, "pre_feedforward_layernorm"),
+        (NormRole::MlpOutput, "post_feedforward_layernorm"),
+    ],
+    ..LLAMA
+};
+
+/// The same with norms behind attention and MLP alone.
+pub(crate) static POST_NORM: Layout = Layout {
+    norms: &[(NormRole::AttnOutput, "post_attention_layernorm"), (NormRole::MlpOutput, "post_feedforward_layernorm")],
+    ..LLAMA
+};
+
+/// Decoders in the manner of Llama that store Q, K and V as one, and Gate and Up.
+pub(crate) static FUSED: Layout = Layout {
+    linears: &[
+        (Role::Qkv, "self_attn.qkv_proj"),
+        (Role::O, "self_attn.o_proj"),
+        (Role::GateUp, "mlp.gate_up_proj"),
+        (Role::Down, "mlp.down_proj"),
+    ],
+    ..LLAMA
+};
+
+/// GPT-NeoX, which older releases of transformers gave another name of the head.
+pub(crate) static NEOX: Layout = Layout {
+    spellings: &[Spelling { head: Some("embed_out"), ..spelled("gpt_neox.") }, spelled("gpt_neox.")],
+    blocks: "layers.",
+    linears: &[
+        (Role::Qkv, "attention.query_key_value"),
+        (Role::O, "attention.dense"),
+        (Role::Up, "mlp.dense_h_to_4h"),
+        (Role::Down, "mlp.dense_4h_to_h"),
+    ],
+    fused: Fused::ByHead,
+    buffers: &[
+        ("attention.rotary_emb.inv_freq", Buffer::Frequencies),
+        ("attention.bias", Buffer::Mask),
+        ("attention.masked_bias", Buffer::Number),
+    ],
+    tokens: "embed_in.weight",
+    final_norm: Some("final_layer_norm"),
+    ..LLAMA
+};
+
+/// GPT-2. The first release has no prefix.
+pub(crate) static GPT2: Layout = Layout {
+    spellings: &[spelled("transformer."), spelled("")],
+    blocks: "h.",
+    linears: &[
+        (Role::Qkv, "attn.c_attn"),
+        (Role::O, "attn.c_proj"),
+        (Role::Up, "mlp.c_fc"),
+        (Role::Down, "mlp.c_proj"),
+    ],
+    norms: &[(NormRole::Input, "ln_1"), (NormRole::PostAttention, "ln_2")],
+    transposed: true,
+    buffers: &[("attn.bias", Buffer::Mask), ("attn.masked_bias", Buffer::Number)],
+    tokens: "wte.weight",
+    added: Some(Added { positions: "wpe.weight", types: None, norm: None, position_ids: None }),
+    final_norm: Some("ln_f"),
+    ..LLAMA
+};
+
+/// OPT. The first release lacks a part of the prefix.
+pub(crate) static OPT: Layout = Layout {
+    spellings: &[spelled("model.decoder."), spelled("decoder.")],
+    blocks: "layers.",
+    linears: &[
+        (Role::Q, "self_attn.q_proj"),
+        (Role::K, "self_attn.k_proj"),
+        (Role::V, "self_attn.v_proj"),
+        (Role::O, "self_attn.out_proj"),
+        (Role::Up, "fc1"),
+        (Role::Down, "fc2"),
+    ],
+    norms: &[(NormRole::Input, "self_attn_layer_norm"), (NormRole::PostAttention, "final_layer_norm")],
+    buffers: &[],
+    tokens: "embed_tokens.weight",
+    added: Some(Added { positions: "embed_positions.weight", types: None, norm: None, position_ids: None }),
+    final_norm: Some("final_layer_norm"),
+    ..LLAMA
+};
+
+/// RoBERTa: BERT's tensors under another prefix, and another head.
+pub(crate) static ROBERTA: Layout =
+    Layout { spellings: &[spelled(""), spelled("roberta.")], task_head: Some("lm_head."), ..BERT_LIKE };
+
 /// BERT. Models with a task's head put `bert.` before everything, and checkpoints that came from TensorFlow call the
 /// parts of a norm gamma and beta.
-pub(crate) static BERT: Layout = Layout {
+pub(crate) static BERT: Layout = BERT_LIKE;
+
+const BERT_LIKE: Layout = Layout {
     spellings: &[
-        Spelling { prefix: "", norm: ["weight", "bias"] },
-        Spelling { prefix: "bert.", norm: ["weight", "bias"] },
-        Spelling { prefix: "bert.", norm: ["gamma", "beta"] },
-        Spelling { prefix: "", norm: ["gamma", "beta"] },
+        spelled(""),
+        spelled("bert."),
+        Spelling { prefix: "bert.", norm: ["gamma", "beta"], head: None },
+        Spelling { prefix: "", norm: ["gamma", "beta"], head: None },
     ],
     blocks: "encoder.layer.",
     linears: &[
@@ -104,12 +236,15 @@ pub(crate) static BERT: Layout = Layout {
     ],
     norms: &[(NormRole::AttnResidual, "attention.output.LayerNorm"), (NormRole::MlpResidual, "output.LayerNorm")],
     qk_norms: ["attention.self.q_norm", "attention.self.k_norm"],
+    fused: Fused::ByPart,
+    transposed: false,
+    buffers: &[],
     tokens: "embeddings.word_embeddings.weight",
     added: Some(Added {
         positions: "embeddings.position_embeddings.weight",
-        types: "embeddings.token_type_embeddings.weight",
-        norm: "embeddings.LayerNorm",
-        position_ids: "embeddings.position_ids",
+        types: Some("embeddings.token_type_embeddings.weight"),
+        norm: Some("embeddings.LayerNorm"),
+        position_ids: Some("embeddings.position_ids"),
     }),
     final_norm: None,
     head: None,
@@ -123,7 +258,7 @@ mod tests {
 
     #[test]
     fn every_layout_lists_roles_once_in_execution_order() {
-        for layout in [&DECODER, &BERT] {
+        for layout in [&DECODER, &SANDWICH, &POST_NORM, &FUSED, &NEOX, &GPT2, &OPT, &BERT, &ROBERTA] {
             assert!(layout.linears.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.linears);
             assert!(layout.norms.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.norms);
             let mut names: Vec<&str> =
@@ -133,7 +268,7 @@ mod tests {
             names.dedup();
             assert_eq!(names.len(), all);
         }
-        assert_eq!(DECODER.linears.len(), Role::ALL.len());
+        assert_eq!(DECODER.linears.len(), Role::ALL.iter().filter(|role| role.parts().len() == 1).count());
         assert_eq!(FINAL_NORM.strip_suffix(".weight"), DECODER.final_norm);
     }
 }

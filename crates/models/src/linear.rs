@@ -17,9 +17,19 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// Loads `module` and checks its shape `[out, in]`.
-    pub(crate) fn load(weights: &dyn Weights, module: &str, shape: [usize; 2], bias: bool) -> Result<Self, Error> {
-        let weight = check(&format!("{module}.weight"), weights.linear(module)?, &shape)?;
+    /// Loads `module` and checks its shape `[out, in]`; `transposed` tells that it is stored the other way round as long as
+    /// it is dense.
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        module: &str,
+        shape: [usize; 2],
+        (bias, transposed): (bool, bool),
+    ) -> Result<Self, Error> {
+        let (name, weight) = (format!("{module}.weight"), weights.linear(module)?);
+        let weight = match transposed && !weights.quantized(module) {
+            true => check(&name, weight, &[shape[1], shape[0]])?.t()?.contiguous()?,
+            false => check(&name, weight, &shape)?,
+        };
         let bias = bias.then(|| shaped(weights, &format!("{module}.bias"), &shape[..1])).transpose()?;
         Ok(Linear { weight, bias, activations: weights.activations(module) })
     }

@@ -2,7 +2,7 @@
 
 use crate::backward::values;
 use crate::weights::shaped;
-use crate::{Error, Weights, ops};
+use crate::{Error, ModelSpec, Weights, ops};
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
 
@@ -27,20 +27,14 @@ pub(crate) struct Norm {
 }
 
 impl Norm {
-    /// Loads the tensors called `names`, weight and bias.
-    pub(crate) fn load(
-        weights: &dyn Weights,
-        names: &[String; 2],
-        width: usize,
-        kind: NormKind,
-        eps: f64,
-    ) -> Result<Self, Error> {
-        let [weight, bias] = names;
-        let bias = match kind {
+    /// Loads the tensors called `names`, weight and bias, of a norm of `spec`.
+    pub(crate) fn load(spec: &ModelSpec, weights: &dyn Weights, names: &[String; 2]) -> Result<Self, Error> {
+        let ([weight, bias], width) = (names, spec.hidden);
+        let bias = match spec.norm {
             NormKind::Rms => None,
             NormKind::Layer => Some(shaped(weights, bias, &[width])?),
         };
-        Ok(Norm { weight: shaped(weights, weight, &[width])?, bias, eps: eps as f32 })
+        Ok(Norm { weight: load_weight(spec, weights, weight, width)?, bias, eps: spec.norm_eps as f32 })
     }
 
     /// `x [rows, width]`, normed row by row.
@@ -51,11 +45,21 @@ impl Norm {
             Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
         })
     }
+
     /// The gradient of `x [rows, width]` from `grad`, that of [`Norm::forward`]; adds the weight's to `d_weight [width]`.
     pub(crate) fn backward(&self, x: &Tensor, grad: &[f32], d_weight: &mut [f32]) -> Result<Vec<f32>, Error> {
         let mut d_x = vec![0.0; grad.len()];
         let kind = (self.eps, self.bias.is_some());
         ops::norm_backward(&values(&x.contiguous()?)?, &values(&self.weight)?, kind, grad, &mut d_x, d_weight);
         Ok(d_x)
+    }
+}
+
+/// The factor of a norm, which may be stored as its difference from one: `[width]`.
+pub(crate) fn load_weight(spec: &ModelSpec, weights: &dyn Weights, name: &str, width: usize) -> Result<Tensor, Error> {
+    let weight = shaped(weights, name, &[width])?;
+    match spec.norm_offset {
+        0.0 => Ok(weight),
+        offset => Ok((weight + f64::from(offset))?),
     }
 }

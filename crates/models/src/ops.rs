@@ -10,6 +10,7 @@ use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::f64::consts::PI;
+use std::ops::Range;
 
 /// Elements a thread takes at a time; below it, handing out work costs more than the work.
 const BLOCK: usize = 1 << 14;
@@ -18,10 +19,38 @@ const BAND: usize = 512;
 /// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
 const LANES: usize = 16;
 
-/// Rotates the heads of `x [tokens, kv_heads · group · head_dim]` by `cos`, `sin` `[tokens or more, head_dim / 2]` and
-/// gathers them by key-value head: `[kv_heads, tokens · group, head_dim]`, rows in order of token, then head.
-pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, group: usize) -> Result<Tensor> {
-    x.apply_op3_no_bwd(cos, sin, &Rotate { group })
+/// Rotates the heads of `x [tokens, kv_heads · group · dim]` by `cos`, `sin` `[tokens or more, rotated / 2]`, the first
+/// `rotated` channels of each, and gathers them by key-value head: `[kv_heads, tokens · group, dim]`, rows in order of
+/// token, then head.
+pub(crate) fn rotate(x: &Tensor, (cos, sin): (&Tensor, &Tensor), dim: usize, group: usize) -> Result<Tensor> {
+    x.apply_op3_no_bwd(cos, sin, &Rotate { dim, group })
+}
+
+/// The channels `ranges` of `x [tokens, width]`, one after the other.
+pub(crate) fn channels(x: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
+    let parts = ranges.iter().map(|range| x.narrow(1, range.start, range.len())).collect::<Result<Vec<_>>>()?;
+    match &parts[..] {
+        [one] => one.contiguous(),
+        parts => Tensor::cat(parts, 1),
+    }
+}
+
+/// Puts rows of `part [tokens, Σ ranges]` back to where [`channels`] took them, into `whole [tokens, width]`.
+pub(crate) fn put_channels(whole: &mut [f32], width: usize, ranges: &[Range<usize>], part: &[f32]) {
+    let own: usize = ranges.iter().map(Range::len).sum();
+    for (whole, mut part) in whole.chunks_exact_mut(width).zip(part.chunks_exact(own)) {
+        for range in ranges {
+            let (now, rest) = part.split_at(range.len());
+            whole[range.clone()].copy_from_slice(now);
+            part = rest;
+        }
+    }
+}
+
+/// `x ← factor · x`, in place.
+pub(crate) fn scale(x: &Tensor, factor: f32) -> Result<()> {
+    let factor = Tensor::full(factor, x.dim(candle_core::D::Minus1)?, x.device())?;
+    mul(x, &factor)
 }
 
 /// `x [tokens, in]` times the transpose of `weight [out, in]`.
@@ -44,6 +73,11 @@ pub(crate) fn mul(x: &Tensor, y: &Tensor) -> Result<()> {
     x.inplace_op2(y, &Elementwise { name: "mul", f: |x: f32, y: f32| x * y })
 }
 
+/// `c · tanh(x / c)`.
+pub(crate) fn capped(x: &Tensor, cap: f32) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&Capped { cap })
+}
+
 /// Rounds every row of `x [tokens, width]` to symmetric 8-bit integers with a scale of its own, and back, exactly as
 /// compressed-tensors does for dynamic per-token activations: `scale = amax / 127.5`, ties to even, codes −128 to 127.
 pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
@@ -56,6 +90,7 @@ pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -
 }
 
 struct Rotate {
+    dim: usize,
     group: usize,
 }
 
@@ -75,8 +110,8 @@ impl CustomOp3 for Rotate {
     ) -> Result<(CpuStorage, Shape)> {
         let (tokens, width) = x_layout.shape().dims2()?;
         let (rows, half) = cos_layout.shape().dims2()?;
-        let (dim, group) = (2 * half, self.group);
-        if rows < tokens || sin_layout.shape() != cos_layout.shape() || width % (dim * group) != 0 {
+        let Rotate { dim, group } = *self;
+        if rows < tokens || 2 * half > dim || sin_layout.shape() != cos_layout.shape() || width % (dim * group) != 0 {
             bail!("rotate-heads: {width} channels of {tokens} tokens, table {rows} x {half}, groups of {group}");
         }
         let (x, cos, sin) = (floats(x, x_layout)?, floats(cos, cos_layout)?, floats(sin, sin_layout)?);
@@ -89,6 +124,7 @@ impl CustomOp3 for Rotate {
                 let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
                 for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
                     let ((a, b), (c, d)) = (src.split_at(half), dst.split_at_mut(half));
+                    d[half..].copy_from_slice(&b[half..]);
                     for j in 0..half {
                         c[j] = a[j] * cos[j] - b[j] * sin[j];
                         d[j] = b[j] * cos[j] + a[j] * sin[j];
@@ -155,6 +191,22 @@ impl<F: Fn(f32, f32) -> f32 + Sync> InplaceOp2 for Elementwise<F> {
             }
         });
         Ok(())
+    }
+}
+
+struct Capped {
+    cap: f32,
+}
+
+impl CustomOp1 for Capped {
+    fn name(&self) -> &'static str {
+        "cap"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut out = floats(x, layout)?.to_vec();
+        each_block(&mut out, 1, |_, block| block.iter_mut().for_each(|v| *v = self.cap * (*v / self.cap).tanh()));
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }
 
@@ -298,25 +350,26 @@ fn value_and_slope(act: Act, x: f32) -> (f32, f32) {
 
 /// The inverse of [`rotate`], which is its transpose: from `[kv_heads, tokens · group, head_dim]` to
 /// `[tokens, kv_heads · group · head_dim]`, rotated back. An attention factor in the table scales both alike.
-/// Without a table of `(cos, sin)`, heads are only put back in their places.
+/// Without a table of cosines and sines and half of the rotated width, heads are only put back in their places.
 pub(crate) fn unrotate(
     x: &[f32],
-    table: Option<(&[f32], &[f32])>,
+    table: Option<(&[f32], &[f32], usize)>,
     (tokens, dim, group): (usize, usize, usize),
 ) -> Vec<f32> {
-    let (half, row) = (dim / 2, dim * group);
+    let row = dim * group;
     let mut out = vec![0.0f32; x.len()];
     let width = x.len() / tokens.max(1);
     for (i, src) in x.chunks_exact(row).enumerate() {
         let (head, token) = (i / tokens, i % tokens);
         let dst = &mut out[token * width + head * row..][..row];
-        let Some((cos, sin)) = table else {
+        let Some((cos, sin, half)) = table else {
             dst.copy_from_slice(src);
             continue;
         };
         let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
         for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
             let ((c, d), (a, b)) = (src.split_at(half), dst.split_at_mut(half));
+            b[half..].copy_from_slice(&d[half..]);
             for j in 0..half {
                 a[j] = c[j] * cos[j] + d[j] * sin[j];
                 b[j] = d[j] * cos[j] - c[j] * sin[j];

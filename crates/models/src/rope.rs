@@ -6,6 +6,8 @@
 
 mod read;
 
+pub(crate) use read::RopeKeys;
+
 use crate::Error;
 use candle_core::{Device, Tensor};
 use std::f64::consts::PI;
@@ -15,7 +17,7 @@ use std::f64::consts::PI;
 pub struct Rope {
     /// Base of the geometric row of wavelengths.
     pub theta: f64,
-    /// Rotated width: the head size.
+    /// Rotated width: the head size, or less where the rest of a head is left as it is.
     pub dim: usize,
     /// How the frequencies are changed for long contexts.
     pub kind: RopeKind,
@@ -139,6 +141,17 @@ impl Rope {
         }
     }
 
+    /// Cosines and sines `[tokens, dim / 2]` of a window of `tokens`.
+    fn turns(&self, tokens: usize) -> Result<(Tensor, Tensor), Error> {
+        let (frequencies, scale) = (self.frequencies(tokens), self.attention());
+        let table = |turn: fn(f32) -> f32| {
+            let angle = |p: usize| frequencies.iter().map(move |f| turn(p as f32 * f) * scale);
+            let entries: Vec<f32> = (0..tokens).flat_map(angle).collect();
+            Tensor::from_vec(entries, (tokens, frequencies.len()), &Device::Cpu)
+        };
+        Ok((table(f32::cos)?, table(f32::sin)?))
+    }
+
     /// The shortest window with the same frequencies as one of `tokens`.
     fn shortest(&self, tokens: usize) -> usize {
         match self.kind {
@@ -161,48 +174,57 @@ fn llama3(f: f32, factor: f32, low: f32, high: f32, original: f32) -> f32 {
     }
 }
 
-/// Cosines and sines of the positions of one window; nothing for a model that does not rotate.
+/// Cosines and sines of the positions of one window, for every block that rotates.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
-    /// Cosines and sines, each `[longest, dim / 2]`.
-    turns: Option<(Tensor, Tensor)>,
+    /// Cosines and sines, each `[longest, dim / 2]`, of every rotary embedding there is.
+    turns: Vec<(Tensor, Tensor)>,
+    /// For each block, which of them it uses.
+    of_block: Vec<Option<usize>>,
     shortest: usize,
     longest: usize,
 }
 
 impl RopeTable {
-    /// The table for windows of `tokens` positions. It also serves shorter windows, as far as the frequencies do not
-    /// depend on the length (dynamic and longrope scaling beyond the original context).
+    /// The table for windows of `tokens` positions, for blocks with these rotary embeddings. It also serves shorter
+    /// windows, as far as the frequencies do not depend on the length (dynamic and longrope scaling beyond the original
+    /// context).
     ///
     /// # Errors
     /// [`Error::Window`] for a window of no tokens.
-    pub fn new<'a>(rope: impl Into<Option<&'a Rope>>, tokens: usize) -> Result<Self, Error> {
+    pub fn new(ropes: &[Option<Rope>], tokens: usize) -> Result<Self, Error> {
         if tokens == 0 {
             return Err(Error::Window { tokens, shortest: 1, longest: usize::MAX });
         }
-        let Some(rope) = rope.into() else {
-            return Ok(RopeTable { turns: None, shortest: 1, longest: tokens });
+        let mut distinct: Vec<&Rope> = Vec::new();
+        let place = |rope: &'_ Option<Rope>, distinct: &mut Vec<&Rope>| {
+            rope.as_ref().map(|rope| distinct.iter().position(|known| *known == rope))
         };
-        let (frequencies, scale) = (rope.frequencies(tokens), rope.attention());
-        let table = |turn: fn(f32) -> f32| {
-            let angle = |p: usize| frequencies.iter().map(move |f| turn(p as f32 * f) * scale);
-            Tensor::from_vec(
-                (0..tokens).flat_map(angle).collect::<Vec<f32>>(),
-                (tokens, frequencies.len()),
-                &Device::Cpu,
-            )
-        };
-        let turns = Some((table(f32::cos)?, table(f32::sin)?));
-        Ok(RopeTable { turns, shortest: rope.shortest(tokens), longest: tokens })
+        for rope in ropes {
+            if place(rope, &mut distinct) == Some(None) {
+                distinct.extend(rope);
+            }
+        }
+        let of_block = ropes.iter().map(|rope| place(rope, &mut distinct).flatten()).collect();
+        let turns = distinct.iter().map(|rope| rope.turns(tokens)).collect::<Result<_, _>>()?;
+        let shortest = distinct.iter().map(|rope| rope.shortest(tokens)).max().unwrap_or(1);
+        Ok(RopeTable { turns, of_block, shortest, longest: tokens })
     }
 
-    /// Cosines and sines `[longest, dim / 2]`, after checking that a window of `tokens` may use them.
-    pub(crate) fn for_window(&self, tokens: usize) -> Result<Option<(&Tensor, &Tensor)>, Error> {
+    /// Checks that a window of `tokens` may use the table.
+    pub(crate) fn serves(&self, tokens: usize) -> Result<(), Error> {
         if (self.shortest..=self.longest).contains(&tokens) {
-            Ok(self.turns.as_ref().map(|(cos, sin)| (cos, sin)))
+            Ok(())
         } else {
             Err(Error::Window { tokens, shortest: self.shortest, longest: self.longest })
         }
+    }
+
+    /// Cosines and sines `[longest, dim / 2]` of block `index`, where it rotates, after checking that a window of `tokens`
+    /// may use them.
+    pub(crate) fn of_block(&self, index: usize, tokens: usize) -> Result<Option<(&Tensor, &Tensor)>, Error> {
+        self.serves(tokens)?;
+        Ok(self.of_block[index].map(|i| (&self.turns[i].0, &self.turns[i].1)))
     }
 }
 
@@ -223,13 +245,25 @@ mod tests {
             (&long, 32, vec![17, 32], vec![1, 16, 33]),
             (&long, 16, vec![1, 16], vec![17]),
         ] {
-            let table = RopeTable::new(rope, built).unwrap();
-            assert!(served.iter().all(|&t| table.for_window(t).is_ok()), "{rope:?} {built}");
+            let table = RopeTable::new(&[Some(rope.clone())], built).unwrap();
+            assert!(served.iter().all(|&t| table.of_block(0, t).is_ok()), "{rope:?} {built}");
             assert!(
-                refused.iter().all(|&t| matches!(table.for_window(t), Err(Error::Window { .. }))),
+                refused.iter().all(|&t| matches!(table.of_block(0, t), Err(Error::Window { .. }))),
                 "{rope:?} {built}"
             );
         }
-        assert!(RopeTable::new(&default, 0).is_err());
+        assert!(RopeTable::new(&[Some(default)], 0).is_err());
+    }
+
+    #[test]
+    fn blocks_have_the_tables_of_their_own_ropes() {
+        let rope = |theta: f64, dim: usize| Some(Rope { theta, dim, kind: RopeKind::Default });
+        let table = RopeTable::new(&[rope(1e4, 8), None, rope(1e2, 4), rope(1e4, 8)], 5).unwrap();
+        let of = |block| table.of_block(block, 5).unwrap().map(|(cos, _)| cos.to_vec2::<f32>().unwrap());
+        assert_eq!(table.turns.len(), 2, "equal ones are kept once");
+        assert!(of(0) == of(3) && of(1).is_none());
+        let (wide, narrow) = (of(0).unwrap(), of(2).unwrap());
+        assert_eq!((wide[4].len(), narrow[4].len()), (4, 2));
+        assert_eq!(narrow[4][1], (4.0f32 * 0.1).cos());
     }
 }

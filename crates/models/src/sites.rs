@@ -6,6 +6,8 @@
 /// One linear of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
+    /// Q, K and V stored as one, `[(heads + 2 · kv_heads) · head_dim, hidden]`.
+    Qkv,
     /// Queries, `[heads · head_dim, hidden]`.
     Q,
     /// Keys, `[kv_heads · head_dim, hidden]`.
@@ -14,6 +16,8 @@ pub enum Role {
     V,
     /// Output of the attention, `[hidden, heads · head_dim]`.
     O,
+    /// Gate and Up stored as one, `[2 · intermediate, hidden]`.
+    GateUp,
     /// The gated branch of the MLP, `[intermediate, hidden]`; not every MLP has one.
     Gate,
     /// The linear branch of a gated MLP, the only one of a plain MLP, `[intermediate, hidden]`.
@@ -23,17 +27,20 @@ pub enum Role {
 }
 
 impl Role {
-    /// Every linear, in execution order.
-    pub const ALL: [Role; 7] = [Role::Q, Role::K, Role::V, Role::O, Role::Gate, Role::Up, Role::Down];
+    /// Every linear, in execution order. A block has some of them.
+    pub const ALL: [Role; 9] =
+        [Role::Qkv, Role::Q, Role::K, Role::V, Role::O, Role::GateUp, Role::Gate, Role::Up, Role::Down];
 
     /// Its name in options and messages, the one that most decoders give the module.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Role::Qkv => "qkv_proj",
             Role::Q => "q_proj",
             Role::K => "k_proj",
             Role::V => "v_proj",
             Role::O => "o_proj",
+            Role::GateUp => "gate_up_proj",
             Role::Gate => "gate_proj",
             Role::Up => "up_proj",
             Role::Down => "down_proj",
@@ -44,10 +51,26 @@ impl Role {
     #[must_use]
     pub const fn site(self) -> &'static Site {
         match self {
-            Role::Q | Role::K | Role::V => &SITES[0],
+            Role::Qkv | Role::Q | Role::K | Role::V => &SITES[0],
             Role::O => &SITES[1],
-            Role::Gate | Role::Up => &SITES[2],
+            Role::GateUp | Role::Gate | Role::Up => &SITES[2],
             Role::Down => &SITES[3],
+        }
+    }
+
+    /// What a linear stores together, or itself alone.
+    #[must_use]
+    pub const fn parts(self) -> &'static [Role] {
+        match self {
+            Role::Qkv => &[Role::Q, Role::K, Role::V],
+            Role::Q => &[Role::Q],
+            Role::K => &[Role::K],
+            Role::V => &[Role::V],
+            Role::O => &[Role::O],
+            Role::GateUp => &[Role::Gate, Role::Up],
+            Role::Gate => &[Role::Gate],
+            Role::Up => &[Role::Up],
+            Role::Down => &[Role::Down],
         }
     }
 }
@@ -57,24 +80,34 @@ impl Role {
 pub enum NormRole {
     /// Before the attention, beside the residual stream (pre-norm).
     Input,
+    /// Of what the attention puts out, before it is added to the residual stream.
+    AttnOutput,
     /// In the residual stream itself, once the attention is added (post-norm).
     AttnResidual,
     /// Before the MLP, beside the residual stream (pre-norm).
     PostAttention,
+    /// Of what the MLP puts out, before it is added to the residual stream.
+    MlpOutput,
     /// In the residual stream itself, once the MLP is added (post-norm).
     MlpResidual,
 }
 
 impl NormRole {
     /// Every place, in execution order.
-    pub const ALL: [NormRole; 4] =
-        [NormRole::Input, NormRole::AttnResidual, NormRole::PostAttention, NormRole::MlpResidual];
+    pub const ALL: [NormRole; 6] = [
+        NormRole::Input,
+        NormRole::AttnOutput,
+        NormRole::AttnResidual,
+        NormRole::PostAttention,
+        NormRole::MlpOutput,
+        NormRole::MlpResidual,
+    ];
 }
 
 /// What can take over the inverse of a scale applied to the input channels of a site's linears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absorb {
-    /// The elementwise weight of this norm.
+    /// The elementwise weight (and bias) of this norm.
     Norm(NormRole),
     /// The output rows (and bias) of this linear. With fewer key-value heads than heads, V has one row where the site has
     /// one channel per query head of the group, so such scales must agree inside a group.
@@ -92,12 +125,29 @@ pub struct Site {
     pub absorbed_by: Option<Absorb>,
 }
 
+impl Site {
+    /// What reads the activation, parts that one linear stores together apart.
+    #[must_use]
+    pub fn parts(&self) -> Vec<Role> {
+        self.linears.iter().flat_map(|role| role.parts()).copied().collect()
+    }
+}
+
 /// Every site of a block, in execution order: the outputs of the five pieces of [`crate::Block`] but the last. This is the
-/// fullest block, pre-norm with a gated MLP; [`crate::ModelSpec::sites`] narrows it to what an architecture has.
+/// fullest block, pre-norm with a gated MLP, in every way of storing it; [`crate::ModelSpec::sites`] narrows it to what an
+/// architecture has.
 pub static SITES: [Site; 4] = [
-    Site { name: "attn_in", linears: &[Role::Q, Role::K, Role::V], absorbed_by: Some(Absorb::Norm(NormRole::Input)) },
+    Site {
+        name: "attn_in",
+        linears: &[Role::Qkv, Role::Q, Role::K, Role::V],
+        absorbed_by: Some(Absorb::Norm(NormRole::Input)),
+    },
     Site { name: "attn_out", linears: &[Role::O], absorbed_by: Some(Absorb::Linear(Role::V)) },
-    Site { name: "mlp_in", linears: &[Role::Gate, Role::Up], absorbed_by: Some(Absorb::Norm(NormRole::PostAttention)) },
+    Site {
+        name: "mlp_in",
+        linears: &[Role::GateUp, Role::Gate, Role::Up],
+        absorbed_by: Some(Absorb::Norm(NormRole::PostAttention)),
+    },
     Site { name: "mlp_out", linears: &[Role::Down], absorbed_by: Some(Absorb::Linear(Role::Up)) },
 ];
 
@@ -111,6 +161,7 @@ mod tests {
         assert_eq!(read, Role::ALL, "once each, in execution order");
         for role in Role::ALL {
             assert!(role.site().linears.contains(&role), "{role:?}");
+            assert!(role.parts().iter().all(|part| part.site() == role.site()), "{role:?}");
         }
     }
 
@@ -122,7 +173,10 @@ mod tests {
                     let reads = SITES.iter().position(|s| s == role.site()).unwrap();
                     assert!(reads < i, "{} is absorbed by {role:?}", site.name);
                 }
-                Some(Absorb::Norm(norm)) => assert_eq!(i, NormRole::ALL.iter().position(|&n| n == norm).unwrap()),
+                Some(Absorb::Norm(norm)) => {
+                    // The norms of sites stand before attention and MLP; the other four behind the two.
+                    assert_eq!(NormRole::ALL.iter().position(|&n| n == norm).unwrap(), i / 2 * 3);
+                }
                 None => panic!("{}: the fullest block can absorb everywhere", site.name),
             }
         }

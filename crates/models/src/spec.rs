@@ -1,7 +1,8 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
-use crate::layout::{Layout, Spelling};
+use crate::layout::{Buffer, Fused, Layout, Spelling};
 use crate::{Absorb, NormKind, NormRole, Role, Rope, SITES, Site};
+use std::ops::Range;
 
 /// The activation of the MLP: of its gate, or of its only branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,38 @@ pub enum Act {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+}
+
+/// What the norms of queries and keys take in at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// One head, `[head_dim]`.
+    Head,
+    /// All heads together, `[heads · head_dim]` and `[kv_heads · head_dim]`.
+    Whole,
+}
+
+/// Factors and bounds between the parts of a model; in most models there are none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors {
+    /// Of token embeddings.
+    pub embedding: f64,
+    /// Of the products of queries and keys; `None` is `head_dim^−½`.
+    pub attention: Option<f64>,
+    /// Of what attention and MLP add to the residual stream.
+    pub residual: f64,
+    /// Of the logits.
+    pub logits: f64,
+    /// Scores of the attention go through `c · tanh(x / c)` before the soft-max.
+    pub attention_cap: Option<f64>,
+    /// So do logits, after their factor.
+    pub logit_cap: Option<f64>,
+}
+
+impl Factors {
+    /// No factors and no bounds.
+    pub const NONE: Factors =
+        Factors { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0, attention_cap: None, logit_cap: None };
 }
 
 /// Everything the forward pass must know about a model.
@@ -37,14 +70,20 @@ pub struct ModelSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head; even where it is rotated.
+    /// Width of one head.
     pub head_dim: usize,
     /// The kind of every norm.
     pub norm: NormKind,
     /// Added under the root of every norm.
     pub norm_eps: f64,
-    /// Rotary position embedding, where positions do not come in with the tokens.
-    pub rope: Option<Rope>,
+    /// What the stored weights of norms lack: 1 where they are written as differences from one.
+    pub norm_offset: f32,
+    /// For each block, its rotary position embedding; `None` where it has none.
+    pub ropes: Vec<Option<Rope>>,
+    /// The row of the first position, where positions have learned embeddings.
+    pub position_offset: usize,
+    /// The token that fills up texts, where it is left out in counting positions; its own is the one before the first.
+    pub padding: Option<u32>,
     /// Kinds of tokens with an embedding of their own; 0 where tokens have no kinds.
     pub token_types: usize,
     /// Whether a token attends to what came before it only.
@@ -57,8 +96,12 @@ pub struct ModelSpec {
     pub out_bias: bool,
     /// Whether the linears of the MLP have biases.
     pub mlp_bias: bool,
-    /// Whether queries and keys are normed per head before the rotary embedding.
-    pub qk_norm: bool,
+    /// Norms of queries and keys, before the rotary embedding.
+    pub qk_norm: Option<QkNorm>,
+    /// Whether the MLP reads what the attention reads, and not what it leaves.
+    pub parallel: bool,
+    /// Factors and bounds between the parts.
+    pub factors: Factors,
     /// Whether the head is the embedding.
     pub tied: bool,
     /// The activation of the MLP.
@@ -85,6 +128,43 @@ impl ModelSpec {
     #[must_use]
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
+    }
+
+    /// The rotary embedding that all blocks share, where they do.
+    #[must_use]
+    pub fn rope(&self) -> Option<&Rope> {
+        let (first, others) = self.ropes.split_first()?;
+        first.as_ref().filter(|_| others.iter().all(|rope| rope == first))
+    }
+
+    /// Whether what O and Down put out is added to the residual stream as it is.
+    #[must_use]
+    pub fn adds_plainly(&self) -> bool {
+        let normed = self.has_norm(NormRole::AttnOutput) || self.has_norm(NormRole::MlpOutput);
+        !normed && self.factors.residual == 1.0
+    }
+
+    /// Whether the activation of the MLP is multiplied by a second branch.
+    #[must_use]
+    pub fn gated(&self) -> bool {
+        self.has(Role::Gate) || self.has(Role::GateUp)
+    }
+
+    /// The linear that stores `part`, and the rows of it there, in order: itself and all its rows, or a share of
+    /// [`Role::Qkv`] or [`Role::GateUp`].
+    #[must_use]
+    pub fn rows(&self, part: Role) -> (Role, Vec<Range<usize>>) {
+        let [own, _] = self.linear_shape(part);
+        let whole = [Role::Qkv, Role::GateUp].into_iter().find(|role| role.parts().contains(&part) && self.has(*role));
+        let Some(whole) = whole else { return (part, vec![0..own]) };
+        let before = whole.parts().iter().take_while(|&&p| p != part);
+        if whole == Role::Qkv && self.layout.fused == Fused::ByHead {
+            let (dim, at) = (self.head_dim, before.count());
+            let head = |head: usize| (3 * head + at) * dim..(3 * head + at + 1) * dim;
+            return (whole, (0..self.heads).map(head).collect());
+        }
+        let first: usize = before.map(|&p| self.linear_shape(p)[0]).sum();
+        (whole, std::iter::once(first..first + own).collect())
     }
 
     /// Whether a block has this linear.
@@ -121,6 +201,16 @@ impl ModelSpec {
         weight
     }
 
+    /// Tensor name of the bias of `norm` in block `block`, where its kind has one.
+    ///
+    /// # Panics
+    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
+    #[must_use]
+    pub fn norm_bias(&self, block: usize, norm: NormRole) -> Option<String> {
+        let [_, bias] = self.norm_tensors(block, norm);
+        (self.norm == NormKind::Layer).then_some(bias)
+    }
+
     /// Tensor names of the weight and, where the kind has one, the bias of `norm` in block `block`.
     pub(crate) fn norm_tensors(&self, block: usize, norm: NormRole) -> [String; 2] {
         match self.layout.norms.iter().find(|(n, _)| *n == norm) {
@@ -153,7 +243,7 @@ impl ModelSpec {
     /// The module of the output head, where there is one.
     #[must_use]
     pub fn head(&self) -> Option<String> {
-        self.layout.head.map(|head| self.spell(head))
+        self.layout.head.map(|head| self.spelling.head.unwrap_or(head).to_owned())
     }
 
     /// The linear over the vocabulary that a loader may build without a tensor of its own: the output head, or for an
@@ -177,15 +267,16 @@ impl ModelSpec {
     pub fn sites(&self) -> [Site; 4] {
         SITES.map(|site| Site {
             name: site.name,
-            linears: match site.linears {
-                [Role::Gate, plain @ ..] if !self.has(Role::Gate) => plain,
-                all => all,
+            linears: match (site.linears, self.gated()) {
+                ([fused, ..], _) if self.has(*fused) => &site.linears[..1],
+                ([Role::GateUp, Role::Gate, plain @ ..], false) | ([Role::Qkv | Role::GateUp, plain @ ..], _) => plain,
+                (all, _) => all,
             },
             absorbed_by: site.absorbed_by.filter(|absorb| match absorb {
                 // In post-norm models a site reads the residual stream, which carries its scale on to the next sum.
                 Absorb::Norm(norm) => self.has_norm(*norm),
                 // A plain MLP has the activation between Up and Down, and of those only ReLU lets a scale through.
-                Absorb::Linear(Role::Up) => self.has(Role::Gate) || self.act == Act::Relu,
+                Absorb::Linear(Role::Up) => self.gated() || self.act == Act::Relu,
                 Absorb::Linear(_) => true,
             }),
         })
@@ -197,7 +288,9 @@ impl ModelSpec {
         let fits = |spelling: &&'static Spelling| {
             let spec = ModelSpec { spelling, ..self.clone() };
             let norm = self.layout.norms.first().map(|(norm, _)| spec.norm(0, *norm));
-            stored(&spec.embedding()) && norm.is_none_or(|norm| stored(&norm))
+            // A tied head need not be stored, and where a name of its own is, it is the spelling's.
+            let head = spec.head().filter(|_| !spec.tied).map(|head| format!("{head}.weight"));
+            stored(&spec.embedding()) && [norm, head].into_iter().flatten().all(|name| stored(&name))
         };
         match self.layout.spellings.iter().find(fits) {
             Some(spelling) => ModelSpec { spelling, ..self },
@@ -229,6 +322,8 @@ impl ModelSpec {
     pub fn linear_shape(&self, role: Role) -> [usize; 2] {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         match role {
+            Role::Qkv => [q + 2 * kv, self.hidden],
+            Role::GateUp => [2 * self.intermediate, self.hidden],
             Role::Q => [q, self.hidden],
             Role::K | Role::V => [kv, self.hidden],
             Role::O => [self.hidden, q],
@@ -237,13 +332,28 @@ impl ModelSpec {
         }
     }
 
+    /// Its shape as a dense checkpoint stores it: `[in, out]` in families that transpose.
+    #[must_use]
+    pub fn stored_shape(&self, role: Role) -> [usize; 2] {
+        let [out, inner] = self.linear_shape(role);
+        if self.layout.transposed { [inner, out] } else { [out, inner] }
+    }
+
+    /// Widths of the norms of queries and keys.
+    pub(crate) fn qk_widths(&self) -> Option<[usize; 2]> {
+        self.qk_norm.map(|norm| match norm {
+            QkNorm::Head => [self.head_dim; 2],
+            QkNorm::Whole => [Role::Q, Role::K].map(|role| self.linear_shape(role)[0]),
+        })
+    }
+
     /// Whether a linear has a bias.
     #[must_use]
     pub fn has_bias(&self, role: Role) -> bool {
         match role {
-            Role::Q | Role::K | Role::V => self.qkv_bias,
+            Role::Qkv | Role::Q | Role::K | Role::V => self.qkv_bias,
             Role::O => self.out_bias,
-            Role::Gate | Role::Up | Role::Down => self.mlp_bias,
+            Role::GateUp | Role::Gate | Role::Up | Role::Down => self.mlp_bias,
         }
     }
 
@@ -253,7 +363,7 @@ impl ModelSpec {
         let mut slots = Vec::new();
         for (role, module) in self.block_linears(block) {
             let shape = self.linear_shape(role);
-            slots.push(TensorSlot::new(format!("{module}.weight"), &shape));
+            slots.push(TensorSlot::new(format!("{module}.weight"), &self.stored_shape(role)));
             if self.has_bias(role) {
                 slots.push(TensorSlot::new(format!("{module}.bias"), &shape[..1]));
             }
@@ -261,12 +371,19 @@ impl ModelSpec {
         for (norm, _) in self.layout.norms {
             slots.extend(self.norm_slots(self.norm_tensors(block, *norm)));
         }
-        if self.qk_norm {
-            slots.extend(self.qk_norms(block).map(|name| TensorSlot::new(name, &[self.head_dim])));
+        for (name, width) in self.qk_norms(block).into_iter().zip(self.qk_widths().into_iter().flatten()) {
+            slots.push(TensorSlot::new(name, &[width]));
         }
-        if self.rope.is_some() {
-            let rotary = self.in_block(block, "self_attn.rotary_emb.inv_freq");
-            slots.push(TensorSlot { optional: true, ..TensorSlot::new(rotary, &[self.head_dim / 2]) });
+        for (buffer, kind) in self.layout.buffers {
+            let positions = self.max_positions + self.position_offset;
+            let shape = match (kind, &self.ropes[block]) {
+                (Buffer::Frequencies, None) => continue,
+                (Buffer::Frequencies, Some(rope)) => vec![rope.dim / 2],
+                (Buffer::Mask, _) => vec![1, 1, positions, positions],
+                (Buffer::Number, _) => vec![],
+            };
+            let slot = TensorSlot::new(self.in_block(block, buffer), &shape);
+            slots.push(TensorSlot { optional: true, ..slot });
         }
         slots
     }
@@ -276,11 +393,14 @@ impl ModelSpec {
     pub fn tensors(&self) -> Vec<TensorSlot> {
         let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
         if let Some(added) = &self.layout.added {
-            slots.push(TensorSlot::new(self.spell(added.positions), &[self.max_positions, self.hidden]));
-            slots.push(TensorSlot::new(self.spell(added.types), &[self.token_types, self.hidden]));
-            slots.extend(self.norm_slots(self.norm_parts(&self.spell(added.norm))));
-            let ids = TensorSlot::new(self.spell(added.position_ids), &[1, self.max_positions]);
-            slots.push(TensorSlot { optional: true, ..ids });
+            let positions = self.max_positions + self.position_offset;
+            slots.push(TensorSlot::new(self.spell(added.positions), &[positions, self.hidden]));
+            slots.extend(added.types.map(|name| TensorSlot::new(self.spell(name), &[self.token_types, self.hidden])));
+            slots.extend(added.norm.into_iter().flat_map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm)))));
+            slots.extend(added.position_ids.map(|name| {
+                let ids = TensorSlot::new(self.spell(name), &[1, positions]);
+                TensorSlot { optional: true, ..ids }
+            }));
         }
         slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
         if let Some(norm) = self.layout.final_norm {

@@ -14,7 +14,7 @@ pub trait Weights: Sync {
     /// When it is missing or unreadable.
     fn tensor(&self, name: &str) -> Result<Tensor, Error>;
 
-    /// The weight `[out, in]` of a linear, dequantized where it is stored quantized.
+    /// The weight of a linear: as stored where it is dense, and where it is quantized dequantized, `[out, in]`.
     ///
     /// # Errors
     /// When it is missing or unreadable.
@@ -22,6 +22,9 @@ pub trait Weights: Sync {
 
     /// Whether a tensor `name` is stored.
     fn contains(&self, name: &str) -> bool;
+
+    /// Whether a linear is stored quantized.
+    fn quantized(&self, module: &str) -> bool;
 
     /// How the input of a linear is rounded at run time.
     fn activations(&self, module: &str) -> Activations;
@@ -39,6 +42,10 @@ impl Weights for BTreeMap<String, Tensor> {
 
     fn contains(&self, name: &str) -> bool {
         self.contains_key(name)
+    }
+
+    fn quantized(&self, _module: &str) -> bool {
+        false
     }
 
     fn activations(&self, _module: &str) -> Activations {
@@ -64,6 +71,10 @@ impl Weights for Checkpoint {
 
     fn contains(&self, name: &str) -> bool {
         Checkpoint::contains(self, name)
+    }
+
+    fn quantized(&self, module: &str) -> bool {
+        self.scheme_of(module).is_some()
     }
 
     fn activations(&self, module: &str) -> Activations {

@@ -28,7 +28,7 @@ fn ids(golden: &BTreeMap<String, Tensor>) -> Vec<u32> {
 
 /// Logits where the model has a head, hidden states otherwise.
 fn output(spec: &ModelSpec, weights: &dyn Weights, ids: &[u32]) -> Tensor {
-    let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
+    let rope = RopeTable::new(&spec.ropes, ids.len()).unwrap();
     let mut h = Embedding::load(spec, weights).unwrap().embed(ids).unwrap();
     for index in 0..spec.layers {
         h = Block::load(spec, index, weights).unwrap().forward(&h, &rope).unwrap();

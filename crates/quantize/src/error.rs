@@ -32,6 +32,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A shift of targets by what the residual stream lost, in a model that does not add to the stream plainly.
+    #[error(
+        "--target-shift outputs cannot be used with {dir}: norms or factors stand between what is rounded and the residual stream; use inputs or off", dir = dir.display()
+    )]
+    TargetShift {
+        /// The model folder.
+        dir: PathBuf,
+    },
     /// Transforms choose by what text does in the original model.
     #[error(
         "transforms run text through the model, and statistics do not hold any; give text, or leave --transforms out"

@@ -64,6 +64,9 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 const EMBEDDING: &str = "model.embed_tokens";
 const HEAD: &str = bitmill_models::HEAD;
 
+/// Architectures whose names and settings in a file are known here.
+const WRITTEN: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
 /// Refuses a model that llama.cpp would run differently, or not at all.
 pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Vec<String>) -> Result<(), Error> {
     let refuse = |reason: String| Err(Error::Gguf { dir: input.dir().into(), reason });
@@ -76,6 +79,13 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     if !spec.causal {
         return refuse("encoders are not written as GGUF".into());
     }
+    if !WRITTEN.contains(&spec.model_type.as_str()) {
+        return refuse(format!(
+            "{} models are not written as GGUF; those that are: {}",
+            spec.model_type,
+            WRITTEN.join(", ")
+        ));
+    }
     if spec.act != Act::Silu {
         return refuse(format!(
             "its activation {:?} is not the one llama.cpp runs this architecture with (SiLU)",
@@ -86,9 +96,7 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
         return refuse("llama.cpp's qwen3 has no biases".into());
     }
     // A file that carries factors carries all there is to know.
-    if !factors
-        && matches!(spec.rope.as_ref().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. }))
-    {
+    if !factors && matches!(spec.rope().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })) {
         return refuse("llama.cpp has no dynamic or longrope scaling for this architecture".into());
     }
     if let Some(window) = spec.windows.iter().flatten().min().filter(|&&w| w < spec.max_positions) {

@@ -31,6 +31,7 @@ mod sweep;
 #[cfg(test)]
 mod tiny;
 mod transforms;
+mod weight;
 
 pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
@@ -52,3 +53,4 @@ pub use settings::{
 };
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
 pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};
+pub use weight::transpose;

@@ -39,6 +39,9 @@ pub fn loaders(plan: &Plan) -> Vec<(&'static str, Vec<String>)> {
     let of = |loader: &Loader| {
         let mut reasons: Vec<String> =
             plan.quantized().filter_map(|(_, scheme, _)| (loader.refuses)(plan.format.name(), scheme)).collect();
+        if plan.spec.as_ref().is_some_and(|s| s.layout.transposed) && !matches!(plan.format.name(), "gptq" | "gguf") {
+            reasons.push("the linears of this architecture are no nn.Linear, which it does not replace".into());
+        }
         if loader.fuses {
             reasons.extend(torn(plan));
         }

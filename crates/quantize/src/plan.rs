@@ -1,7 +1,8 @@
 //! The plan: what becomes of every tensor, decided from config and headers alone. Every refusal happens here.
 
 use crate::gguf::TensorTypes;
-use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, Transform, gguf, method, transforms};
+use crate::weight::is_transposed;
+use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, Transform, gguf, method, transforms};
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
@@ -115,6 +116,14 @@ impl Plan {
         };
         if let Some(spec) = &spec {
             complete(input, spec)?;
+            if settings.observation.shift == TargetShift::Outputs && !spec.adds_plainly() {
+                return Err(Error::TargetShift { dir: input.dir().into() });
+            }
+            if spec.layout.transposed {
+                notes.push(
+                    "linears are stored [in, out] and are quantized as [out, in], as GPTQ files have them".into(),
+                );
+            }
         }
         if let Some(reason) = method.refuses(&settings.scheme) {
             return Err(Error::MethodScheme { method: method.name(), scheme: settings.scheme, reason });
@@ -338,7 +347,13 @@ fn left_dense(input: &Checkpoint, spec: Option<&ModelSpec>, units: &[Unit]) -> V
         Some(spec) => spec.tied_head(|prefix| input.names().any(|n| n.starts_with(prefix))),
         None => Some(bitmill_models::HEAD.into()),
     };
-    names.extend(head.filter(|head| !names.contains(head)));
+    // Releases of a loader differ in its name, as folders do.
+    let usual = spec.and_then(|spec| spec.layout.head).map(str::to_owned);
+    for head in head.into_iter().chain(usual) {
+        if !names.contains(&head) {
+            names.push(head);
+        }
+    }
     names
 }
 
@@ -473,7 +488,10 @@ impl<'a> Units<'a> {
             Some(_) => place.is_some(),
             None => looks_linear(module, &shape, dtype),
         };
-        let &[rows, cols] = shape.as_slice() else { return copy(None) };
+        let &[mut rows, mut cols] = shape.as_slice() else { return copy(None) };
+        if place.is_some() && is_transposed(self.spec) && self.input.scheme_of(module).is_none() {
+            (rows, cols) = (cols, rows);
+        }
         if self.ignore.iter().any(|r| r.is_match(module).unwrap_or(false)) {
             return copy(None);
         }

@@ -11,6 +11,7 @@ use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::transforms::{transformed, transformed_bytes};
+use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
@@ -292,7 +293,7 @@ impl Worker<'_, '_> {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;
             }
-            let weight = self.input.weight(module)?.to_f32()?;
+            let weight = weight(self.input, self.plan.spec.as_ref(), module)?;
             let linear = Linear { weight: &weight, ..linear };
             let solved = method.solve(&[linear], None, &solver)?;
             for solved in solved {
@@ -510,7 +511,7 @@ impl<'a> Calibrated<'a> {
         let second = journal.dir().join("stream-full-spill");
         let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
         let full = observation.two_streams().then(second).transpose()?;
-        let rope = RopeTable::new(&spec.rope, windows.length)?;
+        let rope = RopeTable::new(&spec.ropes, windows.length)?;
         let done = journal.lines.len();
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
         match saved {

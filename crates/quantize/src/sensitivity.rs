@@ -14,6 +14,7 @@
 //! which holds as long as they are small (the linearity rule of HIGGS).
 
 use crate::methods::order;
+use crate::weight::weight;
 use crate::{Action, Error, Factor, Linear, Needs, Order, Plan, SolverOptions, Unit, loss, method};
 use bitmill_calibrate::{Pass, Replacement, SiteStats, Statistics, Windows, probe};
 use bitmill_checkpoint::Checkpoint;
@@ -80,7 +81,8 @@ pub fn probe_sites(
 ) -> Result<(Vec<[f64; 4]>, Vec<f64>), Error> {
     let mut errors: Vec<Vec<f64>> = Vec::new();
     let mut replace = |index: usize, block: &Block, stats: &[SiteStats; 4]| {
-        let rounded = SITES.iter().zip(stats).map(|(site, stats)| round_site(pass.spec, index, block, site, stats));
+        let sites = pass.spec.sites();
+        let rounded = sites.iter().zip(stats).map(|(site, stats)| round_site(pass.spec, index, block, site, stats));
         let (replacements, error) = rounded.collect::<Result<(Vec<_>, Vec<_>), Error>>()?;
         errors.push(error);
         Ok(replacements)
@@ -142,7 +144,7 @@ pub fn sensitivities(
     let mut table = Vec::new();
     for (done, (block, unit)) in blocks.iter().enumerate() {
         for (site, &weight) in SITES.iter().zip(&weights[*block]) {
-            let rows = sampled(input, unit, site)?;
+            let rows = sampled(input, plan.spec.as_ref(), unit, site)?;
             if rows.is_empty() {
                 continue;
             }
@@ -189,14 +191,14 @@ struct Cost {
 }
 
 /// Evenly spaced rows of the linears of `unit` that read `site` and are quantized.
-fn sampled(input: &Checkpoint, unit: &Unit, site: &Site) -> Result<Vec<Sample>, Error> {
+fn sampled(input: &Checkpoint, spec: Option<&ModelSpec>, unit: &Unit, site: &Site) -> Result<Vec<Sample>, Error> {
     let mut samples = Vec::new();
     for tensor in &unit.tensors {
         let Action::Quantize { module, role: Some(role), shape, .. } = &tensor.action else { continue };
         if !site.linears.contains(role) {
             continue;
         }
-        let (all, [rows, cols]) = (input.weight(module)?.to_f32()?, *shape);
+        let (all, [rows, cols]) = (weight(input, spec, module)?, *shape);
         let count = rows.min(ROWS);
         let row = |i: usize| &all[i * rows / count * cols..][..cols];
         let rows = (0..count).flat_map(row).copied().collect();

@@ -15,7 +15,7 @@ impl Arch for Llama {
 
     fn spec(&self, config: &Value) -> Result<ModelSpec, Error> {
         let config = Reader::new(config)?;
-        let defaults = Defaults { kv_heads: None, head_dim: None, max_positions: 2048, bos: Some(1) };
+        let defaults = Defaults { bos: Some(1), ..Defaults::USUAL };
         let attention_bias = config.flag("attention_bias", false)?;
         Ok(ModelSpec {
             qkv_bias: attention_bias,

@@ -15,7 +15,7 @@ impl Arch for Mistral {
 
     fn spec(&self, config: &Value) -> Result<ModelSpec, Error> {
         let config = Reader::new(config)?;
-        let defaults = Defaults { kv_heads: Some(8), head_dim: None, max_positions: 4096 * 32, bos: Some(1) };
+        let defaults = Defaults { kv_heads: Some(8), max_positions: 4096 * 32, bos: Some(1), ..Defaults::USUAL };
         let spec = decoder(&config, "mistral", &defaults)?;
         // An explicit null switches the window off; silence leaves the first release's 4096.
         let window = if config.written("sliding_window") { config.positions("sliding_window")? } else { Some(4096) };

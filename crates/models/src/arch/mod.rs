@@ -3,14 +3,24 @@
 //! Adding one is a file with an [`Arch`], its `mod` line and a line of [`ARCHES`].
 
 mod bert;
+mod gemma;
+mod gpt2;
+mod gpt_neox;
+mod granite;
 mod llama;
 mod mistral;
+mod olmo2;
+mod opt;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod roberta;
+mod smollm3;
 
 use crate::config::Reader;
-use crate::layout::DECODER;
-use crate::{Act, Error, ModelSpec, NormKind, Rope};
+use crate::layout::{DECODER, Layout};
+use crate::rope::RopeKeys;
+use crate::{Act, Error, Factors, ModelSpec, NormKind, Rope};
 use bitmill_checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -27,7 +37,24 @@ pub trait Arch: Sync {
 }
 
 /// Every architecture.
-pub static ARCHES: &[&dyn Arch] = &[&bert::Bert, &llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
+pub static ARCHES: &[&dyn Arch] = &[
+    &bert::Bert,
+    &gemma::Gemma,
+    &gemma::Gemma2,
+    &gemma::Gemma3,
+    &gpt2::Gpt2,
+    &gpt_neox::GptNeoX,
+    &granite::Granite,
+    &llama::Llama,
+    &mistral::Mistral,
+    &olmo2::Olmo2,
+    &opt::Opt,
+    &phi3::Phi3,
+    &qwen2::Qwen2,
+    &qwen3::Qwen3,
+    &roberta::Roberta,
+    &smollm3::SmolLm3,
+];
 
 /// The model that a whole `config.json` describes.
 ///
@@ -52,7 +79,7 @@ pub fn spec_of(checkpoint: &Checkpoint) -> Result<ModelSpec, Error> {
     Ok(spec(checkpoint.config())?.spelled_as(|name| checkpoint.contains(name)))
 }
 
-/// What an architecture assumes where its config is silent.
+/// What an architecture assumes where its config is silent, and the keys it does not share with others.
 struct Defaults {
     /// Key-value heads; `None` is one per head.
     kv_heads: Option<usize>,
@@ -60,9 +87,77 @@ struct Defaults {
     head_dim: Option<usize>,
     max_positions: usize,
     bos: Option<u32>,
+    /// Added under the root of norms.
+    eps: f64,
+    tied: bool,
+    /// Key and value of the activation.
+    act: (&'static str, &'static str),
+    rope: RopeKeys,
 }
 
-/// The keys all decoders share. Windows are open, biases and norms of queries and keys absent.
+impl Defaults {
+    /// What most share.
+    const USUAL: Defaults = Defaults {
+        kv_heads: None,
+        head_dim: None,
+        max_positions: 2048,
+        bos: None,
+        eps: 1e-6,
+        tied: false,
+        act: ("hidden_act", "silu"),
+        rope: RopeKeys::USUAL,
+    };
+}
+
+/// The sizes every model has.
+struct Sizes {
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    vocab: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    max_positions: usize,
+}
+
+/// A causal model of `layout` with nothing to it but its sizes: RMS norms, no positions, windows, biases or factors.
+fn bare(model_type: &str, layout: &'static Layout, sizes: &Sizes) -> ModelSpec {
+    let &Sizes { hidden, intermediate, layers, vocab, heads, kv_heads, head_dim, max_positions } = sizes;
+    ModelSpec {
+        model_type: model_type.into(),
+        layout,
+        spelling: &layout.spellings[0],
+        hidden,
+        intermediate,
+        layers,
+        vocab,
+        heads,
+        kv_heads,
+        head_dim,
+        norm: NormKind::Rms,
+        norm_eps: 1e-6,
+        norm_offset: 0.0,
+        ropes: vec![None; layers],
+        position_offset: 0,
+        padding: None,
+        token_types: 0,
+        causal: true,
+        windows: vec![None; layers],
+        qkv_bias: false,
+        out_bias: false,
+        mlp_bias: false,
+        qk_norm: None,
+        parallel: false,
+        factors: Factors::NONE,
+        tied: false,
+        act: Act::Silu,
+        max_positions,
+        bos: None,
+    }
+}
+
+/// The keys that decoders in the manner of Llama share. Windows are open, biases and norms of queries and keys absent.
 fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result<ModelSpec, Error> {
     let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
     let layers = layers(config)?;
@@ -81,31 +176,15 @@ fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result
         return Err(config.error(key, format!("makes heads of {head_dim} channels; rotary embedding pairs them up")));
     }
     let max_positions = config.positions("max_position_embeddings")?.unwrap_or(defaults.max_positions);
+    let (intermediate, vocab) = (config.size("intermediate_size")?, vocab(config)?);
+    let sizes = Sizes { hidden, intermediate, layers, vocab, heads, kv_heads, head_dim, max_positions };
     Ok(ModelSpec {
-        model_type: model_type.into(),
-        layout: &DECODER,
-        spelling: &DECODER.spellings[0],
-        hidden,
-        intermediate: config.size("intermediate_size")?,
-        layers,
-        vocab: vocab(config)?,
-        heads,
-        kv_heads,
-        head_dim,
-        norm: NormKind::Rms,
-        norm_eps: config.positive("rms_norm_eps")?.unwrap_or(1e-6),
-        rope: Some(Rope::read(config, head_dim, max_positions)?),
-        token_types: 0,
-        causal: true,
-        windows: vec![None; layers],
-        qkv_bias: false,
-        out_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tied: config.flag("tie_word_embeddings", false)?,
-        act: act(config, "silu")?,
-        max_positions,
+        norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.eps),
+        ropes: vec![Some(Rope::read(config, &defaults.rope, head_dim, max_positions)?); layers],
+        tied: config.flag("tie_word_embeddings", defaults.tied)?,
+        act: act(config, defaults.act)?,
         bos: if config.written("bos_token_id") { bos(config)? } else { defaults.bos },
+        ..bare(model_type, &DECODER, &sizes)
     })
 }
 
@@ -129,18 +208,32 @@ fn bos(config: &Reader<'_>) -> Result<Option<u32>, Error> {
     Ok(config.integer("bos_token_id", 0, u64::from(u32::MAX))?.map(|id| id as u32))
 }
 
-fn act(config: &Reader<'_>, default: &str) -> Result<Act, Error> {
-    match config.text("hidden_act")?.unwrap_or(default) {
+/// The activation that `key` names, `default` where it is silent.
+fn act(config: &Reader<'_>, (key, default): (&str, &str)) -> Result<Act, Error> {
+    match config.text(key)?.unwrap_or(default) {
         "silu" | "swish" => Ok(Act::Silu),
         "gelu" => Ok(Act::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" => Ok(Act::GeluTanh),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Act::GeluTanh),
         "relu" => Ok(Act::Relu),
         other => {
             let other: String = other.chars().take(40).collect();
-            let known = "silu, swish, gelu, gelu_new, gelu_pytorch_tanh, relu";
-            Err(config.error("hidden_act", format!("is \"{other}\"; understood are {known}")))
+            let known = "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu";
+            Err(config.error(key, format!("is \"{other}\"; understood are {known}")))
         }
     }
+}
+
+/// The error of a flag that asks for what is not implemented; nothing where it is not set.
+fn unsupported(config: &Reader<'_>, key: &str, means: &str) -> Result<(), Error> {
+    match config.flag(key, false)? {
+        false => Ok(()),
+        true => Err(config.error(key, format!("is true; {means}, which is unsupported"))),
+    }
+}
+
+/// A bound on scores or logits: `default` where the config is silent, none where it says null.
+fn cap(config: &Reader<'_>, key: &str, default: Option<f64>) -> Result<Option<f64>, Error> {
+    if config.written(key) { config.positive(key) } else { Ok(default) }
 }
 
 /// Sliding windows as Qwen 2 and 3 spell them: a switch, a width, and either a list of layer types or the first layer
@@ -151,10 +244,22 @@ fn layer_windows(config: &Reader<'_>, layers: usize) -> Result<Vec<Option<usize>
         true if config.written("sliding_window") => config.positions("sliding_window")?,
         true => Some(4096),
     };
-    let Some(types) = config.list("layer_types")? else {
-        let first = config.integer("max_window_layers", 0, 1 << 31)?.unwrap_or(28);
-        return Ok((0..layers).map(|layer| width.filter(|_| layer >= first)).collect());
-    };
+    match listed_windows(config, layers, width)? {
+        Some(windows) => Ok(windows),
+        None => {
+            let first = config.integer("max_window_layers", 0, 1 << 31)?.unwrap_or(28);
+            Ok((0..layers).map(|layer| width.filter(|_| layer >= first)).collect())
+        }
+    }
+}
+
+/// The windows of the layers that `layer_types` lists, where it stands: `width` for each that slides.
+fn listed_windows(
+    config: &Reader<'_>,
+    layers: usize,
+    width: Option<usize>,
+) -> Result<Option<Vec<Option<usize>>>, Error> {
+    let Some(types) = config.list("layer_types")? else { return Ok(None) };
     if types.len() != layers {
         return Err(config.error("layer_types", format!("has {} entries for {layers} layers", types.len())));
     }
@@ -162,11 +267,11 @@ fn layer_windows(config: &Reader<'_>, layers: usize) -> Result<Vec<Option<usize>
         (Some("full_attention"), _) => Ok(None),
         (Some("sliding_attention"), Some(width)) => Ok(Some(width)),
         (Some("sliding_attention"), None) => {
-            Err(config.error("layer_types", "asks for windows that use_sliding_window denies"))
+            Err(config.error("layer_types", "asks for windows that the other keys deny"))
         }
         _ => Err(config.error("layer_types", "has an entry that is neither full_attention nor sliding_attention")),
     };
-    types.iter().map(window).collect()
+    types.iter().map(window).collect::<Result<_, _>>().map(Some)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ impl Arch for Qwen2 {
 
     fn spec(&self, config: &Value) -> Result<ModelSpec, Error> {
         let config = Reader::new(config)?;
-        let defaults = Defaults { kv_heads: Some(32), head_dim: None, max_positions: 32768, bos: None };
+        let defaults = Defaults { kv_heads: Some(32), max_positions: 32768, ..Defaults::USUAL };
         let spec = decoder(&config, "qwen2", &defaults)?;
         Ok(ModelSpec { qkv_bias: true, windows: layer_windows(&config, spec.layers)?, ..spec })
     }

@@ -1,7 +1,7 @@
 //! Configs that must be read, refused or survived, as tables.
 
 use super::*;
-use crate::{EMBEDDING, Role, RopeKind};
+use crate::{QkNorm, Role, RopeKind};
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -9,11 +9,15 @@ fn tiny(model_type: &str) -> Value {
     json!({
         "model_type": model_type, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128,
+        "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 128, "ffn_dim": 40,
     })
 }
 
 fn with(model_type: &str, changes: Value) -> Value {
-    let mut config = tiny(model_type);
+    merged(tiny(model_type), changes)
+}
+
+fn merged(mut config: Value, changes: Value) -> Value {
     for (key, value) in changes.as_object().unwrap() {
         config[key] = value.clone();
     }
@@ -120,6 +124,45 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
             "rope_scaling.original_max_position_embeddings",
             "too short",
         ),
+        (with("gemma", json!({ "hidden_act": "gelu", "hidden_activation": "relu" })), "hidden_activation", "another"),
+        (with("gemma2", json!({ "use_bidirectional_attention": true })), "use_bidirectional_attention", "unsupported"),
+        (with("gemma2", json!({ "attn_logit_softcapping": 0 })), "attn_logit_softcapping", "not a positive"),
+        (with("gemma3_text", json!({ "attn_logit_softcapping": 50 })), "attn_logit_softcapping", "ignores"),
+        (
+            with("gemma3_text", json!({ "rope_parameters": { "rope_theta": 1 } })),
+            "rope_parameters.rope_theta",
+            "neither",
+        ),
+        (
+            with("gemma3_text", json!({ "rope_parameters": { "full_attention": { "rope_type": "mrope" } } })),
+            "rope_parameters.full_attention.rope_type",
+            "mrope",
+        ),
+        (
+            with("gemma3_text", json!({ "rope_parameters": {}, "rope_scaling": { "type": "linear", "factor": 2 } })),
+            "rope_scaling",
+            "beside rope_parameters",
+        ),
+        (with("phi3", json!({ "attention_bias": true })), "attention_bias", "unsupported"),
+        (with("phi3", json!({ "partial_rotary_factor": 0.4 })), "partial_rotary_factor", "no pairs"),
+        (with("phi3", json!({ "partial_rotary_factor": 2 })), "partial_rotary_factor", "no pairs"),
+        (with("phi3", json!({ "rope_scaling": { "type": "linear", "factor": 2 } })), "rope_scaling", "longrope"),
+        (llama(json!({ "partial_rotary_factor": 0.5 })), "partial_rotary_factor", "unsupported"),
+        (with("olmo2", json!({ "clip_qkv": 8 })), "clip_qkv", "unsupported"),
+        (with("granite", json!({ "residual_multiplier": 0 })), "residual_multiplier", "not a positive"),
+        (with("smollm3", json!({ "no_rope_layers": [1] })), "no_rope_layers", "1 entries for 3 layers"),
+        (with("smollm3", json!({ "no_rope_layers": [1, 2, 1] })), "no_rope_layers", "neither 0 nor 1"),
+        (with("gpt_neox", json!({ "rotary_pct": 0.1 })), "rotary_pct", "no pairs"),
+        (with("gpt2", json!({ "n_embd": 34 })), "n_head", "does not divide"),
+        (
+            with("gpt2", json!({ "scale_attn_by_inverse_layer_idx": true })),
+            "scale_attn_by_inverse_layer_idx",
+            "every layer",
+        ),
+        (with("gpt2", json!({ "activation_function": "mish" })), "activation_function", "understood are silu"),
+        (with("opt", json!({ "do_layer_norm_before": false })), "do_layer_norm_before", "unsupported"),
+        (with("opt", json!({ "word_embed_proj_dim": 16 })), "word_embed_proj_dim", "unsupported"),
+        (with("roberta", json!({ "max_position_embeddings": 2 })), "max_position_embeddings", "not for tokens"),
         (with("bert", json!({ "hidden_size": 34 })), "num_attention_heads", "does not divide"),
         (with("bert", json!({ "type_vocab_size": 0 })), "type_vocab_size", "is 0"),
         (with("bert", json!({ "position_embedding_type": "relative_key" })), "position_embedding_type", "absolute"),
@@ -131,7 +174,7 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
         (
             with("qwen3", json!({ "layer_types": ["sliding_attention", "full_attention", "full_attention"] })),
             "layer_types",
-            "denies",
+            "deny",
         ),
         (with("qwen3", json!({ "use_sliding_window": true, "max_window_layers": -1 })), "max_window_layers", "-1"),
     ]
@@ -148,6 +191,29 @@ fn bad_configs_name_the_key() {
             other => panic!("{key}: {reason}: got {other:?}"),
         }
     }
+}
+
+fn shared_keys(scaling: &Value) -> Value {
+    json!({
+        "head_dim": 8, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": false, "bos_token_id": 1,
+        "rope_theta": 1e4, "rope_scaling": scaling, "rope_parameters": null, "sliding_window": 4, "use_sliding_window": true,
+        "max_window_layers": 1, "layer_types": null, "attention_bias": false, "mlp_bias": false,
+        "partial_rotary_factor": 1.0, "original_max_position_embeddings": null, "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": false,
+    })
+}
+
+fn keys_of_single_architectures() -> Value {
+    json!({
+        "use_bidirectional_attention": false, "hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0, "rope_local_base_freq": 1e4,
+        "embedding_multiplier": 2.0, "attention_multiplier": 0.5, "residual_multiplier": 0.5, "logits_scaling": 3,
+        "no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 2, "clip_qkv": null, "pad_token_id": 1,
+        "rotary_pct": 1.0, "rotary_emb_base": 1e4, "use_parallel_residual": true, "activation_function": "gelu",
+        "layer_norm_epsilon": 1e-5, "scale_attn_weights": false, "scale_attn_by_inverse_layer_idx": false,
+        "word_embed_proj_dim": 32, "enable_bias": true, "do_layer_norm_before": true,
+        "_remove_final_layer_norm": false, "layer_norm_elementwise_affine": true,
+    })
 }
 
 #[test]
@@ -181,7 +247,7 @@ fn no_value_of_any_key_panics() {
     // Frequencies are computed too: a config that is accepted must also run.
     let run = |config: &Value| {
         if let Ok(spec) = spec(config) {
-            for (rope, tokens) in spec.rope.iter().flat_map(|rope| [(rope, 1), (rope, 5000)]) {
+            for (rope, tokens) in spec.ropes.iter().flatten().flat_map(|rope| [(rope, 1), (rope, 5000)]) {
                 assert!(rope.frequencies(tokens).iter().all(|f| f.is_finite()), "{config}");
             }
             assert_eq!(spec.windows.len(), spec.layers);
@@ -189,16 +255,12 @@ fn no_value_of_any_key_panics() {
     };
     for arch in ARCHES.iter().flat_map(|a| a.model_types()) {
         for scaling in &scalings {
-            let full = with(
-                arch,
-                json!({
-                    "head_dim": 8, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": false, "bos_token_id": 1,
-                    "rope_theta": 1e4, "rope_scaling": scaling, "rope_parameters": null, "sliding_window": 4, "use_sliding_window": true,
-                    "max_window_layers": 1, "layer_types": null, "attention_bias": false, "mlp_bias": false,
-                    "partial_rotary_factor": 1.0, "original_max_position_embeddings": null, "layer_norm_eps": 1e-12,
-                    "type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": false,
-                }),
-            );
+            let full = merged(with(arch, shared_keys(scaling)), keys_of_single_architectures());
+            let kind = scaling["rope_type"].as_str().unwrap();
+            if *arch == "phi3" && !["yarn", "longrope"].contains(&kind) {
+                assert!(spec(&full).is_err(), "{kind}");
+                continue;
+            }
             assert!(spec(&full).is_ok(), "{arch} {scaling}: {:?}", spec(&full));
             for value in &odd {
                 for key in full.as_object().unwrap().keys() {
@@ -218,9 +280,9 @@ fn no_value_of_any_key_panics() {
 
 #[test]
 fn unknown_architectures_list_the_known_ones() {
-    let error = spec(&tiny("gpt2")).unwrap_err();
-    assert!(matches!(&error, Error::UnknownArchitecture { model_type, .. } if model_type == "gpt2"));
-    assert!(error.to_string().contains("bert, llama, mistral, qwen2, qwen3"), "{error}");
+    let error = spec(&tiny("mamba")).unwrap_err();
+    assert!(matches!(&error, Error::UnknownArchitecture { model_type, .. } if model_type == "mamba"));
+    assert!(error.to_string().contains("bert, gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite"), "{error}");
     assert!(matches!(spec(&json!({})), Err(Error::UnknownArchitecture { .. })));
 }
 
@@ -228,8 +290,8 @@ fn unknown_architectures_list_the_known_ones() {
 fn silence_means_the_reference_defaults() {
     let llama = spec(&tiny("llama")).unwrap();
     assert_eq!((llama.head_dim, llama.norm_eps, llama.bos, llama.act), (8, 1e-6, Some(1), Act::Silu));
-    assert_eq!(llama.rope.unwrap(), Rope { theta: 1e4, dim: 8, kind: RopeKind::Default });
-    assert!(!llama.tied && !llama.qkv_bias && !llama.out_bias && !llama.mlp_bias && !llama.qk_norm);
+    assert_eq!(llama.rope(), Some(&Rope { theta: 1e4, dim: 8, kind: RopeKind::Default }));
+    assert!(!llama.tied && !llama.qkv_bias && !llama.out_bias && !llama.mlp_bias && llama.qk_norm.is_none());
     assert_eq!(spec(&with("llama", json!({ "num_key_value_heads": null }))).unwrap().kv_heads, 4);
     assert_eq!(spec(&with("llama", json!({ "bos_token_id": null }))).unwrap().bos, None);
 
@@ -248,12 +310,29 @@ fn silence_means_the_reference_defaults() {
 
     let bert = spec(&tiny("bert")).unwrap();
     assert_eq!((bert.token_types, bert.norm_eps, bert.act, bert.causal), (2, 1e-12, Act::Gelu, false));
-    assert_eq!((bert.kv_heads, bert.head(), &bert.rope), (4, None, &None));
+    assert_eq!((bert.kv_heads, bert.head(), bert.rope()), (4, None, None));
+
+    let window = |model_type, changes| spec(&with(model_type, changes)).unwrap().windows;
+    assert_eq!(window("gemma2", json!({})), [Some(4096), None, Some(4096)]);
+    assert_eq!(window("gemma3_text", json!({ "sliding_window": 5 })), [Some(5); 3]);
+    assert_eq!(window("gemma3_text", json!({ "sliding_window": 5, "sliding_window_pattern": 3 }))[2], None);
+    let gemma = spec(&tiny("gemma2")).unwrap();
+    assert!(gemma.tied && gemma.norm_offset == 1.0 && gemma.act == Act::GeluTanh && gemma.head_dim == 256);
+    assert_eq!((gemma.factors.attention_cap, gemma.factors.logit_cap), (Some(50.0), Some(30.0)));
+    assert_eq!(gemma.factors.attention, Some(1.0 / 16.0));
+    let smollm3 = spec(&tiny("smollm3")).unwrap();
+    assert_eq!(smollm3.rope(), spec(&with("llama", json!({ "rope_theta": 2e6 }))).unwrap().rope());
+    let neox = spec(&tiny("gpt_neox")).unwrap();
+    assert!(neox.parallel && !neox.tied && neox.qkv_bias && neox.rope().unwrap().dim == 2);
+    let opt = spec(&tiny("opt")).unwrap();
+    assert_eq!((opt.act, opt.position_offset, opt.tied), (Act::Relu, 2, true));
+    let roberta = spec(&tiny("roberta")).unwrap();
+    assert_eq!((roberta.position_offset, roberta.padding, roberta.max_positions), (2, Some(1), 126));
 
     let qwen2 = spec(&tiny("qwen2")).unwrap();
-    assert!(qwen2.qkv_bias && !qwen2.out_bias && !qwen2.qk_norm);
+    assert!(qwen2.qkv_bias && !qwen2.out_bias && qwen2.qk_norm.is_none());
     let qwen3 = spec(&tiny("qwen3")).unwrap();
-    assert!(!qwen3.qkv_bias && qwen3.qk_norm);
+    assert!(!qwen3.qkv_bias && qwen3.qk_norm == Some(QkNorm::Head));
     assert_eq!(qwen3.head_dim, 128);
 }
 
@@ -261,18 +340,28 @@ fn silence_means_the_reference_defaults() {
 fn tensors_are_named_once_and_cover_every_linear() {
     for arch in ARCHES.iter().flat_map(|a| a.model_types()) {
         for tied in [false, true] {
-            let spec =
-                spec(&with(arch, json!({ "tie_word_embeddings": tied, "attention_bias": true, "mlp_bias": true })))
-                    .unwrap();
+            let biases = *arch != "phi3";
+            let keys = json!({ "tie_word_embeddings": tied, "attention_bias": biases, "mlp_bias": true });
+            let spec = spec(&with(arch, keys)).unwrap();
             let slots = spec.tensors();
             let names: BTreeSet<_> = slots.iter().map(|s| s.name.as_str()).collect();
             assert_eq!(names.len(), slots.len(), "{arch}");
-            assert_eq!(names.contains(EMBEDDING), *arch != "bert");
-            assert_eq!(slots.iter().any(|s| s.name == "lm_head.weight" && s.optional), tied && *arch != "bert");
+            assert!(names.contains(spec.embedding().as_str()));
+            let head = spec.head().map(|head| format!("{head}.weight"));
+            assert_eq!(slots.iter().any(|s| Some(&s.name) == head.as_ref() && s.optional), tied && head.is_some());
             for block in 0..spec.layers {
                 for (role, module) in spec.block_linears(block) {
                     let slot = slots.iter().find(|s| s.name == format!("{module}.weight")).unwrap();
-                    assert_eq!(slot.shape, spec.linear_shape(role));
+                    assert_eq!(slot.shape, spec.stored_shape(role));
+                    let parts: Vec<Role> =
+                        Role::ALL.into_iter().filter(|p| p.parts().len() == 1 && spec.rows(*p).0 == role).collect();
+                    if role.parts().len() > 1 {
+                        assert_eq!(parts, role.parts());
+                    }
+                    // Every row is of one part.
+                    let mut rows: Vec<usize> = parts.iter().flat_map(|p| spec.rows(*p).1).flatten().collect();
+                    rows.sort_unstable();
+                    assert!(rows.into_iter().eq(0..spec.linear_shape(role)[0]), "{arch} {role:?}");
                     assert_eq!(
                         names.contains(format!("{module}.bias").as_str()),
                         spec.has_bias(role),
@@ -296,6 +385,14 @@ fn the_spelling_is_the_one_whose_tensors_are_stored() {
         let gamma = stored[1].ends_with("gamma");
         assert_eq!(bert.tensors().iter().any(|slot| slot.name.ends_with("LayerNorm.beta")), gamma);
     }
+    let gpt2 = spec(&tiny("gpt2")).unwrap();
+    assert_eq!(gpt2.embedding(), "transformer.wte.weight");
+    let first_release = ["wte.weight", "h.0.ln_1.weight"];
+    assert_eq!(gpt2.spelled_as(|name| first_release.contains(&name)).module(2, Role::Up), "h.2.mlp.c_fc");
+    let neox = spec(&tiny("gpt_neox")).unwrap();
+    assert_eq!(neox.head().unwrap(), "embed_out");
+    let now = ["gpt_neox.embed_in.weight", "gpt_neox.layers.0.input_layernorm.weight", "lm_head.weight"];
+    assert_eq!(neox.spelled_as(|name| now.contains(&name)).head().unwrap(), "lm_head");
     let llama = spec(&tiny("llama")).unwrap();
     assert_eq!(llama.clone().spelled_as(|_| false), llama);
 }

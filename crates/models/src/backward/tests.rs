@@ -1,20 +1,27 @@
 //! The hand-written chain rule against candle's, on a block composed of candle's own elementary operations.
 
 use super::*;
-use crate::{Act, Head, ModelSpec, NormKind};
+use crate::{Act, Head, ModelSpec, NormKind, QkNorm};
 use candle_core::{D, Device, Var};
 use serde_json::json;
 use std::collections::BTreeMap;
 
 /// Every bias, fewer heads for keys than for queries, and sizes that differ, in a block of the family of `model_type`.
 fn spec(model_type: &str, act: Act, window: Option<usize>) -> ModelSpec {
-    let heads = if model_type == "bert" { 3 } else { 6 };
+    // Of some architectures a model has as many heads for keys as for queries.
+    let alike = ["bert", "gpt_neox", "opt"].contains(&model_type);
     let mut config = json!({
         "model_type": model_type, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 31,
-        "num_attention_heads": heads, "num_key_value_heads": 2, "max_position_embeddings": 64, "attention_bias": true,
-        "mlp_bias": true, "rope_theta": 100.0,
+        "num_attention_heads": if alike { 3 } else { 6 }, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "attention_bias": model_type != "phi3", "mlp_bias": true, "rope_theta": 100.0, "ffn_dim": 20, "rotary_pct": 0.5,
+        "partial_rotary_factor": if model_type == "phi3" { 0.5 } else { 1.0 }, "residual_multiplier": 0.4,
+        "attention_multiplier": 0.3, "logits_scaling": 3.0, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 2.0,
     });
-    if model_type != "bert" {
+    if model_type == "gemma3_text" {
+        config["attn_logit_softcapping"] = json!(null);
+    }
+    if !alike {
         config["head_dim"] = json!(8);
     }
     ModelSpec { act, windows: vec![window], ..crate::spec(&config).unwrap() }
@@ -45,13 +52,30 @@ struct Definition<'a> {
 }
 
 impl Definition<'_> {
-    fn linear(&self, role: Role, x: &Tensor) -> Tensor {
+    /// What `part` makes of `x`, by its rows of the linear that stores it.
+    fn linear(&self, part: Role, x: &Tensor) -> Tensor {
+        let (role, rows) = self.spec.rows(part);
         let module = self.spec.module(0, role);
-        let y = x.matmul(&self.weights[&format!("{module}.weight")].as_tensor().t().unwrap()).unwrap();
+        let own = |stored: &Var| {
+            let parts: Vec<Tensor> =
+                rows.iter().map(|r| stored.as_tensor().narrow(0, r.start, r.len()).unwrap()).collect();
+            Tensor::cat(&parts, 0).unwrap()
+        };
+        let y = x.matmul(&own(&self.weights[&format!("{module}.weight")]).t().unwrap()).unwrap();
         match self.weights.get(&format!("{module}.bias")) {
-            Some(bias) => y.broadcast_add(bias.as_tensor()).unwrap(),
+            Some(bias) => y.broadcast_add(&own(bias)).unwrap(),
             None => y,
         }
+    }
+
+    /// The factor of a norm.
+    fn factor(&self, name: &str) -> Tensor {
+        (self.weights[name].as_tensor() + f64::from(self.spec.norm_offset)).unwrap()
+    }
+
+    /// What is added to the residual stream.
+    fn update(&self, role: NormRole, y: &Tensor) -> Tensor {
+        (self.norm(role, y) * self.spec.factors.residual).unwrap()
     }
 
     fn norm(&self, role: NormRole, x: &Tensor) -> Tensor {
@@ -60,27 +84,30 @@ impl Definition<'_> {
         }
         let [weight, bias] = self.spec.norm_tensors(0, role);
         let bias = self.weights.get(&bias).filter(|_| self.spec.norm == NormKind::Layer).map(Var::as_tensor);
-        normed(x, self.weights[&weight].as_tensor(), bias, self.spec.norm_eps)
+        normed(x, &self.factor(&weight), bias, self.spec.norm_eps)
     }
 
     /// `[heads, tokens, head_dim]`, normed and rotated if it is the queries' or keys', by the name of their norm.
     fn heads(&self, x: &Tensor, norm: Option<&str>) -> Tensor {
         let (tokens, dim) = (x.dim(0).unwrap(), self.spec.head_dim);
-        let mut x = x.reshape((tokens, (), dim)).unwrap();
-        if let (true, Some(norm)) = (self.spec.qk_norm, norm) {
-            x = normed(&x, self.weights[norm].as_tensor(), None, self.spec.norm_eps);
+        let mut x = x.clone();
+        if let (Some(how), Some(norm)) = (self.spec.qk_norm, norm) {
+            let width = if how == QkNorm::Head { dim } else { x.dim(1).unwrap() };
+            x = normed(&x.reshape(((), width)).unwrap(), &self.factor(norm), None, self.spec.norm_eps);
         }
-        if let (Some(rope), true) = (&self.spec.rope, norm.is_some()) {
-            let f = rope.frequencies(tokens);
+        let mut x = x.reshape((tokens, (), dim)).unwrap();
+        if let (Some(rope), true) = (&self.spec.ropes[0], norm.is_some()) {
+            let (f, half) = (rope.frequencies(tokens), rope.dim / 2);
             let angle = |turn: fn(f32) -> f32| {
                 let table: Vec<f32> = (0..tokens).flat_map(|p| f.iter().map(move |f| turn(p as f32 * f))).collect();
-                Tensor::from_vec(table, (tokens, 1, dim / 2), &Device::Cpu).unwrap()
+                Tensor::from_vec(table, (tokens, 1, half), &Device::Cpu).unwrap()
             };
             let (cos, sin) = (angle(f32::cos), angle(f32::sin));
-            let (a, b) = (x.narrow(2, 0, dim / 2).unwrap(), x.narrow(2, dim / 2, dim / 2).unwrap());
+            let (a, b) = (x.narrow(2, 0, half).unwrap(), x.narrow(2, half, half).unwrap());
             let times = |x: &Tensor, y: &Tensor| x.broadcast_mul(y).unwrap();
             let (c, d) = ((times(&a, &cos) - times(&b, &sin)).unwrap(), (times(&b, &cos) + times(&a, &sin)).unwrap());
-            x = Tensor::cat(&[c, d], 2).unwrap();
+            let rest = x.narrow(2, rope.dim, dim - rope.dim).unwrap();
+            x = if rope.dim < dim { Tensor::cat(&[c, d, rest], 2).unwrap() } else { Tensor::cat(&[c, d], 2).unwrap() };
         }
         x.transpose(0, 1).unwrap().contiguous().unwrap()
     }
@@ -99,7 +126,9 @@ impl Definition<'_> {
         let mixed = (0..spec.heads).map(|head| {
             let (k, v) = (k.get(head / spec.group()).unwrap(), v.get(head / spec.group()).unwrap());
             let scores = q.get(head).unwrap().matmul(&k.t().unwrap()).unwrap();
-            let e = ((scores / (spec.head_dim as f64).sqrt()).unwrap() + &mask).unwrap().exp().unwrap();
+            let scale = spec.factors.attention.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
+            let scores = capped(&(scores * scale).unwrap(), spec.factors.attention_cap);
+            let e = (scores + &mask).unwrap().exp().unwrap();
             e.broadcast_div(&e.sum_keepdim(1).unwrap()).unwrap().matmul(&v).unwrap()
         });
         self.linear(Role::O, &Tensor::cat(&mixed.collect::<Vec<_>>(), 1).unwrap())
@@ -116,16 +145,21 @@ impl Definition<'_> {
     }
 
     fn block(&self, h: &Tensor) -> Tensor {
-        let h = (h + self.attention(&self.norm(NormRole::Input, h))).unwrap();
-        let h = self.norm(NormRole::AttnResidual, &h);
-        let x = self.norm(NormRole::PostAttention, &h);
+        let attention = self.attention(&self.norm(NormRole::Input, h));
+        let middle = self.norm(NormRole::AttnResidual, &(h + self.update(NormRole::AttnOutput, &attention)).unwrap());
+        let x = self.norm(NormRole::PostAttention, if self.spec.parallel { h } else { &middle });
         let up = self.linear(Role::Up, &x);
-        let inner = match self.spec.has(Role::Gate) {
+        let inner = match self.spec.gated() {
             true => (self.act(&self.linear(Role::Gate, &x)) * up).unwrap(),
             false => self.act(&up),
         };
-        self.norm(NormRole::MlpResidual, &(h + self.linear(Role::Down, &inner)).unwrap())
+        let update = self.update(NormRole::MlpOutput, &self.linear(Role::Down, &inner));
+        self.norm(NormRole::MlpResidual, &(middle + update).unwrap())
     }
+}
+
+fn capped(x: &Tensor, cap: Option<f64>) -> Tensor {
+    cap.map_or(x.clone(), |cap| ((x / cap).unwrap().tanh().unwrap() * cap).unwrap())
 }
 
 /// `got` equals `expected` within a small share of the largest entry.
@@ -146,13 +180,23 @@ fn gradients_equal_those_of_candle() {
         ("qwen3", Act::GeluTanh, Some(3), 9),
         ("llama", Act::Relu, None, 1),
         ("bert", Act::Gelu, None, 17),
+        // Bounded scores, norms around everything, factors as differences from one; norms of heads on top.
+        ("gemma2", Act::GeluTanh, Some(4), 19),
+        ("gemma3_text", Act::GeluTanh, None, 11),
+        // One linear for three, part of a head rotated; norms of all heads together; factors.
+        ("phi3", Act::Silu, Some(6), 21),
+        ("olmo2", Act::Silu, None, 12),
+        ("granite", Act::Silu, None, 14),
+        // Side by side, by head; plain with layer norms.
+        ("gpt_neox", Act::Gelu, None, 15),
+        ("opt", Act::Relu, None, 16),
     ] {
         let spec = spec(model_type, act, window);
         let vars: BTreeMap<String, Var> =
             weights(&spec).into_iter().map(|(name, t)| (name, Var::from_tensor(&t).unwrap())).collect();
         let plain: BTreeMap<String, Tensor> = vars.iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect();
         let block = Block::load(&spec, 0, &plain).unwrap();
-        let rope = RopeTable::new(spec.rope.as_ref(), tokens).unwrap();
+        let rope = RopeTable::new(&spec.ropes, tokens).unwrap();
         let h = Var::from_tensor(&random(&[tokens, spec.hidden], 1.0)).unwrap();
         let grad = random(&[tokens, spec.hidden], 1.0);
         let definition = Definition { spec: &spec, weights: &vars };
@@ -170,7 +214,11 @@ fn gradients_equal_those_of_candle() {
             // Attention to one token is 1 whatever its query and key are.
             if tokens > 1 || !matches!(role, Role::Q | Role::K) {
                 let name = format!("{module}.weight");
-                close(&name, &parameters.linears[role as usize], expected.get(&vars[&name]).unwrap());
+                close(
+                    &format!("{model_type} {name}"),
+                    &parameters.linears[role as usize],
+                    expected.get(&vars[&name]).unwrap(),
+                );
             }
         }
         for role in NormRole::ALL.into_iter().filter(|&role| spec.has_norm(role)) {
@@ -184,14 +232,24 @@ fn gradients_equal_those_of_candle() {
 
 #[test]
 fn gradients_of_the_head_equal_those_of_candle() {
-    let spec = spec("llama", Act::Silu, None);
-    let plain = weights(&spec);
-    let head = Head::load(&spec, &plain).unwrap();
+    for model_type in ["llama", "gemma2", "granite", "opt"] {
+        head_equals_candle(&ModelSpec { tied: false, ..spec(model_type, Act::Silu, None) });
+    }
+}
+
+fn head_equals_candle(spec: &ModelSpec) {
+    let plain = weights(spec);
+    let head = Head::load(spec, &plain).unwrap();
     let var = |t: &Tensor| Var::from_tensor(t).unwrap();
     let h = var(&random(&[7, spec.hidden], 1.0));
-    let (norm, linear) = (var(&plain["model.norm.weight"]), var(&plain["lm_head.weight"]));
-    let normed = normed(h.as_tensor(), &norm, None, spec.norm_eps);
-    let logits = normed.matmul(&linear.t().unwrap()).unwrap();
+    let [norm_name, bias] = spec.norm_parts(&spec.spell(spec.layout.final_norm.unwrap()));
+    let (norm, linear) = (var(&plain[&norm_name]), var(&plain["lm_head.weight"]));
+    let factor = (norm.as_tensor() + f64::from(spec.norm_offset)).unwrap();
+    let normed = normed(h.as_tensor(), &factor, plain.get(&bias), spec.norm_eps);
+    let logits = (normed.matmul(&linear.t().unwrap()).unwrap() * spec.factors.logits).unwrap();
+    let logits = capped(&logits, spec.factors.logit_cap);
+    let own = head.logits(h.as_tensor()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    close("logits", &own, &logits);
     let grad = random(&[7, spec.vocab], 1.0);
     let expected = (logits * &grad).unwrap().sum_all().unwrap().backward().unwrap();
     let grad: Vec<f32> = grad.flatten_all().unwrap().to_vec1().unwrap();

@@ -41,7 +41,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let (ends, block) = (Ends::load(&spec, &weights).unwrap(), Block::load(&spec, 0, &weights).unwrap());
-            let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
+            let rope = RopeTable::new(&spec.ropes, ids.len()).unwrap();
             values(&ends.logits(&block.forward(&ends.embed(&ids).unwrap(), &rope).unwrap()).unwrap())
         })
     };
@@ -54,12 +54,12 @@ fn results_do_not_depend_on_the_number_of_threads() {
 fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
     let spec = tiny();
     let full = Block::load(&spec, 0, &weights(&spec)).unwrap();
-    let rope = RopeTable::new(&spec.rope, 9).unwrap();
+    let rope = RopeTable::new(&spec.ropes, 9).unwrap();
     let random = |width: usize| Tensor::randn(0f32, 1.0, (9, width), &Device::Cpu).unwrap();
     let (hidden, attended, gated) = (random(32), random(32), random(40));
     let round = |x: &Tensor| ops::round_int8(x).unwrap();
     let mut int8 = full.clone();
-    for role in Role::ALL {
+    for (role, _) in spec.block_linears(0) {
         int8.set_activations(role, Activations::DynamicInt8);
     }
     let same = |a: &Tensor, b: &Tensor| values(a) == values(b);
@@ -81,7 +81,7 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
 fn pieces_leave_their_inputs_alone() {
     for spec in [tiny(), encoder()] {
         let block = Block::load(&spec, 0, &weights(&spec)).unwrap();
-        let rope = RopeTable::new(&spec.rope, 7).unwrap();
+        let rope = RopeTable::new(&spec.ropes, 7).unwrap();
         let h = Tensor::randn(0f32, 1.0, (7, 32), &Device::Cpu).unwrap();
         let before = values(&h);
         let x = block.attn_out(&block.attn_in(&h).unwrap(), &rope).unwrap();
@@ -105,7 +105,7 @@ fn what_absorbs_a_scale_leaves_the_block_as_it_was() {
     assert_eq!(absorbed(&relu), [false, true, false, true]);
     for spec in [tiny(), encoder(), relu] {
         let block = Block::load(&spec, 0, &weights(&spec)).unwrap();
-        let rope = RopeTable::new(&spec.rope, 9).unwrap();
+        let rope = RopeTable::new(&spec.ropes, 9).unwrap();
         let h = Tensor::randn(0f32, 1.0, (9, 32), &Device::Cpu).unwrap();
         let before = values(&block.forward(&h, &rope).unwrap());
         for site in spec.sites() {
@@ -151,7 +151,7 @@ fn an_encoder_sees_both_ways_and_counts_its_positions() {
     let (embedding, block) =
         (crate::Embedding::load(&spec, &weights).unwrap(), Block::load(&spec, 0, &weights).unwrap());
     let run = |ids: &[u32]| {
-        let rope = RopeTable::new(&spec.rope, ids.len()).unwrap();
+        let rope = RopeTable::new(&spec.ropes, ids.len()).unwrap();
         block.forward(&embedding.embed(ids).unwrap(), &rope).unwrap().to_vec2::<f32>().unwrap()
     };
     let (a, b) = (run(&[1, 2, 3, 4]), run(&[1, 2, 3, 5]));
@@ -177,9 +177,9 @@ fn wrong_tensors_are_errors_that_name_them() {
     );
     assert!(matches!(Ends::load(&spec, &good).unwrap().embed(&[3, 64]), Err(Error::Token { token: 64, vocab: 64 })));
 
-    let rope = RopeTable::new(&spec.rope, 7).unwrap();
+    let rope = RopeTable::new(&spec.ropes, 7).unwrap();
     let h = Tensor::randn(0f32, 1.0, (7, 32), &Device::Cpu).unwrap();
-    for role in Role::ALL {
+    for (role, _) in spec.block_linears(0) {
         for shape in [(5, 3), (32, 64), (8, 32), (48, 32), (1, 1)] {
             let mut block = Block::load(&spec, 0, &good).unwrap();
             let wrong = block.linear(role).dims2().unwrap() != shape;

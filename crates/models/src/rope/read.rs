@@ -6,34 +6,136 @@ use crate::config::Reader;
 
 const KINDS: &str = "default, linear, dynamic, llama3, yarn, longrope";
 
+/// How an architecture writes its rotary embedding, and what it assumes where its config is silent.
+#[derive(Clone, Copy)]
+pub(crate) struct RopeKeys {
+    /// The key of the base beside the section.
+    pub(crate) base: &'static str,
+    /// The base.
+    pub(crate) theta: f64,
+    /// The key, beside the section, of the share of each head that is rotated, and the share; where an architecture
+    /// has none, it must be all.
+    pub(crate) share: Option<(&'static str, f64)>,
+    /// Further names of longrope scaling.
+    pub(crate) longrope: &'static [&'static str],
+    /// Context length before scaling, where the architecture has one whatever its section says.
+    pub(crate) original: Option<usize>,
+}
+
+impl RopeKeys {
+    pub(crate) const USUAL: RopeKeys =
+        RopeKeys { base: "rope_theta", theta: 1e4, share: None, longrope: &[], original: None };
+}
+
 impl Rope {
-    /// The rotary embedding a config asks for. Where both spellings stand, `rope_scaling` wins, as in the reference.
-    pub(crate) fn read(config: &Reader<'_>, dim: usize, max_positions: usize) -> Result<Rope, Error> {
+    /// The rotary embedding a config asks for, of heads of `head_dim`. Where both spellings stand, `rope_scaling` wins, as
+    /// in the reference.
+    pub(crate) fn read(
+        config: &Reader<'_>,
+        keys: &RopeKeys,
+        head_dim: usize,
+        max_positions: usize,
+    ) -> Result<Rope, Error> {
         let scaling = config.section("rope_scaling")?.filter(|s| s.keys().next().is_some());
         let section = match scaling {
             Some(section) => Some(section),
             None => config.section("rope_parameters")?,
         };
-        let top = config.positive("rope_theta")?;
-        let Some(section) = section else {
-            return Ok(Rope { theta: base(config, top.unwrap_or(1e4))?, dim, kind: RopeKind::Default });
-        };
-        if let Some(key) = section.keys().find(|k| k.ends_with("_attention")) {
+        let top = config.positive(keys.base)?;
+        if let Some((section, key)) =
+            section.as_ref().and_then(|s| s.keys().find(|k| k.ends_with("_attention")).map(|k| (s, k)))
+        {
             return Err(section.error(key, "gives layers rotary embeddings of their own, which is unsupported"));
         }
-        for reader in [&section, config] {
-            if reader.positive("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-                return Err(reader.error("partial_rotary_factor", "other than 1 is unsupported for this architecture"));
+        let dim = rotated(config, section.as_ref(), keys, head_dim)?;
+        let Some(section) = section else {
+            return Ok(Rope {
+                theta: base(config, keys.base, top.unwrap_or(keys.theta))?,
+                dim,
+                kind: RopeKind::Default,
+            });
+        };
+        let theta = section.positive("rope_theta")?.or(top).unwrap_or(keys.theta);
+        let context = Context { config, keys, dim, max_positions };
+        Ok(Rope { theta: base(&section, "rope_theta", theta)?, dim, kind: context.kind(&section)? })
+    }
+
+    /// The rotary embeddings of models whose windowed blocks have one of their own: that of blocks that see everything,
+    /// and that of windowed ones. Beside a section for both, there is the spelling in which only the first is scaled.
+    pub(crate) fn read_pair(
+        config: &Reader<'_>,
+        [full, windowed]: [(&'static str, f64); 2],
+        head_dim: usize,
+        max_positions: usize,
+    ) -> Result<[Rope; 2], Error> {
+        let parameters = config.section("rope_parameters")?;
+        let kinds = ["full_attention", "sliding_attention"];
+        if let Some(both) = &parameters {
+            if let Some(key) = both.keys().find(|key| !kinds.contains(key)) {
+                return Err(both.error(key, format!("is neither of {}", kinds.join(", "))));
             }
         }
-        let theta = base(&section, section.positive("rope_theta")?.or(top).unwrap_or(1e4))?;
-        let context = Context { config, dim, max_positions };
-        Ok(Rope { theta, dim, kind: context.kind(&section)? })
+        let scaling = config.section("rope_scaling")?.filter(|s| s.keys().next().is_some());
+        if scaling.is_some() && parameters.is_some() {
+            return Err(config.error("rope_scaling", "stands beside rope_parameters; which of them holds is unclear"));
+        }
+        let nested = |kind: &str| parameters.as_ref().map(|both| both.section(kind)).transpose().map(Option::flatten);
+        let sections = [nested(kinds[0])?.or(scaling), nested(kinds[1])?];
+        let mut ropes = Vec::new();
+        for ((key, default), section) in [full, windowed].into_iter().zip(sections) {
+            let keys = RopeKeys { base: key, theta: default, ..RopeKeys::USUAL };
+            let top = config.positive(key)?;
+            let context = Context {
+                config,
+                keys: &keys,
+                dim: rotated(config, section.as_ref(), &keys, head_dim)?,
+                max_positions,
+            };
+            let (theta, kind) = match &section {
+                Some(section) => (section.positive("rope_theta")?.or(top), context.kind(section)?),
+                None => (top, RopeKind::Default),
+            };
+            ropes.push(Rope { theta: base(config, key, theta.unwrap_or(default))?, dim: context.dim, kind });
+        }
+        match <[Rope; 2]>::try_from(ropes) {
+            Ok(pair) => Ok(pair),
+            Err(_) => unreachable!("two were read"),
+        }
     }
+}
+
+/// The channels of each head that are rotated.
+fn rotated(
+    config: &Reader<'_>,
+    section: Option<&Reader<'_>>,
+    keys: &RopeKeys,
+    head_dim: usize,
+) -> Result<usize, Error> {
+    let usual = "partial_rotary_factor";
+    let Some((key, default)) = keys.share else {
+        for reader in section.into_iter().chain([config]) {
+            if reader.positive(usual)?.is_some_and(|f| f != 1.0) {
+                return Err(reader.error(usual, "other than 1 is unsupported for this architecture"));
+            }
+        }
+        return Ok(head_dim);
+    };
+    let (reader, key, share) = match section.map(|s| s.positive(usual)).transpose()?.flatten() {
+        Some(share) => (section.unwrap_or(config), usual, share),
+        None => (config, key, config.positive(key)?.unwrap_or(default)),
+    };
+    let dim = (head_dim as f64 * share) as usize;
+    if share > 1.0 || dim < 2 || !dim.is_multiple_of(2) {
+        return Err(
+            reader.error(key, format!("is {share}: of heads of {head_dim} channels that rotates {dim}, no pairs"))
+        );
+    }
+    Ok(dim)
 }
 
 struct Context<'a> {
     config: &'a Reader<'a>,
+    keys: &'a RopeKeys,
     dim: usize,
     max_positions: usize,
 }
@@ -47,8 +149,8 @@ impl Context<'_> {
             "dynamic" if self.dim <= 2 => Err(section.error(key, "is dynamic, which heads of two channels cannot be")),
             "dynamic" => Ok(RopeKind::Dynamic { factor: self.dynamic_factor(section)?, original: self.max_positions }),
             "llama3" => self.llama3(section),
+            kind if kind == "longrope" || self.keys.longrope.contains(&kind) => self.longrope(section),
             "yarn" => self.yarn(section),
-            "longrope" => self.longrope(section),
             other => {
                 let other: String = other.chars().take(40).collect();
                 Err(section.error(key, format!("is \"{other}\"; understood are {KINDS}")))
@@ -116,13 +218,14 @@ impl Context<'_> {
     /// The context length before scaling. A value beside the section wins over one inside it, as in the reference.
     fn original(&self, section: &Reader<'_>) -> Result<usize, Error> {
         let key = "original_max_position_embeddings";
-        Ok(self.config.positions(key)?.or(section.positions(key)?).unwrap_or(self.max_positions))
+        let beside = self.config.positions(key)?.or(self.keys.original);
+        Ok(beside.or(section.positions(key)?).unwrap_or(self.max_positions))
     }
 }
 
 /// A base of 1 or less has no wavelengths to speak of, and no logarithm to divide by.
-fn base(reader: &Reader<'_>, theta: f64) -> Result<f64, Error> {
-    if theta > 1.0 { Ok(theta) } else { Err(reader.error("rope_theta", format!("is {theta}, not above 1"))) }
+fn base(reader: &Reader<'_>, key: &str, theta: f64) -> Result<f64, Error> {
+    if theta > 1.0 { Ok(theta) } else { Err(reader.error(key, format!("is {theta}, not above 1"))) }
 }
 
 /// A positive number; zero means absent, as it does to the reference's `or`.

@@ -55,7 +55,7 @@ pub(super) fn metadata(
         add(key, Value::U32(u32::try_from(n).unwrap_or(u32::MAX)));
     }
     add("attention.layer_norm_rms_epsilon", Value::F32(spec.norm_eps as f32));
-    for (key, value) in spec.rope.iter().flat_map(rope) {
+    for (key, value) in spec.rope().into_iter().flat_map(rope) {
         add(key, value);
     }
     match input.gguf() {
@@ -104,7 +104,7 @@ fn rope(rope: &Rope) -> Vec<(&'static str, Value)> {
 
 /// The divisors of the rotary frequencies, which GGUF keeps as a tensor: what Llama 3's scaling divides each by.
 pub(super) fn rope_factors(spec: &ModelSpec) -> Vec<(GgufSpec, Vec<u8>)> {
-    let Some(own) = spec.rope.as_ref().filter(|rope| matches!(rope.kind, RopeKind::Llama3 { .. })) else {
+    let Some(own) = spec.rope().filter(|rope| matches!(rope.kind, RopeKind::Llama3 { .. })) else {
         return Vec::new();
     };
     let plain = Rope { kind: RopeKind::Default, ..own.clone() };

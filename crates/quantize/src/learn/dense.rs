@@ -19,22 +19,31 @@ pub(super) struct Dense {
     moments: Adam,
     /// To the stored type.
     round: ToStored,
+    /// What is stored lacks this.
+    offset: f32,
 }
 
 impl Dense {
+    /// A parameter whose numbers are stored as they are.
     pub(super) fn new(weight: &Tensor, round: ToStored) -> Result<Self, Error> {
+        Dense::with_offset(weight, round, 0.0)
+    }
+
+    /// A parameter that is stored without `offset`: factors of norms as their differences from one.
+    pub(super) fn with_offset(weight: &Tensor, round: ToStored, offset: f32) -> Result<Self, Error> {
         let weight: Vec<f32> = weight.flatten_all()?.to_vec1()?;
-        Ok(Dense { moments: Adam::new(weight.len()), weight, round })
+        Ok(Dense { moments: Adam::new(weight.len()), weight, round, offset })
     }
 
     /// The weight as it will be stored.
     pub(super) fn stored(&self) -> Vec<f32> {
-        self.weight.iter().map(|&v| (self.round)(v)).collect()
+        self.weight.iter().map(|&v| (self.round)(v - self.offset)).collect()
     }
 
-    /// The stored weight in the shape of `like`.
+    /// What the stored weight stands for, in the shape of `like`.
     pub(super) fn tensor(&self, like: &Tensor) -> Result<Tensor, Error> {
-        Ok(Tensor::from_vec(self.stored(), like.shape(), &Device::Cpu)?)
+        let seen: Vec<f32> = self.stored().into_iter().map(|v| v + self.offset).collect();
+        Ok(Tensor::from_vec(seen, like.shape(), &Device::Cpu)?)
     }
 
     /// A step of at most about `rate` times the size of each entry: for parameters whose entries are factors.
@@ -71,8 +80,14 @@ pub(super) struct TrainedHead {
 
 impl TrainedHead {
     /// Starts from the full-precision `head`; a part without rounding to its stored type is left alone.
-    pub(super) fn new(head: &Head, weight: Option<ToStored>, norm: Option<ToStored>) -> Result<Self, Error> {
-        let norm = head.norm().zip(norm).map(|(tensor, round)| Dense::new(tensor, round)).transpose()?;
+    pub(super) fn new(
+        head: &Head,
+        weight: Option<ToStored>,
+        norm: Option<ToStored>,
+        norm_offset: f32,
+    ) -> Result<Self, Error> {
+        let dense = |(tensor, round)| Dense::with_offset(tensor, round, norm_offset);
+        let norm = head.norm().zip(norm).map(dense).transpose()?;
         let weight = weight.map(|round| Dense::new(head.weight(), round)).transpose()?;
         Ok(TrainedHead { head: head.clone(), weight, norm })
     }
@@ -134,5 +149,11 @@ mod tests {
         assert!(close(&even.stored(), [4.0 - d, -4.0 + d, 0.5 - d, 0.0]), "{:?}", even.stored());
         assert!(even.stored().iter().all(|&v| v == round(v)));
         assert_eq!(even.tensor(&start).unwrap().dims(), [2, 2]);
+        // Of a factor 1 + w, w is what is rounded.
+        let coarse: ToStored = |v| (v * 4.0).round() / 4.0;
+        let factor = Tensor::new(&[1.3f32, 0.9], &Device::Cpu).unwrap();
+        let norm = Dense::with_offset(&factor, coarse, 1.0).unwrap();
+        assert_eq!(norm.stored(), [0.25, -0.0]);
+        assert_eq!(norm.tensor(&factor).unwrap().to_vec1::<f32>().unwrap(), [1.25, 1.0]);
     }
 }

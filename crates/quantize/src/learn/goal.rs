@@ -137,7 +137,7 @@ mod tests {
         };
         let moved = |x: &Tensor, along: &Tensor, t: f64| (x + (along * t).unwrap()).unwrap();
         let random = |like: &Tensor| Tensor::randn(0f32, 1.0, like.shape(), &Device::Cpu).unwrap();
-        let trained = |head: &Head| TrainedHead::new(head, Some(|v| v), Some(|v| v)).unwrap();
+        let trained = |head: &Head| TrainedHead::new(head, Some(|v| v), Some(|v| v), 0.0).unwrap();
         for goal in [Goal::Logits { teacher: &head, student: &trained(&head) }, Goal::States] {
             let value = goal.loss(&h, &r).unwrap();
             let (grad, of_head) = goal.gradients(&h, &r).unwrap();

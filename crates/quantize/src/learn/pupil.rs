@@ -19,11 +19,11 @@ pub(super) struct Pupil {
 
 impl Pupil {
     /// Starts from the full-precision `block`, with `linears` rounded and `norms` to be trained, each with the rounding
-    /// to its stored type.
+    /// to its stored type, which lacks `norm_offset`.
     pub(super) fn new(
         mut block: Block,
         linears: Vec<(Role, Quantized)>,
-        norms: Vec<(NormRole, ToStored)>,
+        (norms, norm_offset): (Vec<(NormRole, ToStored)>, f32),
     ) -> Result<Self, Error> {
         let mut trained = Vec::with_capacity(linears.len());
         for (role, quantized) in linears {
@@ -31,7 +31,7 @@ impl Pupil {
             block.set_activations(role, quantized.scheme.activations);
             trained.push((role, Rounding::new(quantized, &weight)));
         }
-        let norm = |(role, round)| Ok::<_, Error>((role, Dense::new(block.norm(role), round)?));
+        let norm = |(role, round)| Ok::<_, Error>((role, Dense::with_offset(block.norm(role), round, norm_offset)?));
         let norms = norms.into_iter().map(norm).collect::<Result<_, _>>()?;
         let mut pupil = Pupil { block, linears: trained, norms };
         pupil.refresh()?;

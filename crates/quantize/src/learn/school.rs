@@ -70,7 +70,7 @@ impl<'a> School<'a> {
             embedding: Embedding::load(spec, input)?,
             teacher: (0..spec.layers).map(|i| Block::load(spec, i, input)).collect::<Result<_, _>>()?,
             head: if spec.head().is_some() { Some(Head::load(spec, input)?) } else { None },
-            rope: RopeTable::new(&spec.rope, windows.length)?,
+            rope: RopeTable::new(&spec.ropes, windows.length)?,
             reference,
             training,
             held_out,
@@ -107,12 +107,13 @@ impl<'a> School<'a> {
                 let bias = written.tensor(&format!("{module}.bias"))?.to_f32()?;
                 block.set_bias(role, Some(Tensor::from_slice(&bias, bias.len(), &Device::Cpu)?));
             }
-            Pupil::new(block, linears, norms)
+            Pupil::new(block, linears, (norms, spec.norm_offset))
         };
         let pupils = start.into_iter().zip(&self.teacher).enumerate().map(pupil).collect::<Result<_, _>>()?;
         let names = (spec.head().filter(|_| train_head).map(|head| format!("{head}.weight")), spec.final_norm());
         let trained = |head: &Head| {
-            TrainedHead::new(head, names.0.as_deref().and_then(stored), names.1.as_deref().and_then(stored))
+            let [weight, norm] = [&names.0, &names.1].map(|name| name.as_deref().and_then(stored));
+            TrainedHead::new(head, weight, norm, spec.norm_offset)
         };
         Ok(Student { pupils, head: self.head.as_ref().map(trained).transpose()? })
     }

@@ -4,6 +4,7 @@ use super::{Calibration, Records, Worker, write_quantized};
 use crate::block::{Target, solve_targets};
 use crate::journal::{SiteRecord, TensorRecord};
 use crate::run::Event;
+use crate::weight::weight;
 use crate::{Action, Error, Linear, Plan, Unit};
 use bitmill_calibrate::Imatrix;
 use bitmill_models::SITES;
@@ -49,7 +50,7 @@ impl Worker<'_, '_> {
             let h = statistics.hessian(block, site)?;
             let (name, tokens, spread) = (site.name.into(), statistics.tokens(), statistics.spread(block, site, &h)?);
             sites.push(SiteRecord { block, site: name, tokens, spread });
-            let weight = |t: &&Target<'_>| Ok::<_, Error>(self.input.weight(t.module)?.to_f32()?);
+            let weight = |t: &&Target<'_>| weight(self.input, self.plan.spec.as_ref(), t.module);
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             for (_, done) in solve_targets(&wanted, &weights, (&h, statistics.tokens()), method, solver)? {

@@ -1,8 +1,10 @@
 //! Runs with every stage on tiny models: complete, the same at any thread count, and the same when stopped and taken up.
 
 use super::*;
-use crate::{Observation, Settings, SoftKind, SoftRounding, TargetShift, TokenWeights, tiny};
+use crate::{Observation, Settings, SoftKind, SoftRounding, TargetShift, TokenWeights, Tuning, tiny};
+use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
 use bitmill_models::spec_of;
+use bitmill_scheme::{BLOCKS, Bits, Granularity, Scheme};
 
 fn model(case: &str) -> Checkpoint {
     Checkpoint::open(&tiny::folder().join(case)).unwrap()
@@ -47,6 +49,8 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         ("llama-biases-tied", &["rotate", "rotate-heads", "awq"][..], TargetShift::Outputs),
         ("bert", &["rotate-heads", "awq"], TargetShift::Outputs),
         ("qwen3-tied", &[], TargetShift::Inputs),
+        ("phi3", &["rotate", "rotate-heads", "awq"], TargetShift::Outputs),
+        ("gpt2", &["awq"], TargetShift::Outputs),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(transforms, everything(shift));
@@ -82,4 +86,53 @@ fn statistics_do_not_do_where_text_is_needed() {
     assert!(plan.calibrated && plan.untied.is_none());
     let plan = Plan::new(&input, &settings(&["rotate", "womi"], Observation::default()));
     assert!(plan.err().unwrap().to_string().contains("one of these transforms is enough"));
+}
+
+#[test]
+fn every_architecture_is_quantized_tuned_and_measured() {
+    let mut cases: Vec<_> = std::fs::read_dir(tiny::folder()).unwrap().map(|e| e.unwrap().path()).collect();
+    cases.retain(|folder| folder.join("config.json").exists());
+    cases.sort();
+    for folder in cases {
+        let (case, dir) = (folder.file_name().unwrap().to_string_lossy().into_owned(), tempfile::tempdir().unwrap());
+        let (input, out) = (model(&case), dir.path().join("out"));
+        let spec = spec_of(&input).unwrap();
+        let four_bits = Scheme::int(Bits::ALL[3], true, Granularity::Channel);
+        let settings = Settings { scheme: four_bits, tuning: Some(Tuning::new(1, 4)), ..tiny::settings(&[]) };
+        let finished = go(&case, &settings, &out, 2, None).unwrap();
+        assert_eq!(finished.stages.len(), 1, "{case}: tuning is told of");
+        // Every linear of every block, in the shape it is used in, is quantized.
+        let quantized = Checkpoint::open(&out).unwrap();
+        for (role, module) in (0..spec.layers).flat_map(|block| spec.block_linears(block)) {
+            assert!(quantized.scheme_of(&module).is_some(), "{case}: {module}");
+            assert_eq!(quantized.weight(&module).unwrap().shape(), spec.linear_shape(role), "{case}: {module}");
+        }
+        let what =
+            Comparison { model: &quantized, reference: Some(&input), stream_memory: 1 << 30, spill_dir: dir.path() };
+        let windows = tiny::windows(&spec, 3, 20);
+        if spec.head().is_some() {
+            let measured = evaluate(what, &windows, &mut |_, _| {}, None).unwrap();
+            let kl = measured.divergence.unwrap().kl.mean;
+            assert!(kl > 0.0 && kl < 0.3, "{case}: KL divergence of {kl} at four bits");
+        } else {
+            let how = Sentences { pooling: Pooling::Mean, limit: None };
+            let (similarity, _) = compare_embeddings(what, &windows, how, &mut |_, _| {}).unwrap();
+            let cosine = similarity.cosine.unwrap().mean;
+            assert!(cosine > 0.95 && cosine < 1.0, "{case}: cosine similarity of {cosine} at four bits");
+        }
+    }
+}
+
+#[test]
+fn what_an_architecture_does_not_allow_is_refused_before_work_starts() {
+    for case in ["gemma2", "olmo2", "granite"] {
+        let shifted = settings(&[], everything(TargetShift::Outputs));
+        let error = Plan::new(&model(case), &shifted).err().unwrap().to_string();
+        assert!(error.contains("--target-shift outputs") && error.contains("use inputs or off"), "{error}");
+        let gguf = Settings { format: "gguf".into(), scheme: Scheme::block(BLOCKS[0].kind), ..tiny::settings(&[]) };
+        let error = Plan::new(&model(case), &gguf).err().unwrap().to_string();
+        assert!(error.contains("are not written as GGUF; those that are: llama"), "{error}");
+    }
+    let error = Plan::new(&model("opt"), &settings(&["rotate"], Observation::default())).err().unwrap().to_string();
+    assert!(error.contains("it has layer norms"), "{error}");
 }

@@ -143,7 +143,7 @@ impl Rewriting<'_> {
         let mut written = Vec::new();
         for slot in block.spec.block_tensors(block.index) {
             let (Some(values), Some(&dtype)) = (block.values(&slot.name), types.get(&slot.name)) else { continue };
-            output.write(&slot.name, &stored(&self.input.tensor(&slot.name)?, dtype, values)?)?;
+            output.write(&slot.name, &stored(&self.input.tensor(&slot.name)?, dtype, &values)?)?;
             written.push(slot.name);
         }
         Ok(written)
@@ -161,7 +161,7 @@ impl Rewriting<'_> {
         let Some(head) = spec.head().map(|head| format!("{head}.weight")) else { return Ok(()) };
         let (embedding, norm_name) = (spec.embedding(), spec.final_norm());
         let mut norm = match &norm_name {
-            Some(name) => self.input.tensor(name)?.to_f32()?,
+            Some(name) => self.input.tensor(name)?.to_f32()?.into_iter().map(|w| w + spec.norm_offset).collect(),
             None => vec![1.0; spec.hidden],
         };
         let view = self.input.tensor(&embedding)?;
@@ -178,6 +178,7 @@ impl Rewriting<'_> {
             if rewrites.iter().any(|r| r.folds_final_norm()) {
                 norm.fill(1.0);
             }
+            norm.iter_mut().for_each(|w| *w -= spec.norm_offset);
             output.write(&name, &self.input.tensor(&name)?.with_values(&norm)?)?;
             written.push(name);
         }

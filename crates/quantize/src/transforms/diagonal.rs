@@ -24,7 +24,7 @@ impl<'b> Candidate<'b> {
     pub(super) fn new(model: &Schemes, block: &'b BlockWeights<'b>, index: usize) -> Result<Option<Self>, Error> {
         let site = block.spec.sites()[index];
         let scheme = |&role: &Role| Some((role, model.of(block, role)?));
-        let linears: Vec<(Role, Scheme)> = site.linears.iter().filter_map(scheme).collect();
+        let linears: Vec<(Role, Scheme)> = site.parts().iter().filter_map(scheme).collect();
         let (Some(moments), false, Some(_)) = (block.sites.get(index), linears.is_empty(), site.absorbed_by) else {
             return Ok(None);
         };
@@ -117,14 +117,17 @@ fn centred(mut t: Vec<f32>) -> Vec<f32> {
 /// Scales the site `index` of `block` by `t`.
 pub(super) fn fold(block: &mut BlockWeights<'_>, index: usize, t: &[f32]) {
     let (spec, site) = (block.spec, block.spec.sites()[index]);
-    for role in site.linears {
-        let Some(w) = block.linears.get_mut(role) else { continue };
+    for role in site.parts() {
+        let Some(w) = block.linears.get_mut(&role) else { continue };
         w.chunks_exact_mut(t.len()).for_each(|row| row.iter_mut().zip(t).for_each(|(w, t)| *w *= t));
     }
     match site.absorbed_by {
         Some(Absorb::Norm(norm)) => {
             if let Some(g) = block.norms.get_mut(&norm) {
                 g.iter_mut().zip(t).for_each(|(g, t)| *g /= t);
+            }
+            if let Some(bias) = block.norm_biases.get_mut(&norm) {
+                bias.iter_mut().zip(t).for_each(|(b, t)| *b /= t);
             }
         }
         Some(Absorb::Linear(role)) => {
@@ -159,6 +162,6 @@ impl Schemes {
     }
 
     fn of(&self, block: &BlockWeights<'_>, role: Role) -> Option<Scheme> {
-        self.schemes.get(&block.spec.module(block.index, role)).copied()
+        self.schemes.get(&block.spec.module(block.index, block.spec.rows(role).0)).copied()
     }
 }

@@ -100,10 +100,10 @@ impl<'a> Model<'a> {
         BlockWeights::load(self.spec, self.input, index, self.statistics)
     }
 
-    /// What the linear `role` of block `index` becomes.
+    /// What the linear that stores `role` of block `index` becomes.
     #[must_use]
     pub fn scheme(&self, index: usize, role: Role) -> Option<Scheme> {
-        self.schemes.get(&self.spec.module(index, role)).copied()
+        self.schemes.get(&self.spec.module(index, self.spec.rows(role).0)).copied()
     }
 }
 

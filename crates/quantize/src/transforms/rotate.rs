@@ -55,10 +55,18 @@ impl Transform for Rotate {
 
     fn refuses(&self, spec: &ModelSpec) -> Option<&'static str> {
         let pre_norm = spec.has_norm(NormRole::Input) && spec.has_norm(NormRole::PostAttention);
-        if spec.norm == NormKind::Rms && pre_norm && spec.head().is_some() {
-            return None;
+        if spec.norm != NormKind::Rms {
+            return Some("it has layer norms, which take the mean over channels, and that does not turn with them");
         }
-        Some("its layer norms stand in the residual stream, and their means and weights do not turn with it")
+        if spec.has_norm(NormRole::AttnOutput) || spec.has_norm(NormRole::MlpOutput) {
+            return Some(
+                "what attention and MLP put out is normed channel by channel before it joins the residual stream",
+            );
+        }
+        if !pre_norm || spec.head().is_none() {
+            return Some("its norms stand in the residual stream, and their weights do not turn with it");
+        }
+        None
     }
 
     fn unties(&self) -> bool {
@@ -182,7 +190,7 @@ fn predicted(model: &Model<'_>, block: &BlockWeights<'_>) -> Result<f64, Error> 
                 factor.diagonal().iter().map(|&d| f64::from(d)).sum::<f64>() / n as f64
             }
         };
-        for &role in at.linears {
+        for role in at.parts() {
             let (Some(scheme), Some(w)) = (model.scheme(block.index, role), block.linears.get(&role)) else { continue };
             let energy: f64 = match h {
                 Some(h) => crate::loss(w, &vec![0.0; w.len()], h).iter().sum(),
