@@ -100,7 +100,7 @@ mod tests {
             spec.tensors().into_iter().map(|slot| (slot.name, random(&slot.shape))).collect();
         let embedding = Embedding::load(&spec, &weights).unwrap();
         let blocks: Vec<Block> = (0..spec.layers).map(|i| Block::load(&spec, i, &weights).unwrap()).collect();
-        let (head, rope) = (Head::load(&spec, &weights).unwrap(), RopeTable::new(&spec.rope, 48).unwrap());
+        let (head, rope) = (Head::load(&spec, &weights).unwrap(), RopeTable::new(&spec.ropes, 48).unwrap());
         let author = Author { embedding: &embedding, blocks: &blocks, head: &head, rope: &rope, length: 48 };
         assert_eq!(author.together(16), TOGETHER);
         assert_eq!(author.together(1 << 30), 1);
