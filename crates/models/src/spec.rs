@@ -156,7 +156,7 @@ impl ModelSpec {
     pub fn rows(&self, part: Role) -> (Role, Vec<Range<usize>>) {
         let [own, _] = self.linear_shape(part);
         let whole = [Role::Qkv, Role::GateUp].into_iter().find(|role| role.parts().contains(&part) && self.has(*role));
-        let Some(whole) = whole else { return (part, vec![0..own]) };
+        let Some(whole) = whole else { return (part, std::iter::once(0..own).collect()) };
         let before = whole.parts().iter().take_while(|&&p| p != part);
         if whole == Role::Qkv && self.layout.fused == Fused::ByHead {
             let (dim, at) = (self.head_dim, before.count());

@@ -70,10 +70,9 @@ impl Rope {
     ) -> Result<[Rope; 2], Error> {
         let parameters = config.section("rope_parameters")?;
         let kinds = ["full_attention", "sliding_attention"];
-        if let Some(both) = &parameters {
-            if let Some(key) = both.keys().find(|key| !kinds.contains(key)) {
-                return Err(both.error(key, format!("is neither of {}", kinds.join(", "))));
-            }
+        let unknown = |both: &Reader<'_>| both.keys().find(|key| !kinds.contains(key)).map(str::to_owned);
+        if let Some((both, key)) = parameters.as_ref().and_then(|both| Some((both, unknown(both)?))) {
+            return Err(both.error(&key, format!("is neither of {}", kinds.join(", "))));
         }
         let scaling = config.section("rope_scaling")?.filter(|s| s.keys().next().is_some());
         if scaling.is_some() && parameters.is_some() {
