@@ -147,7 +147,7 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
         ("awq", gptq, [128, 128], "it stores a zero point for every group; pass --asymmetric"),
         ("awq", asym, [100, 128], "it packs 8 outputs into a word and there are 100"),
         ("awq", five, [128, 128], "its readers know 4 bits"),
-        ("awq", Scheme { granularity: Granularity::Mapped(128), ..asym }, [128, 128], "per consecutive group"),
+        ("awq", Scheme { granularity: Granularity::Mapped(128), ..asym }, [128, 128], "none out of order (desc_act)"),
         ("int-quantized", Scheme { granularity: Granularity::Mapped(128), ..w8a8 }, [128, 128], "consecutive groups"),
         ("gptq", five, [128, 128], "2, 3, 4 and 8 bits"),
         ("gptq", gptq, [100, 128], "multiples of 32 and the shape is [100, 128]"),

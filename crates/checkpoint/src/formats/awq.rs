@@ -62,11 +62,13 @@ impl Format for Awq {
         if scheme.form().is_none() && scheme.bits().get() != BITS {
             return refuse("its readers know 4 bits; use gptq or pack-quantized for other widths");
         }
+        if !matches!(scheme.granularity, Granularity::Group(_) | Granularity::Channel) {
+            return refuse(
+                "it has scales per group of consecutive columns or channel, and none out of order (desc_act)",
+            );
+        }
         if scheme.form().is_none() && scheme.symmetric() {
             return refuse("it stores a zero point for every group; pass --asymmetric");
-        }
-        if !matches!(scheme.granularity, Granularity::Group(_) | Granularity::Channel) {
-            return refuse("it has scales per consecutive group or channel; use one of these");
         }
         if scheme.scale != ScaleType::F16 {
             return refuse("its scales are f16; fit the scales in that type");
@@ -82,8 +84,10 @@ impl Format for Awq {
             Granularity::Tensor => Granularity::Channel,
             other => other,
         };
-        let bits = Bits::new(BITS.max(scheme.bits().get())).unwrap_or(scheme.bits());
-        vec![Scheme::int(bits, false, granularity).with_scale(ScaleType::F16)]
+        // The matrix as it is says why it is refused; its numbers may have room in 4 bits all the same.
+        let own = Scheme::int(scheme.bits(), false, granularity).with_scale(ScaleType::F16);
+        let four = Bits::new(BITS).map(|bits| Scheme::int(bits, false, granularity).with_scale(ScaleType::F16));
+        std::iter::once(own).chain(four).collect()
     }
 
     fn layout(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Vec<TensorSpec> {
