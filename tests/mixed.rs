@@ -65,7 +65,8 @@ fn sizes_are_met_and_never_exceeded() {
     }
     for loader in mixture["loaders"].as_array().unwrap() {
         let takes = loader["refuses"].as_array().unwrap().is_empty();
-        assert_eq!(takes, loader["loader"] != "GPTQModel" && loader["loader"] != "llama.cpp", "{loader}");
+        // SGLang has kernels for 4 and 8 bits, and the others read other formats.
+        assert_eq!(takes, loader["loader"] == "vLLM" || loader["loader"] == "transformers", "{loader}");
     }
     let small = failure(bitmill(["plan"]).arg(books()).arg("--stats").arg(&stats).args(["--size", "8MB"]), 1);
     assert!(small.contains("no mixture of these options fits") && small.contains("raise the size"), "{small}");

@@ -12,6 +12,8 @@ class Case:
     options: str
     format: str
     method: str = "--method rtn"
+    by_way_of: tuple[str, ...] = ()
+    """Formats that `bitmill convert` takes the folder through, one after the other, before `format`."""
 
 
 GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": -1}
@@ -36,4 +38,11 @@ def table() -> list[Case]:
     calibrated = "--samples 16 --sequence-length 512"
     cases.append(Case("pack w4 sym g128, calibrated", "--scheme w4a16 --format pack-quantized", "pack-quantized", calibrated))
     cases.append(Case("gptq w3 sym g128, calibrated", "--bits 3 --group-size 128 --format gptq", "gptq", calibrated))
+    for name, options, way, last in (
+        ("gptq to pack, w4 sym g128", "--bits 4 --group-size 128 --format gptq", ("gptq_v2",), "pack-quantized"),
+        ("gptq to naive, w8 sym channel", "--bits 8 --group-size -1 --format gptq", (), "naive-quantized"),
+        ("awq to pack, w4 asym g64", "--bits 4 --group-size 64 --asymmetric --format awq", (), "pack-quantized"),
+        ("pack to gptq, w4 sym g128", "--bits 4 --group-size 128 --format pack-quantized", ("awq",), "gptq"),
+    ):
+        cases.append(Case(f"convert {name}", options, last, by_way_of=(*way, last)))
     return cases

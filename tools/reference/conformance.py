@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -99,6 +99,14 @@ class Bench:
         return torch.stack([got[f"logits.{i}"] for i in range(self.windows)])  # one tensor per window
 
 
+def installed(name: str) -> str | None:
+    """The version of a package; a part of the cases runs without some of them."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; infinite when either holds a NaN."""
     return (a - b).abs().nan_to_num(nan=float("inf")).max().item()
@@ -170,14 +178,19 @@ def strip_rounding(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> 
 
 def check(bench: Bench, case: Case) -> Outcome:
     """One case from quantization to verdict."""
-    folder, control = bench.work / "out", bench.work / "control"
-    for old in (folder, control):
+    folder, control, converted = bench.work / "out", bench.work / "control", bench.work / "converted"
+    for old in (folder, control, converted):
         shutil.rmtree(old, ignore_errors=True)
     arguments = ["quantize", str(bench.model), "-o", str(folder), "--force", *case.options.split(), *case.method.split()]
     outcome = Outcome(case.name, " ".join(["bitmill", *arguments]))
     start = time.monotonic()
     try:
         bench.run(*arguments)
+        for step in case.by_way_of:
+            shutil.rmtree(converted, ignore_errors=True)
+            bench.run("convert", str(folder), str(converted), "--format", step)
+            shutil.rmtree(folder)
+            converted.rename(folder)
         with peers.quiet(bench.log):
             rounded = strip_rounding(bench, folder, case, outcome) if case.format == "int-quantized" else None
             ours, theirs = bench.ours(folder), peer_logits(bench, folder, case, outcome)
@@ -222,7 +235,7 @@ def main() -> int:
         print(f"{case.name:<28} {row}  {verdict}", flush=True)
     failed = sum(bool(outcome.problems) for outcome in outcomes)
     report = {
-        "versions": {name: version(name) for name in PEERS},
+        "versions": {name: installed(name) for name in PEERS},
         "tolerance": TOLERANCE,
         "unquantized": plain,
         "failed": failed,

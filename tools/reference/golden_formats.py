@@ -1,5 +1,5 @@
-"""Writes the golden files of crates/checkpoint: tensors packed by compressed-tensors and GPTQModel themselves, and the
-weights those libraries read back from them. Every file records the versions that made it.
+"""Writes the golden files of crates/checkpoint: tensors packed by compressed-tensors, GPTQModel and AutoRound (for AWQ)
+themselves, and the weights those libraries read back from them. Every file records the versions that made it.
 
     python tools/reference/golden_formats.py [FOLDER, by default crates/checkpoint/tests/golden]
 """
@@ -109,8 +109,34 @@ def gptq(cases, path):
     write(path, tensors, config)
 
 
-def write(path, tensors, quantization):
-    versions = {name: version(name) for name in LIBRARIES}
+def awq(cases, path):
+    """Modules of one scheme, which is all that the configuration knows, packed by AutoRound's copy of AutoAWQ's linear."""
+    from auto_round.export.export_to_awq.utils import WQLinear_GEMM, reverse_awq_order, unpack_awq
+
+    generator = torch.Generator().manual_seed(11)
+    tensors, group = {}, cases[0][0]
+    for i, (_, (rows, cols)) in enumerate(cases):
+        count = cols // group if group > 0 else 1
+        linear = torch.nn.Linear(cols, rows, bias=False)
+        scale = scales(generator, (count, rows), torch.float16).float()
+        zero = torch.randint(0, 16, (count, rows), generator=generator)
+        wide = lambda t: t.T.repeat_interleave(cols // count, dim=1)
+        q = codes(generator, 4, rows, cols) + 8
+        linear.weight.data = (q - wide(zero)) * wide(scale)
+        packed = WQLinear_GEMM.from_linear(linear, 4, group, scales=scale, zeros=zero.float())
+        weight, zeros = reverse_awq_order(*unpack_awq(packed.qweight, packed.qzeros, 4), 4)
+        weight, zeros = weight & 15, zeros & 15
+        dequantized = (weight.T - wide(zeros)).float() * wide(packed.scales).float()
+        assert torch.equal(dequantized, linear.weight.data), "awq: 4 bits did not survive the library itself"
+        for key in ("qweight", "qzeros", "scales"):
+            tensors[f"m{i}.{key}"] = getattr(packed, key).contiguous()
+        tensors[f"m{i}.dequantized"] = dequantized.contiguous()
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    write(path, tensors, config, ("torch", "auto-round"))
+
+
+def write(path, tensors, quantization, libraries=LIBRARIES):
+    versions = {name: version(name) for name in libraries}
     metadata = {"versions": json.dumps(versions), "config": json.dumps({"quantization_config": quantization})}
     save_file(tensors, path, metadata=metadata)
     print(f"{path}: {len(tensors)} tensors, {path.stat().st_size} bytes")
@@ -134,6 +160,7 @@ def main():
     v1 = [(2, True, 16, False), (3, True, 16, False), (4, True, 16, True), (4, False, 16, False), (8, True, -1, False)]
     gptq([(*case, False, shape) for case in v1], out / "gptq.safetensors")
     gptq([(2, False, -1, False, True, shape), (4, False, 16, True, True, shape)], out / "gptq_v2.safetensors")
+    awq([(16, (8, 32)), (16, (40, 48))], out / "awq.safetensors")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,21 @@ fn dynamic_rules_of_gptq_apply_in_order() {
 }
 
 #[test]
+fn exceptions_of_awq_are_parts_of_names() {
+    let dialect = read(json!({
+        "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": true, "version": "GEMM",
+        "modules_to_not_convert": ["visual", "mlp.gate."]
+    }));
+    let dialect = dialect.unwrap().unwrap();
+    let f16 = int(4, false, Granularity::Group(64)).with_scale(dialect.scheme_of("x").unwrap().scale);
+    assert_eq!(dialect.format().name(), "awq");
+    assert_eq!(dialect.scheme_of("model.layers.0.mlp.gate_proj"), Some(f16));
+    for left in ["model.visual.blocks.0.qkv", "model.layers.0.mlp.gate.x", "lm_head"] {
+        assert_eq!(dialect.scheme_of(left), None, "{left}");
+    }
+}
+
+#[test]
 fn configurations_written_are_read_back() {
     let layers: BTreeMap<String, Scheme> = [
         ("model.layers.0.q_proj", int(4, true, Granularity::Group(128))),
@@ -96,7 +111,7 @@ fn configurations_written_are_read_back() {
     .map(|(m, s)| (m.to_owned(), s.with_scale(ScaleType::F16)))
     .into();
     let ignored = ["lm_head".to_owned(), "model.layers.0.gate".to_owned()];
-    for name in ["pack-quantized", "naive-quantized", "gptq"] {
+    for name in ["pack-quantized", "naive-quantized", "gptq", "gptq_v2"] {
         let block = format(name).unwrap().config(&layers, &ignored).unwrap();
         let dialect = Dialect::of(&json!({"dtype": "float16", "quantization_config": block})).unwrap().unwrap();
         assert_eq!(dialect.format().name(), name);
@@ -126,8 +141,23 @@ fn what_is_not_read_is_named() {
         block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         block
     };
+    let awq = |extra: Value| {
+        let mut block =
+            json!({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "GEMM"});
+        assert!(read(block.clone()).unwrap().is_some());
+        block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        block
+    };
     for (block, message) in [
-        (json!({"quant_method": "awq"}), "quant_method \"awq\" is not one this version reads"),
+        (
+            json!({"quant_method": "hqq"}),
+            "quant_method \"hqq\" is not one this version reads; it reads compressed-tensors, gptq, awq",
+        ),
+        (awq(json!({"version": "gemv"})), "version \"gemv\""),
+        (awq(json!({"w_bit": 3, "bits": null})), "bits is 3"),
+        (awq(json!({"zero_point": false})), "zero_point is false"),
+        (awq(json!({"group_size": 0})), "group_size is 0"),
+        (awq(json!({"modules_to_not_convert": [7]})), "modules_to_not_convert is 7"),
         (json!({}), "quant_method is missing"),
         (json!("w4"), "quant_method is missing"),
         (ct(json!({"format": "float-quantized"})), "format \"float-quantized\""),

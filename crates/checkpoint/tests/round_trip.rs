@@ -4,7 +4,7 @@
 
 mod support;
 
-use bitmill_checkpoint::{Checkpoint, Error, FORMATS, Weight, format};
+use bitmill_checkpoint::{Checkpoint, Error, FORMATS, Format, Weight, format};
 use bitmill_scheme::{Activations, Bits, Granularity, Quantized, ScaleType, Scheme};
 use std::collections::BTreeMap;
 use support::{Random, quantized, schemes, write};
@@ -12,35 +12,83 @@ use support::{Random, quantized, schemes, write};
 /// Square, wide, tall, and widths that fill no word.
 const SHAPES: [[usize; 2]; 6] = [[32, 64], [96, 32], [1, 64], [7, 40], [33, 8], [3, 5]];
 
+/// Matrices of every scheme that `format` supports, in as many folders as its configuration needs for them.
+fn folders(format: &dyn Format, random: &mut Random) -> Vec<BTreeMap<String, Quantized>> {
+    let mut by_scheme: Vec<BTreeMap<String, Quantized>> = Vec::new();
+    for scheme in schemes() {
+        let name = |shape: [usize; 2]| format!("model.layers.{}.proj_{}x{}", by_scheme.len(), shape[0], shape[1]);
+        let fits = |shape: &[usize; 2]| format.check("m", &scheme, *shape).is_ok() && support::can_be(&scheme, *shape);
+        let layers = SHAPES.into_iter().filter(fits).map(|shape| (name(shape), quantized(scheme, shape, random)));
+        by_scheme.push(layers.collect());
+    }
+    by_scheme.retain(|layers| !layers.is_empty());
+    let together: BTreeMap<String, Scheme> = by_scheme.iter().flatten().map(|(m, q)| (m.clone(), q.scheme)).collect();
+    match format.config(&together, &[]) {
+        Ok(_) => vec![by_scheme.into_iter().flatten().collect()],
+        Err(_) => by_scheme,
+    }
+}
+
 #[test]
 fn what_is_written_is_what_is_read() {
     let mut random = Random(1);
     for &format in FORMATS {
-        let mut layers: BTreeMap<String, Quantized> = BTreeMap::new();
-        for scheme in schemes() {
-            for shape in SHAPES {
-                let module = format!("model.layers.{}.proj", layers.len());
-                if format.check(&module, &scheme, shape).is_ok() {
-                    layers.insert(module, quantized(scheme, shape, &mut random));
-                }
-            }
-        }
-        assert!(layers.len() >= 20, "{} supports next to nothing", format.name());
-        for shard_limit in [u64::MAX, 20_000] {
+        let folders = folders(format, &mut random);
+        let matrices: usize = folders.iter().map(BTreeMap::len).sum();
+        assert!(matrices >= 6, "{} supports next to nothing", format.name());
+        for (layers, shard_limit) in folders.iter().flat_map(|layers| [(layers, u64::MAX), (layers, 20_000)]) {
             let dir = tempfile::tempdir().unwrap();
-            let plan = write(dir.path(), format, &layers, shard_limit);
+            let plan = write(dir.path(), format, layers, shard_limit);
             let checkpoint = Checkpoint::open(dir.path()).unwrap();
             assert_eq!(checkpoint.dialect().unwrap().format().name(), format.name());
             let on_disk: u64 = plan.files().map(|(f, _)| std::fs::metadata(dir.path().join(f)).unwrap().len()).sum();
             assert_eq!(on_disk, plan.total_bytes());
-            for (module, q) in &layers {
+            for (module, q) in layers {
                 let Weight::Quantized(read) = checkpoint.weight(module).unwrap() else { panic!("{module} is dense") };
                 assert_eq!(&read, q, "{} {module} {}", format.name(), q.scheme);
-                assert_eq!(checkpoint.scheme_of(module), Some(q.scheme));
+                // Headers do not say what a map holds.
+                if q.group_of.is_empty() {
+                    assert_eq!(checkpoint.scheme_of(module), Some(q.scheme));
+                }
             }
             assert_eq!(checkpoint.dialect().unwrap().scheme_of("lm_head"), None);
         }
     }
+}
+
+#[test]
+fn version_1_of_gptq_takes_zero_points_above_zero() {
+    let scheme = Scheme::int(Bits::new(4).unwrap(), false, Granularity::Group(32)).with_scale(ScaleType::F16);
+    let mut q = quantized(scheme, [32, 64], &mut Random(3));
+    q.zeros.iter_mut().for_each(|z| *z = 1 + *z % 15);
+    let (v1, v2) = (format("gptq").unwrap(), format("gptq_v2").unwrap());
+    for format in [v1, v2] {
+        assert_eq!(format.check("m", &scheme, q.shape).is_ok(), format.name() == "gptq_v2");
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), format, &BTreeMap::from([("m".to_owned(), q.clone())]), u64::MAX);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.config()["quantization_config"]["sym"], false);
+        let Weight::Quantized(read) = checkpoint.weight("m").unwrap() else { panic!("dense") };
+        assert_eq!(read, q);
+    }
+    q.zeros[5] = 0;
+    v2.holds("m", &q).unwrap();
+    let said = v1.holds("m", &q).unwrap_err().to_string();
+    assert!(said.starts_with("m: format gptq cannot store") && said.contains("use gptq_v2"), "{said}");
+}
+
+#[test]
+fn awq_has_one_scheme_and_exceptions_by_parts_of_names() {
+    let awq = format("awq").unwrap();
+    let scheme = |g| Scheme::int(Bits::new(4).unwrap(), false, Granularity::Group(g)).with_scale(ScaleType::F16);
+    let layers = BTreeMap::from([("a.gate_proj".to_owned(), scheme(32)), ("a.up_proj".to_owned(), scheme(32))]);
+    let said = awq.config(&layers, &["a.gate".to_owned()]).unwrap_err().to_string();
+    assert!(said.contains("a.gate_proj") && said.contains("leave it out with a.gate,"), "{said}");
+    let config = awq.config(&layers, &["lm_head".to_owned()]).unwrap();
+    assert_eq!(config["modules_to_not_convert"][0], "lm_head");
+    let mixed = BTreeMap::from([("a".to_owned(), scheme(32)), ("b".to_owned(), scheme(64))]);
+    let said = awq.config(&mixed, &[]).unwrap_err().to_string();
+    assert!(said.starts_with("b: format awq cannot store w4 g64 asym: its configuration has one scheme"), "{said}");
 }
 
 #[test]
@@ -61,9 +109,16 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                 "pack-quantized" => 16.0,
                 // A byte per code and zero point.
                 "int-quantized" | "naive-quantized" => (weights + zeros) * (8.0 - bits) / 8.0,
-                // Constant zero points and the map of groups.
-                _ => groups * shape[0] as f64 * bits / 8.0 + shape[1] as f64 * 4.0,
+                // Zero points are counted already, and there is no map.
+                "awq" => 0.0,
+                // The map of groups.
+                "gptq_v2" if !scheme.symmetric() => shape[1] as f64 * 4.0,
+                // Constant zero points as well.
+                "gptq" | "gptq_v2" => groups * shape[0] as f64 * bits / 8.0 + shape[1] as f64 * 4.0,
+                other => panic!("what {other} adds is not known"),
             };
+            let mapped = matches!(scheme.granularity, Granularity::Mapped(_)) && !format.name().starts_with("gptq");
+            let extra = extra + if mapped { shape[1] as f64 * 4.0 } else { 0.0 };
             let expected = scheme.bits_per_weight(shape) * weights / 8.0 + extra;
             assert_eq!(payload as f64, expected, "{} {scheme}", format.name());
         }
@@ -88,6 +143,12 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
             "down: format gptq cannot store w4 g128 asym: version 1 cannot store every zero point",
         ),
         ("gptq", w4, [128, 128], "its scales are f16"),
+        ("gptq_v2", w4, [128, 128], "its scales are f16"),
+        ("awq", gptq, [128, 128], "it stores a zero point for every group; pass --asymmetric"),
+        ("awq", asym, [100, 128], "it packs 8 outputs into a word and there are 100"),
+        ("awq", five, [128, 128], "its readers know 4 bits"),
+        ("awq", Scheme { granularity: Granularity::Mapped(128), ..asym }, [128, 128], "none out of order (desc_act)"),
+        ("int-quantized", Scheme { granularity: Granularity::Mapped(128), ..w8a8 }, [128, 128], "consecutive groups"),
         ("gptq", five, [128, 128], "2, 3, 4 and 8 bits"),
         ("gptq", gptq, [100, 128], "multiples of 32 and the shape is [100, 128]"),
         ("gptq", Scheme { granularity: Granularity::Tensor, ..gptq }, [32, 32], "scales per group or channel"),

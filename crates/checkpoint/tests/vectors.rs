@@ -47,8 +47,21 @@ fn compressed_tensors_words() {
 }
 
 #[test]
+fn awq_words() {
+    let scheme = scheme(4, false, Granularity::Channel).with_scale(ScaleType::F16);
+    // Output o of input 0 is o, of input 1 all zeros; zero points count down.
+    let codes = (0..8).flat_map(|o| [o, 0]).collect();
+    let zeros = (8..16).rev().collect();
+    let q = Quantized { scheme, shape: [8, 2], codes, scales: vec![1.0; 8], zeros, group_of: vec![] };
+    let payloads = format("awq").unwrap().encode("m", &q);
+    assert_eq!(as_words(&payloads[0]), [0x75316420, 0]);
+    assert_eq!(as_words(&payloads[1]), [0x8ace9bdf]);
+    assert_eq!(payloads[2], [0x00, 0x3c].repeat(8));
+}
+
+#[test]
 fn gptq_words() {
-    let gptq = format("gptq").unwrap();
+    let (gptq, second) = (format("gptq").unwrap(), format("gptq_v2").unwrap());
     let zeros = [
         (2, vec![0x55555555u32; 2]),
         (3, vec![0xdb6db6db, 0xb6db6db6, 0x6db6db6d]),
@@ -74,6 +87,13 @@ fn gptq_words() {
         assert_eq!(column, expected, "{bits} bits");
         assert!(packed.iter().step_by(32).all(|&w| w == 0));
         assert_eq!(as_words(&payloads[1]), zeros, "{bits} bits");
+        let constants = match bits {
+            2 => [0xaaaaaaaa; 3],
+            3 => [0x24924924, 0x49249249, 0x92492492],
+            4 => [0x88888888; 3],
+            _ => [0x80808080; 3],
+        };
+        assert_eq!(as_words(&second.encode("m", &q)[1])[..2], constants[..2], "{bits} bits, version 2");
     }
 }
 

@@ -23,7 +23,7 @@ use std::process::{Command, Stdio};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the full-precision model
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Widths
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "4", value_parser = clap::value_parser!(u32).range(1..=8))]
     bits: Vec<u32>,
@@ -61,7 +61,7 @@ pub(crate) struct Args {
     #[arg(long, requires = "output")]
     keep: bool,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 /// What one cell found.

@@ -20,7 +20,7 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, in Hugging Face layout
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// File to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {

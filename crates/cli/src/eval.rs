@@ -22,10 +22,10 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, or a GGUF file
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Folder of the full-precision model to compare with
     #[arg(long, value_name = "MODEL")]
-    reference: Option<PathBuf>,
+    pub(crate) reference: Option<PathBuf>,
     /// Text to predict or embed; it must not overlap the calibration text
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     text: Vec<PathBuf>,
@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "logits")]
     embeddings: Option<PathBuf>,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of a model, or one GGUF or safetensors file
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     /// List every tensor
     #[arg(long)]
     tensors: bool,

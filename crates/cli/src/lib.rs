@@ -1,16 +1,19 @@
 //! The `bitmill` command: arguments, progress and reports. One file per command, no arithmetic.
 //!
 //! Results go to standard output (a table, or JSON with `--json`), progress and notes to standard error. Exit codes:
-//! 0 done, 1 refused or failed, 2 wrong arguments, 130 stopped by Ctrl-C with everything finished kept.
+//! 0 done, 1 refused or failed, 2 wrong arguments, 3 checked and found to break a rule, 130 stopped by Ctrl-C with everything finished kept.
 
 mod bench;
 mod beside;
 mod calibrate;
+mod check;
+mod convert;
 mod dequantize;
 mod effort;
 mod eval;
 mod gguf;
 mod goal;
+mod hub;
 mod inspect;
 mod mixed;
 mod plan;
@@ -24,6 +27,7 @@ mod units;
 mod watch;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Post-training quantization of neural-network weights: bounded memory, resumable, on the CPU.
@@ -32,6 +36,9 @@ use std::process::ExitCode;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Branch, tag or commit of models given by their name on the hub (org/model), which are looked up in its cache [default: main]
+    #[arg(long, value_name = "REVISION", global = true)]
+    revision: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -39,12 +46,33 @@ enum Command {
     Quantize(quantize::Args),
     Plan(plan::Args),
     Calibrate(calibrate::Args),
+    Convert(convert::Args),
+    Check(check::Args),
     Dequantize(dequantize::Args),
     Eval(eval::Args),
     Inspect(inspect::Args),
     Report(report::Args),
     Bench(bench::Args),
     Run(run::Args),
+}
+
+impl Command {
+    /// Every model that is read.
+    fn models(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Command::Quantize(args) => vec![&mut args.model],
+            Command::Plan(args) => vec![&mut args.model],
+            Command::Calibrate(args) => vec![&mut args.model],
+            Command::Convert(args) => vec![&mut args.model],
+            Command::Check(args) => [&mut args.path].into_iter().chain(&mut args.original).collect(),
+            Command::Dequantize(args) => vec![&mut args.model],
+            Command::Eval(args) => [&mut args.model].into_iter().chain(&mut args.reference).collect(),
+            Command::Inspect(args) => vec![&mut args.path],
+            Command::Report(args) => args.reference.iter_mut().collect(),
+            Command::Bench(args) => vec![&mut args.model],
+            Command::Run(args) => vec![&mut args.model],
+        }
+    }
 }
 
 /// Options every command has.
@@ -70,27 +98,49 @@ impl Common {
     }
 }
 
+/// Rules of a loader that a model breaks.
+#[derive(Debug)]
+struct Broken(usize);
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} rule{} broken", self.0, if self.0 == 1 { " is" } else { "s are" })
+    }
+}
+
+impl std::error::Error for Broken {}
+
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = match cli.command {
+    let mut cli = Cli::parse();
+    let found = hub::resolve(cli.command.models(), cli.revision.as_deref());
+    let result = found.and_then(|()| match cli.command {
         Command::Quantize(args) => quantize::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Dequantize(args) => dequantize::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Run(args) => run::run(&args),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             let stopped = matches!(error.downcast_ref(), Some(bitmill_quantize::Error::Stopped { .. }));
-            ExitCode::from(if stopped { 130 } else { 1 })
+            let broken = error.is::<Broken>();
+            ExitCode::from(if stopped {
+                130
+            } else if broken {
+                3
+            } else {
+                1
+            })
         }
     }
 }

@@ -71,7 +71,8 @@ pub(crate) struct MixtureArgs {
     #[arg(long, value_name = "ROLE=BITS", action = ArgAction::Append, value_parser = parse_least)]
     least: Vec<(Role, u32)>,
     /// A program that must load the output: a mixture leaves out what it refuses, anything else is an error
-    #[arg(long, value_name = "NAME", action = ArgAction::Append, value_parser = PossibleValuesParser::new(loader_names()))]
+    #[arg(long, value_name = "NAME", action = ArgAction::Append, ignore_case = true,
+          value_parser = PossibleValuesParser::new(loader_names()))]
     pub(crate) loader: Vec<String>,
     /// Statistics from `bitmill calibrate` instead of text: no forward pass. Several files are mixed by weight, a:0.7
     #[arg(long, value_name = "FILE[:WEIGHT]", action = ArgAction::Append, value_parser = parse_stats)]
@@ -199,7 +200,9 @@ impl MixtureArgs {
 
     /// Refuses a plan that a named loader does not take.
     pub(crate) fn check_loaders(&self, plan: &Plan) -> anyhow::Result<()> {
-        for (name, reasons) in loaders(plan).into_iter().filter(|(name, _)| self.loader.iter().any(|l| l == name)) {
+        for (name, reasons) in
+            loaders(plan).into_iter().filter(|(name, _)| self.loader.iter().any(|l| l.eq_ignore_ascii_case(name)))
+        {
             if let Some(reason) = reasons.first() {
                 bail!("{name} would not load this output: {reason}");
             }

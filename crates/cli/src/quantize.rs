@@ -32,7 +32,7 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, in Hugging Face layout
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Folder to write, or a file whose name ends in .gguf; a log (OUT.log.jsonl) is written beside it
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 /// What decides the bytes of an output.

@@ -16,7 +16,7 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, or a GGUF file
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {

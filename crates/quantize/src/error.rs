@@ -69,6 +69,34 @@ pub enum Error {
         /// Its format.
         format: String,
     },
+    /// There is nothing to convert.
+    #[error("{dir} is not quantized, so there is nothing to convert; `bitmill quantize` quantizes it", dir = dir.display())]
+    NotQuantized {
+        /// The model folder.
+        dir: PathBuf,
+    },
+    /// A tensor whose numbers the target of a conversion does not hold.
+    #[error("{tensor} in {file} cannot become {format} as it is: {reason}; {remedy}, and --allow-lossy rounds it", file = file.display())]
+    Lossy {
+        /// Module or tensor.
+        tensor: String,
+        /// Its shard.
+        file: PathBuf,
+        /// The target.
+        format: &'static str,
+        /// The first number that is not held, or what the format lacks.
+        reason: String,
+        /// What would do.
+        remedy: &'static str,
+    },
+    /// A matrix that changed between its check and its conversion.
+    #[error("{module} changed while it was converted ({source}); keep the input still")]
+    Moved {
+        /// The module.
+        module: String,
+        /// What is no longer held.
+        source: bitmill_scheme::Loss,
+    },
     /// Nothing to do.
     #[error("{dir}: no tensor is left to quantize; loosen --ignore", dir = dir.display())]
     NothingToQuantize {

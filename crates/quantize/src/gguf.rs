@@ -114,7 +114,10 @@ fn dropped(name: &str, spec: &ModelSpec) -> bool {
         || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
 }
 
-/// Lays out the file.
+/// Shape of the numbers that a tensor of the input stands for.
+type Shapes<'a> = &'a dyn Fn(&str) -> Option<Vec<usize>>;
+
+/// Lays out the file. `dense` has the types that dense matrices get, `shape_of` the shape of every tensor.
 ///
 /// # Errors
 /// [`Error::TuningFormat`], since tuning moves integer codes; [`Error::Gguf`] for a tensor that GGUF has no name for; whatever the tokenizer or the container refuses.
@@ -122,7 +125,7 @@ pub(crate) fn output(
     input: &Checkpoint,
     spec: &ModelSpec,
     units: &mut Vec<Unit>,
-    dense: &BTreeMap<String, Dtype>,
+    (dense, shape_of): (&BTreeMap<String, Dtype>, Shapes<'_>),
     settings: &Settings,
 ) -> Result<(GgufOutput, OutputPlan), Error> {
     if settings.tuning.is_some() {
@@ -139,7 +142,7 @@ pub(crate) fn output(
         let refuse = |reason: String| Error::Gguf { dir: input.dir().into(), reason };
         let name = gguf::gguf_name(&tensor.name)
             .ok_or_else(|| refuse(format!("tensor {} has no name in GGUF; is it part of the model?", tensor.name)))?;
-        let shape = input.shape_of(&tensor.name).unwrap_or_default();
+        let shape = shape_of(&tensor.name).unwrap_or_default();
         let storage = match &tensor.action {
             Action::Quantize { scheme, .. } => scheme.form().map_or(Storage::Opaque, |f| Storage::Block(f.kind)),
             Action::Copy => {

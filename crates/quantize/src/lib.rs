@@ -7,6 +7,7 @@
 mod allocate;
 mod block;
 mod calibration;
+mod convert;
 mod cost;
 mod error;
 mod factor;
@@ -35,12 +36,13 @@ mod weight;
 
 pub use allocate::{Allocation, Choice, Impossible, allocate, allocate_crossed};
 pub use calibration::calibrate;
+pub use convert::{Conversion, Converted, Rounded, Target};
 pub use cost::Kind;
 pub use error::Error;
 pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
 pub use journal::{SiteRecord, StageChange, StageRecord, TensorRecord};
-pub use loaders::{loader_names, loaders, refusal};
+pub use loaders::{Demands, Subject, Verdict, loader_names, loaders, needed, refusal, tensors_of, verdicts};
 pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
 pub use mixture::{Budget, Chosen, Mixing, Mixture, Survey, mix};
 pub use plan::{Action, Plan, PlannedTensor, Unit};
@@ -53,4 +55,3 @@ pub use settings::{
 };
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
 pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};
-pub use weight::transpose;

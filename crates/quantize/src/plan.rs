@@ -150,12 +150,16 @@ impl Plan {
         let files = if as_gguf { Vec::new() } else { copied_files(input, &mut notes)? };
         let (gguf, config, output) = match (as_gguf, &spec) {
             (true, Some(spec)) => {
-                let (gguf, output) = gguf::output(input, spec, &mut units, &dense, &settings)?;
+                let (gguf, output) =
+                    gguf::output(input, spec, &mut units, (&dense, &|name| input.shape_of(name)), &settings)?;
                 (Some(gguf), serde_json::Value::Null, output)
             }
             _ => {
                 let mut config = input.config().clone();
-                config["quantization_config"] = format.config(&layers, &left_dense(input, spec.as_ref(), &units))?;
+                let copied = units.iter().flat_map(|u| &u.tensors).filter(|t| t.action == Action::Copy);
+                let copied = copied.filter(|t| input.spec(&t.name).is_some_and(|s| s.shape.len() == 2));
+                let left = left_dense(input, spec.as_ref(), copied.map(|t| t.name.as_str()));
+                config["quantization_config"] = format.config(&layers, &left)?;
                 if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
                     config["tie_word_embeddings"] = false.into();
                 }
@@ -333,15 +337,15 @@ fn complete(input: &Checkpoint, spec: &ModelSpec) -> Result<(), Error> {
     Ok(())
 }
 
-/// Names of linears that stay dense, for the `ignore` list of loaders: matrices outside the quantized set that a loader
-/// builds as linear layers.
-fn left_dense(input: &Checkpoint, spec: Option<&ModelSpec>, units: &[Unit]) -> Vec<String> {
-    let mut names: Vec<String> = (units.iter().flat_map(|u| &u.tensors))
-        .filter(|t| t.action == Action::Copy && input.spec(&t.name).is_some_and(|s| s.shape.len() == 2))
-        .filter_map(|t| t.name.strip_suffix(".weight"))
-        .filter(|module| !is_embedding(module))
-        .map(str::to_owned)
-        .collect();
+/// Names of linears that stay dense, for the `ignore` list of loaders: matrices outside the quantized set, `copied`, that a
+/// loader builds as linear layers.
+pub(crate) fn left_dense<'a>(
+    input: &Checkpoint,
+    spec: Option<&ModelSpec>,
+    copied: impl Iterator<Item = &'a str>,
+) -> Vec<String> {
+    let modules = copied.filter_map(|name| name.strip_suffix(".weight"));
+    let mut names: Vec<String> = modules.filter(|module| !is_embedding(module)).map(str::to_owned).collect();
     // A tied head has no tensor of its own, yet loaders build it as a linear.
     let head = match spec {
         Some(spec) => spec.tied_head(|prefix| input.names().any(|n| n.starts_with(prefix))),
@@ -367,7 +371,7 @@ fn outputs(input: &Checkpoint, untied: Option<&TensorSpec>, units: &[Unit], form
 }
 
 /// Weights in other containers would be copied beside the quantized ones, and some loaders would prefer them.
-fn copied_files(input: &Checkpoint, notes: &mut Vec<String>) -> Result<Vec<PathBuf>, Error> {
+pub(crate) fn copied_files(input: &Checkpoint, notes: &mut Vec<String>) -> Result<Vec<PathBuf>, Error> {
     let weights = |file: &Path| {
         let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
@@ -523,7 +527,7 @@ impl<'a> Units<'a> {
 }
 
 /// The 16-bit type nearest to that of the model's weights: its own, or f16 (the more precise one) for f32.
-fn model_scale_type(input: &Checkpoint) -> ScaleType {
+pub(crate) fn model_scale_type(input: &Checkpoint) -> ScaleType {
     let matrices = input.names().filter_map(|n| input.spec(n)).filter(|s| s.shape.len() == 2);
     match matrices.max_by_key(|s| s.bytes()).map(|s| s.dtype) {
         Some(Dtype::BF16) => ScaleType::Bf16,
@@ -532,11 +536,11 @@ fn model_scale_type(input: &Checkpoint) -> ScaleType {
 }
 
 /// Whether a module is the token embedding or the output matrix.
-fn is_end(module: &str) -> bool {
+pub(crate) fn is_end(module: &str) -> bool {
     module == bitmill_models::HEAD || bitmill_models::EMBEDDING.strip_suffix(".weight") == Some(module)
 }
 
-fn is_embedding(module: &str) -> bool {
+pub(crate) fn is_embedding(module: &str) -> bool {
     let last = module.rsplit('.').next().unwrap_or_default();
     last.contains("embed") || matches!(last, "wte" | "wpe")
 }
@@ -554,7 +558,7 @@ fn looks_linear(module: &str, shape: &[usize], dtype: Dtype) -> bool {
 }
 
 /// Orders names so that layer 2 comes before layer 10.
-fn natural_key(name: &str) -> Vec<(u64, String)> {
+pub(crate) fn natural_key(name: &str) -> Vec<(u64, String)> {
     name.split('.').map(|part| (part.parse().unwrap_or(u64::MAX), part.to_owned())).collect()
 }
 

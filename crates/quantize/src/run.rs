@@ -4,8 +4,11 @@ mod card;
 mod measured;
 mod publish;
 mod slabs;
+
 #[cfg(test)]
 mod tests;
+
+pub(crate) use publish::gguf_names;
 
 use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
@@ -211,7 +214,7 @@ pub fn run(
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.
-fn check_place(input: &Checkpoint, out: &Path, force: bool) -> Result<(), Error> {
+pub(crate) fn check_place(input: &Checkpoint, out: &Path, force: bool) -> Result<(), Error> {
     let absolute = |p: &Path| -> Result<PathBuf, Error> {
         let p = std::path::absolute(p).map_err(io(p, "resolving"))?;
         // The output does not exist yet: resolve links in the part of its path that does.
@@ -262,7 +265,7 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
     Ok(plan.output.create(&dir)?)
 }
 
-fn pretty(value: &serde_json::Value) -> Vec<u8> {
+pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 

@@ -22,7 +22,7 @@ pub(crate) fn is_transposed(spec: Option<&ModelSpec>) -> bool {
 
 /// The transpose of a matrix `[rows, cols]`.
 #[must_use]
-pub fn transpose(values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
+pub(crate) fn transpose(values: &[f32], [rows, cols]: [usize; 2]) -> Vec<f32> {
     let column = |col: usize| (0..rows).map(move |row| values[row * cols + col]);
     (0..cols).flat_map(column).collect()
 }

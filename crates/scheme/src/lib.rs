@@ -9,6 +9,7 @@
 mod error;
 mod grids;
 mod quantized;
+mod recast;
 mod scheme;
 
 pub use error::Error;
@@ -17,4 +18,5 @@ pub use grids::block::{
 };
 pub use grids::{Fit, Grid, GroupParams, int::IntGrid};
 pub use quantized::Quantized;
+pub use recast::Loss;
 pub use scheme::{Activations, Bits, Granularity, GridKind, Preset, SCHEMES, ScaleType, Scheme, scheme};

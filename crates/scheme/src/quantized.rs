@@ -17,7 +17,7 @@ pub struct Quantized {
     /// Zero points in code units, laid out as the scales; empty for a symmetric grid. For a GGUF type, the integers of
     /// every block as they are stored, `[out, blocks, form.integers()]`.
     pub zeros: Vec<u8>,
-    /// The group of every input column where groups are not consecutive columns (GPTQ's `desc_act`), else empty.
+    /// The group of every input column where they are [`Granularity::Mapped`], else empty.
     pub group_of: Vec<u32>,
 }
 
@@ -29,7 +29,7 @@ impl Quantized {
     pub fn validate(&self) -> Result<(), Error> {
         let [rows, cols] = self.shape;
         let bits = self.scheme.bits();
-        if let Granularity::Group(0) = self.scheme.granularity {
+        if let Granularity::Group(0) | Granularity::Mapped(0) = self.scheme.granularity {
             return Err(Error::Group { group: 0, cols });
         }
         let groups_in_all = self.scheme.scales(self.shape);
@@ -45,9 +45,8 @@ impl Quantized {
         length("codes", rows * cols, self.codes.len())?;
         length("scales", scales, self.scales.len())?;
         length("zero points", zeros, self.zeros.len())?;
-        if !self.group_of.is_empty() {
-            length("group map", cols, self.group_of.len())?;
-        }
+        let mapped = matches!(self.scheme.granularity, Granularity::Mapped(_));
+        length("group map", if mapped { cols } else { 0 }, self.group_of.len())?;
         let range = |what, got: u32, max: u32| {
             if got <= max { Ok(()) } else { Err(Error::Range { what, got, bits: bits.get() }) }
         };
@@ -176,6 +175,7 @@ mod tests {
         q.validate().unwrap();
         assert_eq!(q.dequantize(), [0.0, 7.5, 0.0, 1.0, -28.0, -26.0, 0.25, -0.0]);
         q.group_of = vec![1, 0, 1, 0];
+        q.scheme.granularity = Granularity::Mapped(2);
         q.validate().unwrap();
         assert_eq!(q.dequantize(), [-7.0, 7.5, 0.0, 4.0, 0.75, -26.0, 0.25, -22.0]);
     }
@@ -183,12 +183,16 @@ mod tests {
     #[test]
     fn contradictions_are_named() {
         type Breakage = fn(&mut Quantized);
-        let broken: [(Breakage, &str); 6] = [
+        let broken: [(Breakage, &str); 7] = [
             (|q| q.codes.truncate(7), "codes: 7 entries where the shape asks for 8"),
             (|q| q.codes[0] = 16, "code 16 lies beyond a 4-bit grid"),
             (|q| q.zeros[1] = 200, "zero point 200 lies beyond a 4-bit grid"),
             (|q| q.scales[3] = f32::NAN, "the scale of row 1, group 1 is NaN"),
-            (|q| q.group_of = vec![0, 0, 0, 2], "group 2 lies beyond a 4-bit grid"),
+            (
+                |q| (q.group_of, q.scheme.granularity) = (vec![0, 0, 0, 2], Granularity::Mapped(2)),
+                "group 2 lies beyond a 4-bit grid",
+            ),
+            (|q| q.group_of = vec![0; 4], "group map: 4 entries where the shape asks for 0"),
             (|q| q.scheme.granularity = Granularity::Group(0), "group size 0 does not divide the input width 4"),
         ];
         for (breakage, message) in broken {

@@ -81,6 +81,9 @@ pub enum Granularity {
     Channel,
     /// This many consecutive inputs of one output row.
     Group(usize),
+    /// Inputs of one output row that a map sends to the same group, this many on average (GPTQ's `desc_act`). It is read and
+    /// converted, and no method rounds to it.
+    Mapped(usize),
 }
 
 /// Number type of the stored scales.
@@ -222,7 +225,7 @@ impl Scheme {
     pub const fn group_len(&self, cols: usize) -> usize {
         match self.granularity {
             Granularity::Tensor | Granularity::Channel => cols,
-            Granularity::Group(group) => group,
+            Granularity::Group(group) | Granularity::Mapped(group) => group,
         }
     }
 
@@ -231,7 +234,7 @@ impl Scheme {
     pub const fn groups(&self, cols: usize) -> usize {
         match self.granularity {
             Granularity::Tensor | Granularity::Channel => 1,
-            Granularity::Group(group) => cols.div_ceil(group),
+            Granularity::Group(group) | Granularity::Mapped(group) => cols.div_ceil(group),
         }
     }
 
@@ -250,7 +253,9 @@ impl Scheme {
     /// [`Error::Group`] when the group size is zero or does not divide `cols`.
     pub const fn check(&self, cols: usize) -> Result<(), Error> {
         match self.granularity {
-            Granularity::Group(group) if group == 0 || !cols.is_multiple_of(group) => Err(Error::Group { group, cols }),
+            Granularity::Group(group) | Granularity::Mapped(group) if group == 0 || !cols.is_multiple_of(group) => {
+                Err(Error::Group { group, cols })
+            }
             _ => Ok(()),
         }
     }
@@ -282,6 +287,7 @@ impl std::fmt::Display for Scheme {
             Granularity::Tensor => write!(f, " tensor")?,
             Granularity::Channel => write!(f, " channel")?,
             Granularity::Group(g) => write!(f, " g{g}")?,
+            Granularity::Mapped(g) => write!(f, " g{g} mapped")?,
         }
         write!(f, " {}", if self.symmetric() { "sym" } else { "asym" })
     }

@@ -4,7 +4,7 @@
 //! arguments, and which ones they know depends on their version. The group's own `format` is written because the
 //! library otherwise infers one from the scheme alone (and never `naive-quantized`); no released reader refuses it.
 
-use super::{FORMATS, Format, format, unsupported};
+use super::{Format, format, unsupported};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Dialect, Error};
 use bitmill_scheme::{Activations, Bits, Granularity, GridKind, ScaleType, Scheme};
@@ -14,6 +14,9 @@ use std::collections::BTreeMap;
 const METHOD: &str = "compressed-tensors";
 /// The release since which 3, 5, 6 and 7 bits are dense bit streams; informational.
 const VERSION: &str = "0.18.0";
+
+/// The formats that share the configuration.
+const FAMILY: [&str; 3] = ["pack-quantized", "int-quantized", "naive-quantized"];
 
 /// The configuration of `layers` in `format`, one group per distinct scheme.
 pub(super) fn config(
@@ -67,16 +70,21 @@ fn weight_args(scheme: &Scheme) -> Value {
     let (strategy, group_size) = match scheme.granularity {
         Granularity::Tensor => ("tensor", Value::Null),
         Granularity::Channel => ("channel", json!(-1)),
-        Granularity::Group(g) => ("group", json!(g)),
+        Granularity::Group(g) | Granularity::Mapped(g) => ("group", json!(g)),
     };
-    json!({
+    let mut args = json!({
         "num_bits": scheme.bits().get(),
         "type": "int",
         "symmetric": scheme.symmetric(),
         "strategy": strategy,
         "group_size": group_size,
         "dynamic": false,
-    })
+    });
+    // Without the key readers make no room for the map.
+    if let Granularity::Mapped(_) = scheme.granularity {
+        args["actorder"] = json!("group");
+    }
+    args
 }
 
 fn activation_args(scheme: &Scheme) -> Value {
@@ -168,11 +176,8 @@ fn read_group(
     let name = group.get("format").filter(|f| !f.is_null()).or(fallback);
     let name = name.and_then(Value::as_str).ok_or_else(|| wrong("format", name, "the name of a format is needed"))?;
     match format(name) {
-        Some(format) if format.name() != "gptq" => Ok(Some((format, scheme))),
-        _ => {
-            let known: Vec<&str> = FORMATS.iter().map(|f| f.name()).filter(|n| *n != "gptq").collect();
-            Err(Error::UnknownFormat { key: "format", got: name.to_owned(), known: known.join(", ") })
-        }
+        Some(format) if FAMILY.contains(&format.name()) => Ok(Some((format, scheme))),
+        _ => Err(Error::UnknownFormat { key: "format", got: name.to_owned(), known: FAMILY.join(", ") }),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::{Format, assert_encodable, part, unsupported, validated};
 use crate::{Checkpoint, Dialect, Error, TensorSpec, gguf};
-use bitmill_scheme::{Activations, BlockForm, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, BlockForm, BlockType, Quantized, ScaleType, Scheme, Shift};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -31,6 +31,17 @@ impl Format for Gguf {
 
     fn scale_type(&self, _: ScaleType) -> ScaleType {
         ScaleType::F16
+    }
+
+    fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
+        if scheme.form().is_some() {
+            return vec![*scheme];
+        }
+        // By size; a type with a minimum for what has zero points, a wider one where the minima are no halves.
+        let kinds = [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q5_0, BlockType::Q5_1, BlockType::Q8_0];
+        let wide = |kind: &BlockType| kind.form().levels.len() > usize::from(scheme.bits().max_code());
+        let kept = |kind: &BlockType| !scheme.symmetric() || kind.form().shift == Shift::None;
+        kinds.into_iter().filter(wide).filter(kept).map(Scheme::block).collect()
     }
 
     fn check(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {

@@ -1,19 +1,20 @@
-//! GPTQ checkpoints, version 1: the dialect of AutoGPTQ, which GPTQModel, vLLM, SGLang and ExLlama read.
+//! GPTQ checkpoints: version 1, the dialect of AutoGPTQ, which GPTQModel, vLLM, SGLang and ExLlama read, and version 2, which
+//! GPTQModel reads.
 //!
 //! | tensor | type | shape |
 //! | --- | --- | --- |
 //! | `qweight` | I32 | `[in·b/32, out]`, codes packed down each column, least significant bit first |
 //! | `qzeros` | I32 | `[groups, out·b/32]`, zero points packed along each row |
 //! | `scales` | F16 | `[groups, out]` |
-//! | `g_idx` | I32 | `[in]`, group of every input column |
+//! | `g_idx` | I32 | `[in]`, group of every input column, out of order where groups are mapped (`desc_act`) |
 //!
-//! Version 1 stores a zero point less one (modulo 2^b), version 2 the zero point itself. Only symmetric matrices are
-//! written: version 1 cannot say "zero point 0" in a way its readers agree on, and few read version 2. Asymmetric ones,
-//! version 2 and maps that are out of order (`desc_act`) are read.
+//! Version 1 stores a zero point less one (modulo 2^b), version 2 the zero point itself. Readers of version 1 disagree about
+//! a zero point of 0: some add the one back field by field, others to whole words, where it carries into the neighbour. So
+//! version 1 is written with symmetric matrices, or with those whose zero points happen to be above 0.
 
 use super::{
-    Format, assert_encodable, check_matrix, part, read_group_map, read_scales, scale_bytes, transpose, unsupported,
-    validated, word_bytes,
+    Format, assert_encodable, check_matrix, group_map_bytes, part, read_group_map, read_scales, scale_bytes, transpose,
+    unsupported, validated, word_bytes,
 };
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
@@ -28,17 +29,36 @@ const METHOD: &str = "gptq";
 /// Packers and kernels work on blocks of this many rows and columns.
 const BLOCK: usize = 32;
 
-/// The format.
+/// The format in one of its versions.
 #[derive(Debug)]
-pub(super) struct Gptq;
+pub(super) struct Gptq {
+    /// What readers call it.
+    name: &'static str,
+    summary: &'static str,
+    /// What a stored zero point is less than its value.
+    less: u8,
+}
+
+/// Version 1.
+pub(super) static V1: Gptq = Gptq {
+    name: "gptq",
+    summary: "GPTQ v1, symmetric 2, 3, 4 or 8 bits: GPTQModel, ExLlama; vLLM and SGLang at 4 and 8",
+    less: 1,
+};
+/// Version 2.
+pub(super) static V2: Gptq =
+    Gptq { name: "gptq_v2", summary: "GPTQ v2, 2, 3, 4 or 8 bits with zero points: GPTQModel", less: 0 };
+
+/// Widths that readers know, narrowest first.
+const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 
 impl Format for Gptq {
     fn name(&self) -> &'static str {
-        "gptq"
+        self.name
     }
 
     fn summary(&self) -> &'static str {
-        "GPTQ v1, symmetric 2, 3, 4 or 8 bits: GPTQModel, ExLlama; vLLM and SGLang at 4 and 8"
+        self.summary
     }
 
     fn codes(&self) -> &'static str {
@@ -54,29 +74,30 @@ impl Format for Gptq {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
-        let refuse = |reason: &str| Err(unsupported(self, module, scheme, reason));
-        if scheme.activations != Activations::Full {
-            return refuse("it quantizes weights only; use int-quantized");
+        if !scheme.symmetric() && scheme.form().is_none() && self.less > 0 {
+            let reason = "version 1 cannot store every zero point; use a symmetric scheme, gptq_v2 or pack-quantized";
+            return Err(unsupported(self, module, scheme, reason));
         }
-        if !scheme.symmetric() {
-            return refuse("version 1 cannot store every zero point; use a symmetric scheme or pack-quantized");
+        self.check_layout(module, scheme, shape)
+    }
+
+    fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
+        let width = WIDTHS.into_iter().find(|&b| b >= scheme.bits().get()).and_then(|b| Bits::new(b).ok());
+        let grid = GridKind::Int { bits: width.unwrap_or(scheme.bits()), symmetric: scheme.symmetric() };
+        let granularity = match scheme.granularity {
+            Granularity::Tensor => Granularity::Channel,
+            other => other,
+        };
+        vec![Scheme { grid, granularity, scale: ScaleType::F16, activations: Activations::Full }]
+    }
+
+    fn holds(&self, module: &str, q: &Quantized) -> Result<(), Error> {
+        self.check_layout(module, &q.scheme, q.shape)?;
+        if self.less > 0 && q.zeros.contains(&0) {
+            let reason = "readers of version 1 disagree about a zero point of 0, which it has; use gptq_v2";
+            return Err(unsupported(self, module, &q.scheme, reason));
         }
-        if !matches!(scheme.bits().get(), 2 | 3 | 4 | 8) {
-            return refuse("its readers know 2, 3, 4 and 8 bits; use pack-quantized for other widths");
-        }
-        if scheme.granularity == Granularity::Tensor {
-            return refuse("it has scales per group or channel; use one of these");
-        }
-        if scheme.scale != ScaleType::F16 {
-            return refuse("its scales are f16; fit the scales in that type");
-        }
-        if shape.iter().any(|d| !d.is_multiple_of(BLOCK)) {
-            let [rows, cols] = shape;
-            return refuse(&format!(
-                "its readers need multiples of {BLOCK} and the shape is [{rows}, {cols}]; ignore it"
-            ));
-        }
-        check_matrix(self, module, scheme, shape)
+        Ok(())
     }
 
     fn layout(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Vec<TensorSpec> {
@@ -93,7 +114,7 @@ impl Format for Gptq {
     fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>> {
         assert_encodable(self, module, q);
         let [rows, cols] = q.shape;
-        let (bits, groups, length) = (q.scheme.bits(), q.scheme.groups(cols), q.scheme.group_len(cols));
+        let (bits, groups) = (q.scheme.bits(), q.scheme.groups(cols));
         let height = packed_words(cols, bits.get());
         let mut packed = vec![0u32; rows * height];
         packed
@@ -101,14 +122,19 @@ impl Format for Gptq {
             .zip(q.codes.par_chunks(cols))
             .for_each(|(words, row)| pack_bits(row, bits.get(), words));
 
-        let mut zeros = vec![0u32; packed_words(rows, bits.get())];
-        pack_bits(&vec![bits.middle() - 1; rows], bits.get(), &mut zeros);
+        let width = packed_words(rows, bits.get());
+        let mut zeros = vec![0u32; groups * width];
+        let stored = match q.scheme.symmetric() {
+            true => vec![bits.middle() - self.less; rows * groups],
+            false => transpose(rows, groups, &q.zeros).iter().map(|z| z - self.less).collect(),
+        };
+        zeros.chunks_mut(width).zip(stored.chunks(rows)).for_each(|(words, row)| pack_bits(row, bits.get(), words));
         let scales = transpose(rows, groups, &q.scales);
         vec![
             word_bytes(&transpose(rows, height, &packed)),
-            word_bytes(&zeros).repeat(groups),
+            word_bytes(&zeros),
             scale_bytes(scales.into_iter(), ScaleType::F16),
-            (0..cols).flat_map(|i| ((i / length) as u32).to_le_bytes()).collect(),
+            group_map_bytes(q),
         ]
     }
 
@@ -136,14 +162,14 @@ impl Format for Gptq {
         }
         let (stored, by_group) = read_scales(&scales)?;
         let scales = transpose(groups, rows, &by_group);
-        let zeros = read_zeros(module, bits, [groups, rows], source)?;
+        let zeros = self.read_zeros(module, bits, [groups, rows], source)?;
         let mut scheme = scheme.with_scale(stored);
         // What is stored decides: zero points that are not the constant make it asymmetric whatever `sym` claims.
         let constant = zeros.iter().all(|&z| z == bits.middle());
         scheme.grid = GridKind::Int { bits, symmetric: scheme.symmetric() && constant };
         let zeros = if scheme.symmetric() { Vec::new() } else { zeros };
 
-        let group_of = read_group_map(source, module, "g_idx", &scheme, cols)?;
+        let group_of = read_group_map(source, module, "g_idx", &mut scheme, cols)?;
         validated(module, source, Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of })
     }
 
@@ -166,17 +192,20 @@ impl Format for Gptq {
             dynamic.insert(format!("-:^{}$", fancy_regex::escape(module)), json!({}));
         }
         for (module, scheme) in layers.iter().filter(|(_, s)| **s != base) {
-            let exception = json!({"bits": scheme.bits().get(), "group_size": group_size(scheme)});
+            let mut exception = json!({"bits": scheme.bits().get(), "group_size": group_size(scheme)});
+            if scheme.symmetric() != base.symmetric() {
+                exception["sym"] = json!(scheme.symmetric());
+            }
             dynamic.insert(format!("+:^{}$", fancy_regex::escape(module)), exception);
         }
         let mut config = json!({
             "quant_method": METHOD,
             "bits": base.bits().get(),
             "group_size": group_size(&base),
-            "desc_act": false,
-            "sym": true,
+            "desc_act": layers.values().any(|s| matches!(s.granularity, Granularity::Mapped(_))),
+            "sym": base.symmetric(),
             "lm_head": layers.contains_key("lm_head"),
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.name,
             "pack_dtype": "int32",
         });
         if !dynamic.is_empty() {
@@ -190,6 +219,10 @@ impl Format for Gptq {
             return Ok(None);
         }
         refuse_variants(config)?;
+        if version(config).unwrap_or(V1.name) != self.name {
+            return Ok(None);
+        }
+        let own: &'static dyn Format = if self.less > 0 { &V1 } else { &V2 };
         let base = read_scheme("", config, None)?;
         let mut rules = Vec::new();
         let dynamic = config.get("dynamic").and_then(Value::as_object);
@@ -198,7 +231,7 @@ impl Format for Gptq {
             let (outcome, pattern) = match pattern.strip_prefix("-:") {
                 Some(rest) => (None, rest),
                 None => (
-                    Some((FORMAT, read_scheme(&path, exception, Some(base))?)),
+                    Some((own, read_scheme(&path, exception, Some(base))?)),
                     pattern.strip_prefix("+:").unwrap_or(pattern),
                 ),
             };
@@ -207,12 +240,59 @@ impl Format for Gptq {
         if config.get("lm_head").and_then(Value::as_bool) != Some(true) {
             rules.push(Rule { target: Target::Name("lm_head".to_owned()), outcome: None });
         }
-        rules.push(Rule { target: Target::Linear, outcome: Some((FORMAT, base)) });
-        Ok(Some(Dialect::new(FORMAT, rules)))
+        rules.push(Rule { target: Target::Linear, outcome: Some((own, base)) });
+        Ok(Some(Dialect::new(own, rules)))
     }
 }
 
-const FORMAT: &dyn Format = &Gptq;
+impl Gptq {
+    /// What both versions ask of a matrix.
+    fn check_layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        let refuse = |reason: &str| Err(unsupported(self, module, scheme, reason));
+        if scheme.activations != Activations::Full {
+            return refuse("it quantizes weights only; use int-quantized");
+        }
+        if !WIDTHS.contains(&scheme.bits().get()) {
+            return refuse("its readers know 2, 3, 4 and 8 bits; use pack-quantized for other widths");
+        }
+        if scheme.granularity == Granularity::Tensor {
+            return refuse("it has scales per group or channel; use one of these");
+        }
+        if scheme.scale != ScaleType::F16 {
+            return refuse("its scales are f16; fit the scales in that type");
+        }
+        if shape.iter().any(|d| !d.is_multiple_of(BLOCK)) {
+            let [rows, cols] = shape;
+            return refuse(&format!(
+                "its readers need multiples of {BLOCK} and the shape is [{rows}, {cols}]; ignore it"
+            ));
+        }
+        check_matrix(self, module, scheme, shape)
+    }
+
+    /// Zero points as `[out, groups]`.
+    fn read_zeros(
+        &self,
+        module: &str,
+        bits: Bits,
+        [groups, rows]: [usize; 2],
+        source: &Checkpoint,
+    ) -> Result<Vec<u8>, Error> {
+        let qzeros = part(source, module, "qzeros")?;
+        let width = packed_words(rows, bits.get());
+        if qzeros.shape != [groups, width] {
+            return Err(qzeros.wrong_shape(format!("[{groups}, {width}]")));
+        }
+        let words = qzeros.words()?;
+        let mut zeros = vec![0u8; groups * rows];
+        for (row, words) in zeros.chunks_mut(rows).zip(words.chunks(width)) {
+            unpack_bits(words, bits.get(), row);
+        }
+        // Each field wraps on its own, as AutoGPTQ defined it.
+        zeros.iter_mut().for_each(|z| *z = z.wrapping_add(self.less) & bits.max_code());
+        Ok(transpose(groups, rows, &zeros))
+    }
+}
 
 /// Greatest common divisor of a width from 1 to 8 and 32.
 fn gcd32(bits: usize) -> usize {
@@ -221,29 +301,9 @@ fn gcd32(bits: usize) -> usize {
 
 fn group_size(scheme: &Scheme) -> Value {
     match scheme.granularity {
-        Granularity::Group(g) => json!(g),
+        Granularity::Group(g) | Granularity::Mapped(g) => json!(g),
         _ => json!(-1),
     }
-}
-
-/// Zero points as `[out, groups]`, whatever version stored them.
-fn read_zeros(module: &str, bits: Bits, [groups, rows]: [usize; 2], source: &Checkpoint) -> Result<Vec<u8>, Error> {
-    let qzeros = part(source, module, "qzeros")?;
-    let width = packed_words(rows, bits.get());
-    if qzeros.shape != [groups, width] {
-        return Err(qzeros.wrong_shape(format!("[{groups}, {width}]")));
-    }
-    let words = qzeros.words()?;
-    let mut zeros = vec![0u8; groups * rows];
-    for (row, words) in zeros.chunks_mut(rows).zip(words.chunks(width)) {
-        unpack_bits(words, bits.get(), row);
-    }
-    let config = source.config().get("quantization_config");
-    if config.and_then(version).unwrap_or("gptq") == "gptq" {
-        // Each field wraps on its own, as AutoGPTQ defined it.
-        zeros.iter_mut().for_each(|z| *z = z.wrapping_add(1) & bits.max_code());
-    }
-    Ok(transpose(groups, rows, &zeros))
 }
 
 /// The name of the layout; newer writers call the key `format`.
@@ -272,7 +332,7 @@ fn read_scheme(path: &str, config: &Value, base: Option<Scheme>) -> Result<Schem
         (v, _) => v
             .and_then(Value::as_u64)
             .and_then(|b| u32::try_from(b).ok())
-            .filter(|b| matches!(b, 2 | 3 | 4 | 8))
+            .filter(|b| WIDTHS.contains(b))
             .and_then(|b| Bits::new(b).ok())
             .ok_or_else(|| wrong(&format!("{path}bits"), v, "2, 3, 4 and 8 bits are read"))?,
     };

@@ -1,10 +1,10 @@
 //! One signed byte per code: the storage that `int-quantized` and `naive-quantized` share.
 //!
 //! `weight` I8 `[out, in]` and `weight_zero_point` I8 hold the code less 2^(b−1); `weight_scale` is `[out, groups]`, or
-//! `[1]` for one scale per tensor.
+//! `[1]` for one scale per tensor. Mapped groups have `weight_g_idx`, I32 `[in]`.
 
-use super::pack_quantized::{check_scale_shape, scale_shape};
-use super::{part, read_scales, scale_bytes, scale_dtype, validated};
+use super::pack_quantized::{check_scale_shape, map_spec, scale_shape};
+use super::{group_map_bytes, part, read_group_map, read_scales, scale_bytes, scale_dtype, validated};
 use crate::{Checkpoint, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Bits, Quantized, Scheme};
 use safetensors::Dtype;
@@ -18,6 +18,7 @@ pub(super) fn layout(module: &str, scheme: &Scheme, shape: [usize; 2]) -> Vec<Te
     if !scheme.symmetric() {
         specs.push(spec("weight_zero_point", Dtype::I8, scale_shape(scheme, shape)));
     }
+    specs.extend(map_spec(module, scheme, shape[1]));
     specs
 }
 
@@ -27,6 +28,9 @@ pub(super) fn encode(q: &Quantized) -> Vec<Vec<u8>> {
     let mut payloads = vec![signed(&q.codes), scale_bytes(q.scales.iter().copied(), q.scheme.scale)];
     if !q.scheme.symmetric() {
         payloads.push(signed(&q.zeros));
+    }
+    if !q.group_of.is_empty() {
+        payloads.push(group_map_bytes(q));
     }
     payloads
 }
@@ -42,14 +46,15 @@ pub(super) fn decode(module: &str, scheme: &Scheme, source: &Checkpoint) -> Resu
     }
     let scale = part(source, module, "weight_scale")?;
     let (stored, scales) = read_scales(&scale)?;
-    let scheme = scheme.with_scale(stored);
+    let mut scheme = scheme.with_scale(stored);
     check_scale_shape(&scale, &scheme, shape)?;
     let zeros = match scheme.symmetric() {
         true => Vec::new(),
         false => read_zeros(&part(source, module, "weight_zero_point")?, &scheme, shape)?,
     };
     let codes = unsigned(weight.bytes, scheme.bits());
-    validated(module, source, Quantized { scheme, shape, codes, scales, zeros, group_of: Vec::new() })
+    let group_of = read_group_map(source, module, "weight_g_idx", &mut scheme, shape[1])?;
+    validated(module, source, Quantized { scheme, shape, codes, scales, zeros, group_of })
 }
 
 /// Zero points that lie as the scales do, one signed byte each.

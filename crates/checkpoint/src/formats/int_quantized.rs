@@ -28,6 +28,10 @@ impl Format for IntQuantized {
         "weight_scale"
     }
 
+    fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
+        vec![Scheme { activations: Activations::DynamicInt8, ..*scheme }]
+    }
+
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
         if scheme.activations != Activations::DynamicInt8 {
             let reason = "it is for 8-bit activations; use pack-quantized or naive-quantized for weights alone";

@@ -1,5 +1,6 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
+mod awq;
 mod compressed_tensors;
 mod gguf;
 mod gptq;
@@ -10,7 +11,7 @@ mod pack_quantized;
 
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
-use bitmill_scheme::{Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Granularity, Quantized, ScaleType, Scheme};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -41,14 +42,29 @@ pub trait Format: Sync {
     /// [`Error::Unsupported`] with the reason and what would do.
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error>;
 
+    /// Schemes of this format that may hold the numbers of `scheme`, nearest first; [`Quantized::recast`] says which does.
+    fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
+        let own = Scheme { activations: Activations::Full, ..*scheme };
+        vec![own.with_scale(self.scale_type(scheme.scale))]
+    }
+
+    /// Whether the very numbers of `q` can be written, which may be more than [`Format::check`] promises of every matrix
+    /// under its scheme.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    fn holds(&self, module: &str, q: &Quantized) -> Result<(), Error> {
+        self.check(module, &q.scheme, q.shape)
+    }
+
     /// Names, types and shapes of the tensors of `module`, exactly as [`Format::encode`] fills them. To be called after
-    /// [`Format::check`] only.
+    /// [`Format::check`] or [`Format::holds`] only.
     fn layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Vec<TensorSpec>;
 
     /// Little-endian payloads, parallel to [`Format::layout`].
     ///
     /// # Panics
-    /// When `q` contradicts its scheme or [`Format::check`], or maps columns to groups out of order: a caller's bug.
+    /// When `q` contradicts its scheme or [`Format::holds`]: a caller's bug.
     fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>>;
 
     /// Reads `module` back. `scheme` is what the configuration says; the type of the scales is the stored one.
@@ -81,8 +97,14 @@ impl std::fmt::Debug for dyn Format {
 pub static GGUF: &dyn Format = &gguf::Gguf;
 
 /// Every format of model folders.
-pub static FORMATS: &[&dyn Format] =
-    &[&pack_quantized::PackQuantized, &int_quantized::IntQuantized, &naive_quantized::NaiveQuantized, &gptq::Gptq];
+pub static FORMATS: &[&dyn Format] = &[
+    &pack_quantized::PackQuantized,
+    &int_quantized::IntQuantized,
+    &naive_quantized::NaiveQuantized,
+    &gptq::V1,
+    &gptq::V2,
+    &awq::Awq,
+];
 
 /// The format called `name`: a row of [`FORMATS`], or [`GGUF`].
 #[must_use]
@@ -94,6 +116,9 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
     if scheme.form().is_some() {
         return Err(unsupported(format, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)"));
+    }
+    if matches!(scheme.granularity, Granularity::Mapped(_)) && format.name() == "int-quantized" {
+        return Err(unsupported(format, module, scheme, "integer products need consecutive groups"));
     }
     if rows == 0 || cols == 0 {
         return Err(unsupported(format, module, scheme, "an empty matrix has nothing to quantize; ignore it"));
@@ -110,8 +135,7 @@ fn unsupported(format: &dyn Format, module: &str, scheme: &Scheme, reason: impl 
 
 /// States the contract of [`Format::encode`] before bytes are produced.
 fn assert_encodable(format: &dyn Format, module: &str, q: &Quantized) {
-    assert!(q.group_of.is_empty(), "{module}: {} writes consecutive groups only", format.name());
-    assert!(format.check(module, &q.scheme, q.shape).is_ok(), "{module}: encoded without Format::check");
+    assert!(format.holds(module, q).is_ok(), "{module}: encoded as {} without Format::holds", format.name());
     assert_eq!(q.codes.len(), q.shape[0] * q.shape[1], "{module}: codes of a valid Quantized");
 }
 
@@ -178,12 +202,12 @@ fn validated(module: &str, source: &Checkpoint, q: Quantized) -> Result<Quantize
 }
 
 /// Reads the optional tensor `suffix` that maps columns to groups; empty where it is absent, or says what consecutive
-/// groups say anyway.
+/// groups say anyway. Otherwise the groups of `scheme` become mapped ones.
 fn read_group_map(
     source: &Checkpoint,
     module: &str,
     suffix: &str,
-    scheme: &Scheme,
+    scheme: &mut Scheme,
     cols: usize,
 ) -> Result<Vec<u32>, Error> {
     if !source.contains(&format!("{module}.{suffix}")) {
@@ -197,6 +221,14 @@ fn read_group_map(
     if map.iter().any(|&g| g as usize >= groups) {
         return Err(view.wrong_shape(format!("[{cols}] with entries below {groups} (an entry is not)")));
     }
-    let ordered = map.iter().enumerate().all(|(i, &g)| g as usize == i / length);
-    Ok(if ordered { Vec::new() } else { map })
+    if map.iter().enumerate().all(|(i, &g)| g as usize == i / length) {
+        return Ok(Vec::new());
+    }
+    scheme.granularity = Granularity::Mapped(length);
+    Ok(map)
+}
+
+/// The group of every column, as 32-bit words.
+fn group_map_bytes(q: &Quantized) -> Vec<u8> {
+    (0..q.shape[1]).flat_map(|col| (q.group(col) as u32).to_le_bytes()).collect()
 }

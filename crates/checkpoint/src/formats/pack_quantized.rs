@@ -6,13 +6,14 @@
 //! | `weight_scale` | scale | `[out, groups]`; `[1]` for one per tensor |
 //! | `weight_shape` | I64 | `[2]` |
 //! | `weight_zero_point` | I32 | `[⌈out·b/32⌉, groups]`, packed down each column; asymmetric only |
+//! | `weight_g_idx` | I32 | `[in]`, the group of every input; mapped groups only |
 //!
 //! Codes are offset by 2^(b−1), which is how a [`Quantized`] holds them too. Up to release 0.17.1 the library stored 3,
 //! 5, 6 and 7 bits as ⌊32/b⌋ codes per word; that layout is read and never written.
 
 use super::{
-    Format, assert_encodable, check_matrix, compressed_tensors, part, read_group_map, read_scales, scale_bytes,
-    scale_dtype, transpose, unsupported, validated, word_bytes,
+    Format, assert_encodable, check_matrix, compressed_tensors, group_map_bytes, part, read_group_map, read_scales,
+    scale_bytes, scale_dtype, transpose, unsupported, validated, word_bytes,
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
 use bitmill_kernels::{pack_bits, packed_words, unpack_bits};
@@ -67,6 +68,7 @@ impl Format for PackQuantized {
                 _ => spec("weight_zero_point", Dtype::I32, vec![packed_words(rows, bits), scheme.groups(cols)]),
             });
         }
+        specs.extend(map_spec(module, scheme, cols));
         specs
     }
 
@@ -82,6 +84,9 @@ impl Format for PackQuantized {
                 Granularity::Tensor => q.zeros.iter().map(|z| z.wrapping_sub(bits.middle())).collect(),
                 _ => pack_columns(rows, q.scheme.groups(cols), &q.zeros, bits.get()),
             });
+        }
+        if !q.group_of.is_empty() {
+            payloads.push(group_map_bytes(q));
         }
         payloads
     }
@@ -102,13 +107,13 @@ impl Format for PackQuantized {
 
         let scale = part(source, module, "weight_scale")?;
         let (stored, scales) = read_scales(&scale)?;
-        let scheme = scheme.with_scale(stored);
+        let mut scheme = scheme.with_scale(stored);
         check_scale_shape(&scale, &scheme, [rows, cols])?;
         let zeros = match scheme.symmetric() {
             true => Vec::new(),
             false => read_zeros(&part(source, module, "weight_zero_point")?, &scheme, [rows, cols], layout)?,
         };
-        let group_of = read_group_map(source, module, "weight_g_idx", &scheme, cols)?;
+        let group_of = read_group_map(source, module, "weight_g_idx", &mut scheme, cols)?;
         validated(module, source, Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of })
     }
 
@@ -174,6 +179,12 @@ fn stored_shape(view: &TensorView<'_>, packed: &TensorView<'_>) -> Result<[usize
         [r, c] if r == rows as u64 && r > 0 && (1..=most).contains(&c) => Ok([rows, c as usize]),
         _ => Err(packed.wrong_shape(format!("the packed form of {values:?} (from weight_shape)"))),
     }
+}
+
+/// The tensor that maps inputs to groups, where there is one.
+pub(super) fn map_spec(module: &str, scheme: &Scheme, cols: usize) -> Option<TensorSpec> {
+    let mapped = matches!(scheme.granularity, Granularity::Mapped(_));
+    mapped.then(|| TensorSpec::new(format!("{module}.weight_g_idx"), Dtype::I32, [cols]))
 }
 
 /// Shape in which scales are written.

@@ -32,10 +32,18 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
         codes: (0..shape[0] * shape[1]).map(|_| random.below(max + 1) as u8).collect(),
         scales: (0..scales).map(|_| scheme.scale.round((random.below(2000) as f32 - 1000.0) * 1e-4)).collect(),
         zeros: (0..zeros).map(|_| random.below(max + 1) as u8).collect(),
-        group_of: vec![],
+        group_of: match scheme.granularity {
+            Granularity::Mapped(_) => (0..shape[1]).map(|i| ((i + 1) % scheme.groups(shape[1])) as u32).collect(),
+            _ => vec![],
+        },
     };
     q.validate().unwrap();
     q
+}
+
+/// Whether a matrix of `shape` can have groups out of order, if `scheme` asks for that.
+pub(crate) fn can_be(scheme: &Scheme, shape: [usize; 2]) -> bool {
+    !matches!(scheme.granularity, Granularity::Mapped(_)) || scheme.groups(shape[1]) > 1
 }
 
 /// Every scheme there is, over a few group sizes.
@@ -43,9 +51,13 @@ pub(crate) fn schemes() -> Vec<Scheme> {
     let mut all = Vec::new();
     for bits in Bits::ALL {
         for symmetric in [true, false] {
-            for granularity in
-                [Granularity::Tensor, Granularity::Channel, Granularity::Group(8), Granularity::Group(32)]
-            {
+            for granularity in [
+                Granularity::Tensor,
+                Granularity::Channel,
+                Granularity::Group(8),
+                Granularity::Group(32),
+                Granularity::Mapped(8),
+            ] {
                 for scale in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
                     for activations in [Activations::Full, Activations::DynamicInt8] {
                         all.push(Scheme { grid: GridKind::Int { bits, symmetric }, granularity, scale, activations });

@@ -26,13 +26,13 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Quantized folder, or a GGUF file
-    model: PathBuf,
+    pub(crate) model: PathBuf,
     /// File to write [default: MODEL.report.html]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Folder of the full-precision model, to measure the divergence from; with --text
     #[arg(long, value_name = "MODEL", requires = "text")]
-    reference: Option<PathBuf>,
+    pub(crate) reference: Option<PathBuf>,
     /// Text to measure on; it must not overlap the calibration text
     #[arg(long, value_name = "FILE", num_args = 1.., requires = "reference")]
     text: Vec<PathBuf>,
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = units::parse_positive)]
     windows: Option<usize>,
     #[command(flatten)]
-    common: Common,
+    pub(crate) common: Common,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {

@@ -11,7 +11,11 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
     let (weights, bytes) = plan.quantized_size();
     let scheme = plan.label();
     let format = plan.format.name();
-    let tag = if format == "gptq" { "gptq" } else { "compressed-tensors" };
+    let tag = match format {
+        "gptq" | "gptq_v2" => "gptq",
+        "awq" => "awq",
+        _ => "compressed-tensors",
+    };
     let task = match &plan.spec {
         Some(spec) if spec.causal => "pipeline_tag: text-generation\n",
         Some(_) => "pipeline_tag: sentence-similarity\n",

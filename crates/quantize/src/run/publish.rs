@@ -3,7 +3,7 @@
 use super::{Finished, card, pretty};
 use crate::journal::{Journal, SiteRecord, StageRecord, TensorRecord, io, write_durably};
 use crate::{Error, Plan};
-use bitmill_checkpoint::Checkpoint;
+use bitmill_checkpoint::{Checkpoint, OutputPlan};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -57,12 +57,17 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
 /// What the finished output is called in the work folder `dir`, and what it will be: the folder, the file, or each of the
 /// files named after it.
 pub(super) fn names(plan: &Plan, dir: &Path, out: &Path) -> Vec<(PathBuf, PathBuf)> {
-    if plan.gguf.is_none() {
-        return vec![(dir.to_owned(), out.to_owned())];
+    match plan.gguf {
+        None => vec![(dir.to_owned(), out.to_owned())],
+        Some(_) => gguf_names(&plan.output, dir, out),
     }
+}
+
+/// What the GGUF files of `output` are called in `dir`, and what they will be.
+pub(crate) fn gguf_names(output: &OutputPlan, dir: &Path, out: &Path) -> Vec<(PathBuf, PathBuf)> {
     let stem = out.file_stem().unwrap_or_default().to_string_lossy();
     let name = |file: &str| file.replacen(crate::gguf::STEM, &stem, 1);
-    let files: Vec<&str> = plan.output.files().map(|(file, _)| file).collect();
+    let files: Vec<&str> = output.files().map(|(file, _)| file).collect();
     match files[..] {
         [file] => vec![(dir.join(file), out.to_owned())],
         _ => files.iter().map(|file| (dir.join(file), out.with_file_name(name(file)))).collect(),

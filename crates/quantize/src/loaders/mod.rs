@@ -1,0 +1,219 @@
+//! Which loaders take an output, by what their sources say: one table of loaders, one of rules, for plans and for what
+//! is written already.
+//!
+//! A rule speaks of a [`Subject`], which is all that a loader would see of a model: its tensors' names and shapes, how they are
+//! quantized, and config.json. So a plan is held to the same rules before it is run as a folder afterwards.
+
+mod rules;
+mod subject;
+
+use rules::RULES;
+pub use subject::Subject;
+
+use crate::{Error, Plan};
+use bitmill_checkpoint::Checkpoint;
+use bitmill_scheme::{BlockType, Granularity, GridKind, Scheme};
+
+/// A program that loads quantized checkpoints.
+struct Loader {
+    /// Its name.
+    name: &'static str,
+    /// Why a linear of this format and scheme is not taken; `None` where it is.
+    refuses: fn(format: &str, scheme: &Scheme) -> Option<String>,
+    /// What has to be installed beside it for a format.
+    needs: fn(format: &str) -> Option<&'static str>,
+    /// Whether Q, K, V and gate, up must have equal schemes, because they are loaded as one matrix.
+    fuses: bool,
+    /// Whether it makes room for parameters by config.json and refuses what has none.
+    strict: bool,
+    /// Whether it cuts matrices for several devices.
+    splits: bool,
+}
+
+fn nothing(_: &str) -> Option<&'static str> {
+    None
+}
+
+static LOADERS: [Loader; 6] = [
+    Loader { name: "vLLM", refuses: vllm, needs: nothing, fuses: true, strict: true, splits: true },
+    Loader { name: "SGLang", refuses: sglang, needs: nothing, fuses: true, strict: true, splits: true },
+    Loader { name: "transformers", refuses: transformers, needs: packages, fuses: false, strict: false, splits: false },
+    Loader { name: "GPTQModel", refuses: gptq_model, needs: nothing, fuses: true, strict: false, splits: false },
+    Loader { name: "llama.cpp", refuses: llama_cpp, needs: nothing, fuses: false, strict: false, splits: false },
+    Loader { name: "mistral.rs", refuses: mistral_rs, needs: nothing, fuses: false, strict: false, splits: false },
+];
+
+/// A rule of a loader.
+struct Rule {
+    /// Its name.
+    name: &'static str,
+    /// What it asks for.
+    about: &'static str,
+    /// What breaks it.
+    broken: fn(&Subject, &Loader, &Demands) -> Vec<String>,
+}
+
+/// What is asked of an output beside what a loader always asks.
+#[derive(Debug, Clone, Default)]
+pub struct Demands {
+    /// Devices that every matrix is cut for; 0 and 1 are none.
+    pub tensor_parallel: usize,
+    /// The model it was made of: names and shapes of its tensors.
+    pub original: Option<Vec<(String, Vec<usize>)>>,
+}
+
+/// What became of a rule.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// The rule.
+    pub rule: &'static str,
+    /// What it asks for.
+    pub about: &'static str,
+    /// What breaks it; nothing where it is met.
+    pub broken: Vec<String>,
+}
+
+/// Names of the loaders.
+#[must_use]
+pub fn loader_names() -> Vec<&'static str> {
+    LOADERS.iter().map(|l| l.name).collect()
+}
+
+/// The loader called `name`, in whatever case.
+fn loader(name: &str) -> Option<&'static Loader> {
+    LOADERS.iter().find(|l| l.name.eq_ignore_ascii_case(name))
+}
+
+/// Why the loader called `name` does not take a linear of `scheme` in `format`; `None` where it does.
+#[must_use]
+pub fn refusal(name: &str, format: &str, scheme: &Scheme) -> Option<String> {
+    loader(name).and_then(|l| (l.refuses)(format, scheme))
+}
+
+/// What has to be installed beside the loader called `name` for `subject`.
+#[must_use]
+pub fn needed(name: &str, subject: &Subject) -> Option<&'static str> {
+    loader(name).and_then(|l| (l.needs)(subject.format()))
+}
+
+/// Every rule of the loader called `name` that `subject` meets or breaks.
+#[must_use]
+pub fn verdicts(name: &str, subject: &Subject, demands: &Demands) -> Vec<Verdict> {
+    let Some(loader) = loader(name) else { return Vec::new() };
+    let verdict =
+        |rule: &Rule| Verdict { rule: rule.name, about: rule.about, broken: (rule.broken)(subject, loader, demands) };
+    RULES.iter().map(verdict).collect()
+}
+
+/// For every loader, what keeps it from loading the output of `plan`; an empty list is acceptance.
+#[must_use]
+pub fn loaders(plan: &Plan) -> Vec<(&'static str, Vec<String>)> {
+    let subject = Subject::of_plan(plan);
+    let of = |loader: &Loader| {
+        let all = verdicts(loader.name, &subject, &Demands::default());
+        (loader.name, all.into_iter().flat_map(|v| v.broken).collect())
+    };
+    LOADERS.iter().map(of).collect()
+}
+
+/// Names and shapes of the tensors of a model, for [`Demands::original`].
+///
+/// # Errors
+/// None but those of an input that is quantized itself and damaged.
+pub fn tensors_of(model: &Checkpoint) -> Result<Vec<(String, Vec<usize>)>, Error> {
+    let subject = Subject::of_checkpoint(model)?;
+    Ok(subject.weights().map(|(name, shape)| (name.to_owned(), shape.to_vec())).collect())
+}
+
+fn kernels(taken: bool, format: &str, scheme: &Scheme) -> Option<String> {
+    (!taken).then(|| format!("{scheme} as {format} is not among its kernels"))
+}
+
+/// Groups that the kernels of GPTQ and AWQ files know.
+fn usual_group(scheme: &Scheme) -> bool {
+    matches!(
+        scheme.granularity,
+        Granularity::Channel | Granularity::Group(32 | 64 | 128) | Granularity::Mapped(32 | 64 | 128)
+    )
+}
+
+fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
+    let bits = scheme.bits().get();
+    let taken = match format {
+        "pack-quantized" => bits > 1 && (scheme.symmetric() || matches!(bits, 4 | 8)),
+        "int-quantized" => true,
+        "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
+        "awq" => usual_group(scheme),
+        _ => false,
+    };
+    kernels(taken, format, scheme)
+}
+
+fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
+    let bits = scheme.bits().get();
+    let taken = match format {
+        "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric(),
+        "int-quantized" => true,
+        "gptq" => scheme.symmetric() && usual_group(scheme),
+        "awq" => usual_group(scheme),
+        _ => false,
+    };
+    kernels(taken, format, scheme)
+}
+
+fn transformers(format: &str, scheme: &Scheme) -> Option<String> {
+    match format {
+        "pack-quantized" if !scheme.symmetric() => {
+            Some("asymmetric packed weights need CompressedTensorsConfig(dequantize=True)".into())
+        }
+        _ => None,
+    }
+}
+
+fn packages(format: &str) -> Option<&'static str> {
+    match format {
+        "gptq" | "gptq_v2" | "awq" => Some("the package gptqmodel"),
+        "pack-quantized" | "int-quantized" | "naive-quantized" => Some("the package compressed-tensors"),
+        "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
+        _ => None,
+    }
+}
+
+fn gptq_model(format: &str, scheme: &Scheme) -> Option<String> {
+    match (format, scheme.granularity) {
+        ("gptq" | "gptq_v2", Granularity::Tensor) => Some("it has no scale per tensor".into()),
+        ("gptq" | "gptq_v2" | "awq", _) => None,
+        _ => Some(format!("it does not read {format}")),
+    }
+}
+
+fn llama_cpp(format: &str, _: &Scheme) -> Option<String> {
+    (format != "gguf").then(|| format!("it reads gguf files, not {format}"))
+}
+
+fn mistral_rs(format: &str, scheme: &Scheme) -> Option<String> {
+    use BlockType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    let taken = match (format, scheme.grid) {
+        ("gguf", GridKind::Block(kind)) => {
+            matches!(kind, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K)
+        }
+        ("gptq" | "awq", _) => true,
+        _ => false,
+    };
+    kernels(taken, format, scheme)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_any_case() {
+        assert!(
+            ["vllm", "SGLANG", "transformers", "llama.cpp", "mistral.rs", "gptqmodel"]
+                .iter()
+                .all(|n| loader(n).is_some())
+        );
+        assert!(loader("ollama").is_none());
+    }
+}
