@@ -17,7 +17,7 @@ pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32])
         return assemble(linear, form, codes, &params);
     }
     let params: Vec<BlockParams> = (linear.weight.par_chunks(form.len).enumerate())
-        .map(|(i, w)| form.fit(w, &importance[i * form.len % n..][..form.len]))
+        .map(|(i, w)| form.fit_near(w, &importance[i * form.len % n..][..form.len]))
         .collect();
     let round = |(i, (w, codes)): (usize, (&[f32], &mut [u8]))| {
         let a = form.affine(&params[i / form.subs()], i % form.subs());
