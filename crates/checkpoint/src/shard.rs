@@ -4,11 +4,16 @@ use crate::error::io;
 use crate::gguf::{self, Gguf, Storage};
 use crate::{Error, TensorSpec, TensorView};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Bytes that are hashed by one task. It decides fingerprints, so it is a constant.
+const PART: usize = 1 << 24;
 
 /// A shard whose header has been checked against its size: every tensor lies inside, none overlaps, nothing is left.
 #[derive(Debug)]
@@ -105,6 +110,13 @@ impl Shard {
 
     pub(crate) fn file(&self) -> &Path {
         &self.path
+    }
+
+    /// XXH3 (128 bits) of the hashes of the file's parts, which all threads work at.
+    pub(crate) fn fingerprint(&self) -> u128 {
+        let parts: Vec<[u8; 16]> =
+            self.bytes.as_slice().par_chunks(PART).map(|part| xxh3_128(part).to_le_bytes()).collect();
+        xxh3_128(parts.as_flattened())
     }
 }
 

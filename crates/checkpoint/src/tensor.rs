@@ -130,6 +130,9 @@ pub(crate) fn is_dense(dtype: Dtype) -> bool {
 
 fn convert<const N: usize, T: Copy + Default + Send>(bytes: &[u8], each: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
     let (elements, _) = bytes.as_chunks::<N>();
+    if elements.len() <= TASK {
+        return elements.iter().map(|&e| each(e)).collect();
+    }
     let mut out = vec![T::default(); elements.len()];
     out.par_chunks_mut(TASK).zip(elements.par_chunks(TASK)).for_each(|(out, elements)| {
         for (o, &e) in out.iter_mut().zip(elements) {

@@ -6,7 +6,7 @@
 
 mod ops;
 
-pub use ops::blocks::fit_blocks;
+pub use ops::blocks::{StoredBlocks, fit_blocks, rounding_error};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
 pub use ops::hadamard::{Hadamard, Signed};

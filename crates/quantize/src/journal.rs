@@ -251,9 +251,9 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 /// Everything that decides the bytes of the output: version, settings, weights, calibration.
 pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<Value, Error> {
     let mut weights = serde_json::Map::new();
-    for path in input.shard_paths() {
+    for (path, fingerprint) in input.fingerprints() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        weights.insert(name, json!(hash_file(path)?));
+        weights.insert(name, json!(fingerprint));
     }
     let calibration = match calibration {
         Some(Calibration::Text(w)) => {

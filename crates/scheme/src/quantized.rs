@@ -138,15 +138,13 @@ impl Quantized {
     }
 
     fn dequantize_blocks(&self, form: &BlockForm) -> Vec<f32> {
-        let (cols, groups) = (self.shape[1], self.scheme.groups(self.shape[1]));
-        let mut out = Vec::with_capacity(self.codes.len());
-        for (i, codes) in self.codes.chunks(form.sub).enumerate() {
-            let at = i * form.sub;
-            let (row, col) = (at / cols, at % cols);
-            debug_assert!(groups * form.len == cols);
-            let p = self.block(form, row, col / form.len);
-            let a = form.affine(&p, col % form.len / form.sub);
-            form.values(codes, a, &mut out);
+        let groups = self.scheme.groups(self.shape[1]);
+        let mut out = vec![0.0; self.codes.len()];
+        for (b, (out, codes)) in out.chunks_mut(form.len).zip(self.codes.chunks(form.len)).enumerate() {
+            let p = self.block(form, b / groups, b % groups);
+            for (sub, (out, codes)) in out.chunks_mut(form.sub).zip(codes.chunks(form.sub)).enumerate() {
+                form.values(codes, form.affine(&p, sub), out);
+            }
         }
         out
     }

@@ -11,6 +11,9 @@ use half::f16;
 use rayon::prelude::*;
 use vectors::Vectors;
 
+/// Weights of a task.
+const TASK: usize = 1 << 14;
+
 /// Some bits of a block's bytes.
 #[derive(Clone, Copy)]
 struct Field {
@@ -72,7 +75,7 @@ impl Layout {
             pack_ternary(codes, out);
         } else if let Some(vectors) = &self.vectors {
             vectors.pack(codes, out);
-        } else if !pack_bytes(self.kind, codes, out) {
+        } else if !pack_bytes(self.kind, codes, out) && !pack_lanes(self.kind, codes, out) {
             for (f, &c) in self.codes.iter().zip(codes) {
                 put(out, f, u32::from(c ^ self.code_mask()));
             }
@@ -145,6 +148,56 @@ fn get(bytes: &[u8], fields: &[Field]) -> u32 {
         width += f.width;
     }
     value
+}
+
+/// Packs the codes of super-blocks in whole lanes of 32 bytes.
+fn pack_lanes(kind: BlockType, codes: &[u8], out: &mut [u8]) -> bool {
+    // `parts` of 32 codes go into the same bytes, each `width` bits above the one before.
+    let stack = |out: &mut [u8], codes: &[u8], from: u32, width: u32| {
+        let mask = ((1u32 << width) - 1) as u8;
+        for (part, codes) in codes.chunks_exact(32).enumerate() {
+            for (o, &c) in out.iter_mut().zip(codes) {
+                *o |= (c >> from & mask) << (part as u32 * width);
+            }
+        }
+    };
+    match kind {
+        BlockType::Q2K | BlockType::Q3K => {
+            let at = if kind == BlockType::Q2K { 16 } else { 32 };
+            for (out, codes) in out[at..at + 64].chunks_exact_mut(32).zip(codes.chunks_exact(128)) {
+                stack(out, codes, 0, 2);
+            }
+            if kind == BlockType::Q3K {
+                stack(&mut out[..32], codes, 2, 1);
+            }
+        }
+        BlockType::Q4K | BlockType::Q5K => {
+            let at = if kind == BlockType::Q4K { 16 } else { 48 };
+            for (out, codes) in out[at..at + 128].chunks_exact_mut(32).zip(codes.chunks_exact(64)) {
+                stack(out, codes, 0, 4);
+            }
+            if kind == BlockType::Q5K {
+                stack(&mut out[16..48], codes, 4, 1);
+            }
+        }
+        BlockType::Q6K => {
+            for (half, codes) in codes.chunks_exact(128).enumerate() {
+                for (low, (a, b)) in out[64 * half..64 * half + 64].iter_mut().zip(codes.iter().zip(&codes[64..])) {
+                    *low = a & 15 | b << 4;
+                }
+                stack(&mut out[128 + 32 * half..160 + 32 * half], codes, 4, 2);
+            }
+        }
+        BlockType::Iq4Xs => {
+            for (out, codes) in out[8..].chunks_exact_mut(16).zip(codes.chunks_exact(32)) {
+                for (o, (a, b)) in out.iter_mut().zip(codes.iter().zip(&codes[16..])) {
+                    *o = a & 15 | b << 4;
+                }
+            }
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// Fields of d, then of dmin or m.
@@ -268,9 +321,14 @@ pub(crate) fn encode(form: &BlockForm, q: &Quantized) -> Vec<u8> {
     let (layout, blocks) = (Layout::new(form), q.codes.len() / form.len);
     let (reals, integers) = (form.reals(), form.integers());
     let mut out = vec![0u8; blocks * form.bytes];
-    out.par_chunks_mut(form.bytes).zip(q.codes.par_chunks(form.len)).enumerate().for_each(|(b, (out, codes))| {
-        let r = &q.scales[b * reals..][..reals];
-        layout.pack(codes, r, &q.zeros[b * integers..][..integers], out);
+    let task = (TASK / form.len).max(1);
+    let tasks = out.par_chunks_mut(task * form.bytes).zip(q.codes.par_chunks(task * form.len));
+    tasks.enumerate().for_each(|(i, (out, codes))| {
+        for (b, (out, codes)) in out.chunks_exact_mut(form.bytes).zip(codes.chunks_exact(form.len)).enumerate() {
+            let b = i * task + b;
+            let r = &q.scales[b * reals..][..reals];
+            layout.pack(codes, r, &q.zeros[b * integers..][..integers], out);
+        }
     });
     out
 }
@@ -321,6 +379,22 @@ mod tests {
                 mark(f.byte, (((1u32 << f.width) - 1) << f.shift) as u8);
             }
             assert!(seen.iter().all(|&s| s == 0xff), "{}: a bit is never used", form.name);
+        }
+    }
+
+    #[test]
+    fn whole_lanes_are_packed_as_their_fields_say() {
+        for form in BLOCKS {
+            let layout = Layout::new(form);
+            let code = |i: usize| (i.wrapping_mul(2_654_435_761) >> 16) % form.levels.len();
+            let codes: Vec<u8> = (0..form.len).map(|i| code(i) as u8).collect();
+            let (mut fast, mut slow) = (vec![0u8; form.bytes], vec![0u8; form.bytes]);
+            if pack_bytes(form.kind, &codes, &mut fast) || pack_lanes(form.kind, &codes, &mut fast) {
+                for (f, &c) in layout.codes.iter().zip(&codes) {
+                    put(&mut slow, f, u32::from(c ^ layout.code_mask()));
+                }
+                assert_eq!(fast, slow, "{}", form.name);
+            }
         }
     }
 

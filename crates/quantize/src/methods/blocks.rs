@@ -7,8 +7,9 @@ use bitmill_kernels::fit_blocks;
 use bitmill_scheme::{BlockForm, BlockParams, Quantized, Step};
 use rayon::prelude::*;
 
-/// Every block fitted to its own weights, whose errors cost `importance`, and each weight at its nearest value.
-pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32]) -> Quantized {
+/// Every block fitted to its own weights, whose errors cost `importance` by columns if that is known, and each weight at its
+/// nearest value.
+pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: Option<&[f32]>) -> Quantized {
     let n = linear.shape[1];
     if form.has_lanes() {
         let mut params = vec![BlockParams::zero(); linear.weight.len() / form.len];
@@ -16,8 +17,11 @@ pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: &[f32])
         fit_blocks(form, linear.weight, importance, &mut params, &mut codes);
         return assemble(linear, form, codes, &params);
     }
+    // Uneven costs want the points that are really nearest.
+    let fit = if importance.is_some() { BlockForm::fit } else { BlockForm::fit_near };
+    let importance = importance.map_or_else(|| vec![1.0; n], <[f32]>::to_vec);
     let params: Vec<BlockParams> = (linear.weight.par_chunks(form.len).enumerate())
-        .map(|(i, w)| form.fit(w, &importance[i * form.len % n..][..form.len]))
+        .map(|(i, w)| fit(form, w, &importance[i * form.len % n..][..form.len]))
         .collect();
     let round = |(i, (w, codes)): (usize, (&[f32], &mut [u8]))| {
         let a = form.affine(&params[i / form.subs()], i % form.subs());
@@ -42,8 +46,13 @@ pub(super) fn swept(
 }
 
 fn assemble(linear: &Linear<'_>, form: &BlockForm, codes: Vec<u8>, params: &[BlockParams]) -> Quantized {
-    let scales = params.iter().flat_map(|p| p.reals[..form.reals()].iter().copied()).collect();
-    let zeros = params.iter().flat_map(|p| p.integers[..form.integers()].iter().copied()).collect();
+    let (mut scales, mut zeros) = (Vec::new(), Vec::new());
+    scales.reserve_exact(params.len() * form.reals());
+    zeros.reserve_exact(params.len() * form.integers());
+    for p in params {
+        scales.extend_from_slice(&p.reals[..form.reals()]);
+        zeros.extend_from_slice(&p.integers[..form.integers()]);
+    }
     Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new() }
 }
 

@@ -32,9 +32,9 @@ impl Method for Rtn {
         let search = options.scale_search.unwrap_or(ScaleSearch::MinMax);
         let solve = |linear: &Linear<'_>| {
             if let Some(form) = linear.scheme.form() {
-                let importance = importance(h, linear.shape[1]);
+                let importance = h.map(|_| importance(h, linear.shape[1]));
                 return Solved {
-                    quantized: blocks::nearest(linear, form, &importance),
+                    quantized: blocks::nearest(linear, form, importance.as_deref()),
                     damping: None,
                     stages: Vec::new(),
                 };

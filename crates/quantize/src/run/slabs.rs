@@ -3,12 +3,12 @@
 
 use crate::{Error, Linear, Method, Plan, SolverOptions};
 use bitmill_checkpoint::{TensorView, Weight};
+use bitmill_kernels::{StoredBlocks, rounding_error};
+use bitmill_scheme::Quantized;
 use rayon::prelude::*;
 
 /// Weights of a slab, about.
-const SLAB: usize = 1 << 16;
-/// Running sums of one slab.
-const LANES: usize = 8;
+const SLAB: usize = 1 << 15;
 
 /// An encoded matrix.
 pub(super) struct Rounded {
@@ -54,7 +54,9 @@ pub(super) fn round(
         for solved in method.solve(&[slab], h, solver)? {
             let encoded = plan.format.encode(linear.name, &solved.quantized);
             encoded.iter().for_each(|bytes| out.copy_from_slice(bytes));
-            sums = squares(weight, &solved.quantized.dequantize(), h);
+            let Quantized { codes, scales, zeros, scheme, .. } = &solved.quantized;
+            let stored = StoredBlocks { codes, reals: scales, integers: zeros };
+            sums = scheme.form().map_or([0.0; 2], |form| rounding_error(form, stored, weight, h));
         }
         Ok::<_, Error>(sums)
     });
@@ -70,20 +72,4 @@ fn part(view: &TensorView<'_>, from: usize, shape: [usize; 2]) -> Result<Vec<f32
     let rows =
         TensorView { name: view.name, file: view.file, dtype: view.dtype, shape: &shape, bytes, interleaved: None };
     Ok(rows.to_f32()?)
-}
-
-/// Σ h(w − ŵ)² and Σ h·w²; h repeats for every row.
-fn squares(w: &[f32], back: &[f32], h: Option<&[f32]>) -> [f64; 2] {
-    let mut sums = [[0.0f64; LANES]; 2];
-    for (i, (w, back)) in w.chunks(LANES).zip(back.chunks(LANES)).enumerate() {
-        // Rows are whole blocks, and blocks whole lanes.
-        let h = h.map(|h| &h[i * LANES % h.len()..]);
-        for lane in 0..w.len() {
-            let cost = h.map_or(1.0, |h| f64::from(h[lane]));
-            let (e, x) = (f64::from(w[lane] - back[lane]), f64::from(w[lane]));
-            sums[0][lane] += cost * e * e;
-            sums[1][lane] += cost * x * x;
-        }
-    }
-    sums.map(|lanes| lanes.iter().sum())
 }

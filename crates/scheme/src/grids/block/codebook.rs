@@ -9,9 +9,12 @@
 //! as what is already lost exceeds the best point so far (Schnorr and Euchner's sphere decoder, 1994). It is exact under
 //! any metric U·D·Uᵀ, and fast because prefixes that no vector continues are cut off too.
 
+mod near;
 mod sets;
 
 use super::BlockType;
+use near::Ladder;
+use std::sync::OnceLock;
 
 /// Weights of a unit, at most.
 pub const UNIT: usize = 8;
@@ -70,6 +73,13 @@ pub struct Codebook {
     prefixes: [u64; 154],
     /// The vectors in order, their digits as numbers, lowest first.
     numbers: [u16; VECTORS],
+    /// The level of each code.
+    levels: [f32; LEVELS],
+    /// What digits stand for without a flag, and with one where that is no sign.
+    plain: Ladder,
+    flagged: Ladder,
+    /// The vectors nearest to each combination of digits, made when it is first wanted.
+    cells: OnceLock<Vec<[[u8; UNIT]; near::CHOICE]>>,
 }
 
 /// What a code stands for.
@@ -173,8 +183,9 @@ impl Codebook {
             n += 1;
         }
         let mut ascending = [Code { code: 0, digit: 0, flag: false, level: 0.0 }; LEVELS];
-        let mut i = 0;
+        let (mut all, mut i) = ([0.0; LEVELS], 0);
         while i < levels.len() {
+            all[i] = levels[i] as f32;
             let (digit, flag) = ((i % digits) as u8, i >= digits);
             let code = Code { code: i as u8, digit, flag, level: levels[i] as f32 };
             // Insertion sort.
@@ -186,7 +197,24 @@ impl Codebook {
             ascending[at] = code;
             i += 1;
         }
-        Codebook { len, unit, digits, flags, vectors, ascending, end: digits.pow(len as u32), prefixes, numbers }
+        let (plain, after) = levels.split_at(digits);
+        let flagged = Ladder::new(if matches!(flags, Flags::Alike) { after } else { plain });
+        let end = digits.pow(len as u32);
+        Codebook {
+            len,
+            unit,
+            digits,
+            flags,
+            vectors,
+            ascending,
+            end,
+            prefixes,
+            numbers,
+            levels: all,
+            plain: Ladder::new(plain),
+            flagged,
+            cells: OnceLock::new(),
+        }
     }
 
     /// Number of codes.
@@ -266,6 +294,11 @@ impl Codebook {
         Walk { u: &metric.u, ..walk }.run::<false>(codes)
     }
 
+    fn cost(&self, centre: &[f32], costs: &[f32], codes: &[u8]) -> f32 {
+        let levels = |&code: &u8| self.levels[usize::from(code)];
+        centre.iter().zip(costs).zip(codes.iter().map(levels)).map(|((x, h), level)| h * (level - x).powi(2)).sum()
+    }
+
     /// As [`Codebook::nearest`] for errors that cost `costs` each, independently, and without a bound. Centres and costs
     /// are finite.
     pub fn nearest_apart(&self, centre: &[f32], costs: &[f32], codes: &mut [u8]) {
@@ -279,8 +312,10 @@ impl Codebook {
             let least = up.min(down);
             walk.rest[k] = walk.rest[k + 1] + costs[k] * least * least;
         }
-        let found = walk.run::<true>(codes);
-        debug_assert!(found.is_some(), "a finite centre has a nearest point");
+        // A near point bounds the search; it stands where none is nearer.
+        self.near(centre, costs, codes);
+        walk.best = self.cost(centre, costs, codes);
+        walk.run::<true>(codes);
     }
 }
 
@@ -476,6 +511,9 @@ mod tests {
                 assert!(book.holds(&found) && (said - is).abs() <= 1e-4 * is, "{said} {is}");
                 assert!(is <= best * (1.0 + 1e-5), "{is} where {best} is possible");
                 if trial % 2 == 0 {
+                    book.near(&centre, &costs, &mut found);
+                    let near = cost(levels, &found, &centre, &metric, f32::INFINITY);
+                    assert!(book.holds(&found) && near >= best * (1.0 - 1e-5), "{near} where {best} is the least");
                     book.nearest_apart(&centre, &costs, &mut found);
                     let is = cost(levels, &found, &centre, &metric, f32::INFINITY);
                     assert!(book.holds(&found) && is <= best * (1.0 + 1e-5), "{is} where {best} is possible");
@@ -484,6 +522,27 @@ mod tests {
                 assert!(book.nearest(&centre, &metric, is * 0.999, &mut found).is_none());
                 assert!(book.nearest(&centre, &metric, is * 1.001, &mut found).is_some());
             }
+        }
+    }
+
+    #[test]
+    fn points_by_table_are_near() {
+        let mut r = Random(11);
+        for (book, levels) in BOOKS {
+            let top = f32::from(levels.iter().copied().max().unwrap());
+            let (mut near, mut nearest) = (0.0, 0.0);
+            for _ in 0..400 {
+                let centre: Vec<f32> = (0..book.unit).map(|_| top * r.real() * r.real().abs().sqrt()).collect();
+                let costs = vec![1.0; book.unit];
+                let metric = Metric::diagonal(&costs);
+                let mut found = vec![0u8; book.unit];
+                book.near(&centre, &costs, &mut found);
+                assert!(book.holds(&found));
+                near += cost(levels, &found, &centre, &metric, f32::INFINITY);
+                book.nearest_apart(&centre, &costs, &mut found);
+                nearest += cost(levels, &found, &centre, &metric, f32::INFINITY);
+            }
+            assert!(near < 1.25 * nearest, "{near} where {nearest} is possible");
         }
     }
 

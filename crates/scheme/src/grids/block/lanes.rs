@@ -5,7 +5,10 @@
 //! computes the same bits whatever instructions carry it. This is the definition; kernels instantiate it per instruction
 //! set, where each loop over lanes becomes one instruction or two.
 
+mod costs;
+
 use super::{Affine, BlockForm, BlockParams, BlockType, IQ4, Shift, Step};
+use costs::{BySize, Costs, Each, One, by_position};
 use half::f16;
 
 /// Sub-blocks side by side; a multiple of those of any block fitted here.
@@ -15,15 +18,18 @@ const LONGEST: usize = 32;
 /// Turns of integers and reals in a joint fit.
 const TURNS: usize = 3;
 
+/// Levels that are few.
+const FEW: usize = 8;
+
 /// A number for each lane.
 type Lanes = [f32; LANES];
 const ZERO: Lanes = [0.0; LANES];
 
 /// Weights and costs by position in the sub-block, then lane.
-struct Tile {
+struct Tile<C> {
     len: usize,
     w: [Lanes; LONGEST],
-    h: [Lanes; LONGEST],
+    h: C,
     /// Σ h.
     costs: Lanes,
     /// Σ h·w.
@@ -49,20 +55,31 @@ trait Snap: Copy {
 struct Even {
     first: f32,
     last: f32,
+    /// The first level as a byte.
+    lowest: u8,
+}
+
+/// Adding and subtracting it rounds what is small; added, it leaves the whole number in the lowest bits.
+const SHIFT: f32 = 12_582_912.0;
+
+impl Even {
+    /// The nearest level, not yet shifted back.
+    #[inline(always)]
+    fn shifted(self, x: f32) -> f32 {
+        let x = if x > self.first { x } else { self.first };
+        let x = if x < self.last { x } else { self.last };
+        x + SHIFT
+    }
 }
 
 impl Snap for Even {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
-        /// Adding and subtracting it rounds what is small.
-        const SHIFT: f32 = 12_582_912.0;
-        let x = if x > self.first { x } else { self.first };
-        let x = if x < self.last { x } else { self.last };
-        (x + SHIFT) - SHIFT
+        self.shifted(x) - SHIFT
     }
     #[inline(always)]
     fn code(self, x: f32) -> u8 {
-        (self.level(x) - self.first) as u8
+        (self.shifted(x).to_bits() as u8).wrapping_sub(self.lowest)
     }
 }
 
@@ -81,11 +98,11 @@ impl Snap for Uneven {
     }
     #[inline(always)]
     fn code(self, x: f32) -> u8 {
-        let mut code = 0.0f32;
+        let mut code = SHIFT;
         for i in 1..IQ4.len() {
             code += if x > 0.5 * (f32::from(IQ4[i - 1]) + f32::from(IQ4[i])) { 1.0 } else { 0.0 };
         }
-        code as u8
+        code.to_bits() as u8
     }
 }
 
@@ -115,20 +132,17 @@ fn half(x: f32) -> f32 {
     f16::from_f32(x.clamp(-most, most)).to_f32()
 }
 
-impl Tile {
+impl<C: Costs> Tile<C> {
     #[inline(always)]
     fn new(len: usize, w: &[f32], h: &[f32]) -> Self {
-        let mut tile = Tile { len, w: [ZERO; LONGEST], h: [ZERO; LONGEST], costs: ZERO, sum: ZERO };
-        for (lane, (w, h)) in w.chunks(len).zip(h.chunks(len)).enumerate() {
-            for (j, (&x, &c)) in w.iter().zip(h).enumerate() {
-                tile.w[j][lane] = x;
-                tile.h[j][lane] = c;
-            }
-        }
+        let w = by_position(len, w);
+        let h = C::new(len, &w, h);
+        let mut tile = Tile { len, w, h, costs: ZERO, sum: ZERO };
         for j in 0..len {
+            let h = tile.h.at(j);
             for i in 0..LANES {
-                tile.costs[i] += tile.h[j][i];
-                tile.sum[i] += tile.h[j][i] * tile.w[j][i];
+                tile.costs[i] += h[i];
+                tile.sum[i] += h[i] * tile.w[j][i];
             }
         }
         tile
@@ -139,7 +153,8 @@ impl Tile {
     fn levels(&self, a: &Affines, snap: impl Snap) -> [Lanes; 3] {
         let inverse = inverse(&a.scale);
         let (mut xl, mut ll, mut sum) = (ZERO, ZERO, ZERO);
-        for (w, h) in self.w[..self.len].iter().zip(&self.h) {
+        for (j, w) in self.w[..self.len].iter().enumerate() {
+            let h = self.h.at(j);
             for i in 0..LANES {
                 let l = snap.level((w[i] - a.offset[i]) * inverse[i]);
                 let hl = h[i] * l;
@@ -155,7 +170,8 @@ impl Tile {
     fn sums(&self, a: &Affines, snap: impl Snap) -> Sums {
         let inverse = inverse(&a.scale);
         let mut s = Sums { ee: ZERO, el: ZERO, e: ZERO, ll: ZERO, l: ZERO };
-        for (w, h) in self.w[..self.len].iter().zip(&self.h) {
+        for (j, w) in self.w[..self.len].iter().enumerate() {
+            let h = self.h.at(j);
             for i in 0..LANES {
                 let l = snap.level((w[i] - a.offset[i]) * inverse[i]);
                 let e = w[i] - (a.scale[i] * l + a.offset[i]);
@@ -175,7 +191,8 @@ impl Tile {
     fn losses(&self, a: &Affines, snap: impl Snap) -> [Lanes; 2] {
         let inverse = inverse(&a.scale);
         let (mut ee, mut sum) = (ZERO, ZERO);
-        for (w, h) in self.w[..self.len].iter().zip(&self.h) {
+        for (j, w) in self.w[..self.len].iter().enumerate() {
+            let h = self.h.at(j);
             for i in 0..LANES {
                 let l = snap.level((w[i] - a.offset[i]) * inverse[i]);
                 let e = w[i] - (a.scale[i] * l + a.offset[i]);
@@ -214,6 +231,14 @@ impl Tile {
     }
 }
 
+/// Blocks to fit, and where they go.
+struct Fit<'a> {
+    w: &'a [f32],
+    h: &'a [f32],
+    params: &'a mut [BlockParams],
+    codes: &'a mut [u8],
+}
+
 impl BlockForm {
     /// Whether [`BlockForm::fit_lanes`] fits the type.
     #[must_use]
@@ -236,48 +261,60 @@ impl BlockForm {
         scalar && self.sub <= LONGEST && LANES.is_multiple_of(self.subs())
     }
 
-    /// Fits whole blocks, [`LANES`] sub-blocks of them at most, to the weights `w`, whose errors cost `h`, and rounds them.
+    /// Fits whole blocks, [`LANES`] sub-blocks of them at most, to the weights `w`, and rounds them. Errors cost `h`, one for
+    /// each weight; without it, nothing is known of what the weights are multiplied by.
     ///
     /// # Panics
     /// For a type without lanes, or more blocks than lanes: a caller's bug.
     #[inline(always)]
-    pub fn fit_lanes(&self, w: &[f32], h: &[f32], params: &mut [BlockParams], codes: &mut [u8]) {
+    pub fn fit_lanes(&self, w: &[f32], h: Option<&[f32]>, params: &mut [BlockParams], codes: &mut [u8]) {
         assert!(w.len() <= LANES * self.sub && params.len() * self.len == w.len(), "whole blocks that fit the lanes");
+        let fit = Fit { w, h: h.unwrap_or(&[]), params, codes };
         if self.is_uniform() {
             let (first, last) = (f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
-            self.fit_tile(w, h, params, codes, Even { first, last });
+            let snap = Even { first, last, lowest: self.levels[0] as u8 };
+            match h {
+                Some(_) => self.fit_tile::<Each>(fit, snap),
+                None if self.levels.len() <= FEW => self.fit_tile::<BySize>(fit, snap),
+                None => self.fit_tile::<One>(fit, snap),
+            }
+        } else if h.is_some() {
+            self.fit_tile::<Each>(fit, Uneven)
         } else {
-            self.fit_tile(w, h, params, codes, Uneven);
+            self.fit_tile::<One>(fit, Uneven)
         }
     }
 
     /// The values of the codes of one sub-block, as [`BlockForm::value`] has them.
-    #[inline]
-    pub(crate) fn values(&self, codes: &[u8], a: Affine, out: &mut Vec<f32>) {
+    #[inline(always)]
+    pub fn values(&self, codes: &[u8], a: Affine, out: &mut [f32]) {
+        let each = out.iter_mut().zip(codes);
         if !self.is_uniform() {
-            return out.extend(codes.iter().map(|&c| self.value(c, a)));
+            return each.for_each(|(v, &c)| *v = self.value(c, a));
         }
         let first = i32::from(self.levels[0]);
         let scaled = |c: u8| a.scale * (i32::from(c) + first) as f32;
         if self.shift == Shift::None {
-            out.extend(codes.iter().map(|&c| scaled(c)));
+            each.for_each(|(v, &c)| *v = scaled(c));
         } else {
-            out.extend(codes.iter().map(|&c| scaled(c) + a.offset));
+            each.for_each(|(v, &c)| *v = scaled(c) + a.offset);
         }
     }
 
     #[inline(always)]
-    fn fit_tile(&self, w: &[f32], h: &[f32], params: &mut [BlockParams], codes: &mut [u8], snap: impl Snap) {
-        let tile = Tile::new(self.sub, w, h);
+    fn fit_tile<C: Costs>(&self, Fit { w, h, params, codes }: Fit<'_>, snap: impl Snap) {
+        let tile = Tile::<C>::new(self.sub, w, h);
         let own = if self.shift == Shift::None { self.scales(&tile, snap) } else { self.affines(&tile, snap) };
         let stored = match self.step {
             Step::Scaled { .. } => self.joint(&tile, &own, params, snap),
             _ => self.reals_of(&own, params),
         };
         let inverse = inverse(&stored.scale);
-        for (lane, codes) in codes.chunks_mut(self.sub).enumerate() {
-            for (j, code) in codes.iter_mut().enumerate() {
-                *code = snap.code((tile.w[j][lane] - stored.offset[lane]) * inverse[lane]);
+        // Row by row, so that reading and writing need no turning.
+        for (lane, (codes, w)) in codes.chunks_mut(self.sub).zip(w.chunks(self.sub)).enumerate() {
+            let (inverse, offset) = (inverse[lane], stored.offset[lane]);
+            for (code, &x) in codes.iter_mut().zip(w) {
+                *code = snap.code((x - offset) * inverse);
             }
         }
     }
@@ -312,7 +349,7 @@ impl BlockForm {
 
     /// The best scale of every sub-block, without offset.
     #[inline(always)]
-    fn scales(&self, tile: &Tile, snap: impl Snap) -> Affines {
+    fn scales<C: Costs>(&self, tile: &Tile<C>, snap: impl Snap) -> Affines {
         let mut largest = ZERO;
         for w in &tile.w[..tile.len] {
             for (largest, &w) in largest.iter_mut().zip(w) {
@@ -335,7 +372,7 @@ impl BlockForm {
 
     /// The best scale and offset of every sub-block.
     #[inline(always)]
-    fn affines(&self, tile: &Tile, snap: impl Snap) -> Affines {
+    fn affines<C: Costs>(&self, tile: &Tile<C>, snap: impl Snap) -> Affines {
         let (mut lo, mut hi) = (tile.w[0], tile.w[0]);
         for w in &tile.w[..tile.len] {
             for i in 0..LANES {
@@ -367,8 +404,9 @@ impl BlockForm {
     /// What the largest scale of a block may be in integers.
     fn tops(&self) -> &'static [f32] {
         match self.kind {
-            BlockType::Q2K => &[15.0, 13.3, 14.5, 12.0],
-            BlockType::Q3K | BlockType::Iq4Xs => &[-32.0, 31.0, -30.4],
+            BlockType::Q2K => &[15.0, 13.3],
+            BlockType::Q3K => &[-32.0],
+            BlockType::Iq4Xs => &[-32.0, 31.0, -30.4],
             BlockType::Q6K => &[-128.0, 127.0],
             _ => &[63.0, 60.7],
         }
@@ -376,8 +414,9 @@ impl BlockForm {
 
     /// d, dmin and the integers of every block, fitted to the weights in turns.
     #[inline(always)]
-    fn joint(&self, tile: &Tile, own: &Affines, params: &mut [BlockParams], snap: impl Snap) -> Affines {
-        let subs = self.subs();
+    fn joint<C: Costs>(&self, tile: &Tile<C>, own: &Affines, params: &mut [BlockParams], snap: impl Snap) -> Affines {
+        // The last turn brings little in types whose levels are few.
+        let (subs, turns) = (self.subs(), if self.levels.len() <= FEW { TURNS - 1 } else { TURNS });
         let (mut least, mut kept) = ([f32::INFINITY; LANES], [BlockParams::zero(); LANES]);
         let mut stored = Affines { scale: ZERO, offset: ZERO };
         for &top in self.tops() {
@@ -385,7 +424,7 @@ impl BlockForm {
                 *p = self.first_reals(own, &tile.costs, block * subs, top);
             }
             let mut before = [f32::INFINITY; LANES];
-            for turn in 0..TURNS {
+            for turn in 0..turns {
                 let at = if turn == 0 { *own } else { self.affines_of(params) };
                 self.integers_near(tile, &at, params, snap);
                 let now = self.affines_of(params);
@@ -449,7 +488,7 @@ impl BlockForm {
 
     /// The integers near scales and offsets `at` with the smallest loss under d and dmin.
     #[inline(always)]
-    fn integers_near(&self, tile: &Tile, at: &Affines, params: &mut [BlockParams], snap: impl Snap) {
+    fn integers_near<C: Costs>(&self, tile: &Tile<C>, at: &Affines, params: &mut [BlockParams], snap: impl Snap) {
         let Step::Scaled { bias, .. } = self.step else { return };
         let (bias, most) = (f32::from(bias), f32::from(self.max_integer(0)));
         let shifted = matches!(self.shift, Shift::Scaled { .. });
@@ -529,7 +568,7 @@ impl BlockForm {
 /// The whole number from 0 to `most` nearest to `x`.
 #[inline(always)]
 fn whole(x: f32, most: f32) -> f32 {
-    Even { first: 0.0, last: most }.level(x)
+    Even { first: 0.0, last: most, lowest: 0 }.level(x)
 }
 
 #[cfg(test)]

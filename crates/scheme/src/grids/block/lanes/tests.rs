@@ -25,7 +25,7 @@ fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[
 
 fn fitted(form: &BlockForm, w: &[f32], h: &[f32]) -> (Vec<BlockParams>, Vec<u8>) {
     let (mut params, mut codes) = (vec![BlockParams::zero(); w.len() / form.len], vec![0; w.len()]);
-    form.fit_lanes(w, h, &mut params, &mut codes);
+    form.fit_lanes(w, Some(h), &mut params, &mut codes);
     (params, codes)
 }
 
@@ -78,5 +78,21 @@ fn a_block_is_fitted_alike_in_any_company() {
         let at = w.len() - form.len;
         let (alone, own) = fitted(form, &w[at..], &h[at..]);
         assert_eq!((alone[0], &own[..]), (params[params.len() - 1], &codes[at..]), "{}", form.name);
+    }
+}
+
+#[test]
+fn without_costs_every_error_costs_one_or_by_size() {
+    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+        let (w, _) = sample(LANES * form.sub, 6);
+        let (mut params, mut codes) = (vec![BlockParams::zero(); w.len() / form.len], vec![0; w.len()]);
+        form.fit_lanes(&w, None, &mut params, &mut codes);
+        let costs: Vec<f32> = if form.levels.len() > FEW {
+            vec![1.0; w.len()]
+        } else {
+            let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| sum + x * x) / w.len() as f32).sqrt();
+            w.chunks(form.sub).flat_map(|w| w.iter().map(move |x| sigma(w) + x.abs())).collect()
+        };
+        assert_eq!(fitted(form, &w, &costs), (params, codes), "{}", form.name);
     }
 }
