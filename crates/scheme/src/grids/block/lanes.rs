@@ -139,10 +139,9 @@ impl<C: Costs> Tile<C> {
         let h = C::new(len, &w, h);
         let mut tile = Tile { len, w, h, costs: ZERO, sum: ZERO };
         for j in 0..len {
-            let h = tile.h.at(j);
-            for i in 0..LANES {
-                tile.costs[i] += h[i];
-                tile.sum[i] += h[i] * tile.w[j][i];
+            for (i, h) in tile.h.at(j).iter().enumerate() {
+                tile.costs[i] += h;
+                tile.sum[i] += h * tile.w[j][i];
             }
         }
         tile
