@@ -69,6 +69,24 @@ impl Plan {
         }
         total
     }
+
+    /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
+    /// and forward and backward passes of the model, at two operations per weight and token each and twice that for the
+    /// backward pass; texts that the teacher writes; and what a step over the weights themselves costs, which moves bytes
+    /// rather than computes.
+    #[must_use]
+    pub fn tuning_operations(&self, windows: u64, tokens: u64) -> u64 {
+        /// A weight's gradient, moments, code and value, as operations that take as long (measured).
+        const STEP: u64 = 2000;
+        /// The same of a token that is written, per weight: passes with texts take half as long again (measured).
+        const WRITTEN: f64 = 8.0;
+        let Some(tuning) = &self.settings.tuning else { return 0 };
+        let steps = windows.div_ceil(tuning.batch as u64);
+        let writes = self.spec.as_ref().is_some_and(|spec| spec.head().is_some());
+        let written = if writes { tuning.written() * WRITTEN * self.parameters as f64 * tokens as f64 } else { 0.0 };
+        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.trained_weights() * steps)
+            + written as u64
+    }
 }
 
 /// Inputs of the sites of a block that have something to round.

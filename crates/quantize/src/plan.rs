@@ -265,7 +265,7 @@ impl Plan {
     }
 
     /// Weights that tuning changes, norms aside.
-    fn trained_weights(&self) -> u64 {
+    pub(crate) fn trained_weights(&self) -> u64 {
         let head = self.spec.as_ref().filter(|_| self.trains_head()).map_or(0, |spec| spec.vocab * spec.hidden);
         self.quantized_size().0 + head as u64
     }
@@ -273,26 +273,16 @@ impl Plan {
     /// Bytes of memory that tuning takes beside activations; 0 without tuning.
     #[must_use]
     pub fn tuning_memory(&self) -> u64 {
-        let of = |_| crate::learn::memory(self.trained_weights(), self.parameters);
-        self.settings.tuning.as_ref().map_or(0, of)
+        let Some(tuning) = &self.settings.tuning else { return 0 };
+        let author = self.spec.as_ref().filter(|spec| spec.head().is_some() && tuning.written() > 0.0);
+        let texts = author.map(|spec| (spec, self.settings.sequence_length.min(spec.max_positions)));
+        crate::learn::memory(self.trained_weights(), self.parameters, texts)
     }
 
     /// Bytes of disk that the run takes while it works, beside its output.
     #[must_use]
     pub fn work_bytes(&self) -> u64 {
         self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.trained_weights()))
-    }
-
-    /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
-    /// and forward and backward passes of the model, at two operations per weight and token each and twice that for the
-    /// backward pass; and what a step over the weights themselves costs, which moves bytes rather than computes.
-    #[must_use]
-    pub fn tuning_operations(&self, windows: u64, tokens: u64) -> u64 {
-        /// A weight's gradient, moments, code and value, as operations that take as long (measured).
-        const STEP: u64 = 2000;
-        let Some(tuning) = &self.settings.tuning else { return 0 };
-        let steps = windows.div_ceil(tuning.batch as u64);
-        u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.trained_weights() * steps)
     }
 }
 

@@ -185,6 +185,11 @@ impl Tuning {
         };
         Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3, generated: 0.5 }
     }
+
+    /// Texts that the full-precision model writes in all passes, as a multiple of the windows.
+    pub(crate) fn written(&self) -> f64 {
+        f64::from(self.generated) * f64::from(self.passes.saturating_sub(1))
+    }
 }
 
 /// The settings of a run. Two runs with equal settings on equal input end in equal bytes.

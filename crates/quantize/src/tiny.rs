@@ -1,9 +1,12 @@
-//! The golden checkpoints of `models` as inputs of tests: a tiny model of every architecture, settings and text for it.
+//! Tiny models as inputs of tests: the golden checkpoints of `models`, one of every architecture, with settings and text; and
+//! one of random weights.
 
 use crate::{Observation, Settings, SolverOptions};
 use bitmill_calibrate::{Windows, splitmix};
-use bitmill_models::ModelSpec;
+use bitmill_models::{ModelSpec, spec};
 use bitmill_scheme::{Bits, Granularity, Scheme};
+use candle_core::{Device, Tensor};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -39,4 +42,14 @@ pub(crate) fn windows(spec: &ModelSpec, count: usize, length: usize) -> Windows 
     let token = |i: usize| (splitmix(i as u64) % spec.vocab as u64) as u32;
     let tokens = (0..count).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
     Windows { tokens, length, text_tokens: count * length }
+}
+
+/// A Llama of `layers` blocks, `hidden` channels in two heads and 40 tokens, with normal weights of deviation `spread`.
+pub(crate) fn llama(hidden: usize, layers: usize, spread: f32) -> (ModelSpec, BTreeMap<String, Tensor>) {
+    let config = json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "vocab_size": 40});
+    let spec = spec(&config).unwrap();
+    let random = |shape: &[usize]| Tensor::randn(0.0, spread, shape, &Device::Cpu).unwrap();
+    let weights = spec.tensors().into_iter().map(|slot| (slot.name, random(&slot.shape))).collect();
+    (spec, weights)
 }

@@ -6,6 +6,7 @@ use crate::plan::{is_embedding, is_end, model_scale_type, natural_key};
 use crate::weight::is_transposed;
 use crate::{Error, ScaleSearch, SolverOptions};
 use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, TensorView, Weight};
+use bitmill_models::ModelSpec;
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType, Scheme};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -50,8 +51,7 @@ pub(super) struct Decider<'a> {
     lossy: bool,
     /// Whether zero points are all in the middle of the grid, so that they need not be stored.
     middle: bool,
-    /// Whether the family stores dense linears `[in, out]`.
-    transposed: bool,
+    spec: Option<&'a ModelSpec>,
     rounded: Vec<Rounded>,
     notes: Vec<String>,
 }
@@ -60,11 +60,13 @@ pub(super) struct Decider<'a> {
 type Decided = (Vec<Item>, Vec<Rounded>, Vec<String>);
 
 impl<'a> Decider<'a> {
-    pub(super) fn new(input: &'a Checkpoint, target: Target, lossy: bool) -> Result<Self, Error> {
-        let spec = bitmill_models::spec_of(input).ok();
-        let transposed = is_transposed(spec.as_ref());
-        let mut decider =
-            Decider { input, target, lossy, middle: true, transposed, rounded: Vec::new(), notes: Vec::new() };
+    pub(super) fn new(
+        input: &'a Checkpoint,
+        spec: Option<&'a ModelSpec>,
+        target: Target,
+        lossy: bool,
+    ) -> Result<Self, Error> {
+        let mut decider = Decider { input, target, lossy, middle: true, spec, rounded: Vec::new(), notes: Vec::new() };
         for module in decider.modules() {
             if !decider.middle || input.gguf().is_some() {
                 break;
@@ -102,8 +104,7 @@ impl<'a> Decider<'a> {
         }
         let mut names: Vec<(String, Option<usize>)> = fates.into_iter().collect();
         // As `quantize` lays them out, so that what returns to its format is the same file.
-        let spec = bitmill_models::spec_of(self.input).ok();
-        let blocks = spec.iter().flat_map(|spec| (0..spec.layers).flat_map(|b| spec.block_tensors(b)));
+        let blocks = self.spec.iter().flat_map(|spec| (0..spec.layers).flat_map(|b| spec.block_tensors(b)));
         let in_block: BTreeSet<String> = blocks.map(|slot| slot.name).collect();
         names.sort_by_cached_key(|(name, _)| (in_block.contains(name), natural_key(name)));
         let mut items = Vec::new();
@@ -161,7 +162,7 @@ impl<'a> Decider<'a> {
         let fate = match self.target {
             Target::Dense(dtype) => {
                 self.dense(module, &q.dequantize(), dtype)?;
-                Fate::Dense { dtype, quantized: true, turned: self.transposed }
+                Fate::Dense { dtype, quantized: true, turned: is_transposed(self.spec) }
             }
             // In folders embeddings are plain numbers, and so is the output matrix unless the input was a folder.
             Target::Format(format)
@@ -276,7 +277,10 @@ impl<'a> Decider<'a> {
         };
         let values = q.dequantize();
         let dtype = if stored(&values, dtype).iter().all(|v| v.is_finite()) { dtype } else { Dtype::F32 };
-        Ok((Fate::Dense { dtype, quantized: true, turned: self.transposed }, format!("{dtype:?}, not quantized")))
+        Ok((
+            Fate::Dense { dtype, quantized: true, turned: is_transposed(self.spec) },
+            format!("{dtype:?}, not quantized"),
+        ))
     }
 }
 

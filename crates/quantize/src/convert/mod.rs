@@ -95,8 +95,8 @@ impl<'a> Conversion<'a> {
         if as_gguf && input.gguf().is_some() {
             return Err(Error::Gguf { dir: input.dir().into(), reason: "it is a GGUF file already".into() });
         }
-        let (items, rounded, mut notes) = fate::Decider::new(input, target, lossy)?.decide()?;
         let spec = bitmill_models::spec_of(input).ok();
+        let (items, rounded, mut notes) = fate::Decider::new(input, spec.as_ref(), target, lossy)?.decide()?;
         let mut conversion = Conversion {
             input,
             target,

@@ -7,7 +7,7 @@
 
 use crate::Error;
 use bitmill_calibrate::uniform;
-use bitmill_models::{Block, Decoder, Embedding, Head, RopeTable, draw, softmax};
+use bitmill_models::{Block, Decoder, Embedding, Head, ModelSpec, RopeTable, draw, softmax};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -35,13 +35,23 @@ pub(super) struct Author<'a> {
     pub(super) length: usize,
 }
 
-impl Author<'_> {
-    /// How many texts grow at a time. It fixes the shapes of products, so it depends on the model alone.
-    pub(super) fn together(self, key_width: usize) -> usize {
-        let cache = self.blocks.len() * self.length * 2 * key_width * size_of::<f32>();
-        (CACHE / cache.max(1)).clamp(1, TOGETHER)
-    }
+/// Bytes of the keys and values of a text of `length` tokens.
+fn cache(spec: &ModelSpec, length: usize) -> usize {
+    spec.layers * length * 2 * spec.kv_heads * spec.head_dim * size_of::<f32>()
+}
 
+/// How many texts of `length` tokens grow at a time. It fixes the shapes of products, so it depends on the model and the
+/// length alone.
+pub(super) fn together(spec: &ModelSpec, length: usize) -> usize {
+    (CACHE / cache(spec, length).max(1)).clamp(1, TOGETHER)
+}
+
+/// Bytes that the texts in progress take: keys, values and last hidden states.
+pub(super) fn memory(spec: &ModelSpec, length: usize) -> usize {
+    together(spec, length) * (cache(spec, length) + length * spec.hidden * size_of::<f32>())
+}
+
+impl Author<'_> {
     /// A text for each of `windows`, from some of its tokens. `random(w, i)` is number `i` drawn for text `w`.
     pub(super) fn write(
         self,
@@ -84,26 +94,20 @@ impl Author<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiny;
     use bitmill_calibrate::splitmix;
-    use bitmill_models::spec;
-    use serde_json::json;
-    use std::collections::BTreeMap;
 
     #[test]
     fn texts_go_on_from_their_windows_with_the_states_of_the_forward_pass() {
-        let spec =
-            spec(&json!({"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "vocab_size": 40}))
-            .unwrap();
-        let random = |shape: &[usize]| Tensor::randn(0f32, 0.3, shape, &Device::Cpu).unwrap();
-        let weights: BTreeMap<String, Tensor> =
-            spec.tensors().into_iter().map(|slot| (slot.name, random(&slot.shape))).collect();
+        let (spec, weights) = tiny::llama(16, 2, 0.3);
         let embedding = Embedding::load(&spec, &weights).unwrap();
         let blocks: Vec<Block> = (0..spec.layers).map(|i| Block::load(&spec, i, &weights).unwrap()).collect();
         let (head, rope) = (Head::load(&spec, &weights).unwrap(), RopeTable::new(&spec.ropes, 48).unwrap());
         let author = Author { embedding: &embedding, blocks: &blocks, head: &head, rope: &rope, length: 48 };
-        assert_eq!(author.together(16), TOGETHER);
-        assert_eq!(author.together(1 << 30), 1);
+        assert_eq!(together(&spec, 48), TOGETHER);
+        // Two blocks, two heads of eight channels, keys and values in f32: 256 bytes a token, and 64 of hidden states.
+        assert_eq!(memory(&spec, 48), TOGETHER * 48 * (256 + 64));
+        assert_eq!(together(&spec, 1 << 30), 1);
         let windows: Vec<Vec<u32>> = (0..3u32).map(|w| (0..48).map(|t| (w + 3 * t) % 40).collect()).collect();
         let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let drawn = |seed: u64| move |w: usize, i: u64| splitmix(seed ^ splitmix(i ^ ((w as u64) << 32)));

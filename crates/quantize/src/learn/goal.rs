@@ -108,19 +108,11 @@ pub(super) fn resample(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitmill_models::spec;
+    use crate::tiny;
     use candle_core::Device;
-    use serde_json::json;
-    use std::collections::BTreeMap;
 
     fn head() -> Head {
-        let spec =
-            spec(&json!({"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "vocab_size": 40}))
-            .unwrap();
-        let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
-        let weights: BTreeMap<String, Tensor> =
-            spec.tensors().into_iter().map(|slot| (slot.name, random(&slot.shape))).collect();
+        let (spec, weights) = tiny::llama(16, 1, 1.0);
         Head::load(&spec, &weights).unwrap()
     }
 

@@ -82,10 +82,12 @@ pub(crate) fn disk(trained: u64) -> u64 {
 }
 
 /// Bytes of memory that tuning `trained` weights of a model of `all` weights takes: the teacher in f32; the student and its
-/// best pass, each with its latents, their two moments and codes; and the gradients of the windows in flight.
-pub(crate) fn memory(trained: u64, all: u64) -> u64 {
+/// best pass, each with its latents, their two moments and codes; the gradients of the windows in flight; and the texts of
+/// `length` tokens that are being written, if any are.
+pub(crate) fn memory(trained: u64, all: u64, texts: Option<(&ModelSpec, usize)>) -> u64 {
     let student = trained * (4 + 3 * 4 + 1);
-    4 * all + 2 * student + 4 * trained * (TOGETHER as u64 + 1)
+    let texts = texts.map_or(0, |(spec, length)| author::memory(spec, length) as u64);
+    4 * all + 2 * student + 4 * trained * (TOGETHER as u64 + 1) + texts
 }
 
 /// Tunes the model whose blocks were rounded to `start`, in order of blocks.

@@ -1,7 +1,7 @@
 //! The school of tuning: a teacher, windows to learn from and windows to be examined by.
 
 use super::adam::State;
-use super::author::{Author, Written};
+use super::author::{Author, Written, together};
 use super::dense::{ToStored, TrainedHead};
 use super::goal::{Goal, resample};
 use super::pupil::Pupil;
@@ -154,7 +154,8 @@ impl<'a> School<'a> {
         let total = self.steps() * tuning.passes as usize;
         let mut step = 0;
         // Texts are written as many at a time as the author likes, just before they are read.
-        for some in order.chunks(self.texts_together().next_multiple_of(tuning.batch)) {
+        let at_once = together(self.lesson.spec, self.lesson.windows.length);
+        for some in order.chunks(at_once.next_multiple_of(tuning.batch)) {
             let texts = self.texts(pass, some)?;
             for windows in some.chunks(tuning.batch) {
                 if self.lesson.stop.load(Ordering::Relaxed) {
@@ -186,10 +187,6 @@ impl<'a> School<'a> {
     fn author(&self) -> Option<Author<'_>> {
         let (embedding, rope, length) = (&self.embedding, &self.rope, self.lesson.windows.length);
         self.head.as_ref().map(|head| Author { embedding, blocks: &self.teacher, head, rope, length })
-    }
-
-    fn texts_together(&self) -> usize {
-        self.author().map_or(1, |author| author.together(self.lesson.spec.kv_heads * self.lesson.spec.head_dim))
     }
 
     /// What the teacher writes in pass `pass` in place of some of `windows`: from the second on, when they have been seen.
