@@ -58,6 +58,9 @@ fn sound_outputs_pass() {
         let all = json(bitmill(["check"]).arg(&out));
         let met = |l: &Value| l["met"] == true;
         assert!(all["loaders"].as_array().unwrap().iter().filter(|l| met(l)).count() >= takers.len());
+        // What nobody asked for was not looked at, and is not said to be met.
+        let rules = all["loaders"][0]["rules"].as_array().unwrap();
+        assert!(rules.iter().all(|r| r["rule"] != "original" && r["rule"] != "tensor-parallel"), "{rules:?}");
     }
     let text = success(bitmill(["check"]).arg(dir.path().join("gptq")).args(["--loader", "transformers"]));
     assert!(text.contains("takes it, with the package gptqmodel"), "{text}");

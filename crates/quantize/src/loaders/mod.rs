@@ -51,6 +51,8 @@ struct Rule {
     about: &'static str,
     /// What breaks it.
     broken: fn(&Subject, &Loader, &Demands) -> Vec<String>,
+    /// Whether it is among what is asked: a rule that was not looked at is not met.
+    asked: fn(&Demands) -> bool,
 }
 
 /// What is asked of an output beside what a loader always asks.
@@ -96,13 +98,13 @@ pub fn needed(name: &str, subject: &Subject) -> Option<&'static str> {
     loader(name).and_then(|l| (l.needs)(subject.format()))
 }
 
-/// Every rule of the loader called `name` that `subject` meets or breaks.
+/// Every rule of the loader called `name` that `demands` ask for, and what of `subject` breaks it.
 #[must_use]
 pub fn verdicts(name: &str, subject: &Subject, demands: &Demands) -> Vec<Verdict> {
     let Some(loader) = loader(name) else { return Vec::new() };
     let verdict =
         |rule: &Rule| Verdict { rule: rule.name, about: rule.about, broken: (rule.broken)(subject, loader, demands) };
-    RULES.iter().map(verdict).collect()
+    RULES.iter().filter(|rule| (rule.asked)(demands)).map(verdict).collect()
 }
 
 /// For every loader, what keeps it from loading the output of `plan`; an empty list is acceptance.

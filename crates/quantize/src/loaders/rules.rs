@@ -9,16 +9,38 @@ use std::collections::BTreeMap;
 
 /// Every rule, in the order in which verdicts are given.
 pub(super) static RULES: &[Rule] = &[
-    Rule { name: "format", about: "it reads every scheme in this format", broken: format },
-    Rule { name: "fused", about: "linears that it loads as one matrix have one scheme", broken: fused },
-    Rule { name: "tensor-parallel", about: "matrices can be cut for several devices", broken: parallel },
-    Rule { name: "config", about: "config.json has the keys it needs and none that it refuses", broken: config },
-    Rule { name: "listed", about: "config.json says of every linear what is stored", broken: listed },
-    Rule { name: "head", about: "the output matrix is found and read", broken: head },
-    Rule { name: "tied", about: "a head that is the embedding is not stored a second time", broken: tied },
-    Rule { name: "tensors", about: "nothing is stored that it has no place for", broken: unexpected },
-    Rule { name: "original", about: "no tensor of the original is lost", broken: original },
+    Rule { name: "format", about: "it reads every scheme in this format", broken: format, asked: ALWAYS },
+    Rule { name: "fused", about: "linears that it loads as one matrix have one scheme", broken: fused, asked: ALWAYS },
+    Rule {
+        name: "tensor-parallel",
+        about: "matrices can be cut for several devices",
+        broken: parallel,
+        asked: |d| d.tensor_parallel > 1,
+    },
+    Rule {
+        name: "config",
+        about: "config.json has the keys it needs and none that it refuses",
+        broken: config,
+        asked: ALWAYS,
+    },
+    Rule { name: "listed", about: "config.json says of every linear what is stored", broken: listed, asked: ALWAYS },
+    Rule { name: "head", about: "the output matrix is found and read", broken: head, asked: ALWAYS },
+    Rule {
+        name: "tied",
+        about: "a head that is the embedding is not stored a second time",
+        broken: tied,
+        asked: ALWAYS,
+    },
+    Rule { name: "tensors", about: "nothing is stored that it has no place for", broken: unexpected, asked: ALWAYS },
+    Rule {
+        name: "original",
+        about: "no tensor of the original is lost",
+        broken: original,
+        asked: |d| d.original.is_some(),
+    },
 ];
+
+const ALWAYS: fn(&Demands) -> bool = |_| true;
 
 fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     if subject.layers.is_empty() {
@@ -56,9 +78,6 @@ fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
 /// Shards of matrices hold whole groups and whole words; heads are dealt out evenly.
 fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String> {
     let n = demands.tensor_parallel;
-    if n < 2 {
-        return Vec::new();
-    }
     if !loader.splits {
         return vec![format!("{} does not cut matrices for {n} devices by these rules", loader.name)];
     }
