@@ -1,6 +1,6 @@
 //! Options of what a linear is rounded for: which tokens count, what it makes up for, and how its codes are learned.
 
-use bitmill_quantize::{Observation, SoftKind, SoftRounding, TargetShift, TokenWeights};
+use bitmill_quantize::{Observation, Reconstruction, SoftKind, SoftRounding, TargetShift, TokenWeights};
 use clap::ValueEnum;
 
 #[derive(Debug, clap::Args)]
@@ -23,6 +23,14 @@ pub(crate) struct GoalArgs {
     /// Have biases take up the mean of their linear's error
     #[arg(long)]
     correct_biases: bool,
+    /// Passes over the calibration text in which each block, as soon as it is rounded, is tuned until it puts out what the
+    /// full-precision model's block does
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
+    reconstruction_passes: u32,
+    /// Blocks after which outputs are compared: 1 is the block itself, 2 has the next one (in full precision) say which errors
+    /// matter
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "reconstruction_passes", value_parser = clap::value_parser!(u32).range(1..=8))]
+    reconstruction_depth: u32,
     /// Try damping and shrinkage of each Hessian on held-out tokens, and take what loses least there
     #[arg(long)]
     damping_search: bool,
@@ -81,6 +89,12 @@ impl GoalArgs {
             biases: self.correct_biases,
             damping_search: self.damping_search,
         }
+    }
+
+    /// How blocks whose codes have `bits` are refined, if they are.
+    pub(crate) fn reconstruction(&self, bits: u32) -> Option<Reconstruction> {
+        let passes = self.reconstruction_passes;
+        (passes > 0).then(|| Reconstruction::new(passes, self.reconstruction_depth, bits))
     }
 
     /// How codes are learned after gptq, if they are.

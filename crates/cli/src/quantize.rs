@@ -58,6 +58,7 @@ pub(crate) struct How {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search",
+          "reconstruction_passes", "reconstruction_depth",
           "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
@@ -281,6 +282,7 @@ impl How {
                 soft: self.goal.soft(),
             },
             observation: self.goal.observation(),
+            reconstruction: self.goal.reconstruction(scheme.bits().get()),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,

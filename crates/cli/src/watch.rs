@@ -61,6 +61,9 @@ impl Reporter {
             Event::Transforming { done, total } => {
                 self.bar.message(format!("transforming the weights: step {done} of {total}"));
             }
+            Event::Rebuilding { done, total } => {
+                self.bar.message(format!("{}: reconstruction, step {done} of {total}", self.label));
+            }
             Event::Tuning { done, total, held_out } => {
                 self.bar.set(self.unit * STEPS + (*done as u64 * STEPS) / (*total).max(1) as u64);
                 let (last, before) = held_out;

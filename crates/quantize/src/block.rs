@@ -5,7 +5,8 @@
 //! computed twice.
 
 use crate::journal::{SiteRecord, StageChange, TensorRecord};
-use crate::learn::ToStored;
+use crate::learn::{Start, ToStored};
+use crate::reconstruction::{Rebuild, RebuiltBlock};
 use crate::seen::{Glimpse, Seen, token_weights};
 use crate::sensitivity::quick;
 use crate::shift::targets as targets_of;
@@ -36,6 +37,8 @@ pub(crate) struct Flow<'a> {
     /// The same of the full-precision model, where it runs beside the rounded one.
     pub(crate) full: Option<&'a Stream>,
     pub(crate) observation: Observation,
+    /// How a block is refined once its linears are rounded, if it is.
+    pub(crate) rebuild: Option<Rebuild<'a>>,
 }
 
 /// A linear of the block that is to be quantized.
@@ -68,6 +71,10 @@ pub(crate) enum Moment<'a> {
     Seen(SiteRecord),
     /// A linear is finished.
     Finished(Box<Done>),
+    /// The block is being reconstructed: steps done, and their number.
+    Rebuilding(usize, usize),
+    /// It is, and some of what was finished is replaced.
+    Rebuilt(Box<RebuiltBlock>),
 }
 
 /// A finished linear.
@@ -105,6 +112,9 @@ impl Flow<'_> {
     ) -> Result<(), Error> {
         let spec = self.spec;
         let full = self.full.map(|hidden| (block.clone(), hidden));
+        // The stream is overwritten on its way through the block, which reconstruction enters again.
+        let entered = self.rebuild.map(|_| self.entered()).transpose()?;
+        let mut start: Vec<Start> = Vec::new();
         let mut x: Option<Lanes> = None;
         let mut weights = None;
         for (i, at) in spec.sites().iter().enumerate() {
@@ -143,18 +153,27 @@ impl Flow<'_> {
                 if let Some(bias) = &done.bias {
                     block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
                 }
+                if entered.is_some() {
+                    start.push((role, done.solved.quantized.clone()));
+                }
                 on(Moment::Finished(Box::new(done)))?;
             }
         }
         let Some(x) = x else { return Ok(()) };
         let finish = |w: usize| {
-            self.finish(&block, self.hidden, &x.rounded, w)?;
+            if entered.is_none() {
+                self.finish(&block, self.hidden, &x.rounded, w)?;
+            }
             if let (Some((block, hidden)), Some(x)) = (&full, &x.full) {
                 self.finish(block, hidden, x, w)?;
             }
             Ok(())
         };
-        self.windows(finish, &mut |_, _| {})
+        self.windows(finish, &mut |_, _| {})?;
+        match (entered, full) {
+            (Some(entered), Some((full, _))) => self.rebuild(index, [block, full], start, &entered, on),
+            _ => Ok(()),
+        }
     }
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {
@@ -228,7 +247,7 @@ impl Flow<'_> {
 
     /// Runs `compute` for all windows and hands what it returns to `consume`, in window order, with the first window of
     /// each batch.
-    fn windows<T: Send>(
+    pub(crate) fn windows<T: Send>(
         &self,
         compute: impl Fn(usize) -> Result<T, Error> + Sync,
         consume: &mut dyn FnMut(usize, Vec<T>),
@@ -241,12 +260,12 @@ impl Flow<'_> {
         })
     }
 
-    fn stream(&self, width: usize, site: &str) -> Result<Stream, Error> {
+    pub(crate) fn stream(&self, width: usize, site: &str) -> Result<Stream, Error> {
         let spill = self.spill.join(format!("site-{site}"));
         Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?)
     }
 
-    fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {
+    pub(crate) fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {
         let values = stream.read(w)?;
         let (length, width) = (self.lengths[w], values.len() / self.lengths[w]);
         Ok(Tensor::from_vec(values, (length, width), &Device::Cpu)?)
@@ -364,7 +383,7 @@ pub(crate) fn corrected_bias(
     rows.map(new).collect()
 }
 
-fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
+pub(crate) fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
     Ok(t.flatten_all()?.to_vec1()?)
 }
 

@@ -23,6 +23,9 @@ impl Kind {
     }
 }
 
+/// What a step of tuning does to a weight (its gradient, moments, code and value), as operations that take as long (measured).
+const STEP: u64 = 2000;
+
 impl Plan {
     /// Quantized modules counted by role, the last part of their names, and scheme.
     #[must_use]
@@ -67,7 +70,18 @@ impl Plan {
                 total += site_widths(unit).iter().map(n3).sum::<f64>();
             }
         }
-        total
+        total + self.reconstruction_operations(tokens)
+    }
+
+    /// The same of reconstruction: for each weight of a block and token, a forward and a backward pass (two and four
+    /// operations), the same without its own weights' gradients for each further block, and a step over the weights.
+    fn reconstruction_operations(&self, tokens: u64) -> f64 {
+        let Some(how) = &self.settings.reconstruction else { return 0.0 };
+        let (weights, tokens) = (self.quantized_size().0 as f64, tokens as f64);
+        let length = self.settings.sequence_length.max(1) as f64;
+        let steps = tokens / length / how.batch as f64;
+        let each = (6.0 + 4.0 * f64::from(how.depth - 1)) * tokens + STEP as f64 * steps;
+        f64::from(how.passes) * each * weights
     }
 
     /// Floating-point operations of tuning over `windows` windows of `tokens` tokens in all: a forward pass of the teacher
@@ -76,8 +90,6 @@ impl Plan {
     /// rather than computes.
     #[must_use]
     pub fn tuning_operations(&self, windows: u64, tokens: u64) -> u64 {
-        /// A weight's gradient, moments, code and value, as operations that take as long (measured).
-        const STEP: u64 = 2000;
         /// The same of a token that is written, per weight: passes with texts take half as long again (measured).
         const WRITTEN: f64 = 8.0;
         let Some(tuning) = &self.settings.tuning else { return 0 };

@@ -262,11 +262,13 @@ pub enum Error {
     },
     /// Tuning reads windows of text, which statistics do not hold.
     #[error(
-        "tuning runs text through the model, and statistics do not hold any; give text, or leave tuning out (--tuning-passes 0)"
+        "tuning and reconstruction run text through the model, and statistics do not hold any; give text, or leave them out (--tuning-passes 0 --reconstruction-passes 0)"
     )]
     TuningNeedsText,
     /// Tuning moves integer codes, and the format holds others.
-    #[error("tuning is for integer schemes, not for {format} files; leave it out (--tuning-passes 0)")]
+    #[error(
+        "tuning and reconstruction are for integer schemes, not for {format} files; leave them out (--tuning-passes 0 --reconstruction-passes 0)"
+    )]
     TuningFormat {
         /// The format.
         format: String,

@@ -128,7 +128,7 @@ pub(crate) fn output(
     (dense, shape_of): (&BTreeMap<String, Dtype>, Shapes<'_>),
     settings: &Settings,
 ) -> Result<(GgufOutput, OutputPlan), Error> {
-    if settings.tuning.is_some() {
+    if settings.tuning.is_some() || settings.reconstruction.is_some() {
         return Err(Error::TuningFormat { format: settings.format.clone() });
     }
     for unit in units.iter_mut() {

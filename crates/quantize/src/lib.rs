@@ -19,6 +19,7 @@ mod methods;
 mod mixture;
 mod plan;
 mod plan_file;
+mod reconstruction;
 mod refine;
 mod refine_blocks;
 mod refine_units;
@@ -51,7 +52,8 @@ pub use refine::{descend, loss, refit_scales};
 pub use run::{Calibration, Event, Finished, RunOptions, run};
 pub use sensitivity::{Sensitivity, probe_sites, rank_correlation, sensitivities};
 pub use settings::{
-    Observation, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift, TokenWeights, Tuning,
+    Observation, Reconstruction, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift,
+    TokenWeights, Tuning,
 };
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};
 pub use transforms::{BlockWeights, Model, Rewrite, SiteMoments, TRANSFORMS, Transform, transforms};

@@ -102,6 +102,7 @@ impl Plan {
         let transforms = transforms(&settings.transforms)?;
         let calibrated = method.needs(&settings.solver) == Needs::Hessian
             || settings.tuning.is_some()
+            || settings.reconstruction.is_some()
             || transforms.iter().any(|t| t.needs_statistics());
         let mut notes = Vec::new();
         let mut spec = match bitmill_models::spec_of(input) {
@@ -252,7 +253,14 @@ impl Plan {
                 Action::Copy => None,
             });
             let n = widest.max().unwrap_or(0);
-            weights.sum::<u64>() * 3 + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
+            let weights: u64 = weights.sum();
+            // Blocks in full precision, and the one that learns twice, with latents and their moments.
+            let rebuilt = self
+                .settings
+                .reconstruction
+                .as_ref()
+                .map_or(0, |how| weights * (1 + u64::from(how.depth)) + crate::learn::memory(weights / 4, 0, None));
+            weights * 3 + rebuilt + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
         };
         let blocks = self.units.iter().map(unit).max().unwrap_or(0);
         blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }

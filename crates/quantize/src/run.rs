@@ -13,6 +13,7 @@ pub(crate) use publish::gguf_names;
 use crate::block::{Flow, Moment, Target};
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
+use crate::reconstruction::{Rebuild, RebuiltBlock};
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
@@ -49,6 +50,13 @@ pub enum Event<'a> {
     Site {
         /// Its name.
         name: &'static str,
+    },
+    /// A block is being reconstructed.
+    Rebuilding {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
     },
     /// A tensor is finished.
     Tensor(&'a TensorRecord),
@@ -133,7 +141,8 @@ pub fn run(
     for (_, to) in publish::names(plan, Path::new(""), out) {
         check_place(input, &to, options.force)?;
     }
-    if plan.settings.tuning.is_some() && !matches!(calibration, Some(Calibration::Text(_))) {
+    let learns = plan.settings.tuning.is_some() || plan.settings.reconstruction.is_some();
+    if learns && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
     }
     if let Some(Calibration::Importance(imatrix)) = calibration {
@@ -368,9 +377,11 @@ impl Worker<'_, '_> {
         let (mut tensors, mut sites) = (Vec::new(), Vec::new());
         flow.quantize_block(index, block, &targets, how, &mut |moment| {
             match moment {
-                Moment::Site(_) if self.options.stop.load(Ordering::Relaxed) => {
+                Moment::Site(_) | Moment::Rebuilding(..) if self.options.stop.load(Ordering::Relaxed) => {
                     return Err(Error::Stopped { done, total });
                 }
+                Moment::Rebuilding(done, total) => (self.observe)(Event::Rebuilding { done, total }),
+                Moment::Rebuilt(rebuilt) => self.rebuilt(*rebuilt, &mut tensors)?,
                 Moment::Site(site) => (self.observe)(Event::Site { name: site.name }),
                 Moment::Seen(site) => sites.push(site),
                 Moment::Finished(finished) => {
@@ -386,6 +397,20 @@ impl Worker<'_, '_> {
             Ok(())
         })?;
         Ok((tensors, sites))
+    }
+
+    /// Writes what reconstruction made of a block in the place of what was there, and notes in its `records` what that brought.
+    fn rebuilt(&self, rebuilt: RebuiltBlock, records: &mut [TensorRecord]) -> Result<(), Error> {
+        for (module, quantized) in &rebuilt.linears {
+            self.write(module, quantized)?;
+            for record in records.iter_mut().filter(|r| r.tensor == *module) {
+                record.stages.push(rebuilt.change.clone());
+            }
+        }
+        for (name, values) in &rebuilt.norms {
+            write_values(self.plan, &self.output, &self.input.tensor(name)?, values)?;
+        }
+        Ok(())
     }
 
     /// Tunes the whole rounded model and writes what came of it in the place of what was there.
@@ -492,6 +517,7 @@ struct Calibrated<'a> {
     hidden: Stream,
     full: Option<Stream>,
     observation: Observation,
+    rebuild: Option<Rebuild<'a>>,
 }
 
 impl<'a> Calibrated<'a> {
@@ -506,14 +532,19 @@ impl<'a> Calibrated<'a> {
             return Ok(None);
         };
         // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
-        let observation = worker.plan.settings.observation;
-        let budget = worker.options.stream_memory / if observation.two_streams() { 6 } else { 3 };
+        let settings = &worker.plan.settings;
+        let observation = settings.observation;
+        // Reconstruction keeps what entered the block besides, and what is to leave it.
+        let rebuild = settings.reconstruction.as_ref();
+        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, seed: settings.seed });
+        let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
+        let budget = worker.options.stream_memory / streams;
         let (count, lengths) = (windows.count(), windows.lengths());
         let spill = journal.dir().join("stream-spill");
         let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
         let second = journal.dir().join("stream-full-spill");
         let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
-        let full = observation.two_streams().then(second).transpose()?;
+        let full = settings.two_streams().then(second).transpose()?;
         let rope = RopeTable::new(&spec.ropes, windows.length)?;
         let done = journal.lines.len();
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
@@ -541,15 +572,15 @@ impl<'a> Calibrated<'a> {
             }
         }
         let spill = journal.dir().to_owned();
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation }))
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation } = self;
-        let (budget, full, observation) = (*budget, full.as_ref(), *observation);
-        Flow { spec, rope, lengths, budget, spill, hidden, full, observation }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild } = self;
+        let (budget, full, observation, rebuild) = (*budget, full.as_ref(), *observation, *rebuild);
+        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Everything that decides the bytes of an output, as plain data.
 
+use crate::learn::Rates;
 use bitmill_scheme::{Fit, ScaleType, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -186,9 +187,47 @@ impl Tuning {
         Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3, generated: 0.5 }
     }
 
+    /// The step sizes that these rates are of a pass's full.
+    pub(crate) fn rates(&self) -> Rates {
+        Rates { codes: self.codes, scales: self.scales, norms: self.norms, head: self.head }
+    }
+
     /// Texts that the full-precision model writes in all passes, as a multiple of the windows.
     pub(crate) fn written(&self) -> f64 {
         f64::from(self.generated) * f64::from(self.passes.saturating_sub(1))
+    }
+}
+
+/// Refinement of each block by gradients as soon as its linears are rounded, before the next block sees it: the block's
+/// output is held against the full-precision model's. Where tuning needs the whole model, this needs a block.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reconstruction {
+    /// Walks over the calibration windows.
+    pub passes: u32,
+    /// Blocks after which outputs are compared: 1 is the block itself (BRECQ, AutoRound); with 2 the next one, in full
+    /// precision, says which of the errors matter, as in the two-block windows of CBQ.
+    pub depth: u32,
+    /// Windows per step.
+    pub batch: usize,
+    /// Largest step of a weight's position on the axis of codes; 0 leaves the codes alone.
+    pub codes: f32,
+    /// Largest step of a scale, as a share of it.
+    pub scales: f32,
+    /// Largest step of a norm's weight, as a share of it.
+    pub norms: f32,
+}
+
+impl Reconstruction {
+    /// `passes` walks over the windows, with the rates that [`Tuning`] has for codes of `bits`.
+    #[must_use]
+    pub fn new(passes: u32, depth: u32, bits: u32) -> Self {
+        let Tuning { batch, codes, scales, norms, .. } = Tuning::new(passes, bits);
+        Reconstruction { passes, depth, batch, codes, scales, norms }
+    }
+
+    pub(crate) fn rates(&self) -> Rates {
+        Rates { codes: self.codes, scales: self.scales, norms: self.norms, head: 0.0 }
     }
 }
 
@@ -215,7 +254,10 @@ pub struct Settings {
     /// Names of the transforms (rows of `TRANSFORMS`) applied before anything is rounded, in any order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub transforms: Vec<String>,
-    /// Refinement by gradients, if any.
+    /// Refinement of each block by gradients, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<Reconstruction>,
+    /// Refinement of the whole model by gradients, if any.
     pub tuning: Option<Tuning>,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.
     pub ignore: Vec<String>,
@@ -230,4 +272,12 @@ pub struct Settings {
     pub gguf: Option<crate::GgufSettings>,
     /// Largest size of one output file in bytes.
     pub shard_bytes: u64,
+}
+
+impl Settings {
+    /// Whether the full-precision model runs beside the rounded one.
+    #[must_use]
+    pub fn two_streams(&self) -> bool {
+        self.observation.two_streams() || self.reconstruction.is_some()
+    }
 }

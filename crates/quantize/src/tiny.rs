@@ -26,6 +26,7 @@ pub(crate) fn settings(transforms: &[&str]) -> Settings {
         solver: SolverOptions::default(),
         observation: Observation::default(),
         transforms: transforms.iter().map(ToString::to_string).collect(),
+        reconstruction: None,
         tuning: None,
         ignore: Vec::new(),
         samples: 10,

@@ -252,6 +252,7 @@ impl<'a> Conversion<'a> {
             solver: SolverOptions::default(),
             observation: Observation::default(),
             transforms: Vec::new(),
+            reconstruction: None,
             tuning: None,
             ignore: Vec::new(),
             samples: 0,

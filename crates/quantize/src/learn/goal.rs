@@ -45,7 +45,7 @@ impl Goal<'_> {
 }
 
 /// The squared distance of `h` to `reference` over the energy of that, and its gradient at `h`.
-fn distance(h: &Tensor, reference: &Tensor) -> Result<(f64, Vec<f32>), Error> {
+pub(super) fn distance(h: &Tensor, reference: &Tensor) -> Result<(f64, Vec<f32>), Error> {
     let (h, r): (Vec<f32>, Vec<f32>) = (h.flatten_all()?.to_vec1()?, reference.flatten_all()?.to_vec1()?);
     let energy = r.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().max(f64::MIN_POSITIVE);
     let error: f64 = h.iter().zip(&r).map(|(a, b)| f64::from(a - b).powi(2)).sum();

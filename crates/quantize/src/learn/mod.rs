@@ -14,10 +14,13 @@ mod author;
 mod dense;
 mod goal;
 mod pupil;
+mod reconstruct;
 mod rounding;
 mod school;
 
 pub(crate) use dense::ToStored;
+pub(crate) use reconstruct::{Rebuilding, Rebuilt, reconstruct};
+pub(crate) use rounding::Rates;
 pub(crate) use school::rounding_to;
 
 use crate::Error;

@@ -13,15 +13,28 @@ use std::ops::Range;
 
 /// Step sizes of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Rates {
+pub(crate) struct Rates {
     /// Of latents, in codes; 0 leaves the codes alone.
-    pub(super) codes: f32,
+    pub(crate) codes: f32,
     /// Of scales, as a share of each; 0 leaves them alone.
-    pub(super) scales: f32,
+    pub(crate) scales: f32,
     /// Of norms' weights, as a share of each; 0 leaves them alone.
-    pub(super) norms: f32,
+    pub(crate) norms: f32,
     /// Of the head's weights, as a share of their root mean square; 0 leaves them alone.
-    pub(super) head: f32,
+    pub(crate) head: f32,
+}
+
+impl Rates {
+    /// The rates of step `at` of `total`: half a cosine from the full rates to nothing, after a rise over the first steps,
+    /// in which the moments of the gradients are still noise.
+    pub(super) fn eased(self, at: usize, total: usize) -> Rates {
+        /// Steps of the rise.
+        const RISE: f32 = 12.0;
+        let cosine = 0.5 * (1.0 + (std::f32::consts::PI * at as f32 / total as f32).cos());
+        let share = cosine * ((at + 1) as f32 / RISE).min(1.0);
+        let Rates { codes, scales, norms, head } = self;
+        Rates { codes: codes * share, scales: scales * share, norms: norms * share, head: head * share }
+    }
 }
 
 /// How far from its code a latent may start. Nearer to a threshold (0.5), many codes would flip in the first steps, before

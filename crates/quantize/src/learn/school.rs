@@ -9,7 +9,6 @@ use super::rounding::Rates;
 use super::{Lesson, Start, TOGETHER, Tuned};
 use crate::Error;
 use crate::journal::{StageRecord, io};
-use crate::settings::Tuning;
 use bitmill_calibrate::{Stream, StreamKind, held_out, in_order, splitmix, uniform};
 use bitmill_checkpoint::Dtype;
 use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable};
@@ -103,6 +102,14 @@ impl<'a> School<'a> {
             let norm = |role: NormRole| stored(&spec.norm(index, role)).map(|round| (role, round));
             let norms = NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r)).filter_map(norm).collect();
             let mut block = block.clone();
+            // Reconstruction may have changed the norms, and correction the biases.
+            for role in
+                NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r) && stored(&spec.norm(index, r)).is_some())
+            {
+                let norm =
+                    (written.tensor(&spec.norm(index, role))?.to_f32()?.iter().map(|v| v + spec.norm_offset)).collect();
+                block.set_norm(role, Tensor::from_vec(norm, block.norm(role).shape(), &Device::Cpu)?);
+            }
             for (role, module) in spec.block_linears(index).into_iter().filter(|(role, _)| spec.has_bias(*role)) {
                 let bias = written.tensor(&format!("{module}.bias"))?.to_f32()?;
                 block.set_bias(role, Some(Tensor::from_slice(&bias, bias.len(), &Device::Cpu)?));
@@ -172,7 +179,7 @@ impl<'a> School<'a> {
                     }
                     Ok(())
                 })?;
-                let rates = rates(tuning, (pass - 1) * self.steps() + step, total);
+                let rates = tuning.rates().eased((pass - 1) * self.steps() + step, total);
                 if let Some(sum) = sum {
                     student.step(&sum, rates)?;
                 }
@@ -336,21 +343,6 @@ impl Student {
             }
         }
         self.head.as_mut().map_or(Ok(Ok(())), |head| head.exchange(state, steps))
-    }
-}
-
-/// The rates of step `at` of `total`: half a cosine from the full rates to nothing, after a rise over the first steps, in
-/// which the moments of the gradients are still noise.
-fn rates(tuning: &Tuning, at: usize, total: usize) -> Rates {
-    /// Steps of the rise.
-    const RISE: f32 = 12.0;
-    let cosine = 0.5 * (1.0 + (std::f32::consts::PI * at as f32 / total as f32).cos());
-    let share = cosine * ((at + 1) as f32 / RISE).min(1.0);
-    Rates {
-        codes: tuning.codes * share,
-        scales: tuning.scales * share,
-        norms: tuning.norms * share,
-        head: tuning.head * share,
     }
 }
 

@@ -1,0 +1,118 @@
+//! A block refined by gradients as soon as its linears are rounded, before anything flows on.
+
+use crate::block::{Flow, Moment, rows};
+use crate::journal::StageChange;
+use crate::learn::{Rebuilding, Rebuilt, Start, ToStored, reconstruct, rounding_to};
+use crate::{Error, Reconstruction};
+use bitmill_calibrate::{Stream, StreamKind};
+use bitmill_checkpoint::Checkpoint;
+use bitmill_models::{Block, NormRole};
+use bitmill_scheme::Quantized;
+
+/// What reconstruction is done by.
+#[derive(Clone, Copy)]
+pub(crate) struct Rebuild<'a> {
+    pub(crate) how: &'a Reconstruction,
+    /// The full-precision model.
+    pub(crate) model: &'a Checkpoint,
+    pub(crate) seed: u64,
+}
+
+/// What became of a block.
+pub(crate) struct RebuiltBlock {
+    /// Its linears, by module.
+    pub(crate) linears: Vec<(String, Quantized)>,
+    /// Its norms, by name, in values of their stored type.
+    pub(crate) norms: Vec<(String, Vec<f32>)>,
+    pub(crate) change: StageChange,
+}
+
+impl Flow<'_> {
+    /// What enters the block, kept.
+    pub(crate) fn entered(&self) -> Result<Stream, Error> {
+        let kept = self.kept("entered")?;
+        self.windows(|w| Ok(kept.write(w, &self.hidden.read(w)?)?), &mut |_, _| {})?;
+        Ok(kept)
+    }
+
+    fn kept(&self, name: &str) -> Result<Stream, Error> {
+        let spill = self.spill.join(format!("reconstruction-{name}"));
+        Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, self.spec.hidden, self.budget, &spill)?)
+    }
+
+    /// Reconstructs a block from what the solvers left (`rounded`, its linears in `start`) and `full`, the full-precision one,
+    /// and moves the rounded stream past it. The full-precision stream is past it already.
+    pub(crate) fn rebuild(
+        &self,
+        index: usize,
+        [rounded, full]: [Block; 2],
+        start: Vec<Start>,
+        entered: &Stream,
+        on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (Some(Rebuild { how, model, seed }), Some(after)) = (self.rebuild, self.full) else { return Ok(()) };
+        let spec = self.spec;
+        let mut block = rounded;
+        if !start.is_empty() {
+            let last = spec.layers.min(index + how.depth as usize);
+            let behind = (index + 1..last).map(|i| Block::load(spec, i, model)).collect::<Result<Vec<_>, _>>()?;
+            let further = (!behind.is_empty()).then(|| self.further(&behind)).transpose()?;
+            let goal = further.as_ref().unwrap_or(after);
+            let rebuilding = Rebuilding {
+                how,
+                rope: self.rope,
+                behind: &behind,
+                windows: self.hidden.windows(),
+                input: &|w| self.tensor(entered, w),
+                goal: &|w| self.tensor(goal, w),
+                seed: seed ^ (index as u64) << 32,
+            };
+            let mut from = full;
+            for (role, _) in spec.block_linears(index) {
+                if let Some(bias) = block.bias(role) {
+                    from.set_bias(role, Some(bias.clone()));
+                }
+            }
+            let norms = (self.stored_norms(index, model), spec.norm_offset);
+            let rebuilt =
+                reconstruct(&rebuilding, from, start, norms, &mut |done, total| on(Moment::Rebuilding(done, total)))?;
+            let Rebuilt { block: new, linears, norms, before, after } = rebuilt;
+            block = new;
+            let change = StageChange {
+                stage: "reconstruction".into(),
+                of: "output error of the block on held-out windows".into(),
+                change: if before > 0.0 { after / before - 1.0 } else { 0.0 },
+                shares: Vec::new(),
+            };
+            let linears = linears.into_iter().map(|(role, q)| (spec.module(index, role), q)).collect();
+            let norms = norms.into_iter().map(|(role, norm)| (spec.norm(index, role), norm)).collect();
+            on(Moment::Rebuilt(Box::new(RebuiltBlock { linears, norms, change })))?;
+        }
+        let pass = |w: usize| {
+            let out = block.forward(&self.tensor(entered, w)?, self.rope)?;
+            Ok(self.hidden.write(w, &rows(&out)?)?)
+        };
+        self.windows(pass, &mut |_, _| {})
+    }
+
+    /// The full-precision stream behind further blocks.
+    fn further(&self, behind: &[Block]) -> Result<Stream, Error> {
+        let (goal, full) = (self.kept("goal")?, self.full.unwrap_or(self.hidden));
+        let pass = |w: usize| {
+            let mut h = self.tensor(full, w)?;
+            for block in behind {
+                h = block.forward(&h, self.rope)?;
+            }
+            Ok(goal.write(w, &rows(&h)?)?)
+        };
+        self.windows(pass, &mut |_, _| {})?;
+        Ok(goal)
+    }
+
+    /// The norms of block `index` that can be changed, each with the rounding to its stored type.
+    fn stored_norms(&self, index: usize, model: &Checkpoint) -> Vec<(NormRole, ToStored)> {
+        let stored = |role: NormRole| rounding_to(model.spec(&self.spec.norm(index, role)).map(|t| t.dtype));
+        let norms = NormRole::ALL.into_iter().filter(|&role| self.spec.has_norm(role));
+        norms.filter_map(|role| stored(role).map(|round| (role, round))).collect()
+    }
+}
