@@ -37,3 +37,26 @@ fn what_cannot_be_continued_is_refused() {
     assert!(failure(bitmill(["run"]).arg(books()).args(["--prompt", &long]), 1).contains("context is 512"));
     assert!(failure(&mut run(&["--temperature", "NaN"]), 1).contains("temperature"));
 }
+
+#[test]
+fn a_model_writes_text_to_calibrate_it_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, flags: &[&str]| {
+        let mut command = bitmill(["write"]);
+        command.arg(books()).arg("-o").arg(dir.path().join(name));
+        command.args(["--samples", "3", "--sequence-length", "40"]).args(flags);
+        command
+    };
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let report = json(&mut write("one.txt", &["--threads", "1"]));
+    assert!(report["tokens"].as_u64() >= Some(120) && report["texts"].as_u64() >= Some(3), "{report}");
+    success(&mut write("three.txt", &["--threads", "3"]));
+    success(&mut write("other.txt", &["--seed", "1"]));
+    assert_eq!(read("one.txt"), read("three.txt"));
+    assert_ne!(read("one.txt"), read("other.txt"));
+    assert!(failure(&mut write("one.txt", &[]), 1).contains("exists"));
+    let encoder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/models/tests/golden/bert");
+    assert!(
+        failure(bitmill(["write"]).arg(encoder).arg("-o").arg(dir.path().join("x.txt")), 1).contains("does not write")
+    );
+}

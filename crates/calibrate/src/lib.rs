@@ -4,6 +4,7 @@
 //! Everything here runs a model block by block over a fixed set of windows, so that one block's weights are in memory at
 //! a time. Work is split by window and folded in window order: the same input gives the same bits at any thread count.
 
+mod author;
 mod collect;
 mod cross;
 mod embeddings;
@@ -21,6 +22,7 @@ mod stream;
 mod tokenizer;
 mod windows;
 
+pub use author::{Author, Written, author_memory, together};
 pub use collect::{BlockSink, Pass, collect};
 pub use cross::{CrossStats, Drift};
 pub use embeddings::{Cosine, Similarity, compare_embeddings};

@@ -25,6 +25,7 @@ mod search;
 mod text;
 mod units;
 mod watch;
+mod write;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -54,6 +55,7 @@ enum Command {
     Report(report::Args),
     Bench(bench::Args),
     Run(run::Args),
+    Write(write::Args),
 }
 
 impl Command {
@@ -71,6 +73,7 @@ impl Command {
             Command::Report(args) => args.reference.iter_mut().collect(),
             Command::Bench(args) => vec![&mut args.model],
             Command::Run(args) => vec![&mut args.model],
+            Command::Write(args) => vec![&mut args.model],
         }
     }
 }
@@ -127,6 +130,7 @@ pub fn main() -> ExitCode {
         Command::Report(args) => report::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Write(args) => write::run(&args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The tokens that end a text.
-fn stops(model: &Checkpoint, spec: &ModelSpec) -> Vec<u32> {
+pub(crate) fn stops(model: &Checkpoint, spec: &ModelSpec) -> Vec<u32> {
     let file = std::fs::read(model.dir().join("generation_config.json")).ok();
     let generation: Value = file.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
     let named = [&model.config()["eos_token_id"], &generation["eos_token_id"]];

@@ -10,7 +10,6 @@
 //! and a killed run goes on after the last one, to the same bytes.
 
 mod adam;
-mod author;
 mod dense;
 mod goal;
 mod pupil;
@@ -89,7 +88,7 @@ pub(crate) fn disk(trained: u64) -> u64 {
 /// `length` tokens that are being written, if any are.
 pub(crate) fn memory(trained: u64, all: u64, texts: Option<(&ModelSpec, usize)>) -> u64 {
     let student = trained * (4 + 3 * 4 + 1);
-    let texts = texts.map_or(0, |(spec, length)| author::memory(spec, length) as u64);
+    let texts = texts.map_or(0, |(spec, length)| bitmill_calibrate::author_memory(spec, length) as u64);
     4 * all + 2 * student + 4 * trained * (TOGETHER as u64 + 1) + texts
 }
 

@@ -1,7 +1,6 @@
 //! The school of tuning: a teacher, windows to learn from and windows to be examined by.
 
 use super::adam::State;
-use super::author::{Author, Written, together};
 use super::dense::{ToStored, TrainedHead};
 use super::goal::{Goal, resample};
 use super::pupil::Pupil;
@@ -9,7 +8,7 @@ use super::rounding::Rates;
 use super::{Lesson, Start, TOGETHER, Tuned};
 use crate::Error;
 use crate::journal::{StageRecord, io};
-use bitmill_calibrate::{Stream, StreamKind, held_out, in_order, splitmix, uniform};
+use bitmill_calibrate::{Author, Stream, StreamKind, Written, held_out, in_order, splitmix, together, uniform};
 use bitmill_checkpoint::Dtype;
 use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable};
 use candle_core::{Device, Tensor};
@@ -21,6 +20,8 @@ use std::io::{BufReader, BufWriter, Write};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
+/// Tokens of a window that a text of the teacher's starts from, so that it stays near the calibration text.
+const PROMPT: usize = 16;
 /// One window in this many is held out from training.
 const HELD_OUT: usize = 16;
 
@@ -203,9 +204,10 @@ impl<'a> School<'a> {
         let path = |w: usize| [pass as u64, w as u64, 0];
         let chosen = windows.iter().copied().filter(|&w| uniform(self.random(&path(w))) < share);
         let chosen: Vec<usize> = chosen.collect();
-        let read: Vec<&[u32]> = chosen.iter().map(|&w| self.lesson.windows.tokens[w].as_slice()).collect();
         let random = |i: usize, at: u64| self.random(&[&path(chosen[i])[..], &[at]].concat());
-        Ok(chosen.iter().copied().zip(author.write(&read, &random)?).collect())
+        let prompt = |(i, &w): (usize, &usize)| prompt(&self.lesson.windows.tokens[w], author.length, random(i, 0));
+        let starts = chosen.iter().enumerate().map(prompt).collect();
+        Ok(chosen.iter().copied().zip(author.write(starts, &random)?).collect())
     }
 
     /// What window `w` is in pass `pass`, with the teacher's last hidden states on it. From the second pass on, part of
@@ -309,6 +311,13 @@ impl<'a> School<'a> {
     }
 }
 
+/// What a text of `length` tokens starts from: the first token of `window`, and some that stand side by side in it.
+fn prompt(window: &[u32], length: usize, random: u64) -> Vec<u32> {
+    let prompt = PROMPT.min(length);
+    let from = 1 + random as usize % (window.len() - prompt + 1);
+    [&window[..1], &window[from..][..prompt - 1]].concat()
+}
+
 /// What a step needs.
 struct Gradients {
     blocks: Vec<BlockGradients>,
@@ -353,5 +362,21 @@ pub(crate) fn rounding_to(dtype: Option<Dtype>) -> Option<ToStored> {
         Dtype::F16 => Some(|v| f16::from_f32(v).to_f32()),
         Dtype::BF16 => Some(|v| bf16::from_f32(v).to_f32()),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_are_parts_of_their_window() {
+        let window: Vec<u32> = (0..48).map(|t| 7 * t % 40).collect();
+        for random in 0..100 {
+            let start = prompt(&window, 48, random);
+            assert_eq!((start.len(), start[0]), (PROMPT, window[0]));
+            assert!(window.windows(PROMPT - 1).any(|part| part == &start[1..]));
+            assert_eq!(prompt(&window[..12], 12, random)[0], window[0]);
+        }
     }
 }
