@@ -11,9 +11,10 @@ pub(crate) struct GoalArgs {
     /// Steps of --soft-rounding
     #[arg(long, value_name = "N", default_value_t = 200, requires = "soft_rounding")]
     soft_steps: u32,
-    /// What a linear makes up for besides its own rounding, told from a second stream of the full-precision model
-    #[arg(long, value_enum, value_name = "WHAT", default_value = "off")]
-    target_shift: Shift,
+    /// What a linear makes up for besides its own rounding, told from a second stream of the full-precision model [default:
+    /// outputs for gptq on text, or inputs where the architecture does not allow that]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    target_shift: Option<Shift>,
     /// How much each token of the calibration text counts
     #[arg(long, value_enum, value_name = "HOW", default_value = "equal")]
     token_weights: Weights,
@@ -72,13 +73,14 @@ fn parse_share(text: &str) -> Result<f32, String> {
 }
 
 impl GoalArgs {
-    /// What a calibrated run takes the goal of every linear to be.
-    pub(crate) fn observation(&self) -> Observation {
+    /// What a calibrated run takes the goal of every linear to be; `shift` is what it makes up for, unless that is said.
+    pub(crate) fn observation(&self, shift: TargetShift) -> Observation {
         Observation {
             shift: match self.target_shift {
-                Shift::Off => TargetShift::Off,
-                Shift::Inputs => TargetShift::Inputs,
-                Shift::Outputs => TargetShift::Outputs,
+                None => shift,
+                Some(Shift::Off) => TargetShift::Off,
+                Some(Shift::Inputs) => TargetShift::Inputs,
+                Some(Shift::Outputs) => TargetShift::Outputs,
             },
             tokens: match self.token_weights {
                 Weights::Equal => TokenWeights::Equal,

@@ -12,7 +12,8 @@ use anyhow::{Context, bail};
 use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
 use bitmill_quantize::{
-    Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, read_plan,
+    Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, TargetShift,
+    read_plan,
 };
 use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
@@ -252,6 +253,8 @@ impl How {
         self.gguf.check(as_gguf)?;
         // Statistics stand in for text, and tuning reads text; it moves integer codes.
         let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
+        let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
+        let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
             transforms: self.transforms.clone(),
@@ -281,7 +284,7 @@ impl How {
                 scale_refits: self.scale_refits,
                 soft: self.goal.soft(),
             },
-            observation: self.goal.observation(),
+            observation: self.goal.observation(shift),
             reconstruction: self.goal.reconstruction(scheme.bits().get()),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
@@ -317,13 +320,8 @@ impl How {
         stream_memory: u64,
         reads: Reads,
     ) -> anyhow::Result<Ready> {
-        let mut settings = self.settings(input, is_gguf(beside))?;
-        let mut plan = Plan::new(input, &settings)?;
-        if let (None, None, Some(why)) = (&self.plan, self.tuning_passes, self.effort.too_large(&plan)) {
-            settings.tuning = None;
-            plan = Plan::new(input, &settings)?;
-            plan.notes.push(why);
-        }
+        let settings = self.settings(input, is_gguf(beside))?;
+        let plan = Plan::new(input, &settings)?;
         plan.notes.iter().for_each(|note| eprintln!("note: {note}"));
         let goal = self.mixed.goal(self.bits)?;
         let source = match (reads, goal) {

@@ -56,17 +56,19 @@ impl Plan {
         let solver = &self.settings.solver;
         // The sweep itself, then descents: after rounding, and after every refit.
         let sweeps = 1.0 + f64::from(solver.descent_sweeps) * f64::from(1 + solver.scale_refits);
+        let streams = if self.settings.two_streams() { 2.0 } else { 1.0 };
         let mut total = 0.0;
         for unit in &self.units {
             for tensor in &unit.tensors {
                 let Action::Quantize { shape: [rows, cols], .. } = &tensor.action else { continue };
                 let (weights, cols) = ((rows * cols) as f64, *cols as f64);
-                let forward = if self.calibrated { 2.0 * weights * tokens as f64 } else { 0.0 };
+                let forward = if self.calibrated { 2.0 * weights * tokens as f64 * streams } else { 0.0 };
                 let rounding = if hessian { SWEEP * sweeps * weights * cols } else { 0.0 };
                 total += forward + SEARCH * weights + rounding;
             }
             if hessian {
-                let n3 = |n: &f64| n * n * tokens as f64 + FACTOR * n * n * n / 3.0;
+                // The second stream's share is not symmetric, and takes factors of its own.
+                let n3 = |n: &f64| (3.0 * streams - 2.0) * (n * n * tokens as f64 + FACTOR * n * n * n / 3.0);
                 total += site_widths(unit).iter().map(n3).sum::<f64>();
             }
         }

@@ -114,7 +114,11 @@ impl Rewriting<'_> {
         self.write_ends(&output, spec, &rewrites, &types, &mut written)?;
         for name in types.keys().filter(|name| !written.contains(name)) {
             let view = input.tensor(name)?;
-            output.write(name, &stored(&view, types[name], &view.to_f32()?)?)?;
+            // What stays as it is need not be numbers of weights at all: positions, for example.
+            match types[name] == view.dtype {
+                true => output.write(name, view.bytes)?,
+                false => output.write(name, &stored(&view, types[name], &view.to_f32()?)?)?,
+            }
         }
         output.sync()?;
         let mut stages = Vec::new();
