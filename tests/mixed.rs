@@ -18,7 +18,8 @@ fn stats(dir: &Path) -> PathBuf {
 }
 
 /// Two blocks of eight, rounded without refinements.
-const FEW: [&str; 6] = ["--descent-sweeps", "0", "--scale-refits", "0", "--ignore", r"model\.layers\.[2-7]\."];
+const FEW: [&str; 8] =
+    ["--descent-sweeps", "0", "--scale-refits", "0", "--target-shift", "off", "--ignore", r"model\.layers\.[2-7]\."];
 
 /// The plan of a mixture.
 fn plan(stats: &Path, flags: &[&str]) -> Value {
@@ -205,8 +206,6 @@ fn a_loss_is_bounded_on_held_out_text() {
     let failed = trials.iter().filter(|t| t["kl"].as_f64().unwrap() > 0.02).map(|t| t["bits"].as_f64().unwrap());
     let nearest = failed.fold(0.0, f64::max);
     assert!(nearest < bits && (nearest > 0.9 * bits || bits < 2.2), "{nearest} {bits}: {trials:?}");
-    let again = support::success(run(&["--max-kl", "0.02", "--force"], "out").arg("--json"));
-    assert_eq!(serde_json::from_str::<Value>(&again).unwrap()["quantized_bytes"], loose["quantized_bytes"]);
     assert!(out.exists() && !dir.path().join("out.trial").exists(), "trials are removed");
     let hopeless = failure(&mut run(&["--max-kl", "0.0000001"], "none"), 1);
     assert!(hopeless.contains("even the largest mixture loses more"), "{hopeless}");

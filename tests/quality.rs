@@ -34,7 +34,9 @@ fn quantized(dir: &Path, name: &str, extra: &[&str]) -> f64 {
 fn gptq_loses_less_than_the_peers_plain_gptq() {
     let dir = tempfile::tempdir().unwrap();
     // 0.05485 is the better of GPTQModel and llm-compressor on the same texts.
-    let kl = quantized(dir.path(), "w3", &["--bits", "3", "--group-size", "128", "--tuning-passes", "0"]);
+    // A quarter of the text and no shift are enough for that.
+    let plain = ["--bits", "3", "--group-size", "128", "--target-shift", "off", "--samples", "64"];
+    let kl = quantized(dir.path(), "w3", &plain);
     assert!(kl < 0.05485, "KL {kl} against 0.05485");
 }
 
@@ -42,12 +44,7 @@ fn gptq_loses_less_than_the_peers_plain_gptq() {
 fn a_default_run_loses_less_than_two_hundred_iterations_of_autoround() {
     // Two bits, where most is to be lost: 0.33599 is the best peer's GPTQ, 0.12730 AutoRound's, both on the same texts.
     let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("w2");
-    let done = json(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(["--bits", "2", "--group-size", "64"]));
-    // What gptq alone leaves, on the windows held out of the calibration text: 0.172, where evaluation says 0.201.
-    let gptq = done["stages"][0]["before"].as_f64().unwrap();
-    assert!(gptq < 0.185, "KL {gptq} before tuning");
-    let kl = divergence(&out);
+    let kl = quantized(dir.path(), "w2", &["--bits", "2", "--group-size", "64"]);
     assert!(kl < 0.12730, "KL {kl} against 0.12730");
 }
 

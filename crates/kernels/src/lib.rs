@@ -12,3 +12,4 @@ pub use ops::eigen::eigen;
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
 pub use ops::pack::{pack_bits, packed_words, unpack_bits};
+pub use ops::solve::solve;

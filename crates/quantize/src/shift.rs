@@ -8,7 +8,7 @@
 use crate::factor::damped;
 use crate::loss;
 use crate::seen::{Moments, Seen};
-use bitmill_kernels::{View, ViewMut, cholesky, gemm};
+use bitmill_kernels::{View, ViewMut, cholesky, gemm, solve};
 use rayon::prelude::*;
 
 /// Shares of the mean diagonal that are tried as damping.
@@ -64,8 +64,8 @@ impl Regression {
         let mut l: Vec<f64> = damped(&moments.h, n, damping).iter().map(|&v| f64::from(v)).collect();
         cholesky(&mut l, n).then(|| Regression {
             n,
-            drift: solve(&l, &moments.drift, n),
-            residual: solve(&l, &moments.residual, n),
+            drift: over(&l, &moments.drift, n),
+            residual: over(&l, &moments.residual, n),
         })
     }
 
@@ -76,22 +76,10 @@ impl Regression {
 }
 
 /// `b·(L·Lᵀ)⁻¹` for rows `b: [rows, n]`.
-fn solve(l: &[f64], b: &[f32], n: usize) -> Vec<f32> {
-    let mut out = vec![0.0f32; b.len()];
-    out.par_chunks_mut(n).zip(b.par_chunks(n)).for_each(|(out, b)| {
-        let mut y: Vec<f64> = b.iter().map(|&v| f64::from(v)).collect();
-        for i in 0..n {
-            let dot: f64 = l[i * n..i * n + i].iter().zip(&y).map(|(l, y)| l * y).sum();
-            y[i] = (y[i] - dot) / l[i * n + i];
-        }
-        for i in (0..n).rev() {
-            y[i] /= l[i * n + i];
-            let x = y[i];
-            y[..i].iter_mut().zip(&l[i * n..i * n + i]).for_each(|(y, l)| *y -= x * l);
-        }
-        out.iter_mut().zip(y).for_each(|(o, y)| *o = y as f32);
-    });
-    out
+fn over(l: &[f64], b: &[f32], n: usize) -> Vec<f32> {
+    let mut x: Vec<f64> = b.iter().map(|&v| f64::from(v)).collect();
+    solve(l, n, &mut x);
+    x.into_iter().map(|v| v as f32).collect()
 }
 
 /// `a·b` for `a: [rows, n]` and `b: [n, n]`.

@@ -6,3 +6,4 @@ pub(crate) mod eigen;
 pub(crate) mod hadamard;
 pub(crate) mod matrix;
 pub(crate) mod pack;
+pub(crate) mod solve;
