@@ -20,6 +20,7 @@
 //!     observation: Default::default(),
 //!     transforms: Vec::new(),
 //!     tuning: None,
+//!     reconstruction: None,
 //!     ignore: vec![],
 //!     samples: 128,
 //!     sequence_length: 512,

@@ -4,12 +4,18 @@
 //! definition by its tests. Parallel functions split their *output* into tiles of a fixed size and fold each tile in a
 //! fixed order, so that results do not depend on the number of threads.
 
+mod level;
 mod ops;
 
+pub use level::Level;
 pub use ops::blocks::{StoredBlocks, fit_blocks, rounding_error};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
 pub use ops::hadamard::{Hadamard, Signed};
+pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
 pub use ops::pack::{pack_bits, packed_words, unpack_bits};
+pub use ops::packed::{
+    CHUNK, LANES, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
+};
 pub use ops::solve::solve;

@@ -18,7 +18,7 @@ const BAND: usize = 64;
 /// # Panics
 /// When the lengths do not fit `n`: a caller's bug.
 pub fn solve(l: &[f64], n: usize, rows: &mut [f64]) {
-    assert!(l.len() == n * n && rows.len() % n.max(1) == 0, "matrix shape");
+    assert!(l.len() == n * n && rows.len().is_multiple_of(n.max(1)), "matrix shape");
     let starts: Vec<usize> = (0..n).step_by(BLOCK).collect();
     rows.par_chunks_mut(BAND * n.max(1)).for_each(|band| {
         let mut block = Vec::with_capacity(BAND * BLOCK);

@@ -1,0 +1,186 @@
+//! Products with a dense matrix of 16-bit floats: y = x·Wᵀ, read as it is stored.
+
+use super::strips::{Strip, Strips};
+use crate::Level;
+use half::{bf16, f16};
+
+/// Columns that are added up side by side.
+const LANES: usize = 16;
+/// Rows of a strip.
+const STRIP: usize = 64;
+/// Multiply-adds below which a product is not worth waking other threads for.
+const ALONE: usize = 1 << 17;
+
+/// A row-major matrix `[rows, cols]` of 16-bit floats.
+#[derive(Debug, Clone, Copy)]
+pub enum Halves<'a> {
+    /// Bits of IEEE half precision.
+    F16(&'a [u16]),
+    /// Bits of bfloat16.
+    Bf16(&'a [u16]),
+}
+
+impl<'a> Halves<'a> {
+    fn bits(&self) -> &'a [u16] {
+        match self {
+            Halves::F16(bits) | Halves::Bf16(bits) => bits,
+        }
+    }
+}
+
+/// `out[token, row] = Σ x·W` for `x: [tokens, cols]`, with [`LANES`] sums of a row, one for every column modulo that many,
+/// that are halved until one is left.
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &mut [f32]) {
+    assert!(cols > 0 && x.len().is_multiple_of(cols) && w.bits().len().is_multiple_of(cols), "matrix shapes");
+    let (rows, tokens) = (w.bits().len() / cols, x.len() / cols);
+    assert_eq!(out.len(), rows * tokens, "matrix shapes");
+    Strips::new(out, rows, STRIP).fill(rows * cols * tokens > ALONE, |strip| match level {
+        Level::Scalar => match w {
+            Halves::F16(bits) => scalar(bits, |b| f16::from_bits(b).to_f32(), cols, x, strip),
+            Halves::Bf16(bits) => scalar(bits, |b| bf16::from_bits(b).to_f32(), cols, x, strip),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(token) => match w {
+            Halves::F16(bits) => avx2::strip::<false>(token, bits, cols, x, strip),
+            Halves::Bf16(bits) => avx2::strip::<true>(token, bits, cols, x, strip),
+        },
+    });
+}
+
+fn scalar(w: &[u16], value: impl Fn(u16) -> f32, cols: usize, x: &[f32], strip: &mut Strip<'_>) {
+    for (token, x) in x.chunks_exact(cols).enumerate() {
+        for row in strip.rows.clone() {
+            let mut sums = [0.0f32; LANES];
+            for (i, (&w, x)) in w[row * cols..][..cols].iter().zip(x).enumerate() {
+                sums[i % LANES] = value(w).mul_add(*x, sums[i % LANES]);
+            }
+            strip.put(token, row, &[total(sums)]);
+        }
+    }
+}
+
+/// The sum of all lanes, halving their number again and again.
+fn total(mut sums: [f32; LANES]) -> f32 {
+    let mut left = LANES / 2;
+    while left > 0 {
+        for i in 0..left {
+            sums[i] += sums[i + left];
+        }
+        left /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::{LANES, Strip, total};
+    use crate::level::Avx2;
+    use half::{bf16, f16};
+    use std::arch::x86_64::*;
+
+    /// Rows that share a load of the input.
+    const ROWS: usize = 4;
+
+    /// [`super::scalar`]; `BF` tells bfloat16 from half precision.
+    pub(super) fn strip<const BF: bool>(_: Avx2, w: &[u16], cols: usize, x: &[f32], strip: &mut Strip<'_>) {
+        // SAFETY: the token proves AVX2, FMA and F16C.
+        unsafe { compiled::<BF>(w, cols, x, strip) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn compiled<const BF: bool>(w: &[u16], cols: usize, x: &[f32], strip: &mut Strip<'_>) {
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            let mut row = strip.rows.start;
+            while row < strip.rows.end {
+                if strip.rows.end - row >= ROWS {
+                    strip.put(token, row, &rows::<BF, ROWS>(&w[row * cols..][..ROWS * cols], x));
+                    row += ROWS;
+                } else {
+                    strip.put(token, row, &rows::<BF, 1>(&w[row * cols..][..cols], x));
+                    row += 1;
+                }
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn rows<const BF: bool, const N: usize>(w: &[u16], x: &[f32]) -> [f32; N] {
+        let cols = x.len();
+        let mut sums = [[_mm256_setzero_ps(); 2]; N];
+        let whole = cols - cols % LANES;
+        for at in (0..whole).step_by(LANES) {
+            for half in 0..2 {
+                let x = &x[at + 8 * half..][..8];
+                // SAFETY: 32 bytes are there, and the load needs no alignment.
+                let x = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+                for n in 0..N {
+                    let w = widen::<BF>(&w[n * cols + at + 8 * half..][..8]);
+                    sums[n][half] = _mm256_fmadd_ps(w, x, sums[n][half]);
+                }
+            }
+        }
+        let mut out = [0.0; N];
+        for n in 0..N {
+            let mut lanes = [0.0f32; LANES];
+            for half in 0..2 {
+                // SAFETY: 32 bytes are there, and the store needs no alignment.
+                unsafe { _mm256_storeu_ps(lanes[8 * half..].as_mut_ptr(), sums[n][half]) };
+            }
+            for i in whole..cols {
+                let bits = w[n * cols + i];
+                let w = if BF { bf16::from_bits(bits).to_f32() } else { f16::from_bits(bits).to_f32() };
+                lanes[i - whole] = w.mul_add(x[i], lanes[i - whole]);
+            }
+            out[n] = total(lanes);
+        }
+        out
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    fn widen<const BF: bool>(w: &[u16]) -> __m256 {
+        // SAFETY: every caller passes eight numbers, and the load needs no alignment.
+        let bits = unsafe { _mm_loadu_si128(w[..8].as_ptr().cast()) };
+        if BF {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+        } else {
+            _mm256_cvtph_ps(bits)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_equals_the_definition_and_the_plain_sum() {
+        let number = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 505.0 - 1.0;
+        for (rows, cols, tokens) in [(1, 1, 1), (5, 15, 2), (70, 16, 3), (67, 100, 1)] {
+            let x: Vec<f32> = (0..tokens * cols).map(number).collect();
+            let w: Vec<f32> = (0..rows * cols).map(|i| bf16::from_f32(number(3 * i + 1)).to_f32()).collect();
+            let f16s: Vec<u16> = w.iter().map(|&v| f16::from_f32(v).to_bits()).collect();
+            let bf16s: Vec<u16> = w.iter().map(|&v| bf16::from_f32(v).to_bits()).collect();
+            for w in [Halves::F16(&f16s), Halves::Bf16(&bf16s)] {
+                let run = |level| {
+                    let mut out = vec![0.0; tokens * rows];
+                    half_product(level, w, cols, &x, &mut out);
+                    out
+                };
+                let out = run(Level::Scalar);
+                assert!(Level::all().into_iter().all(|level| run(level) == out));
+            }
+            let mut out = vec![0.0; tokens * rows];
+            half_product(Level::best(), Halves::Bf16(&bf16s), cols, &x, &mut out);
+            for (i, found) in out.iter().enumerate() {
+                let (x, w) = (&x[i / rows * cols..][..cols], &w[i % rows * cols..][..cols]);
+                let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                assert!((f64::from(*found) - sum).abs() < 1e-5 * cols as f64, "{found} {sum}");
+            }
+        }
+    }
+}

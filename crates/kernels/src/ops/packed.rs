@@ -1,0 +1,307 @@
+//! Products with a matrix of packed integer codes: y = x·Ŵᵀ for Ŵ = scale · (code − zero).
+//!
+//! Eight output rows lie beside each other: a 32-bit lane belongs to a row and holds four neighbouring input columns of
+//! it, so that a vector of input is one broadcast, sums of rows never meet, and scales of eight rows are one load. What is
+//! stored is what the codes take, `bits` per weight; only rows are padded, to eight, and columns, to [`CHUNK`].
+//!
+//! The scalar functions here define every number, in the order in which lanes fold it; a level gives the same bits.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod scalar;
+#[cfg(test)]
+mod tests;
+
+use super::strips::Strips;
+use crate::Level;
+use half::{bf16, f16};
+
+/// Rows that lie beside each other.
+pub const LANES: usize = 8;
+/// Input columns that are unpacked together, and that share a scale when activations are rounded.
+pub const CHUNK: usize = 32;
+/// Blocks of [`LANES`] rows that one task computes.
+const STRIP: usize = 8;
+/// Multiply-adds below which a product is not worth waking other threads for.
+const ALONE: usize = 1 << 18;
+
+/// Shape and layout of a packed matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedForm {
+    bits: u32,
+    rows: usize,
+    cols: usize,
+    group: usize,
+}
+
+impl PackedForm {
+    /// A matrix `[rows, cols]` of codes of `bits` bits, `group` neighbouring columns of a row sharing a scale. `None` where
+    /// bits are not 1 to 8, where groups are neither a multiple of [`CHUNK`] nor whole rows, or where nothing is left.
+    #[must_use]
+    pub fn new(bits: u32, [rows, cols]: [usize; 2], group: usize) -> Option<Self> {
+        let fits = group >= cols || (group > 0 && group.is_multiple_of(CHUNK));
+        let form = PackedForm { bits, rows, cols, group: group.min(cols).next_multiple_of(CHUNK) };
+        ((1..=8).contains(&bits) && fits && rows > 0 && cols > 0).then_some(form)
+    }
+
+    /// Output and input width.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// Width of a code.
+    #[must_use]
+    pub fn bits(&self) -> u32 {
+        self.bits
+    }
+
+    /// Groups of a row.
+    #[must_use]
+    pub fn groups(&self) -> usize {
+        self.cols.div_ceil(self.group)
+    }
+
+    /// Chunks of a row.
+    #[must_use]
+    pub fn chunks(&self) -> usize {
+        self.cols.div_ceil(CHUNK)
+    }
+
+    fn blocks(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    /// Bytes of a chunk of eight rows.
+    fn chunk_bytes(&self) -> usize {
+        LANES * CHUNK * self.bits as usize / 8
+    }
+
+    /// Chunks that share a scale.
+    fn group_chunks(&self) -> usize {
+        self.group / CHUNK
+    }
+
+    /// Bytes of all codes.
+    #[must_use]
+    pub fn code_bytes(&self) -> usize {
+        self.blocks() * self.chunks() * self.chunk_bytes()
+    }
+
+    /// Scales, and zero points where there are any, laid out `[rows / 8, groups, 8]`.
+    #[must_use]
+    pub fn params(&self) -> usize {
+        self.blocks() * self.groups() * LANES
+    }
+
+    /// Where the parameters of `row` and `group` lie.
+    #[must_use]
+    pub fn param(&self, row: usize, group: usize) -> usize {
+        (row / LANES * self.groups() + group) * LANES + row % LANES
+    }
+
+    /// Packs row-major `codes: [rows, cols]`. A code is split into what fits four bits and the rest, each of which is
+    /// laid out by itself.
+    ///
+    /// # Panics
+    /// When a length does not fit: a caller's bug.
+    pub fn pack(&self, codes: &[u8], out: &mut [u8]) {
+        assert!(codes.len() == self.rows * self.cols && out.len() == self.code_bytes(), "packed lengths");
+        out.fill(0);
+        let per_block = self.chunks() * self.chunk_bytes();
+        for (row, codes) in codes.chunks_exact(self.cols).enumerate() {
+            let block = &mut out[row / LANES * per_block..][..per_block];
+            for (codes, bytes) in codes.chunks(CHUNK).zip(block.chunks_exact_mut(self.chunk_bytes())) {
+                for (i, &code) in codes.iter().enumerate() {
+                    let lane = row % LANES * 4 + i % 4;
+                    for bit in (0..self.bits).filter(|bit| code >> bit & 1 == 1) {
+                        let (vector, place) = place(self.bits, i / 4, bit);
+                        bytes[vector * 32 + lane] |= 1 << place;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The code at `row`, `col`.
+    fn code(&self, codes: &[u8], row: usize, col: usize) -> u8 {
+        let chunk = (row / LANES * self.chunks() + col / CHUNK) * self.chunk_bytes();
+        let lane = row % LANES * 4 + col % 4;
+        (0..self.bits).fold(0, |code, bit| {
+            let (vector, place) = place(self.bits, col % CHUNK / 4, bit);
+            code | (codes[chunk + vector * 32 + lane] >> place & 1) << bit
+        })
+    }
+}
+
+/// Widths of the two parts of a code.
+const fn parts(bits: u32) -> (u32, u32) {
+    if bits <= 4 { (bits, 0) } else { (4, bits - 4) }
+}
+
+/// Which of the 32-byte vectors of a chunk, and which bit of its bytes, holds `bit` of the codes of vector `j`.
+fn place(bits: u32, j: usize, bit: u32) -> (usize, u32) {
+    let (low, high) = parts(bits);
+    let (first, width, bit) = if bit < low { (0, low, bit) } else { (low as usize, high, bit - low) };
+    let (vector, place) = match width {
+        4 => (j % 4, 4 * (j as u32 / 4) + bit),
+        2 => (j % 2, 2 * (j as u32 / 2) + bit),
+        3 if bit < 2 => (j % 2, 2 * (j as u32 / 2) + bit),
+        3 => (2, j as u32),
+        _ => (0, j as u32),
+    };
+    (first + vector, place)
+}
+
+/// Scales, in the type they are stored in.
+#[derive(Debug, Clone, Copy)]
+pub enum Scales<'a> {
+    /// 32 bits.
+    F32(&'a [f32]),
+    /// Bits of IEEE half precision.
+    F16(&'a [u16]),
+    /// Bits of bfloat16.
+    Bf16(&'a [u16]),
+}
+
+impl Scales<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Scales::F32(s) => s.len(),
+            Scales::F16(s) | Scales::Bf16(s) => s.len(),
+        }
+    }
+
+    fn at(&self, i: usize) -> f32 {
+        match self {
+            Scales::F32(s) => s[i],
+            Scales::F16(s) => f16::from_bits(s[i]).to_f32(),
+            Scales::Bf16(s) => bf16::from_bits(s[i]).to_f32(),
+        }
+    }
+}
+
+/// A packed matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct Packed<'a> {
+    /// Shape and layout.
+    pub form: PackedForm,
+    /// As [`PackedForm::pack`] lays them out.
+    pub codes: &'a [u8],
+    /// [`PackedForm::params`] of them.
+    pub scales: Scales<'a>,
+    /// As many zero points, or none where all are 2^(bits − 1).
+    pub zeros: &'a [u8],
+}
+
+impl Packed<'_> {
+    fn check(&self) {
+        let form = &self.form;
+        assert!(self.codes.len() == form.code_bytes() && self.scales.len() == form.params(), "packed lengths");
+        assert!(self.zeros.is_empty() || self.zeros.len() == form.params(), "zero points");
+    }
+
+    fn zero(&self, i: usize) -> f32 {
+        self.zeros.get(i).map_or((1u32 << (self.form.bits - 1)) as f32, |&z| f32::from(z))
+    }
+}
+
+/// Activations rounded to eight bits, [`CHUNK`] of a token sharing a scale; columns are padded to whole chunks.
+#[derive(Debug, Clone, Copy)]
+pub struct Rounded<'a> {
+    /// `[tokens, chunks · CHUNK]`.
+    pub values: &'a [i8],
+    /// `[tokens, chunks]`.
+    pub scales: &'a [f32],
+}
+
+/// Rounds `x: [tokens, cols]` for [`packed_product_int8`]: x ≈ scale · value, scale = max |x| / 127, to nearest even.
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn round_activations(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+    let chunks = cols.div_ceil(CHUNK);
+    assert!(x.len().is_multiple_of(cols) && scales.len() == x.len() / cols * chunks, "activation lengths");
+    assert_eq!(values.len(), scales.len() * CHUNK, "activation lengths");
+    #[cfg(target_arch = "x86_64")]
+    if let Level::Avx2(token) = Level::best() {
+        return avx2::round(token, x, cols, values, scales);
+    }
+    round(x, cols, values, scales);
+}
+
+/// 1.5·2²³: adding it leaves a number below 2²² rounded to an integer in the low bits.
+const ROUNDER: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn round(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+    let chunks = cols.div_ceil(CHUNK);
+    for (x, (values, scales)) in
+        x.chunks_exact(cols).zip(values.chunks_exact_mut(chunks * CHUNK).zip(scales.chunks_exact_mut(chunks)))
+    {
+        for (x, (values, scale)) in x.chunks(CHUNK).zip(values.chunks_exact_mut(CHUNK).zip(scales)) {
+            let mut padded = [0.0f32; CHUNK];
+            padded[..x.len()].copy_from_slice(x);
+            let most = padded.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            *scale = most / 127.0;
+            let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+            for (v, &x) in values.iter_mut().zip(&padded) {
+                *v = (x * inverse + ROUNDER).to_bits() as i8;
+            }
+        }
+    }
+}
+
+/// `out[token, row] = Σ x̂·Ŵ` for rounded activations of `out.len() / rows` tokens.
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &mut [f32]) {
+    w.check();
+    let (form, chunks) = (&w.form, w.form.chunks());
+    let tokens = out.len() / form.rows;
+    assert!(out.len() == tokens * form.rows && x.scales.len() == tokens * chunks, "activation lengths");
+    assert_eq!(x.values.len(), x.scales.len() * CHUNK, "activation lengths");
+    // Σ x̂ of every token and group, which the zero points multiply.
+    let mut sums = vec![0.0; tokens * form.groups()];
+    let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK));
+    for (sums, (scales, values)) in sums.chunks_exact_mut(form.groups()).zip(of_token) {
+        for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
+            sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
+        }
+    }
+    let parallel = form.rows * form.cols * tokens > ALONE;
+    Strips::new(out, form.rows, STRIP * LANES).fill(parallel, |strip| match level {
+        Level::Scalar => scalar::int8(w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(token) => avx2::int8(token, w, x, &sums, strip),
+    });
+}
+
+/// `out[token, row] = Σ x·Ŵ` for `x: [tokens, cols]` as it is.
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) {
+    w.check();
+    let form = &w.form;
+    let tokens = out.len() / form.rows;
+    assert!(out.len() == tokens * form.rows && x.len() == tokens * form.cols, "activation lengths");
+    let width = form.chunks() * CHUNK;
+    let padded: Vec<f32>;
+    let x = if width == form.cols {
+        x
+    } else {
+        let tail = vec![0.0; width - form.cols];
+        padded = x.chunks_exact(form.cols).flat_map(|x| x.iter().chain(&tail).copied()).collect();
+        &padded
+    };
+    let of_group = |x: &[f32]| x.iter().sum::<f32>();
+    let sums: Vec<f32> = x.chunks_exact(width).flat_map(|x| x.chunks(form.group).map(of_group)).collect();
+    let parallel = form.rows * form.cols * tokens > ALONE;
+    Strips::new(out, form.rows, STRIP * LANES).fill(parallel, |strip| match level {
+        Level::Scalar => scalar::full(w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(token) => avx2::full(token, w, x, &sums, strip),
+    });
+}

@@ -1,0 +1,135 @@
+//! Every level equals the definition bit by bit, and the definition equals dequantized weights.
+
+use super::*;
+
+fn number(i: usize) -> f32 {
+    ((i * 7919 + 13) % 1009) as f32 / 505.0 - 1.0
+}
+
+/// Codes, scales and zero points of a matrix.
+struct Case {
+    form: PackedForm,
+    codes: Vec<u8>,
+    packed: Vec<u8>,
+    scales: Vec<f32>,
+    zeros: Vec<u8>,
+}
+
+impl Case {
+    fn new(bits: u32, shape: [usize; 2], group: usize, symmetric: bool) -> Self {
+        let form = PackedForm::new(bits, shape, group).unwrap();
+        let most = (1u32 << bits) - 1;
+        let code = |i: usize| (((i * 2_654_435_761) >> 7) as u32 % (most + 1)) as u8;
+        let codes: Vec<u8> = (0..shape[0] * shape[1]).map(code).collect();
+        let mut packed = vec![0; form.code_bytes()];
+        form.pack(&codes, &mut packed);
+        let (mut scales, mut zeros) = (vec![0.0; form.params()], vec![0; form.params()]);
+        for row in 0..shape[0] {
+            for group in 0..form.groups() {
+                // A value of either 16-bit type.
+                scales[form.param(row, group)] = bf16::from_f32(number(row * 31 + group) / 8.0).to_f32();
+                zeros[form.param(row, group)] = code(row * 17 + group);
+            }
+        }
+        if symmetric {
+            zeros.clear();
+        }
+        Case { form, codes, packed, scales, zeros }
+    }
+
+    fn dense(&self) -> Vec<f32> {
+        let [_, cols] = self.form.shape();
+        let value = |(i, &code): (usize, &u8)| {
+            let at = self.form.param(i / cols, i % cols / self.form.group);
+            let zero = self.zeros.get(at).map_or((1u32 << (self.form.bits - 1)) as f32, |&z| f32::from(z));
+            self.scales[at] * (f32::from(code) - zero)
+        };
+        self.codes.iter().enumerate().map(value).collect()
+    }
+}
+
+#[test]
+fn codes_are_found_where_they_were_put() {
+    for bits in 1..=8 {
+        let case = Case::new(bits, [13, 70], 64, true);
+        assert_eq!(case.packed.len() * 8, 16 * 96 * bits as usize, "bits per weight of a padded matrix");
+        for (i, &code) in case.codes.iter().enumerate() {
+            assert_eq!(case.form.code(&case.packed, i / 70, i % 70), code, "bits {bits}, {i}");
+        }
+    }
+}
+
+#[test]
+fn every_level_equals_the_definition_and_the_dequantized_product() {
+    for bits in 1..=8 {
+        for (shape, group, symmetric) in
+            [([8, 32], 32, true), ([13, 70], 64, false), ([70, 200], 200, true), ([136, 256], 128, false)]
+        {
+            let case = Case::new(bits, shape, group, symmetric);
+            let [rows, cols] = shape;
+            let (f16s, bf16s): (Vec<u16>, Vec<u16>) =
+                case.scales.iter().map(|&s| (f16::from_f32(s).to_bits(), bf16::from_f32(s).to_bits())).unzip();
+            for tokens in [1, 4, 7] {
+                let x: Vec<f32> = (0..tokens * cols).map(number).collect();
+                let chunks = case.form.chunks();
+                let (mut values, mut scales) = (vec![0; tokens * chunks * CHUNK], vec![0.0; tokens * chunks]);
+                round_activations(&x, cols, &mut values, &mut scales);
+                let rounded = Rounded { values: &values, scales: &scales };
+                let seen: Vec<f32> = (0..tokens * cols)
+                    .map(|i| {
+                        let at = i / cols * chunks * CHUNK + i % cols;
+                        f32::from(values[at]) * scales[at / CHUNK]
+                    })
+                    .collect();
+                for stored in [Scales::F32(&case.scales), Scales::Bf16(&bf16s), Scales::F16(&f16s)] {
+                    let w = Packed { form: case.form, codes: &case.packed, scales: stored, zeros: &case.zeros };
+                    let run = |level| {
+                        let (mut full, mut int8) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
+                        packed_product(level, &w, &x, &mut full);
+                        packed_product_int8(level, &w, &rounded, &mut int8);
+                        (full, int8)
+                    };
+                    let (full, int8) = run(Level::Scalar);
+                    assert!(Level::all().into_iter().all(|level| run(level) == (full.clone(), int8.clone())));
+                    let exact = matches!(stored, Scales::F16(_));
+                    for (found, x) in [(&full, &x), (&int8, &seen)].into_iter().filter(|_| !exact) {
+                        let dense = case.dense();
+                        for (i, &found) in found.iter().enumerate() {
+                            let (x, w) = (&x[i / rows * cols..][..cols], &dense[i % rows * cols..][..cols]);
+                            let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                            let size: f64 = x.iter().zip(w).map(|(x, w)| f64::from(x * w).abs()).sum();
+                            assert!(
+                                (f64::from(found) - sum).abs() < 1e-5 * (1.0 + size),
+                                "{bits} {shape:?} {found} {sum}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_is_to_nearest_even_of_what_it_says() {
+    let x: Vec<f32> = (0..70).map(|i| number(i) * 3.0).collect();
+    let (mut values, mut scales) = (vec![0; 96], vec![0.0; 3]);
+    round_activations(&x, 70, &mut values, &mut scales);
+    for (c, x) in x.chunks(CHUNK).enumerate() {
+        let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert_eq!(scales[c], most / 127.0);
+        for (i, x) in x.iter().enumerate() {
+            assert_eq!(f32::from(values[c * CHUNK + i]), (x * (127.0 / most)).round_ties_even());
+        }
+    }
+    assert!(values[70..].iter().all(|&v| v == 0));
+    round_activations(&[0.0; 5], 5, &mut values[..32], &mut scales[..1]);
+    assert!(values[..32].iter().all(|&v| v == 0) && scales[0] == 0.0);
+}
+
+#[test]
+fn what_cannot_be_laid_out_is_not() {
+    assert!(PackedForm::new(4, [8, 64], 16).is_none() && PackedForm::new(9, [8, 64], 32).is_none());
+    assert!(PackedForm::new(4, [8, 0], 32).is_none() && PackedForm::new(0, [8, 64], 32).is_none());
+    assert_eq!(PackedForm::new(4, [8, 70], 70).unwrap().groups(), 1);
+}
