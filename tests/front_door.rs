@@ -16,12 +16,14 @@ fn quantize(out: &Path, extra: &[&str]) -> serde_json::Value {
 #[test]
 fn the_output_is_complete_and_its_size_is_what_was_reported() {
     let dir = tempfile::tempdir().unwrap();
-    let schemes: [&[&str]; 7] = [
+    let schemes: [&[&str]; 9] = [
         &[],
         &["--bits", "3", "--asymmetric", "--group-size", "64"],
         &["--bits", "2", "--group-size", "-1"],
         &["--bits", "8", "--group-size", "0", "--format", "naive-quantized"],
         &["--scheme", "w8a8"],
+        &["--scheme", "fp8_block"],
+        &["--scheme", "nvfp4a16"],
         &["--format", "gptq"],
         &["--format", "gptq", "--bits", "3", "--group-size", "32"],
     ];
@@ -71,6 +73,27 @@ fn the_output_is_complete_and_its_size_is_what_was_reported() {
         assert_eq!(inspected["format"], report["format"]);
         let weights: u64 = inspected["kinds"].as_array().unwrap().iter().map(|k| k["weights"].as_u64().unwrap()).sum();
         assert_eq!(weights, 10_490_112, "every weight is counted once");
+    }
+}
+
+#[test]
+fn matrices_that_loaders_fuse_share_what_nvfp4_divides_by() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, method) in [("data-free", &["--method", "rtn"][..]), ("calibrated", &["--method", "gptq"])] {
+        let (out, few) = (dir.path().join(name), ["--ignore", r"model\.layers\.[2-7]\."]);
+        quantize(&out, &[&["--scheme", "nvfp4a16", "--descent-sweeps", "1"], method, &few[..]].concat());
+        let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let divisor = |module: &str| {
+            let view = tensors.tensor(&format!("model.layers.1.{module}_proj.weight_global_scale")).unwrap();
+            f32::from_le_bytes(view.data().try_into().unwrap())
+        };
+        let attention = ["q", "k", "v"].map(|m| divisor(&format!("self_attn.{m}")));
+        let mlp = ["gate", "up"].map(|m| divisor(&format!("mlp.{m}")));
+        assert!(attention.iter().all(|d| *d == attention[0]) && mlp[0] == mlp[1], "{name}: {attention:?} {mlp:?}");
+        // Powers of two, so that the reciprocals other formats store are exact.
+        let all = attention.into_iter().chain(mlp).chain(["self_attn.o", "mlp.down"].map(divisor));
+        assert!(all.into_iter().all(|d| d.is_normal() && d.to_bits() << 9 == 0), "{name}");
     }
 }
 

@@ -138,6 +138,19 @@ fn texts_and_tokenizers_that_cannot_be_used() {
 }
 
 #[test]
+fn what_is_not_done_to_floats() {
+    for (scheme, extra, words) in [
+        ("nvfp4a16", ["--tuning-passes", "1"], ["for integer schemes", "--tuning-passes 0"]),
+        ("mxfp4a16", ["--reconstruction-passes", "1"], ["for integer schemes", "--reconstruction-passes 0"]),
+        ("fp8_dynamic", ["--soft-rounding", "ada"], ["for integer schemes, not for fp8afp8 channel", "leave it out"]),
+        ("fp8_block", ["--method", "hqq"], ["fp8afp8g128 128x128", "--method rtn"]),
+        ("nvfp4a16", ["--format", "pack-quantized"], ["model.layers.0", "use nvfp4-pack-quantized for floats"]),
+    ] {
+        refused(&books(), &[&["--scheme", scheme], &extra[..]].concat(), &words);
+    }
+}
+
+#[test]
 fn places_that_must_not_be_written() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");

@@ -12,12 +12,24 @@ class Case:
     options: str
     format: str
     method: str = "--method rtn"
+    rounds: bool = False
+    """Whether the folder asks for rounded activations."""
     by_way_of: tuple[str, ...] = ()
     """Formats that `bitmill convert` takes the folder through, one after the other, before `format`."""
 
 
 GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": -1}
 """Granularities by the name cases show, and bitmill's number for them."""
+
+
+FLOATS = {
+    "fp8_dynamic": "float-quantized",
+    "fp8_block": "float-quantized",
+    "nvfp4a16": "nvfp4-pack-quantized",
+    "mxfp4a16": "mxfp4-pack-quantized",
+    "mxfp8a16": "mxfp8-quantized",
+}
+"""Named schemes of floats, and the format each is written in."""
 
 
 def table() -> list[Case]:
@@ -31,11 +43,15 @@ def table() -> list[Case]:
         options = f"--bits 8 --group-size {GROUPS[group]}{symmetries[symmetry]} --format naive-quantized"
         cases.append(Case(f"naive w8 {symmetry} {group}", options, "naive-quantized"))
     cases.append(Case("naive w8 sym tensor", "--bits 8 --group-size 0 --format naive-quantized", "naive-quantized"))
-    cases.append(Case("int w8a8", "--scheme w8a8 --format int-quantized", "int-quantized"))
+    cases.append(Case("int w8a8", "--scheme w8a8 --format int-quantized", "int-quantized", rounds=True))
+    calibrated = "--samples 16 --sequence-length 512"
+    for scheme, format_ in FLOATS.items():
+        for method in ("--method rtn", f"--method gptq {calibrated}"):
+            rounds = scheme in ("fp8_dynamic", "fp8_block")
+            cases.append(Case(f"{scheme}, {method.split()[1]}", f"--scheme {scheme}", format_, method, rounds))
     for bits, group in itertools.product((2, 3, 4, 8), GROUPS):
         options = f"--bits {bits} --group-size {GROUPS[group]} --format gptq"
         cases.append(Case(f"gptq w{bits} sym {group}", options, "gptq"))
-    calibrated = "--samples 16 --sequence-length 512"
     cases.append(Case("pack w4 sym g128, calibrated", "--scheme w4a16 --format pack-quantized", "pack-quantized", calibrated))
     cases.append(Case("gptq w3 sym g128, calibrated", "--bits 3 --group-size 128 --format gptq", "gptq", calibrated))
     for name, options, way, last in (

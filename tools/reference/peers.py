@@ -3,7 +3,8 @@
 Two loaders, each the peer's own, on the CPU and in f32:
 
 * compressed-tensors folders go through transformers' `AutoModelForCausalLM.from_pretrained`. Modules hold the stored
-  tensors until the first forward pass, which decompresses them; `f32` there means that scales are widened first.
+  tensors until the first forward pass, which decompresses them; `f32` there means that scales are widened first. 4-bit
+  floats and powers of two as scales become bf16 whatever is asked for, which holds them exactly: see `logits`.
 * GPTQ folders go through GPTQModel, whose kernels take only 16-bit activations. Every linear's weight is therefore asked
   from GPTQModel's own `dequantize_weight` with the scales widened to f32, and runs in a plain f32 transformers model.
 
@@ -26,8 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-MARKERS = {"weight_packed": "pack-quantized", "qweight": "gptq"}
-"""Tensors that only one format has."""
+FLOATS = ("float-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+"""Formats whose codes are floats."""
+BF16_ONLY = FLOATS[1:]
+"""Those that compressed-tensors decompresses to bf16."""
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+"""Magnitudes of 4-bit floats."""
 
 
 @contextlib.contextmanager
@@ -60,10 +65,17 @@ def modules(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     found = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if kind in MARKERS:
-            found[module] = MARKERS[kind]
+        if kind == "weight_packed" and tensor.dtype == torch.uint8:
+            found[module] = "nvfp4-pack-quantized" if f"{module}.weight_global_scale" in tensors else "mxfp4-pack-quantized"
+        elif kind == "weight_packed":
+            found[module] = "pack-quantized"
+        elif kind == "qweight":
+            found[module] = "gptq"
         elif kind == "weight" and tensor.dtype == torch.int8:
             found[module] = "naive-quantized"
+        elif kind == "weight" and tensor.dtype == torch.float8_e4m3fn:
+            powers = tensors[f"{module}.weight_scale"].dtype == torch.uint8
+            found[module] = "mxfp8-quantized" if powers else "float-quantized"
     return found
 
 
@@ -72,6 +84,24 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
     codes = stream[:, : count * bits].reshape(len(words), count, bits) @ (1 << np.arange(bits))
     return torch.from_numpy(codes)
+
+
+def float_definition(tensors: dict[str, torch.Tensor], module: str, weights: dict) -> torch.Tensor:
+    """The same for floats: `scale · float`, where NVFP4's scales are divided by the global one first."""
+    scales = tensors[f"{module}.weight_scale"]
+    scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+    if (packed := tensors.get(f"{module}.weight_packed")) is not None:
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        values = torch.where(codes > 7, -1.0, 1.0) * E2M1[(codes & 7).long()]
+        if (whole := tensors.get(f"{module}.weight_global_scale")) is not None:
+            scales = scales / whole
+    else:
+        values = tensors[f"{module}.weight"].float()
+    out, columns = values.shape
+    height, width = weights.get("block_structure") or (1, columns // max(scales.shape[-1], 1))
+    if scales.ndim == 1:
+        return values * scales
+    return values * scales.repeat_interleave(height, 0)[:out].repeat_interleave(width, 1)[:, :columns]
 
 
 def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> torch.Tensor:
@@ -88,6 +118,8 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
         scales, group_of = part("scales").T.float(), part("g_idx").long()
         return (scales[:, group_of] * (codes - zeros[:, group_of]).float()).contiguous()
     weights = next(iter(config["config_groups"].values()))["weights"]
+    if weights["type"] == "float":
+        return float_definition(tensors, module, weights)
     bits, scales = weights["num_bits"], part("weight_scale").float()
     zeros = part("weight_zero_point")
     if (packed := part("weight_packed")) is not None:
@@ -106,13 +138,16 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
 
 
 def flip_code(folder: Path, copy: Path) -> str:
-    """Copies the folder and flips one bit, the highest of the first code of one matrix; returns the tensor's name.
+    """Copies the folder and flips one bit, the highest of the first code of one matrix (of a float, the one behind the
+    sign, which a zero would hide); returns the tensor's name.
 
     The matrix is the last quantized one that writes to the residual stream, where one weight is sure to be seen.
     """
     shutil.copytree(folder, copy)
     config = quantization_config(folder)
-    bits = config.get("bits") or next(iter(config["config_groups"].values()))["weights"]["num_bits"]
+    weights = {} if "bits" in config else next(iter(config["config_groups"].values()))["weights"]
+    bits = config.get("bits") or weights["num_bits"]
+    bit = bits - 2 if weights.get("type") == "float" else bits - 1
     for shard in sorted(copy.glob("*.safetensors"), reverse=True):
         with safe_open(shard, "pt") as file:
             shapes = {name: None for name in file.keys()}
@@ -123,7 +158,7 @@ def flip_code(folder: Path, copy: Path) -> str:
         data = bytearray(shard.read_bytes())
         header = int.from_bytes(data[:8], "little")
         begin = json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
-        data[8 + header + begin] ^= 1 << (bits - 1)
+        data[8 + header + begin] ^= 1 << bit
         shard.write_bytes(data)
         return name
     raise LookupError(f"{folder} holds no quantized down_proj")
@@ -160,9 +195,11 @@ def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: b
     With `dequantize` it takes transformers' other route, which rounds each weight to the type of its scale.
     """
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    groups = quantization_config(folder)["config_groups"].values()
+    dtype = torch.bfloat16 if any(group["format"] in BF16_ONLY for group in groups) else torch.float32
     with contextlib.nullcontext() if dequantize else packed_zero_placeholder():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True, **options
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
@@ -205,6 +242,12 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[windows, window, vocab]`, one window per pass, as a user of the model would compute them."""
+    """Logits `[windows, window, vocab]`, one window per pass, as a user of the model would compute them, in f32.
+
+    A model that had to be loaded in bf16 is decompressed by a first pass and widened, which changes no weight.
+    """
     with torch.no_grad():
+        if model.dtype == torch.bfloat16:
+            model(input_ids[:1, :1])
+            torch.nn.Module.float(model)  # transformers refuses its own for quantized models
         return torch.cat([model(window[None]).logits.float() for window in input_ids])

@@ -95,7 +95,7 @@ impl Dialect {
 
     fn set_scale(&mut self, scale: ScaleType) {
         for (_, scheme) in self.rules.iter_mut().filter_map(|r| r.outcome.as_mut()) {
-            scheme.scale = scale;
+            *scheme = scheme.with_scale(scale);
         }
     }
 }

@@ -23,7 +23,7 @@ mod tensor;
 pub use checkpoint::{Checkpoint, Weight};
 pub use dialect::Dialect;
 pub use error::Error;
-pub use formats::{FORMATS, Format, GGUF, format};
+pub use formats::{FORMATS, Format, GGUF, default_format, format};
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;

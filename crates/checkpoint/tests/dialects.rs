@@ -160,7 +160,10 @@ fn what_is_not_read_is_named() {
         (awq(json!({"modules_to_not_convert": [7]})), "modules_to_not_convert is 7"),
         (json!({}), "quant_method is missing"),
         (json!("w4"), "quant_method is missing"),
-        (ct(json!({"format": "float-quantized"})), "format \"float-quantized\""),
+        (
+            ct(json!({"format": "float-quantized"})),
+            "format is \"float-quantized\"; its numbers are floats, and these are not",
+        ),
         (ct(json!({"format": "gptq"})), "format \"gptq\""),
         (ct(json!({"format": null})), "format is null"),
         (ct(json!({"config_groups": []})), "config_groups is []"),
@@ -172,7 +175,18 @@ fn what_is_not_read_is_named() {
         (ct(json!({"sparsity_config": {"format": "sparse-24-bitmask"}})), "sparsity_config"),
         (ct(json!({"ignore": ["re:("]})), "not a pattern"),
         (ct(json!({"ignore": [3]})), "ignore is 3; a string is needed"),
-        (weights(json!({"type": "float"})), "config_groups.g.weights.type is \"float\""),
+        (weights(json!({"type": "float"})), "format is \"pack-quantized\"; it does not store fp8 tensor"),
+        (weights(json!({"type": "bool"})), "config_groups.g.weights.type is \"bool\""),
+        (weights(json!({"type": "float", "num_bits": 6})), "num_bits is 6"),
+        (weights(json!({"type": "float", "symmetric": false})), "symmetric is false"),
+        (
+            weights(json!({"type": "float", "strategy": "block", "block_structure": [128, 64]})),
+            "block_structure is [128,64]",
+        ),
+        (
+            ct(json!({"format": "nvfp4-pack-quantized", "config_groups": {"MXFP4A16": ["Linear"]}})),
+            "it does not store nvfp4 g32",
+        ),
         (weights(json!({"num_bits": 9})), "num_bits is 9"),
         (weights(json!({"strategy": "block"})), "strategy is \"block\""),
         (weights(json!({"strategy": "group"})), "group_size is missing"),
@@ -187,7 +201,7 @@ fn what_is_not_read_is_named() {
         let error = read(block.clone()).expect_err(&block.to_string()).to_string();
         assert!(error.contains(message), "{block}: {error}");
     }
-    let activations = json!({"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true});
+    let activations = json!({"num_bits": 4, "type": "float", "strategy": "token", "dynamic": true});
     let block =
         ct(json!({"config_groups": {"g": {"targets": ["Linear"], "weights": {}, "input_activations": activations}}}));
     assert!(read(block).unwrap_err().to_string().contains("config_groups.g.input_activations"));

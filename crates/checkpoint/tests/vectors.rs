@@ -5,7 +5,7 @@
 mod support;
 
 use bitmill_checkpoint::{Checkpoint, Dtype, Error, Weight, format};
-use bitmill_scheme::{Bits, Granularity, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, Granularity, Quantized, ScaleType, Scheme};
 use serde_json::{Value, json};
 use support::{as_words, open, words};
 
@@ -44,6 +44,32 @@ fn compressed_tensors_words() {
     let scheme = scheme(4, false, Granularity::Channel);
     let q = Quantized { scheme, shape: [8, 8], codes: vec![0; 64], scales: vec![1.0; 8], zeros, group_of: vec![] };
     assert_eq!(as_words(&pack.encode("m", &q)[3]), [0xa97fb840]);
+}
+
+#[test]
+fn float_bytes() {
+    // 0, 0.5, −1, 1.5, 2, −3, 4, −6 twice, under the scale of a largest magnitude of 1.5 in a tensor of 3.
+    let codes = [0u8, 1, 10, 3, 4, 13, 6, 15].repeat(2);
+    let bytes = [0x10u8, 0x3a, 0xd4, 0xf6].repeat(2);
+    let scheme = bitmill_scheme::scheme("nvfp4a16").unwrap();
+    let q = Quantized { scheme, shape: [1, 16], codes, scales: vec![224.0, 896.0], zeros: vec![], group_of: vec![] };
+    q.validate().unwrap();
+    let payloads = format("nvfp4-pack-quantized").unwrap().encode("m", &q);
+    assert_eq!(payloads, [bytes.clone(), vec![0x76], 896.0f32.to_le_bytes().to_vec()]);
+    assert_eq!(q.dequantize()[..8], [0.0, 0.125, -0.25, 0.375, 0.5, -0.75, 1.0, -1.5]);
+
+    let scheme = bitmill_scheme::scheme("mxfp4a16").unwrap();
+    let (codes, bytes) = (q.codes.repeat(2), bytes.repeat(2));
+    let q = Quantized { scheme, shape: [1, 32], codes, scales: vec![0.25], zeros: vec![], group_of: vec![] };
+    q.validate().unwrap();
+    assert_eq!(format("mxfp4-pack-quantized").unwrap().encode("m", &q), [bytes, vec![125]]);
+
+    let scheme = Scheme { activations: Activations::Full, ..bitmill_scheme::scheme("fp8_dynamic").unwrap() };
+    // −448, 1, 2^−9 and −0 are the bytes fe, 38, 01 and 80.
+    let codes = vec![0xfe, 0x38, 0x01, 0x80];
+    let q = Quantized { scheme, shape: [1, 4], codes, scales: vec![2.0], zeros: vec![], group_of: vec![] };
+    assert_eq!(format("float-quantized").unwrap().encode("m", &q), [q.codes.clone(), vec![0x00, 0x40]]);
+    assert_eq!(q.dequantize(), [-896.0, 2.0, 2.0f32.powi(-8), -0.0]);
 }
 
 #[test]

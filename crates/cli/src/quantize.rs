@@ -10,12 +10,12 @@ use crate::watch::{Reporter, stop_on_ctrl_c};
 use crate::{Common, effort, plan, report, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
-use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF};
+use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF, default_format};
 use bitmill_quantize::{
     Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, TargetShift,
     read_plan,
 };
-use bitmill_scheme::{Activations, BLOCKS, Bits, BlockType, Granularity, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -190,7 +190,7 @@ fn method_help() -> String {
 
 fn format_help() -> String {
     table(
-        "How the result is stored [default: pack-quantized, or int-quantized where activations are quantized too]:",
+        "How the result is stored [default: pack-quantized, or int-quantized where activations are quantized too; that of the scheme for floats]:",
         FORMATS.iter().chain([&GGUF]).map(|f| (f.name(), f.summary())),
     )
 }
@@ -240,11 +240,7 @@ impl How {
         let nearest = self.gguf.rounds_to_nearest(self.scheme.as_ref());
         let own = || if nearest { "rtn" } else { self.effort.method(&scheme) };
         let method = self.method.clone().unwrap_or_else(|| own().into());
-        let default_format = match scheme.activations {
-            _ if named_gguf || scheme.form().is_some() => GGUF.name(),
-            Activations::Full => "pack-quantized",
-            Activations::DynamicInt8 => "int-quantized",
-        };
+        let default_format = if named_gguf { GGUF.name() } else { default_format(&scheme) };
         let format = self.format.clone().unwrap_or_else(|| default_format.into());
         if let (Some(form), true) = (scheme.form(), format != GGUF.name()) {
             bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
@@ -252,7 +248,8 @@ impl How {
         let as_gguf = format == GGUF.name();
         self.gguf.check(as_gguf)?;
         // Statistics stand in for text, and tuning reads text; it moves integer codes.
-        let passes = self.tuning_passes.or((as_gguf || !self.mixed.stats.is_empty()).then_some(0));
+        let integers = matches!(scheme.grid, GridKind::Int { .. });
+        let passes = self.tuning_passes.or((!integers || as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
         Ok(Settings {

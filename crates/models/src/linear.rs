@@ -5,6 +5,9 @@ use crate::{Error, Weights, ops};
 use bitmill_scheme::Activations;
 use candle_core::Tensor;
 
+/// Inputs that share a scale under [`Activations::DynamicFp8Groups`].
+const FP8_GROUP: usize = 128;
+
 /// `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
@@ -43,6 +46,10 @@ impl Linear {
     pub(crate) fn read(&self, input: &Input<'_>) -> Result<Tensor, Error> {
         let x = match (self.activations, &input.int8) {
             (Activations::DynamicInt8, Some(rounded)) => rounded,
+            (Activations::DynamicFp8 | Activations::DynamicFp8Groups, _) => {
+                let rounded = input.fp8.iter().find(|(activations, _)| *activations == self.activations);
+                rounded.map_or(input.full, |(_, rounded)| rounded)
+            }
             _ => input.full,
         };
         let y = ops::product(x, &self.weight)?;
@@ -57,12 +64,20 @@ impl Linear {
 pub(crate) struct Input<'a> {
     full: &'a Tensor,
     int8: Option<Tensor>,
+    fp8: Vec<(Activations, Tensor)>,
 }
 
 impl<'a> Input<'a> {
     /// Prepares `x` for `linears`.
     pub(crate) fn new(x: &'a Tensor, linears: &[&Linear]) -> Result<Self, Error> {
-        let wanted = linears.iter().any(|linear| linear.activations == Activations::DynamicInt8);
-        Ok(Input { full: x, int8: if wanted { Some(ops::round_int8(x)?) } else { None } })
+        let wanted = |activations| linears.iter().any(|linear| linear.activations == activations);
+        let int8 = if wanted(Activations::DynamicInt8) { Some(ops::round_int8(x)?) } else { None };
+        let mut fp8 = Vec::new();
+        for (activations, group) in [(Activations::DynamicFp8, x.dim(1)?), (Activations::DynamicFp8Groups, FP8_GROUP)] {
+            if wanted(activations) {
+                fp8.push((activations, ops::round_fp8(x, group)?));
+            }
+        }
+        Ok(Input { full: x, int8, fp8 })
     }
 }

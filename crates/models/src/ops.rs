@@ -7,6 +7,7 @@
 
 use crate::Act;
 use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_scheme::FloatType;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::f64::consts::PI;
@@ -82,6 +83,11 @@ pub(crate) fn capped(x: &Tensor, cap: f32) -> Result<Tensor> {
 /// compressed-tensors does for dynamic per-token activations: `scale = amax / 127.5`, ties to even, codes −128 to 127.
 pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&RoundInt8)
+}
+
+/// Rounds every `group` inputs of a row to E4M3 numbers with a scale of their own, as loaders do at run time for FP8.
+pub(crate) fn round_fp8(x: &Tensor, group: usize) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&RoundFp8 { group })
 }
 
 /// Layer norm of every row of `x [rows, width]`: `(x − mean) / √(var + eps) · weight + bias`, variance over `width`.
@@ -206,6 +212,33 @@ impl CustomOp1 for Capped {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut out = floats(x, layout)?.to_vec();
         each_block(&mut out, 1, |_, block| block.iter_mut().for_each(|v| *v = self.cap * (*v / self.cap).tanh()));
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+struct RoundFp8 {
+    group: usize,
+}
+
+impl CustomOp1 for RoundFp8 {
+    fn name(&self) -> &'static str {
+        "round-fp8"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = layout.shape().dims2()?;
+        let mut out = floats(x, layout)?.to_vec();
+        let float = FloatType::E4m3;
+        each_block(&mut out, width, |_, block| {
+            for group in block.chunks_exact_mut(width).flat_map(|row| row.chunks_mut(self.group)) {
+                let scale = match reduce(group, 0.0, |a, v| a.max(v.abs()), f32::max) / float.max() {
+                    // The library's guard for zeros alone.
+                    0.0 => f32::EPSILON,
+                    scale => scale,
+                };
+                group.iter_mut().for_each(|v| *v = float.value(float.nearest(*v / scale)) * scale);
+            }
+        });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }

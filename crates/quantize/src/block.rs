@@ -4,6 +4,7 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
+use crate::fused::together;
 use crate::journal::{SiteRecord, StageChange, TensorRecord};
 use crate::learn::{Start, ToStored};
 use crate::reconstruction::{Rebuild, RebuiltBlock};
@@ -397,7 +398,12 @@ pub(crate) fn solve_targets(
 ) -> Result<Vec<(Role, Done)>, Error> {
     let started = Instant::now();
     let linears: Vec<Linear<'_>> = (targets.iter().zip(weights))
-        .map(|(t, weight)| Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme })
+        .map(|(t, weight)| {
+            let partners = targets.iter().zip(weights).filter(|(other, _)| together(t.role, other.role));
+            let amax = || partners.flat_map(|(_, w)| w).fold(0.0f32, |a, w| a.max(w.abs()));
+            let amax = t.scheme.has_divisor().then(amax);
+            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax }
+        })
         .collect();
     let solved = method.solve(&linears, Some(h), options)?;
     let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;

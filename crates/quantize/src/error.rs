@@ -265,6 +265,12 @@ pub enum Error {
         "tuning and reconstruction run text through the model, and statistics do not hold any; give text, or leave them out (--tuning-passes 0 --reconstruction-passes 0)"
     )]
     TuningNeedsText,
+    /// Soft rounding chooses between neighbouring integers.
+    #[error("--soft-rounding is for integer schemes, not for {scheme}; leave it out")]
+    SoftScheme {
+        /// The scheme.
+        scheme: bitmill_scheme::Scheme,
+    },
     /// Tuning moves integer codes, and the format holds others.
     #[error(
         "tuning and reconstruction are for integer schemes, not for {format} files; leave them out (--tuning-passes 0 --reconstruction-passes 0)"

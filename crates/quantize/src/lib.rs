@@ -11,6 +11,7 @@ mod convert;
 mod cost;
 mod error;
 mod factor;
+mod fused;
 mod gguf;
 mod journal;
 mod learn;

@@ -126,9 +126,7 @@ impl Plan {
                 );
             }
         }
-        if let Some(reason) = method.refuses(&settings.scheme) {
-            return Err(Error::MethodScheme { method: method.name(), scheme: settings.scheme, reason });
-        }
+        settings.check_schemes(method)?;
         let as_gguf = format.name() == GGUF.name();
         if as_gguf {
             gguf::check(input, spec.as_ref(), &mut notes)?;

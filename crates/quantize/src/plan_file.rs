@@ -14,7 +14,7 @@
 
 use crate::{Error, Plan, Settings};
 use bitmill_checkpoint::Checkpoint;
-use bitmill_scheme::{Activations, Bits, Granularity, Scheme};
+use bitmill_scheme::{Activations, Bits, Granularity, GridKind, SCHEMES, Scheme};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use std::collections::BTreeMap;
@@ -26,6 +26,10 @@ use toml::{Table, Value};
 /// # Errors
 /// What is wrong with it.
 pub fn parse_scheme(text: &str) -> Result<Scheme, String> {
+    // Floats have no symmetry to say, and the names they are known by.
+    if let Some(float) = parse_float(text) {
+        return Ok(float);
+    }
     let wrong =
         || format!("`{text}` is not a scheme; write it like `w4 g128 sym`, `w8 channel asym` or `w8a8 channel sym`");
     let parts: Vec<&str> = text.split_whitespace().collect();
@@ -52,6 +56,17 @@ pub fn parse_scheme(text: &str) -> Result<Scheme, String> {
         _ => return Err(wrong()),
     };
     Ok(Scheme { activations, ..Scheme::int(bits, symmetric, granularity) })
+}
+
+/// `nvfp4 g16`, `fp8 channel`, `fp8afp8 channel`.
+fn parse_float(text: &str) -> Option<Scheme> {
+    let named = SCHEMES.iter().map(|p| p.scheme).filter(|s| matches!(s.grid, GridKind::Float(_)));
+    let granularities = [Granularity::Tensor, Granularity::Channel, Granularity::Tile(128)];
+    let plain = named.clone().flat_map(|s| {
+        let own = move |granularity| Scheme { granularity, activations: Activations::Full, ..s };
+        granularities.into_iter().filter(move |_| s.scale.is_wide()).map(own)
+    });
+    named.chain(plain).find(|s| s.to_string() == text)
 }
 
 /// `settings` as a plan file, headed by `remarks` as comments.
@@ -149,7 +164,6 @@ fn scheme_of(key: &str, value: &Value) -> Result<Scheme, Reading> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitmill_scheme::SCHEMES;
 
     #[test]
     fn schemes_are_read_as_they_are_written() {

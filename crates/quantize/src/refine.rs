@@ -5,7 +5,7 @@
 use crate::refine_blocks::refit_blocks;
 use crate::refine_units::descend_units;
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GroupParams, IntGrid, Quantized};
+use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GridKind, GroupParams, Quantized};
 use rayon::prelude::*;
 
 /// Rows of one task.
@@ -36,12 +36,12 @@ trait Values: Sync {
     fn value(&self, code: u8, local: Self::Local) -> f32;
 }
 
-struct IntValues<'a> {
+struct GroupValues<'a, G> {
     q: &'a Quantized,
-    grid: IntGrid,
+    grid: G,
 }
 
-impl Values for IntValues<'_> {
+impl<G: Grid + Sync> Values for GroupValues<'_, G> {
     type Local = GroupParams;
 
     #[inline]
@@ -108,7 +108,10 @@ pub fn descend(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
     let mut codes = std::mem::take(&mut q.codes);
     let changed = match q.scheme.form() {
         Some(form) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &BlockValues::new(form, q)),
-        None => descend_on(w, &mut codes, h, sweeps, q.shape[1], &IntValues { q, grid: q.scheme.grid() }),
+        None => match q.scheme.float_grid(q.divisor()) {
+            Some(grid) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &GroupValues { q, grid }),
+            None => descend_on(w, &mut codes, h, sweeps, q.shape[1], &GroupValues { q, grid: q.scheme.grid() }),
+        },
     };
     q.codes = codes;
     changed
@@ -164,20 +167,27 @@ fn descend_row(codes: &mut [u8], g: &mut [f32], h: &[f32], sweeps: u32, values: 
 
 /// Refits the scales of each row to its codes under the full H: with q_g the row's code − zero inside group g, the
 /// normal equations A·s = r, A_gg' = q_gᵀHq_g', r_g = q_gᵀHw (methods part 0.1), rounded to the stored type. A row
-/// keeps its old scales where the rounded new ones are no better. Returns the number of rows improved. A matrix with
-/// one scale for all rows is left as it is.
+/// keeps its old scales where the rounded new ones are no better. Returns the number of rows improved. A matrix whose
+/// rows share scales is left as it is.
 pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
     let n = q.shape[1];
     if let Some(form) = q.scheme.form() {
         return refit_blocks(w, q, form, h);
     }
-    if q.scheme.granularity == Granularity::Tensor || !q.group_of.is_empty() {
+    if matches!(q.scheme.granularity, Granularity::Tensor | Granularity::Tile(_)) || !q.group_of.is_empty() {
         return 0;
     }
+    let divisor = q.divisor();
     let groups = q.scheme.groups(n);
     let mut scales = std::mem::take(&mut q.scales);
     let (scheme, codes, zeros) = (q.scheme, &q.codes, &q.zeros);
-    let improved = scales
+    let level = |code: u8, zero: u8| match scheme.grid {
+        // In units of the stored scale.
+        GridKind::Float(float) => float.value(code) / divisor,
+        _ => f32::from(code) - f32::from(zero),
+    };
+    let count = scheme.scales(q.shape);
+    let improved = scales[..count]
         .par_chunks_mut(ROWS * groups)
         .zip(w.par_chunks(ROWS * n))
         .enumerate()
@@ -186,8 +196,7 @@ pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
             let middle = scheme.bits().middle();
             let zero = |r: usize, g: usize| zeros.get((first + r) * groups + g).copied().unwrap_or(middle);
             let codes = &codes[first * n..first * n + w.len()];
-            let levels: Vec<f32> =
-                codes.iter().enumerate().map(|(j, &c)| f32::from(c) - f32::from(zero(j / n, j % n / len))).collect();
+            let levels: Vec<f32> = codes.iter().enumerate().map(|(j, &c)| level(c, zero(j / n, j % n / len))).collect();
             refit_chunk(w, &levels, scales, h, n, len, |s| scheme.scale.round(s))
         })
         .sum();
@@ -195,7 +204,7 @@ pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
     improved
 }
 
-/// One task of [`refit_scales`]: `levels` are codes minus zero points.
+/// One task of [`refit_scales`]: `levels` are what the scales multiply, codes minus zero points.
 fn refit_chunk(
     w: &[f32],
     levels: &[f32],
@@ -353,8 +362,14 @@ mod tests {
             let order = Order::natural(n);
             let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
             let search = ScaleSearch::MinMax;
-            let what =
-                Sweep { factor: &factor, order: &order, grid: scheme.grid(), group_len: n, search, fixed: Some(grid) };
+            let what = Sweep {
+                factor: &factor,
+                order: &order,
+                grid: scheme.grid(),
+                group_len: n,
+                search,
+                fixed: Some(&[grid]),
+            };
             let of = |codes: Vec<u8>| Quantized {
                 scheme,
                 shape: [1, n],

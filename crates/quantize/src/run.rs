@@ -11,6 +11,7 @@ mod tests;
 pub(crate) use publish::gguf_names;
 
 use crate::block::{Flow, Moment, Target};
+use crate::fused::largest;
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::reconstruction::{Rebuild, RebuiltBlock};
@@ -300,7 +301,9 @@ impl Worker<'_, '_> {
             };
             let started = Instant::now();
             let (method, solver) = self.plain_method()?;
-            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme };
+            let amax = || largest(self.input, self.plan.spec.as_ref(), module);
+            let amax = scheme.has_divisor().then(amax).transpose()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;

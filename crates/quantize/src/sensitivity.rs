@@ -19,7 +19,7 @@ use crate::{Action, Error, Factor, Linear, Needs, Order, Plan, SolverOptions, Un
 use bitmill_calibrate::{Pass, Replacement, SiteStats, Statistics, Windows, probe};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, ModelSpec, Role, SITES, Site};
-use bitmill_scheme::{Bits, Fit, Granularity, Grid, Scheme};
+use bitmill_scheme::{Bits, Fit, FloatGrid, Granularity, Grid, GridKind, Scheme};
 use serde::Serialize;
 
 /// Width of the probes: errors large enough to stand out of rounding noise, small enough to add up.
@@ -112,7 +112,7 @@ fn round_site(
     let mut replacement = Replacement::new();
     for &role in site.linears {
         let (name, weight) = (spec.module(index, role), block.linear(role).flatten_all()?.to_vec1::<f32>()?);
-        let linear = Linear { name: &name, weight: &weight, shape: spec.linear_shape(role), scheme };
+        let linear = Linear { name: &name, weight: &weight, shape: spec.linear_shape(role), scheme, amax: None };
         for solved in method("gptq")?.solve(&[linear], Some(&h), &quick)? {
             let values = solved.quantized.dequantize();
             error += loss(&weight, &values, &h).iter().sum::<f64>();
@@ -220,7 +220,7 @@ fn weigh(plan: &Plan, samples: &[Sample], h: &[f32], options: &[Scheme]) -> Resu
     for sample in samples {
         let [_, cols] = sample.shape;
         let shape = [sample.rows.len() / cols, cols];
-        let of = |&scheme| Linear { name: sample.module.as_str(), weight: &sample.rows, shape, scheme };
+        let of = |&scheme| Linear { name: sample.module.as_str(), weight: &sample.rows, shape, scheme, amax: None };
         linears.extend(options.iter().filter(|s| fits(sample, s)).map(of));
     }
     let h_for = (plan.method.needs(&solver) == Needs::Hessian).then_some(h);
@@ -280,6 +280,20 @@ fn closed_form(rows: &[f32], scheme: &Scheme, order: &Order, factor: &Factor) ->
     let count = all.min(FITTED_ROWS);
     let fitted = (0..count).map(|i| &rows[i * all / count * n..][..n]);
     match scheme.form() {
+        // Levels are not evenly spaced: rounding to nearest says what s²/12 is.
+        None if matches!(scheme.grid, GridKind::Float(_)) => {
+            for row in fitted {
+                let amax = row.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+                let GridKind::Float(float) = scheme.grid else { continue };
+                let divisor = if scheme.has_divisor() { FloatGrid::divisor_for(float, amax) } else { 1.0 };
+                let (Some(grid), length) = (scheme.float_grid(divisor), scheme.group_len(n)) else { continue };
+                for (group, d) in row.chunks(length).zip(d.chunks(length)) {
+                    let params = grid.fit(group, Fit::Weighted(&vec![1.0; group.len()]));
+                    let error = |&w: &f32| f64::from(grid.value(grid.nearest(w, params), params) - w).powi(2);
+                    total += 12.0 * group.iter().zip(d).map(|(w, d)| d * error(w)).sum::<f64>();
+                }
+            }
+        }
         None => {
             let (grid, length) = (scheme.grid(), scheme.group_len(n));
             let even = vec![1.0f32; length];
@@ -356,7 +370,7 @@ mod tests {
         let mut factors = Factors { h: &h, importance: diagonal(&h), factored: Vec::new() };
         let (mut predicted, mut measured) = (Vec::new(), Vec::new());
         for scheme in &options {
-            let linear = Linear { name: "x", weight: &w, shape: [rows, n], scheme: *scheme };
+            let linear = Linear { name: "x", weight: &w, shape: [rows, n], scheme: *scheme, amax: None };
             let solved = method("gptq").unwrap().solve(&[linear], Some(&h), &solver).unwrap();
             let (order, factor) = factors.of("x", scheme, &solver).unwrap();
             predicted.push(closed_form(&w, scheme, order, factor));

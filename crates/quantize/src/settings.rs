@@ -1,7 +1,8 @@
 //! Everything that decides the bytes of an output, as plain data.
 
 use crate::learn::Rates;
-use bitmill_scheme::{Fit, ScaleType, Scheme};
+use crate::{Error, Method};
+use bitmill_scheme::{Fit, GridKind, ScaleType, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -279,5 +280,25 @@ impl Settings {
     #[must_use]
     pub fn two_streams(&self) -> bool {
         self.observation.two_streams() || self.reconstruction.is_some()
+    }
+
+    /// Whether `method`, and what moves its codes afterwards, can do so on the grid of every scheme.
+    ///
+    /// # Errors
+    /// What is refused, and the remedy.
+    pub(crate) fn check_schemes(&self, method: &dyn Method) -> Result<(), Error> {
+        for scheme in std::iter::once(&self.scheme).chain(self.layers.values()) {
+            if let Some(reason) = method.refuses(scheme) {
+                return Err(Error::MethodScheme { method: method.name(), scheme: *scheme, reason });
+            }
+            let floats = matches!(scheme.grid, GridKind::Float(_));
+            if floats && (self.tuning.is_some() || self.reconstruction.is_some()) {
+                return Err(Error::TuningFormat { format: self.format.clone() });
+            }
+            if floats && self.solver.soft.is_some() {
+                return Err(Error::SoftScheme { scheme: *scheme });
+            }
+        }
+        Ok(())
     }
 }

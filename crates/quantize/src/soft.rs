@@ -6,7 +6,7 @@
 
 use crate::refine::times;
 use crate::{SoftKind, SoftRounding, loss};
-use bitmill_scheme::{Granularity, Quantized};
+use bitmill_scheme::{Granularity, GridKind, Quantized};
 use rayon::prelude::*;
 
 /// Rows of one task.
@@ -19,11 +19,11 @@ const REGULAR: (f32, f32) = (0.01, 3.0);
 /// Rank of LoRA-rounding (CBQ).
 const RANK: usize = 5;
 
-/// Learns the codes of `q` for the target `w` under `h`, scales fixed; returns the number of rows improved. Block types
-/// are left as they are.
+/// Learns the codes of `q` for the target `w` under `h`, scales fixed; returns the number of rows improved. Only
+/// integers have neighbouring codes to choose from; other schemes are left as they are.
 pub(crate) fn soften(w: &[f32], q: &mut Quantized, h: &[f32], soft: SoftRounding) -> usize {
     let n = q.shape[1];
-    if q.scheme.form().is_some() || !q.group_of.is_empty() || soft.steps == 0 {
+    if !matches!(q.scheme.grid, GridKind::Int { .. }) || !q.group_of.is_empty() || soft.steps == 0 {
         return 0;
     }
     let mean = (0..n).map(|i| f64::from(h[i * n + i])).sum::<f64>() / n as f64;

@@ -18,7 +18,7 @@
 
 use crate::{Factor, ScaleSearch};
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{Grid, GroupParams, IntGrid, Metric, UNIT};
+use bitmill_scheme::{FloatGrid, Grid, GroupParams, IntGrid, Metric, UNIT};
 use rayon::prelude::*;
 
 /// Rows of one task.
@@ -127,23 +127,30 @@ pub struct Part<'a> {
     pub columns: &'a [u32],
 }
 
-impl SweepGrid for IntGrid {
-    type Params = GroupParams;
+/// Grids whose groups have a scale and a zero point.
+macro_rules! by_groups {
+    ($($grid:ty),*) => {$(
+        impl SweepGrid for $grid {
+            type Params = GroupParams;
 
-    fn blank(&self) -> GroupParams {
-        GroupParams { scale: 1.0, zero: 0 }
-    }
+            fn blank(&self) -> GroupParams {
+                GroupParams { scale: 1.0, zero: 0 }
+            }
 
-    fn fit(&self, group: Part<'_>, search: ScaleSearch) -> GroupParams {
-        Grid::fit(self, group.w, search.fit(group.cost))
-    }
+            fn fit(&self, group: Part<'_>, search: ScaleSearch) -> GroupParams {
+                Grid::fit(self, group.w, search.fit(group.cost))
+            }
 
-    #[inline]
-    fn round(&self, unit: Unit<'_>, params: &GroupParams, codes: &mut [u8], values: &mut [f32]) {
-        codes[0] = self.nearest(unit.w[0], *params);
-        values[0] = self.value(codes[0], *params);
-    }
+            #[inline]
+            fn round(&self, unit: Unit<'_>, params: &GroupParams, codes: &mut [u8], values: &mut [f32]) {
+                codes[0] = self.nearest(unit.w[0], *params);
+                values[0] = self.value(codes[0], *params);
+            }
+        }
+    )*};
 }
+
+by_groups!(IntGrid, FloatGrid);
 
 /// What a sweep works with besides the weights.
 #[derive(Debug, Clone, Copy)]
@@ -159,8 +166,8 @@ pub struct Sweep<'a, G: SweepGrid = IntGrid> {
     /// How parameters are fitted to a group. The importance of a column in that fit is its D: what an error there still
     /// costs after later columns have made up for it.
     pub search: ScaleSearch,
-    /// Parameters for the whole matrix, where one scale serves all rows.
-    pub fixed: Option<G::Params>,
+    /// Parameters `[rows, groups]`, where several rows share a scale.
+    pub fixed: Option<&'a [G::Params]>,
 }
 
 /// Rounds `w: [rows, in]`. Returns codes `[rows, in]` and parameters `[rows, groups]`, both in the original order of
@@ -175,7 +182,13 @@ pub fn sweep<G: SweepGrid>(w: &[f32], what: &Sweep<'_, G>) -> (Vec<u8>, Vec<G::P
     (w.par_chunks(ROWS * n))
         .zip(codes.par_chunks_mut(ROWS * n))
         .zip(params.par_chunks_mut(ROWS * groups))
-        .for_each(|((w, codes), params)| Chunk::new(what, w).run(codes, params));
+        .enumerate()
+        .for_each(|(i, ((w, codes), params))| {
+            if let Some(fixed) = what.fixed {
+                params.copy_from_slice(&fixed[i * ROWS * groups..][..params.len()]);
+            }
+            Chunk::new(what, w).run(codes, params);
+        });
     (codes, params)
 }
 
@@ -212,9 +225,7 @@ impl<'a, G: SweepGrid> Chunk<'a, G> {
         let by_row = group_len >= n && self.what.grid.stride(group_len) == group_len;
         let block = if by_row { BLOCK } else { group_len * BLOCK.div_ceil(group_len) };
         for (row, params) in params.chunks_exact_mut(self.groups).enumerate() {
-            if let Some(fixed) = self.what.fixed {
-                params.fill(fixed);
-            } else if by_row {
+            if by_row && self.what.fixed.is_none() {
                 params[0] = self.what.grid.fit(self.part(&self.w[row * n..(row + 1) * n], 0), self.what.search);
             }
         }
@@ -401,8 +412,9 @@ pub(crate) mod tests {
 
     fn run(w: &[f32], h: &[f32], order: &Order, group_len: usize) -> Vec<u8> {
         let factor = Factor::new(h, &order.columns, 0.0).unwrap();
+        let fixed = vec![FIXED; w.len() / order.columns.len() * order.columns.len().div_ceil(group_len)];
         let what =
-            Sweep { factor: &factor, order, grid: grid(), group_len, search: ScaleSearch::MinMax, fixed: Some(FIXED) };
+            Sweep { factor: &factor, order, grid: grid(), group_len, search: ScaleSearch::MinMax, fixed: Some(&fixed) };
         sweep(w, &what).0
     }
 

@@ -53,6 +53,17 @@ pub enum Error {
         /// First input of the unit.
         col: usize,
     },
+    /// A code of a float grid that stands for no number.
+    #[error("the code of row {row}, input {col} is NaN")]
+    NaN {
+        /// Output row.
+        row: usize,
+        /// Input.
+        col: usize,
+    },
+    /// A divisor of scales that cannot be divided by.
+    #[error("the scale of the whole matrix is {0}, where a number above zero is needed")]
+    Divisor(f32),
     /// A scale that is NaN or infinite.
     #[error("the scale of row {row}, group {group} is {value}")]
     Scale {

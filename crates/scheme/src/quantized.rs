@@ -1,6 +1,6 @@
 //! Codes and parameters of one matrix, and the weights they stand for.
 
-use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GroupParams, Scheme};
+use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GridKind, GroupParams, Scheme};
 
 /// A weight matrix `[out, in]` under a [`Scheme`]: the only thing that passes from a method to a format.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,10 +9,11 @@ pub struct Quantized {
     pub scheme: Scheme,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Codes `0..2^b`, row-major `[out, in]`.
+    /// Codes `0..2^b`, row-major `[out, in]`; of a float grid, bit patterns.
     pub codes: Vec<u8>,
     /// Scales, row-major `[out, groups]` (one entry for [`Granularity::Tensor`]), each a value of the scheme's type.
-    /// They may be negative. For a GGUF type, the real numbers of every block, `[out, blocks, form.reals()]`.
+    /// They may be negative. Those of [`Granularity::Tile`] are `[row tiles, groups]`, and those of
+    /// [`crate::ScaleType::E4m3`] have what all are divided by behind them. For a GGUF type, the real numbers of every block, `[out, blocks, form.reals()]`.
     pub scales: Vec<f32>,
     /// Zero points in code units, laid out as the scales; empty for a symmetric grid. For a GGUF type, the integers of
     /// every block as they are stored, `[out, blocks, form.integers()]`.
@@ -35,9 +36,12 @@ impl Quantized {
         let groups_in_all = self.scheme.scales(self.shape);
         let (scales, zeros) = match self.scheme.form() {
             Some(form) => (groups_in_all * form.reals(), groups_in_all * form.integers()),
-            None => (groups_in_all, if self.scheme.symmetric() { 0 } else { groups_in_all }),
+            None => {
+                let divisor = usize::from(self.scheme.has_divisor());
+                (groups_in_all + divisor, if self.scheme.symmetric() { 0 } else { groups_in_all })
+            }
         };
-        if self.scheme.form().is_some() {
+        if self.scheme.form().is_some() || matches!(self.scheme.grid, GridKind::Float(_)) {
             self.scheme.check(cols)?;
         }
         let length =
@@ -53,6 +57,15 @@ impl Quantized {
         let max_code = self.scheme.form().map_or(bits.max_code(), |f| (f.levels.len() - 1) as u8);
         if let Some(&c) = self.codes.iter().max() {
             range("code", u32::from(c), u32::from(max_code))?;
+        }
+        if let GridKind::Float(float) = self.scheme.grid {
+            if let Some(i) = self.codes.iter().position(|&c| !float.is_number(c)) {
+                return Err(Error::NaN { row: i / cols, col: i % cols });
+            }
+            let divisor = self.divisor();
+            if !(divisor.is_finite() && divisor > 0.0) {
+                return Err(Error::Divisor(divisor));
+            }
         }
         if let Some(book) = self.scheme.form().and_then(BlockForm::codebook)
             && let Some(i) = self.codes.chunks(book.unit).position(|unit| !book.holds(unit))
@@ -95,9 +108,17 @@ impl Quantized {
     pub fn params(&self, row: usize, group: usize) -> GroupParams {
         let i = match self.scheme.granularity {
             Granularity::Tensor => 0,
+            Granularity::Tile(side) => row / side * self.scheme.groups(self.shape[1]) + group,
             _ => row * self.scheme.groups(self.shape[1]) + group,
         };
-        GroupParams { scale: self.scales[i], zero: self.zeros.get(i).copied().unwrap_or(self.scheme.bits().middle()) }
+        let scale = if self.scheme.has_divisor() { self.scales[i] / self.divisor() } else { self.scales[i] };
+        GroupParams { scale, zero: self.zeros.get(i).copied().unwrap_or(self.scheme.bits().middle()) }
+    }
+
+    /// What every stored scale is divided by.
+    #[must_use]
+    pub fn divisor(&self) -> f32 {
+        if self.scheme.has_divisor() { self.scales.last().copied().unwrap_or(1.0) } else { 1.0 }
     }
 
     /// Parameters of block `group` of output `row`, under a GGUF type of form `form`.
@@ -111,16 +132,23 @@ impl Quantized {
         p
     }
 
-    /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32, or for a GGUF type
+    /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32, for a float grid
+    /// `float(code) · (scale / divisor)`, or for a GGUF type
     /// `scale · level(code) + offset` of its sub-block. This is the definition that every reader, kernel and loader is
     /// held to.
     #[must_use]
     pub fn dequantize(&self) -> Vec<f32> {
-        let [rows, cols] = self.shape;
         if let Some(form) = self.scheme.form() {
             return self.dequantize_blocks(form);
         }
-        let grid = self.scheme.grid();
+        match self.scheme.float_grid(self.divisor()) {
+            Some(grid) => self.values(grid),
+            None => self.values(self.scheme.grid()),
+        }
+    }
+
+    fn values(&self, grid: impl Grid) -> Vec<f32> {
+        let [rows, cols] = self.shape;
         let mut out = Vec::with_capacity(rows * cols);
         for row in 0..rows {
             let codes = &self.codes[row * cols..][..cols];

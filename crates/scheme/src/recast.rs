@@ -5,7 +5,7 @@
 //! matrix goes from one scheme to another by adding a number to its codes, if the other grid is wide enough, cuts its
 //! groups no coarser, and has the scales and zero points among its values. Where it has not, nothing is done.
 
-use crate::{BlockForm, Granularity, Quantized, ScaleType, Scheme, Shift, Step};
+use crate::{BlockForm, Granularity, GridKind, Quantized, ScaleType, Scheme, Shift, Step};
 
 /// What keeps a scheme from holding the numbers of a matrix.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -72,6 +72,9 @@ impl Quantized {
         if to.grid == self.scheme.grid && to.granularity == self.scheme.granularity && to.scale == self.scheme.scale {
             return Ok(Quantized { scheme: to, ..self.clone() });
         }
+        if matches!(self.scheme.grid, GridKind::Float(_)) || matches!(to.grid, GridKind::Float(_)) {
+            return self.recast_floats(to);
+        }
         let [rows, cols] = self.shape;
         let mapped = !self.group_of.is_empty();
         let (own, theirs) = (self.step_len(), to.group_len(cols));
@@ -115,6 +118,23 @@ impl Quantized {
             }
         }
         Ok(out)
+    }
+
+    /// The same for a scheme of floats on either side: codes stay, and scales go to another type.
+    fn recast_floats(&self, to: Scheme) -> Result<Quantized, Loss> {
+        if to.grid != self.scheme.grid {
+            return Err(Loss::Levels);
+        }
+        if to.granularity != self.scheme.granularity {
+            return Err(Loss::Groups { from: self.step_len() });
+        }
+        let groups = self.scheme.groups(self.shape[1]);
+        let out = Quantized { scheme: to, ..self.clone() };
+        match self.scales.iter().position(|&s| to.scale.round(s) != s) {
+            _ if to.has_divisor() != self.scheme.has_divisor() => Err(Loss::Levels),
+            Some(i) => Err(Loss::Scale { row: i / groups, group: i % groups, value: self.scales[i], to: to.scale }),
+            None => Ok(out),
+        }
     }
 
     /// Inputs that share a step.

@@ -1,6 +1,6 @@
 //! Schemes: grid × granularity × scale encoding, and what they cost in bits.
 
-use crate::{BLOCKS, BlockForm, BlockType, Error, IntGrid, Shift};
+use crate::{BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte, exponent_value};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,8 @@ pub enum GridKind {
         /// Whether the zero point is fixed at 2^(b−1) instead of stored per group.
         symmetric: bool,
     },
+    /// Numbers with an exponent of their own, `scale · float`; codes are their bit patterns.
+    Float(FloatType),
     /// A quantized type of GGUF.
     Block(BlockType),
 }
@@ -81,6 +83,8 @@ pub enum Granularity {
     Channel,
     /// This many consecutive inputs of one output row.
     Group(usize),
+    /// A tile of this many consecutive output rows and as many consecutive inputs; the last tiles may be smaller.
+    Tile(usize),
     /// Inputs of one output row that a map sends to the same group, this many on average (GPTQ's `desc_act`). It is read and
     /// converted, and no method rounds to it.
     Mapped(usize),
@@ -96,6 +100,10 @@ pub enum ScaleType {
     Bf16,
     /// IEEE single precision; read from other tools' 8-bit checkpoints.
     F32,
+    /// A power of two, 2^(byte − 127): the MX types.
+    E8m0,
+    /// An E4M3 number, over a divisor that the whole matrix shares: NVFP4.
+    E4m3,
 }
 
 impl ScaleType {
@@ -105,16 +113,29 @@ impl ScaleType {
         match self {
             ScaleType::F16 | ScaleType::Bf16 => 16,
             ScaleType::F32 => 32,
+            ScaleType::E8m0 | ScaleType::E4m3 => 8,
         }
     }
 
-    /// The nearest value of this type to `scale`; it stays finite, and non-zero where `scale` is.
+    /// Whether a model's own type stands in for it; otherwise it belongs to the scheme.
+    #[must_use]
+    pub const fn is_wide(self) -> bool {
+        matches!(self, ScaleType::F16 | ScaleType::Bf16 | ScaleType::F32)
+    }
+
+    /// The nearest value of this type to `scale`; it stays finite, and non-zero where `scale` is. E8M0 has neither sign nor
+    /// zero.
     #[must_use]
     pub fn round(self, scale: f32) -> f32 {
         let (rounded, max, tiny) = match self {
             ScaleType::F16 => (f16::from_f32(scale).to_f32(), f16::MAX.to_f32(), f16::MIN_POSITIVE_SUBNORMAL.to_f32()),
             ScaleType::Bf16 => (bf16::from_f32(scale).to_f32(), bf16::MAX.to_f32(), bf16::MIN_POSITIVE.to_f32()),
             ScaleType::F32 => return scale,
+            ScaleType::E8m0 => return exponent_value(exponent_byte(scale)),
+            ScaleType::E4m3 => {
+                let float = FloatType::E4m3;
+                (float.value(float.nearest(scale)), float.max(), float.value(1))
+            }
         };
         if rounded == 0.0 && scale != 0.0 { tiny.copysign(scale) } else { rounded.clamp(-max, max) }
     }
@@ -128,6 +149,10 @@ pub enum Activations {
     Full,
     /// Symmetric 8-bit integers, one scale per token computed from that token's largest magnitude.
     DynamicInt8,
+    /// E4M3 numbers, one scale per token computed likewise.
+    DynamicFp8,
+    /// E4M3 numbers, one scale per token and 128 inputs.
+    DynamicFp8Groups,
 }
 
 /// How the numbers of a weight matrix are stored.
@@ -174,21 +199,27 @@ impl Scheme {
         }
     }
 
+    /// A weight-only float scheme.
+    #[must_use]
+    pub const fn float(float: FloatType, granularity: Granularity, scale: ScaleType) -> Self {
+        Scheme { grid: GridKind::Float(float), granularity, scale, activations: Activations::Full }
+    }
+
     /// The GGUF type, where the scheme is one.
     #[must_use]
     pub fn form(&self) -> Option<&'static BlockForm> {
         match self.grid {
-            GridKind::Int { .. } => None,
+            GridKind::Int { .. } | GridKind::Float(_) => None,
             GridKind::Block(kind) => Some(kind.form()),
         }
     }
 
-    /// The same scheme with scales of type `scale`; those of a GGUF type are what they are.
+    /// The same scheme with scales of type `scale`; those of a GGUF, MX or NVFP4 type are what they are.
     #[must_use]
     pub const fn with_scale(self, scale: ScaleType) -> Self {
         match self.grid {
-            GridKind::Int { .. } => Scheme { scale, ..self },
-            GridKind::Block(_) => self,
+            GridKind::Int { .. } | GridKind::Float(_) if self.scale.is_wide() => Scheme { scale, ..self },
+            _ => self,
         }
     }
 
@@ -197,6 +228,7 @@ impl Scheme {
     pub fn bits(&self) -> Bits {
         match self.grid {
             GridKind::Int { bits, .. } => bits,
+            GridKind::Float(float) => Bits(float.bits() as u8),
             GridKind::Block(kind) => Bits((kind.form().levels.len() - 1).ilog2() as u8 + 1),
         }
     }
@@ -206,6 +238,7 @@ impl Scheme {
     pub fn symmetric(&self) -> bool {
         match self.grid {
             GridKind::Int { symmetric, .. } => symmetric,
+            GridKind::Float(_) => true,
             GridKind::Block(kind) => kind.form().shift == Shift::None,
         }
     }
@@ -213,11 +246,26 @@ impl Scheme {
     /// The arithmetic of an integer grid.
     ///
     /// # Panics
-    /// For a GGUF type, whose arithmetic is that of [`Scheme::form`]: a caller's bug.
+    /// For a GGUF type, whose arithmetic is that of [`Scheme::form`], and a float: a caller's bug.
     #[must_use]
     pub fn grid(&self) -> IntGrid {
-        assert!(self.form().is_none(), "{self} has no integer grid");
+        assert!(matches!(self.grid, GridKind::Int { .. }), "{self} has no integer grid");
         IntGrid { bits: self.bits(), symmetric: self.symmetric(), scale: self.scale }
+    }
+
+    /// The arithmetic of a float grid in a matrix whose scales are divided by `divisor`; `None` for other grids.
+    #[must_use]
+    pub fn float_grid(&self, divisor: f32) -> Option<FloatGrid> {
+        match self.grid {
+            GridKind::Float(float) => Some(FloatGrid { float, scale: self.scale, divisor }),
+            _ => None,
+        }
+    }
+
+    /// Whether a matrix stores a divisor of all its scales.
+    #[must_use]
+    pub fn has_divisor(&self) -> bool {
+        self.scale == ScaleType::E4m3
     }
 
     /// Number of inputs that share one scale in a matrix with `cols` inputs.
@@ -225,7 +273,7 @@ impl Scheme {
     pub const fn group_len(&self, cols: usize) -> usize {
         match self.granularity {
             Granularity::Tensor | Granularity::Channel => cols,
-            Granularity::Group(group) | Granularity::Mapped(group) => group,
+            Granularity::Group(group) | Granularity::Mapped(group) | Granularity::Tile(group) => group,
         }
     }
 
@@ -234,15 +282,16 @@ impl Scheme {
     pub const fn groups(&self, cols: usize) -> usize {
         match self.granularity {
             Granularity::Tensor | Granularity::Channel => 1,
-            Granularity::Group(group) | Granularity::Mapped(group) => cols.div_ceil(group),
+            Granularity::Group(group) | Granularity::Mapped(group) | Granularity::Tile(group) => cols.div_ceil(group),
         }
     }
 
-    /// Number of stored scales of a matrix `[out, in]`.
+    /// Number of stored scales of a matrix `[out, in]`, a divisor not counted.
     #[must_use]
     pub const fn scales(&self, [rows, cols]: [usize; 2]) -> usize {
         match self.granularity {
             Granularity::Tensor => 1,
+            Granularity::Tile(side) => rows.div_ceil(side) * self.groups(cols),
             _ => rows * self.groups(cols),
         }
     }
@@ -256,6 +305,7 @@ impl Scheme {
             Granularity::Group(group) | Granularity::Mapped(group) if group == 0 || !cols.is_multiple_of(group) => {
                 Err(Error::Group { group, cols })
             }
+            Granularity::Tile(0) => Err(Error::Group { group: 0, cols }),
             _ => Ok(()),
         }
     }
@@ -268,7 +318,8 @@ impl Scheme {
             return form.bits_per_weight();
         }
         let zero = if self.symmetric() { 0 } else { self.bits().get() };
-        let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero);
+        let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero)
+            + if self.has_divisor() { 32.0 } else { 0.0 };
         f64::from(self.bits().get()) + side / (shape[0] as f64 * shape[1] as f64)
     }
 }
@@ -279,17 +330,31 @@ impl std::fmt::Display for Scheme {
         if let Some(form) = self.form() {
             return f.write_str(form.name);
         }
-        write!(f, "w{}", self.bits().get())?;
-        if self.activations == Activations::DynamicInt8 {
-            write!(f, "a8")?;
+        match (self.grid, self.scale) {
+            (GridKind::Float(FloatType::E4m3), ScaleType::E8m0) => write!(f, "mxfp8")?,
+            (GridKind::Float(FloatType::E2m1), ScaleType::E8m0) => write!(f, "mxfp4")?,
+            (GridKind::Float(FloatType::E2m1), ScaleType::E4m3) => write!(f, "nvfp4")?,
+            (GridKind::Float(FloatType::E4m3), _) => write!(f, "fp8")?,
+            (GridKind::Float(FloatType::E2m1), _) => write!(f, "fp4")?,
+            _ => write!(f, "w{}", self.bits().get())?,
+        }
+        match self.activations {
+            Activations::Full => {}
+            Activations::DynamicInt8 => write!(f, "a8")?,
+            Activations::DynamicFp8 => write!(f, "afp8")?,
+            Activations::DynamicFp8Groups => write!(f, "afp8g128")?,
         }
         match self.granularity {
             Granularity::Tensor => write!(f, " tensor")?,
+            Granularity::Tile(side) => write!(f, " {side}x{side}")?,
             Granularity::Channel => write!(f, " channel")?,
             Granularity::Group(g) => write!(f, " g{g}")?,
             Granularity::Mapped(g) => write!(f, " g{g} mapped")?,
         }
-        write!(f, " {}", if self.symmetric() { "sym" } else { "asym" })
+        match self.grid {
+            GridKind::Float(_) => Ok(()),
+            _ => write!(f, " {}", if self.symmetric() { "sym" } else { "asym" }),
+        }
     }
 }
 
@@ -337,6 +402,37 @@ pub static SCHEMES: &[Preset] = &[
             scale: ScaleType::Bf16,
             activations: Activations::DynamicInt8,
         },
+    },
+    Preset {
+        name: "fp8_dynamic",
+        summary: "8-bit floats (E4M3) per output channel, 8-bit floats per token at run time",
+        scheme: Scheme {
+            activations: Activations::DynamicFp8,
+            ..Scheme::float(FloatType::E4m3, Granularity::Channel, ScaleType::Bf16)
+        },
+    },
+    Preset {
+        name: "fp8_block",
+        summary: "8-bit floats in tiles of 128 x 128, 8-bit floats per token and 128 inputs at run time",
+        scheme: Scheme {
+            activations: Activations::DynamicFp8Groups,
+            ..Scheme::float(FloatType::E4m3, Granularity::Tile(128), ScaleType::Bf16)
+        },
+    },
+    Preset {
+        name: "nvfp4a16",
+        summary: "4-bit floats (E2M1) with an 8-bit float per 16, 4.5 bits per weight",
+        scheme: Scheme::float(FloatType::E2m1, Granularity::Group(16), ScaleType::E4m3),
+    },
+    Preset {
+        name: "mxfp4a16",
+        summary: "4-bit floats (E2M1) with a power of two per 32, 4.25 bits per weight",
+        scheme: Scheme::float(FloatType::E2m1, Granularity::Group(32), ScaleType::E8m0),
+    },
+    Preset {
+        name: "mxfp8a16",
+        summary: "8-bit floats (E4M3) with a power of two per 32, 8.25 bits per weight",
+        scheme: Scheme::float(FloatType::E4m3, Granularity::Group(32), ScaleType::E8m0),
     },
 ];
 

@@ -4,10 +4,10 @@
 //! arguments, and which ones they know depends on their version. The group's own `format` is written because the
 //! library otherwise infers one from the scheme alone (and never `naive-quantized`); no released reader refuses it.
 
-use super::{Format, format, unsupported};
+use super::{Format, floats, format, unsupported};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Dialect, Error};
-use bitmill_scheme::{Activations, Bits, Granularity, GridKind, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, ScaleType, Scheme};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -16,7 +16,17 @@ const METHOD: &str = "compressed-tensors";
 const VERSION: &str = "0.18.0";
 
 /// The formats that share the configuration.
-const FAMILY: [&str; 3] = ["pack-quantized", "int-quantized", "naive-quantized"];
+const FAMILY: [&str; 7] = [
+    "pack-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+];
+/// Inputs that share a scale where activations are rounded in groups.
+const ACTIVATION_GROUP: u32 = 128;
 
 /// The configuration of `layers` in `format`, one group per distinct scheme.
 pub(super) fn config(
@@ -70,16 +80,28 @@ fn weight_args(scheme: &Scheme) -> Value {
     let (strategy, group_size) = match scheme.granularity {
         Granularity::Tensor => ("tensor", Value::Null),
         Granularity::Channel => ("channel", json!(-1)),
+        // A group under a scale that is itself scaled.
+        Granularity::Group(g) if scheme.has_divisor() => ("tensor_group", json!(g)),
         Granularity::Group(g) | Granularity::Mapped(g) => ("group", json!(g)),
+        Granularity::Tile(_) => ("block", Value::Null),
     };
     let mut args = json!({
         "num_bits": scheme.bits().get(),
-        "type": "int",
+        "type": if matches!(scheme.grid, GridKind::Float(_)) { "float" } else { "int" },
         "symmetric": scheme.symmetric(),
         "strategy": strategy,
         "group_size": group_size,
         "dynamic": false,
     });
+    if let Granularity::Tile(side) = scheme.granularity {
+        args["block_structure"] = json!([side, side]);
+    }
+    // Without the key readers take the scales for numbers of the model's own type.
+    match scheme.scale {
+        ScaleType::E8m0 => args["scale_dtype"] = json!("torch.uint8"),
+        ScaleType::E4m3 => args["scale_dtype"] = json!("torch.float8_e4m3fn"),
+        _ => {}
+    }
     // Without the key readers make no room for the map.
     if let Granularity::Mapped(_) = scheme.granularity {
         args["actorder"] = json!("group");
@@ -93,6 +115,13 @@ fn activation_args(scheme: &Scheme) -> Value {
         Activations::DynamicInt8 => {
             json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})
         }
+        Activations::DynamicFp8 => {
+            json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true})
+        }
+        Activations::DynamicFp8Groups => json!({
+            "num_bits": 8, "type": "float", "symmetric": true, "strategy": "group", "group_size": ACTIVATION_GROUP,
+            "dynamic": true,
+        }),
     }
 }
 
@@ -172,10 +201,25 @@ fn read_group(
             Some(weights) => Some(read_scheme(path, weights, group)?),
         }
     };
-    let Some(scheme) = scheme else { return Ok(None) };
+    let Some(mut scheme) = scheme else { return Ok(None) };
     let name = group.get("format").filter(|f| !f.is_null()).or(fallback);
     let name = name.and_then(Value::as_str).ok_or_else(|| wrong("format", name, "the name of a format is needed"))?;
+    if let GridKind::Float(_) = scheme.grid {
+        // The format says what scales are; older files leave it out of the arguments.
+        scheme.scale = floats::fixed_scales(name).unwrap_or(ScaleType::Bf16);
+        // Both names have been written for 8-bit floats, which are stored alike.
+        let name = if name == "naive-quantized" { "float-quantized" } else { name };
+        return match format(name).filter(|f| floats::holds(f.name(), &scheme)) {
+            Some(format) => Ok(Some((format, scheme))),
+            None => Err(wrong(&format!("{path}.format"), Some(&name.into()), format!("it does not store {scheme}"))),
+        };
+    }
     match format(name) {
+        Some(format) if floats::holds_floats(name) => Err(wrong(
+            &format!("{path}.format"),
+            Some(&format.name().into()),
+            "its numbers are floats, and these are not",
+        )),
         Some(format) if FAMILY.contains(&format.name()) => Ok(Some((format, scheme))),
         _ => Err(Error::UnknownFormat { key: "format", got: name.to_owned(), known: FAMILY.join(", ") }),
     }
@@ -184,9 +228,12 @@ fn read_group(
 fn read_scheme(path: &str, weights: &Value, group: &Value) -> Result<Scheme, Error> {
     let key = |k: &str| format!("{path}.weights.{k}");
     let get = |k: &str| weights.get(k).filter(|v| !v.is_null());
-    if let Some(kind) = get("type").filter(|t| !t.as_str().is_some_and(|t| t.eq_ignore_ascii_case("int"))) {
-        return Err(wrong(&key("type"), Some(kind), "only integer weights are read yet"));
-    }
+    let float = match get("type").map(|t| t.as_str().map(str::to_lowercase)) {
+        None => false,
+        Some(Some(kind)) if kind == "int" => false,
+        Some(Some(kind)) if kind == "float" => true,
+        _ => return Err(wrong(&key("type"), get("type"), "int and float are read")),
+    };
     if let Some(dynamic) = get("dynamic").filter(|d| **d != Value::Bool(false)) {
         return Err(wrong(&key("dynamic"), Some(dynamic), "weights must be static"));
     }
@@ -205,13 +252,35 @@ fn read_scheme(path: &str, weights: &Value, group: &Value) -> Result<Scheme, Err
         (Some("tensor"), _) | (None, None) => Granularity::Tensor,
         (Some("channel"), _) | (None, Some(-1)) => Granularity::Channel,
         (Some("group") | None, Some(g)) if g > 0 => Granularity::Group(g as usize),
-        (Some("group") | None, _) => {
+        (Some("tensor_group"), Some(g)) if g > 0 && float => Granularity::Group(g as usize),
+        (Some("block"), _) if float => read_tile(&key("block_structure"), get("block_structure"))?,
+        (Some("group" | "tensor_group") | None, _) => {
             return Err(wrong(&key("group_size"), get("group_size"), "groups need a size above zero"));
         }
         _ => return Err(wrong(&key("strategy"), get("strategy"), "tensor, channel and group are read")),
     };
     let activations = read_activations(path, group)?;
-    Ok(Scheme { grid: GridKind::Int { bits, symmetric }, granularity, scale: ScaleType::Bf16, activations })
+    let grid = match (float, bits.get()) {
+        (false, _) => GridKind::Int { bits, symmetric },
+        (true, _) if !symmetric => return Err(wrong(&key("symmetric"), get("symmetric"), "floats are symmetric")),
+        (true, 8) => GridKind::Float(FloatType::E4m3),
+        (true, 4) => GridKind::Float(FloatType::E2m1),
+        _ => return Err(wrong(&key("num_bits"), get("num_bits"), "floats of 4 and 8 bits are read")),
+    };
+    Ok(Scheme { grid, granularity, scale: ScaleType::Bf16, activations })
+}
+
+/// `[128, 128]`, or the `"128x128"` of old files.
+fn read_tile(key: &str, value: Option<&Value>) -> Result<Granularity, Error> {
+    let sides: Vec<usize> = match value {
+        Some(Value::String(text)) => text.split('x').filter_map(|s| s.parse().ok()).collect(),
+        Some(Value::Array(list)) => list.iter().filter_map(|s| usize::try_from(s.as_u64()?).ok()).collect(),
+        _ => Vec::new(),
+    };
+    match sides[..] {
+        [rows, cols] if rows == cols && rows > 0 => Ok(Granularity::Tile(rows)),
+        _ => Err(wrong(key, value, "square tiles are read, like [128, 128]")),
+    }
 }
 
 fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
@@ -229,17 +298,36 @@ fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
     if int8 && token && is("symmetric", json!(true), json!(true)) {
         return Ok(Activations::DynamicInt8);
     }
-    let reason = "only symmetric 8-bit integers, dynamic per token, are read yet";
+    let fp8 = is("num_bits", json!(8), json!(8)) && is("type", json!("float"), json!("int"));
+    let dynamic = is("dynamic", json!(true), json!(false)) && is("symmetric", json!(true), json!(true));
+    if fp8 && dynamic && is("strategy", json!("token"), Value::Null) {
+        return Ok(Activations::DynamicFp8);
+    }
+    if fp8
+        && dynamic
+        && is("strategy", json!("group"), Value::Null)
+        && is("group_size", json!(ACTIVATION_GROUP), Value::Null)
+    {
+        return Ok(Activations::DynamicFp8Groups);
+    }
+    let reason = "only symmetric 8-bit numbers, dynamic per token or (floats) per 128 inputs, are read yet";
     Err(wrong(&format!("{path}.input_activations"), Some(input), reason))
 }
 
 /// The scheme a bare list of targets stands for; `None` for UNQUANTIZED.
 fn preset(name: &str) -> Result<Option<Scheme>, Error> {
     let unknown = || {
-        let known = "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, UNQUANTIZED".to_owned();
+        let known =
+            "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, FP8_DYNAMIC, FP8_BLOCK, NVFP4A16, MXFP4A16, \
+                     MXFP8A16, UNQUANTIZED"
+                .to_owned();
         Error::UnknownFormat { key: "config_groups", got: name.to_owned(), known }
     };
     let upper = name.to_uppercase();
+    if let "FP8_DYNAMIC" | "FP8_BLOCK" | "NVFP4A16" | "MXFP4A16" | "MXFP8A16" = upper.as_str() {
+        // Ours are named after these.
+        return Ok(bitmill_scheme::scheme(&name.to_lowercase()));
+    }
     let (bits, activations, symmetric) = match upper.as_str() {
         "UNQUANTIZED" => return Ok(None),
         "W4A16_ASYM" => ("4", "16", false),

@@ -2,6 +2,7 @@
 
 mod awq;
 mod compressed_tensors;
+mod floats;
 mod gguf;
 mod gptq;
 mod int8;
@@ -11,7 +12,7 @@ mod pack_quantized;
 
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
-use bitmill_scheme::{Activations, Granularity, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_byte};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -101,6 +102,10 @@ pub static FORMATS: &[&dyn Format] = &[
     &pack_quantized::PackQuantized,
     &int_quantized::IntQuantized,
     &naive_quantized::NaiveQuantized,
+    &floats::FP8,
+    &floats::NVFP4,
+    &floats::MXFP4,
+    &floats::MXFP8,
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,
@@ -112,8 +117,31 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
     FORMATS.iter().copied().chain([GGUF]).find(|f| f.name() == name)
 }
 
-/// What every format asks of a matrix and its scheme.
-fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
+/// The format in which `scheme` is written unless another is named.
+#[must_use]
+pub fn default_format(scheme: &Scheme) -> &'static str {
+    match (scheme.grid, scheme.activations) {
+        (GridKind::Block(_), _) => GGUF.name(),
+        (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
+        (GridKind::Int { .. }, Activations::Full) => "pack-quantized",
+        (GridKind::Int { .. }, _) => "int-quantized",
+    }
+}
+
+/// What every format of integers asks of a matrix and its scheme.
+fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+    if let GridKind::Float(_) = scheme.grid {
+        let name = default_format(scheme);
+        return Err(unsupported(format, module, scheme, format!("its numbers are integers; use {name} for floats")));
+    }
+    if let Granularity::Tile(_) = scheme.granularity {
+        return Err(unsupported(format, module, scheme, "tiles are for floats; choose groups or channels"));
+    }
+    check_shape(format, module, scheme, shape)
+}
+
+/// What every format asks of a matrix.
+fn check_shape(format: &dyn Format, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
     if scheme.form().is_some() {
         return Err(unsupported(format, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)"));
     }
@@ -156,6 +184,8 @@ fn scale_bytes(scales: impl Iterator<Item = f32>, scale: ScaleType) -> Vec<u8> {
         ScaleType::F16 => scales.flat_map(|s| f16::from_f32(s).to_le_bytes()).collect(),
         ScaleType::Bf16 => scales.flat_map(|s| bf16::from_f32(s).to_le_bytes()).collect(),
         ScaleType::F32 => scales.flat_map(f32::to_le_bytes).collect(),
+        ScaleType::E8m0 => scales.map(exponent_byte).collect(),
+        ScaleType::E4m3 => scales.map(|s| FloatType::E4m3.nearest(s)).collect(),
     }
 }
 
@@ -164,6 +194,8 @@ fn scale_dtype(scale: ScaleType) -> Dtype {
         ScaleType::F16 => Dtype::F16,
         ScaleType::Bf16 => Dtype::BF16,
         ScaleType::F32 => Dtype::F32,
+        ScaleType::E8m0 => Dtype::U8,
+        ScaleType::E4m3 => Dtype::F8_E4M3,
     }
 }
 

@@ -191,6 +191,7 @@ pub(super) fn map_spec(module: &str, scheme: &Scheme, cols: usize) -> Option<Ten
 pub(super) fn scale_shape(scheme: &Scheme, [rows, cols]: [usize; 2]) -> Vec<usize> {
     match scheme.granularity {
         Granularity::Tensor => vec![1],
+        Granularity::Tile(side) => vec![rows.div_ceil(side), scheme.groups(cols)],
         _ => vec![rows, scheme.groups(cols)],
     }
 }

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
 use bitmill_checkpoint::{Checkpoint, Format, OutputPlan};
-use bitmill_scheme::{Activations, Bits, Granularity, GridKind, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,10 +26,14 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
     let max = u32::from(scheme.bits().max_code());
     let scales = scheme.scales(shape);
     let zeros = if scheme.symmetric() { 0 } else { scales };
-    let q = Quantized {
+    let number = |code: u8| match scheme.grid {
+        GridKind::Float(float) if !float.is_number(code) => 0,
+        _ => code,
+    };
+    let mut q = Quantized {
         scheme,
         shape,
-        codes: (0..shape[0] * shape[1]).map(|_| random.below(max + 1) as u8).collect(),
+        codes: (0..shape[0] * shape[1]).map(|_| number(random.below(max + 1) as u8)).collect(),
         scales: (0..scales).map(|_| scheme.scale.round((random.below(2000) as f32 - 1000.0) * 1e-4)).collect(),
         zeros: (0..zeros).map(|_| random.below(max + 1) as u8).collect(),
         group_of: match scheme.granularity {
@@ -37,6 +41,9 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
             _ => vec![],
         },
     };
+    if scheme.has_divisor() {
+        q.scales.push(0.37);
+    }
     q.validate().unwrap();
     q
 }
@@ -66,6 +73,20 @@ pub(crate) fn schemes() -> Vec<Scheme> {
             }
         }
     }
+    for (name, granularity) in [("fp8_dynamic", Granularity::Channel), ("fp8_block", Granularity::Tile(128))] {
+        all.push(Scheme { granularity, ..bitmill_scheme::scheme(name).unwrap() });
+    }
+    // Channels come last: a row less of them does not go unnoticed.
+    let groups = [Granularity::Tensor, Granularity::Tile(16), Granularity::Group(8), Granularity::Channel];
+    let mut floats = |float, scales: &[ScaleType], granularities: &[Granularity]| {
+        for (&scale, &granularity) in scales.iter().flat_map(|s| granularities.iter().map(move |g| (s, g))) {
+            all.push(Scheme::float(float, granularity, scale));
+        }
+    };
+    floats(FloatType::E4m3, &[ScaleType::F16, ScaleType::Bf16, ScaleType::F32], &groups);
+    floats(FloatType::E4m3, &[ScaleType::E8m0], &[Granularity::Group(32)]);
+    floats(FloatType::E2m1, &[ScaleType::E8m0], &[Granularity::Group(32)]);
+    floats(FloatType::E2m1, &[ScaleType::E4m3], &[Granularity::Group(16), Granularity::Group(8)]);
     all
 }
 

@@ -244,7 +244,7 @@ impl<'a> Decider<'a> {
             for symmetric in symmetries {
                 let grid = match candidate.grid {
                     GridKind::Int { bits, .. } => GridKind::Int { bits, symmetric },
-                    block @ GridKind::Block(_) => block,
+                    other @ (GridKind::Block(_) | GridKind::Float(_)) => other,
                 };
                 // The model's own type first: what was widened for another format comes back as it was.
                 for scale in [format.scale_type(model_type(self.input)), candidate.scale] {
@@ -297,7 +297,7 @@ pub(super) fn requantized(module: &str, q: &Quantized, scheme: Scheme, how: How)
         }
         How::Nearest => {
             let weight = q.dequantize();
-            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme };
+            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None };
             let options = SolverOptions { scale_search: Some(ScaleSearch::Mse), ..SolverOptions::default() };
             let mut solved = method("rtn")?.solve(&[linear], None, &options)?;
             Ok(solved.remove(0).quantized)

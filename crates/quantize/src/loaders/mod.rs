@@ -146,9 +146,16 @@ fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
         "int-quantized" => true,
         "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "float-quantized" => fp8(scheme),
+        "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" => true,
         _ => false,
     };
     kernels(taken, format, scheme)
+}
+
+/// 8-bit floats that kernels know: scales per tensor or channel, or in tiles of 128.
+fn fp8(scheme: &Scheme) -> bool {
+    matches!(scheme.granularity, Granularity::Tensor | Granularity::Channel | Granularity::Tile(128))
 }
 
 fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
@@ -158,6 +165,8 @@ fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
         "int-quantized" => true,
         "gptq" => scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "float-quantized" => fp8(scheme),
+        "nvfp4-pack-quantized" => true,
         _ => false,
     };
     kernels(taken, format, scheme)
@@ -175,7 +184,13 @@ fn transformers(format: &str, scheme: &Scheme) -> Option<String> {
 fn packages(format: &str) -> Option<&'static str> {
     match format {
         "gptq" | "gptq_v2" | "awq" => Some("the package gptqmodel"),
-        "pack-quantized" | "int-quantized" | "naive-quantized" => Some("the package compressed-tensors"),
+        "pack-quantized"
+        | "int-quantized"
+        | "naive-quantized"
+        | "float-quantized"
+        | "nvfp4-pack-quantized"
+        | "mxfp4-pack-quantized"
+        | "mxfp8-quantized" => Some("the package compressed-tensors"),
         "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
         _ => None,
     }

@@ -1,6 +1,7 @@
 //! The rules: facts about what loaders refuse, or read as something else.
 
 use super::{Demands, Loader, Rule, Subject};
+use crate::fused::FUSED;
 use crate::plan::is_embedding;
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{Granularity, Scheme};
@@ -62,8 +63,7 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
 fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let Some(spec) = subject.spec.as_ref().filter(|_| loader.fuses) else { return Vec::new() };
     let schemes: BTreeMap<&String, Scheme> = subject.layers.iter().map(|(m, (s, _))| (m, *s)).collect();
-    let fused: [&[Role]; 2] = [&[Role::Q, Role::K, Role::V], &[Role::Gate, Role::Up]];
-    let places = (0..spec.layers).flat_map(|b| fused.iter().map(move |roles| (b, *roles)));
+    let places = (0..spec.layers).flat_map(|b| FUSED.iter().map(move |roles| (b, *roles)));
     let differs = |(block, roles): &(usize, &[Role])| {
         let mut own = roles.iter().filter(|&&r| spec.has(r)).map(|&r| schemes.get(&spec.module(*block, r)));
         own.next().is_some_and(|first| own.any(|other| other != first))
@@ -108,6 +108,9 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
         match scheme.granularity {
             Granularity::Group(g) if by_inputs && !share.is_multiple_of(g) => {
                 broken.push(format!("{module}: {share} inputs of each of {n} devices are no whole groups of {g}"));
+            }
+            Granularity::Tile(g) if !share.is_multiple_of(g) => {
+                broken.push(format!("{module}: {share} of each of {n} devices are no whole tiles of {g}"));
             }
             Granularity::Mapped(_) if by_inputs => {
                 broken.push(format!("{module}: groups out of order (desc_act) are spread over all {n} devices"));

@@ -2,11 +2,12 @@
 //! what an error of each input still costs, coordinate descent over the codes, and scales refitted under the full Hessian.
 
 use super::rtn::{fit, importance};
-use super::{Linear, Method, Needs, Solved, assemble, blocks};
+use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
 use crate::soft::soften;
+use crate::sweep::SweepGrid;
 use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
-use bitmill_scheme::{Granularity, Quantized, Scheme};
+use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Gptq;
@@ -56,6 +57,10 @@ pub(crate) fn order(scheme: &Scheme, importance: &[f32], options: &SolverOptions
     let n = importance.len();
     match (options.act_order, scheme.form()) {
         (true, Some(form)) => Order::nested(importance, &[form.len, form.sub, form.unit()]),
+        // A ragged last group keeps its place.
+        (true, None) if scheme.granularity != Granularity::Tensor && !n.is_multiple_of(scheme.group_len(n)) => {
+            Order::natural(n)
+        }
         (true, None) => Order::by_importance(importance, scheme.group_len(n)),
         (false, _) => Order::natural(n),
     }
@@ -73,7 +78,10 @@ fn solve_linear(
     let search = options.scale_search.unwrap_or(ScaleSearch::Hessian);
     let mut quantized = match linear.scheme.form() {
         Some(form) => blocks::swept(linear, form, order, factor, search),
-        None => swept(linear, importance, order, factor, search),
+        None => match GroupGrid::of(linear) {
+            GroupGrid::Int(grid) => swept(linear, importance, order, factor, search, grid),
+            GroupGrid::Float(grid) => swept(linear, importance, order, factor, search, grid),
+        },
     };
     // The refinements see the same damped H as the sweep: damping is what keeps them from fitting noise.
     let h = damped(h, n, factor.damping());
@@ -110,18 +118,19 @@ fn shrunk(h: &[f32], share: f32) -> Cow<'_, [f32]> {
     Cow::Owned(h.iter().enumerate().map(entry).collect())
 }
 
-/// The sweep onto an integer grid.
-fn swept(linear: &Linear<'_>, importance: &[f32], order: &Order, factor: &Factor, search: ScaleSearch) -> Quantized {
-    let n = linear.shape[1];
-    let whole = linear.scheme.granularity == Granularity::Tensor;
-    let what = Sweep {
-        factor,
-        order,
-        grid: linear.scheme.grid(),
-        group_len: linear.scheme.group_len(n),
-        search,
-        fixed: whole.then(|| fit(linear, search, importance)[0]),
-    };
+/// The sweep onto a grid of integers or floats. Scales that several rows share are fitted to the weights themselves.
+fn swept<G: Grid + SweepGrid<Params = GroupParams>>(
+    linear: &Linear<'_>,
+    importance: &[f32],
+    order: &Order,
+    factor: &Factor,
+    search: ScaleSearch,
+    grid: G,
+) -> Quantized {
+    let shared = matches!(linear.scheme.granularity, Granularity::Tensor | Granularity::Tile(_));
+    let fixed = shared.then(|| fit(linear, search, importance, grid));
+    let group_len = linear.scheme.group_len(linear.shape[1]);
+    let what = Sweep { factor, order, grid, group_len, search, fixed: fixed.as_deref() };
     let (codes, params) = sweep(linear.weight, &what);
     assemble(linear, codes, params)
 }

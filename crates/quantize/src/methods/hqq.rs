@@ -6,10 +6,9 @@
 //! store integers, so here the zero point is rounded at the end and the scale refitted, and a symmetric grid, which has
 //! no zero point to move, has its scale moved instead.
 
-use super::{Linear, Method, Needs, Solved, assemble, groups, nearest};
+use super::{Linear, Method, Needs, Solved, assemble, fitted, nearest};
 use crate::{Error, SolverOptions};
-use bitmill_scheme::{Fit, Grid, GroupParams, IntGrid, Scheme};
-use rayon::prelude::*;
+use bitmill_scheme::{Fit, Grid, GridKind, GroupParams, IntGrid, Scheme};
 
 pub(super) struct Hqq;
 
@@ -29,7 +28,8 @@ impl Method for Hqq {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<&'static str> {
-        scheme.form().map(|_| "it fits the zero points of integer grids; use --method rtn, which needs no data either")
+        let reason = "it fits the zero points of integer grids; use --method rtn, which needs no data either";
+        (!matches!(scheme.grid, GridKind::Int { .. })).then_some(reason)
     }
 
     fn needs(&self, _: &SolverOptions) -> Needs {
@@ -39,9 +39,8 @@ impl Method for Hqq {
     fn solve(&self, linears: &[Linear<'_>], _: Option<&[f32]>, _: &SolverOptions) -> Result<Vec<Solved>, Error> {
         let solve = |linear: &Linear<'_>| {
             let grid = linear.scheme.grid();
-            let chunks: Vec<&[f32]> = groups(linear).collect();
-            let params: Vec<GroupParams> = chunks.par_iter().map(|w| fit_group(grid, w)).collect();
-            let codes = nearest(linear, &params);
+            let params = fitted(linear, |w, _| fit_group(grid, w));
+            let codes = nearest(linear, &params, grid);
             Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())

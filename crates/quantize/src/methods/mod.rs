@@ -11,7 +11,9 @@ mod rtn;
 pub(crate) use gptq::order;
 
 use crate::{Error, SolverOptions, StageChange};
-use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
+use bitmill_scheme::{FloatGrid, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
+use rayon::prelude::*;
+use std::ops::Range;
 
 /// A linear to round: `y = x·Wᵀ`.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +26,9 @@ pub struct Linear<'a> {
     pub shape: [usize; 2],
     /// What it becomes; it fits the shape.
     pub scheme: Scheme,
+    /// The largest magnitude over all linears that loaders hold as one matrix with it; its own where it is alone. What
+    /// NVFP4 divides scales by follows from it.
+    pub amax: Option<f32>,
 }
 
 /// What a method needs besides weights.
@@ -87,28 +92,83 @@ pub fn method(name: &str) -> Result<&'static dyn Method, Error> {
     found.copied().ok_or_else(|| Error::UnknownMethod { name: name.into(), known: known() })
 }
 
-/// A [`Quantized`] from codes `[out, in]` and parameters `[out, groups]` (one entry for a whole tensor).
+/// The arithmetic of a scheme whose groups have a scale and a zero point.
+#[derive(Clone, Copy)]
+enum GroupGrid {
+    Int(IntGrid),
+    Float(FloatGrid),
+}
+
+impl GroupGrid {
+    /// That of a linear whose scheme is no GGUF type.
+    fn of(linear: &Linear<'_>) -> Self {
+        match linear.scheme.float_grid(divisor(linear)) {
+            Some(grid) => GroupGrid::Float(grid),
+            None => GroupGrid::Int(linear.scheme.grid()),
+        }
+    }
+}
+
+/// What the stored scales of a linear are divided by.
+fn divisor(linear: &Linear<'_>) -> f32 {
+    match linear.scheme.grid {
+        GridKind::Float(float) if linear.scheme.has_divisor() => {
+            let own = || linear.weight.iter().fold(0.0f32, |a, w| a.max(w.abs()));
+            FloatGrid::divisor_for(float, linear.amax.unwrap_or_else(own))
+        }
+        _ => 1.0,
+    }
+}
+
+/// A [`Quantized`] from codes `[out, in]` and parameters `[out, groups]`, of which rows that share scales hold the same.
 fn assemble(linear: &Linear<'_>, codes: Vec<u8>, mut params: Vec<GroupParams>) -> Quantized {
-    if linear.scheme.granularity == Granularity::Tensor {
-        params.truncate(1);
+    let groups = linear.scheme.groups(linear.shape[1]);
+    match linear.scheme.granularity {
+        Granularity::Tensor => params.truncate(1),
+        Granularity::Tile(side) => {
+            params = params.chunks(side * groups).flat_map(|tiles| &tiles[..groups]).copied().collect();
+        }
+        _ => {}
     }
     let zeros = if linear.scheme.symmetric() { Vec::new() } else { params.iter().map(|p| p.zero).collect() };
-    let scales = params.iter().map(|p| p.scale).collect();
+    let divisor = divisor(linear);
+    // Exact, since divisors are powers of two.
+    let mut scales: Vec<f32> = params.iter().map(|p| p.scale * divisor).collect();
+    if linear.scheme.has_divisor() {
+        scales.push(divisor);
+    }
     Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new() }
 }
 
-/// The weights of every group, in the order of its parameters.
-fn groups<'a>(linear: &Linear<'a>) -> std::slice::Chunks<'a, f32> {
-    match linear.scheme.granularity {
-        Granularity::Tensor => linear.weight.chunks(linear.weight.len().max(1)),
-        _ => linear.weight.chunks(linear.scheme.group_len(linear.shape[1])),
-    }
+/// Parameters `[out, groups]`, each what `fit` makes of the weights that share them and of their range of inputs.
+fn fitted(linear: &Linear<'_>, fit: impl Fn(&[f32], Range<usize>) -> GroupParams + Sync) -> Vec<GroupParams> {
+    let [rows, n] = linear.shape;
+    let height = match linear.scheme.granularity {
+        Granularity::Tensor => rows.max(1),
+        Granularity::Tile(side) => side.max(1),
+        _ => 1,
+    };
+    let len = linear.scheme.group_len(n).max(1);
+    let corners = (0..rows).step_by(height).flat_map(|row| (0..n).step_by(len).map(move |col| (row, col)));
+    let corners: Vec<(usize, usize)> = corners.collect();
+    let of = |&(row, col): &(usize, usize)| {
+        let cols = col..n.min(col + len);
+        let part = |row: usize| &linear.weight[row * n..][cols.clone()];
+        match height {
+            1 => fit(part(row), cols.clone()),
+            _ => fit(&(row..rows.min(row + height)).flat_map(part).copied().collect::<Vec<f32>>(), cols.clone()),
+        }
+    };
+    let params: Vec<GroupParams> = corners.par_iter().map(of).collect();
+    let groups = n.div_ceil(len);
+    (0..rows).flat_map(|row| &params[row / height * groups..][..groups]).copied().collect()
 }
 
-/// Codes nearest to the weights under given parameters.
-fn nearest(linear: &Linear<'_>, params: &[GroupParams]) -> Vec<u8> {
-    let grid = linear.scheme.grid();
-    groups(linear).zip(params).flat_map(|(w, &p)| w.iter().map(move |&x| grid.nearest(x, p))).collect()
+/// Codes nearest to the weights under parameters `[out, groups]`.
+fn nearest(linear: &Linear<'_>, params: &[GroupParams], grid: impl Grid + Copy) -> Vec<u8> {
+    let (n, len) = (linear.shape[1].max(1), linear.scheme.group_len(linear.shape[1]).max(1));
+    let groups = linear.weight.chunks(n).flat_map(|row| row.chunks(len));
+    groups.zip(params).flat_map(|(w, &p)| w.iter().map(move |&x| grid.nearest(x, p))).collect()
 }
 
 #[cfg(test)]
@@ -116,7 +176,7 @@ mod tests {
     use super::*;
     use crate::sweep::tests::{random_h, random_w};
     use crate::{ScaleSearch, loss};
-    use bitmill_scheme::{BLOCKS, Bits, BlockType};
+    use bitmill_scheme::{BLOCKS, Bits, BlockType, SCHEMES, ScaleType};
 
     fn schemes() -> Vec<Scheme> {
         let mut all = Vec::new();
@@ -127,6 +187,8 @@ mod tests {
                 }
             }
         }
+        all.extend(SCHEMES.iter().map(|p| p.scheme).filter(|s| matches!(s.grid, GridKind::Float(_))));
+        all.push(Scheme { granularity: Granularity::Tensor, ..bitmill_scheme::scheme("fp8_dynamic").unwrap() });
         all.extend(BLOCKS.iter().map(|form| Scheme::block(form.kind)));
         all
     }
@@ -139,7 +201,7 @@ mod tests {
         scheme: Scheme,
         options: &SolverOptions,
     ) -> Quantized {
-        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme };
+        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme, amax: None };
         let h = (method.needs(options) == Needs::Hessian).then_some(h);
         method.solve(&[linear], h, options).unwrap().remove(0).quantized
     }
@@ -153,7 +215,8 @@ mod tests {
                 let q = solve(*method, &w, &h, n, scheme, &SolverOptions::default());
                 q.validate().unwrap();
                 assert_eq!((q.scheme, q.shape), (scheme, [40, n]), "{}", method.name());
-                assert!(q.scales.iter().all(|&s| scheme.scale.round(s) == s), "scales are of their type");
+                let scales = q.scales.len() - usize::from(scheme.has_divisor());
+                assert!(q.scales[..scales].iter().all(|&s| scheme.scale.round(s) == s), "scales are of their type");
                 let error: f32 =
                     q.dequantize().iter().zip(&w).map(|(a, b)| (a - b).powi(2)).sum::<f32>() / w.len() as f32;
                 let bound = if scheme.bits().get() >= 4 { 0.2 } else { 1.3 };
@@ -167,7 +230,14 @@ mod tests {
         let n = 256;
         let (h, w) = (random_h(n, 61), random_w(100 * n, 62));
         let block = [BlockType::Q2K, BlockType::Iq2Xs].map(Scheme::block);
-        let schemes = [Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32)), block[0], block[1]];
+        let floats = ["nvfp4a16", "fp8_block"].map(|name| bitmill_scheme::scheme(name).unwrap());
+        let schemes = [
+            Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(32)),
+            floats[0],
+            floats[1],
+            block[0],
+            block[1],
+        ];
         for (method, scheme) in METHODS.iter().flat_map(|m| schemes.map(|s| (m, s))) {
             if method.refuses(&scheme).is_some() {
                 continue;
@@ -197,7 +267,9 @@ mod tests {
             BlockType::Iq1S,
             BlockType::Nvfp4,
         ];
-        for scheme in [int(true), int(false)].into_iter().chain(blocks.map(Scheme::block)) {
+        let floats =
+            ["nvfp4a16", "mxfp4a16", "mxfp8a16", "fp8_dynamic"].map(|name| bitmill_scheme::scheme(name).unwrap());
+        for scheme in [int(true), int(false)].into_iter().chain(floats).chain(blocks.map(Scheme::block)) {
             let total = |name: &str, options: &SolverOptions| -> f64 {
                 loss(&w, &solve(method(name).unwrap(), &w, &h, n, scheme, options).dequantize(), &h).iter().sum()
             };
@@ -206,7 +278,10 @@ mod tests {
             let weighted = total("rtn", &search(ScaleSearch::Hessian));
             let no_refinement = SolverOptions { descent_sweeps: 0, scale_refits: 0, ..SolverOptions::default() };
             let (swept, refined) = (total("gptq", &no_refinement), total("gptq", &SolverOptions::default()));
-            assert!(refined < swept && swept < weighted && weighted < plain, "{refined} {swept} {weighted} {plain}");
+            // Numbers of 8 bits under a power of two are as fine under the next.
+            let indifferent = scheme.bits().get() == 8 && scheme.scale == ScaleType::E8m0;
+            assert!(weighted < plain || indifferent && weighted == plain, "{scheme}: {weighted} {plain}");
+            assert!(refined < swept && swept < weighted, "{scheme}: {refined} {swept} {weighted}");
         }
     }
 

@@ -1,9 +1,9 @@
 //! Rounding to nearest: every weight to the closest value of its group's grid.
 
-use super::{Linear, Method, Needs, Solved, assemble, blocks, groups, nearest};
+use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_scheme::{Granularity, Grid, GroupParams};
-use rayon::prelude::*;
+use bitmill_scheme::{Grid, GroupParams};
+use std::borrow::Cow;
 
 pub(super) struct Rtn;
 
@@ -39,8 +39,12 @@ impl Method for Rtn {
                     stages: Vec::new(),
                 };
             }
-            let params = fit(linear, search, &importance(h, linear.shape[1]));
-            let codes = nearest(linear, &params);
+            let importance = importance(h, linear.shape[1]);
+            let round = |grid: GroupGrid| match grid {
+                GroupGrid::Int(grid) => rounded(linear, search, &importance, grid),
+                GroupGrid::Float(grid) => rounded(linear, search, &importance, grid),
+            };
+            let (codes, params) = round(GroupGrid::of(linear));
             Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())
@@ -56,21 +60,30 @@ pub(super) fn importance(h: Option<&[f32]>, n: usize) -> Vec<f32> {
     }
 }
 
-/// Parameters of every group, each fitted to its own weights.
-pub(super) fn fit(linear: &Linear<'_>, search: ScaleSearch, importance: &[f32]) -> Vec<GroupParams> {
-    let (grid, n) = (linear.scheme.grid(), linear.shape[1]);
-    if linear.scheme.granularity == Granularity::Tensor {
-        let weights: Vec<f32> = match search {
-            ScaleSearch::Hessian => importance.iter().copied().cycle().take(linear.weight.len()).collect(),
-            _ => Vec::new(),
+fn rounded(
+    linear: &Linear<'_>,
+    search: ScaleSearch,
+    importance: &[f32],
+    grid: impl Grid + Copy + Sync,
+) -> (Vec<u8>, Vec<GroupParams>) {
+    let params = fit(linear, search, importance, grid);
+    (nearest(linear, &params, grid), params)
+}
+
+/// Parameters `[out, groups]`, each fitted to the weights that share them.
+pub(super) fn fit(
+    linear: &Linear<'_>,
+    search: ScaleSearch,
+    importance: &[f32],
+    grid: impl Grid + Sync,
+) -> Vec<GroupParams> {
+    fitted(linear, |w, cols| {
+        let own = &importance[cols];
+        // Rows that share a scale weigh their inputs alike.
+        let all: Cow<'_, [f32]> = match own.len() == w.len() {
+            true => own.into(),
+            false => own.iter().copied().cycle().take(w.len()).collect(),
         };
-        return vec![grid.fit(linear.weight, search.fit(&weights))];
-    }
-    let len = linear.scheme.group_len(n);
-    let chunks: Vec<&[f32]> = groups(linear).collect();
-    let fit = |(i, w): (usize, &&[f32])| {
-        let from = i * len % n;
-        grid.fit(w, search.fit(&importance[from..from + w.len()]))
-    };
-    chunks.par_iter().enumerate().map(fit).collect()
+        grid.fit(w, search.fit(&all))
+    })
 }

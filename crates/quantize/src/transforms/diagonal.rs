@@ -4,7 +4,7 @@
 use super::{BlockWeights, Model};
 use crate::{Error, Factor, Needs};
 use bitmill_models::{Absorb, Role, Site};
-use bitmill_scheme::{Fit, Grid, Scheme};
+use bitmill_scheme::{Fit, Grid, GridKind, Scheme};
 
 /// Exponents that are tried: 0, 1/20, … 19/20.
 const STEPS: usize = 20;
@@ -98,9 +98,10 @@ impl<'b> Candidate<'b> {
 
 /// The step of the grid that covers `w`.
 fn step(w: &[f32], scheme: &Scheme) -> f64 {
-    match scheme.form() {
-        Some(_) => w.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max),
-        None => f64::from(scheme.grid().fit(w, Fit::MinMax).scale),
+    match scheme.grid {
+        // Their own levels lie unevenly; the spread of a group says as much.
+        GridKind::Block(_) | GridKind::Float(_) => w.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max),
+        GridKind::Int { .. } => f64::from(scheme.grid().fit(w, Fit::MinMax).scale),
     }
 }
 

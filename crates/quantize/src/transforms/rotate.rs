@@ -11,7 +11,7 @@ use super::{BlockWeights, Model, Rewrite, Transform};
 use crate::{Error, Factor};
 use bitmill_kernels::{Element, View, ViewMut, eigen, gemm};
 use bitmill_models::{ModelSpec, NormKind, NormRole, Role};
-use bitmill_scheme::{Fit, Grid, Scheme};
+use bitmill_scheme::{Fit, Grid, GridKind, Scheme};
 use std::sync::Arc;
 
 /// Sign vectors that are tried.
@@ -206,8 +206,8 @@ fn predicted(model: &Model<'_>, block: &BlockWeights<'_>) -> Result<f64, Error> 
 
 /// Σ s² over the weights, with the scales that cover each group.
 fn squared_steps(w: &[f32], n: usize, scheme: &Scheme) -> f64 {
-    if scheme.form().is_some() {
-        // Block types have scales of their own; the spread of the groups says as much.
+    if !matches!(scheme.grid, GridKind::Int { .. }) {
+        // Block types have scales of their own, and the levels of floats lie unevenly; the spread of the groups says as much.
         let step = |g: &[f32]| g.len() as f64 * g.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max).powi(2);
         return w.chunks(32).map(step).sum();
     }

@@ -22,6 +22,7 @@ pub use lanes::LANES;
 
 pub use codebook::{Codebook, Flags, Metric, UNIT};
 
+use super::float::{FloatType, exponent_value};
 use super::int::round_small;
 use serde::{Deserialize, Serialize};
 
@@ -411,20 +412,12 @@ impl BlockParams {
 
 /// 2^(e − 128), subnormal for the two smallest.
 fn exponent(e: u8) -> f32 {
-    match e {
-        0 | 1 => f32::from_bits(0x0020_0000 << e),
-        _ => f32::from_bits(u32::from(e - 1) << 23),
-    }
+    exponent_value(e) / 2.0
 }
 
 /// Half of an unsigned E4M3 number, whose last code would be NaN and stands for zero.
 fn float8(byte: u8) -> f32 {
-    let (e, m) = (byte >> 3 & 15, f32::from(byte & 7));
-    match e {
-        _ if byte == 0x7f => 0.0,
-        0 => m / 1024.0,
-        _ => (1.0 + m / 8.0) * exponent(e + 120),
-    }
+    FloatType::E4m3.value(byte & 0x7f) / 2.0
 }
 
 #[cfg(test)]

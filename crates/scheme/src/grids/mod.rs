@@ -1,6 +1,7 @@
 //! Grids: which values a group of weights may take, and how their parameters are fitted.
 
 pub(crate) mod block;
+pub(crate) mod float;
 pub(crate) mod int;
 
 /// Scale and zero point of one group of weights.
