@@ -32,6 +32,28 @@ fn a_model_continues_a_text() {
 }
 
 #[test]
+fn a_quantized_model_runs_in_the_memory_of_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("w4");
+    let rtn = ["--method", "rtn", "--bits", "4", "--group-size", "128"];
+    let made = json(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(rtn));
+    let speak = |model: &std::path::Path, flags: &[&str]| {
+        let prompt = ["--prompt", "The ship was lost, and", "--tokens", "24", "--temperature", "0"];
+        json(bitmill(["run"]).arg(model).args(prompt).args(flags))
+    };
+    let packed = speak(&out, &[]);
+    assert_eq!(packed["expanded_linears"], 0);
+    // One copy of equal size, but for the shapes that a folder spells out.
+    assert!(packed["block_bytes"].as_u64() <= made["quantized_bytes"].as_u64(), "{packed} {made}");
+    // The same weights dequantized into f32 products say the same, which no rounding of inputs disturbs.
+    let dense = dir.path().join("dense");
+    success(bitmill(["dequantize"]).arg(&out).arg("-o").arg(&dense).args(["--dtype", "f32"]));
+    let (full, expanded) = (speak(&out, &["--activations", "f32"]), speak(&dense, &[]));
+    assert!(expanded["expanded_linears"].as_u64() > Some(0));
+    assert_eq!(full["text"], expanded["text"]);
+}
+
+#[test]
 fn what_cannot_be_continued_is_refused() {
     let long = "word ".repeat(600);
     assert!(failure(bitmill(["run"]).arg(books()).args(["--prompt", &long]), 1).contains("context is 512"));

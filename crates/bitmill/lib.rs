@@ -35,6 +35,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+/// Linears of quantized folders for servers: products with weights in the size they are stored in.
+pub mod linear {
+    pub use bitmill_models::{PackedInput, PackedLinear, PackedWeight, Precision};
+}
+
 pub use bitmill_calibrate as calibrate;
 pub use bitmill_checkpoint as checkpoint;
 pub use bitmill_kernels as kernels;

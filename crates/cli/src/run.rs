@@ -4,7 +4,7 @@ use crate::{Common, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{Tokenizer, splitmix, uniform};
 use bitmill_checkpoint::Checkpoint;
-use bitmill_models::{Block, Decoder, Ends, ModelSpec, RopeTable, draw, softmax};
+use bitmill_models::{AsStored, Block, Decoder, Ends, ModelSpec, Precision, RopeTable, draw, softmax};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,7 +12,8 @@ use std::time::Instant;
 
 /// Continue a text: with the original, or with any folder or GGUF file that bitmill reads
 ///
-/// The weights are expanded to f32 when the model is loaded, so speed is that of an f32 model whatever its bits.
+/// Integers in groups of a multiple of 32 and 16-bit weights are read as they are stored, so a quantized model takes the
+/// memory of its file; weights of other kinds are expanded to f32, and how many is said.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, or a GGUF file
@@ -32,8 +33,18 @@ pub(crate) struct Args {
     /// Seed of the choice
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// How products with quantized weights read their input: rounded to 8 bits, 32 numbers sharing a scale, or in f32
+    #[arg(long, value_name = "KIND", default_value = "int8")]
+    activations: Activations,
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+/// Values of `--activations`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Activations {
+    Int8,
+    F32,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -55,20 +66,33 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if prompt >= spec.max_positions {
         bail!("the prompt has {prompt} tokens, and the model's context is {}", spec.max_positions);
     }
-    let ends = Ends::load(&spec, &model)?;
-    let blocks = (0..spec.layers).map(|i| Block::load(&spec, i, &model)).collect::<Result<Vec<_>, _>>()?;
+    let precision = match args.activations {
+        Activations::Int8 => Precision::Int8,
+        Activations::F32 => Precision::Full,
+    };
+    let stored = AsStored { folder: &model, precision };
+    let ends = Ends::load(&spec, &stored)?;
+    let blocks = (0..spec.layers).map(|i| Block::load(&spec, i, &stored)).collect::<Result<Vec<_>, _>>()?;
+    let expanded: usize = blocks.iter().map(Block::expanded).sum();
+    let weights: usize = blocks.iter().map(Block::bytes).sum();
+    if expanded > 0 {
+        eprintln!(
+            "{expanded} linears are expanded to f32: their kind of weight has no kernel that reads it as it is stored"
+        );
+    }
     let rope = RopeTable::new(&spec.ropes, capacity)?;
     let mut decoder = Decoder::new(&ends.embedding, &blocks, &rope, 1, capacity)?;
     let (stops, mut shown) = (stops(&model, &spec), Shown::new(args.common.json));
     let started = Instant::now();
-    for &token in &tokens[..prompt - 1] {
-        decoder.step(&[token])?;
-    }
+    let mut h = decoder.begin(&tokens)?;
     let reading = started.elapsed().as_secs_f64();
     shown.text(&tokenizer.decode(&tokens)?)?;
     let started = Instant::now();
     while tokens.len() < capacity {
-        let logits: Vec<f32> = ends.logits(&decoder.step(&tokens[tokens.len() - 1..])?)?.flatten_all()?.to_vec1()?;
+        if tokens.len() > prompt {
+            h = decoder.step(&tokens[tokens.len() - 1..])?;
+        }
+        let logits: Vec<f32> = ends.logits(&h)?.flatten_all()?.to_vec1()?;
         let token = choose(logits, args, tokens.len());
         if stops.contains(&token) {
             break;
@@ -82,7 +106,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.common.json {
         let value = json!({
             "model": args.model, "text": text, "token_ids": tokens, "prompt_tokens": prompt, "new_tokens": made,
-            "prompt_tokens_per_second": rate(prompt - 1, reading), "tokens_per_second": rate(made, seconds),
+            "prompt_tokens_per_second": rate(prompt, reading), "block_bytes": weights, "expanded_linears": expanded, "tokens_per_second": rate(made, seconds),
         });
         println!("{value:#}");
     } else {
@@ -90,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         eprintln!(
             "{made} tokens, {:.1} per second; prompt of {prompt}, {:.1} per second",
             rate(made, seconds),
-            rate(prompt - 1, reading)
+            rate(prompt, reading)
         );
     }
     Ok(())

@@ -147,7 +147,7 @@ impl Block {
     pub fn no_gradients(&self) -> BlockGradients {
         let zeros = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
         BlockGradients {
-            linears: Role::ALL.map(|role| zeros(self.linears[role as usize].as_ref().map(|l| &l.weight))),
+            linears: Role::ALL.map(|role| zeros(self.linears[role as usize].as_ref().map(|l| l.weight()))),
             norms: NormRole::ALL.map(|role| zeros(self.norms[role as usize].as_ref().map(|n| &n.weight))),
         }
     }

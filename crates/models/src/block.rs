@@ -2,7 +2,7 @@
 
 use crate::attention::{Scoring, Sight};
 use crate::backward::Heads;
-use crate::linear::{Input, Linear};
+use crate::linear::{Input, Linear, Matrix};
 use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
 use bitmill_scheme::Activations;
@@ -118,7 +118,11 @@ impl Block {
 
     /// Queries, keys and values of the site `attn_in`.
     pub(crate) fn heads(&self, x: &Tensor, rope: &RopeTable) -> Result<Heads, Error> {
-        let turns = rope.of_block(self.index, x.dim(0)?)?;
+        self.turned(x, rope.of_block(self.index, x.dim(0)?)?)
+    }
+
+    /// The same with the cosines and sines `turns` of the rotation, where there is one.
+    pub(crate) fn turned(&self, x: &Tensor, turns: Option<(&Tensor, &Tensor)>) -> Result<Heads, Error> {
         let [mut q, mut k, v] = self.read([Role::Q, Role::K, Role::V], (Role::Qkv, self.shares.qkv.as_ref()), x)?;
         let mut raw = None;
         if let Some([q_norm, k_norm]) = &self.qk_norms {
@@ -253,12 +257,28 @@ impl Block {
     /// tell.
     #[must_use]
     pub fn linear(&self, role: Role) -> &Tensor {
-        &self.at(role).weight
+        self.at(role).weight()
     }
 
     /// Replaces the weight of a linear by one of the same shape `[out, in]`, f32 on the CPU.
     pub fn set_linear(&mut self, role: Role, weight: Tensor) {
-        self.at_mut(role).weight = weight;
+        self.at_mut(role).matrix = Matrix::Dense(weight);
+    }
+
+    /// Linears whose weight is in memory as f32.
+    #[must_use]
+    pub fn expanded(&self) -> usize {
+        self.linears.iter().flatten().filter(|linear| matches!(linear.matrix, Matrix::Dense(_))).count()
+    }
+
+    /// Bytes of the linears' weights in memory.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let of = |linear: &Linear| match &linear.matrix {
+            Matrix::Dense(weight) => 4 * weight.elem_count(),
+            Matrix::Packed(packed) => packed.bytes(),
+        };
+        self.linears.iter().flatten().map(of).sum()
     }
 
     /// The bias of a linear, `[out]`.

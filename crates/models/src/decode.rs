@@ -4,6 +4,7 @@
 //! pass over a window; only attention is another loop, since every sequence has keys of its own.
 
 use crate::attention::{Scoring, Sight};
+use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -59,6 +60,32 @@ impl<'a> Decoder<'a> {
         self.length
     }
 
+    /// Begins the only sequence with `tokens`, all at once; returns the residual stream `[1, hidden]` of the last of them
+    /// after the last block.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`]; [`Error::Window`] for no tokens.
+    ///
+    /// # Panics
+    /// Where there are several sequences, or one that has begun: a caller's bug.
+    pub fn begin(&mut self, tokens: &[u32]) -> Result<Tensor, Error> {
+        assert!(self.length == 0 && self.caches.iter().all(|c| c.len() == 1), "one sequence that has not begun");
+        let count = tokens.len();
+        if count == 0 || count > self.capacity {
+            return Err(Error::Window { tokens: count, shortest: 1, longest: self.capacity });
+        }
+        let mut h = self.embedding.embed(tokens)?;
+        for (block, caches) in self.blocks.iter().zip(&mut self.caches) {
+            // The frequencies are those of the length that the sequence may grow to.
+            let heads = block.turned(&block.attn_in(&h)?, self.rope.of_block(block.index, self.capacity)?)?;
+            caches[0].fill(&values(&heads.k)?, &values(&heads.v)?, block.head_dim);
+            let (middle, x) = block.mlp_in(&h, &block.attend(&heads)?)?;
+            h = block.finish(&middle, &block.mlp_out(&x)?)?;
+        }
+        self.length = count;
+        Ok(h.narrow(0, count - 1, 1)?.contiguous()?)
+    }
+
     /// Adds a token to every sequence; returns the residual stream `[sequences, hidden]` after the last block, from which
     /// the head predicts the next.
     ///
@@ -85,7 +112,7 @@ impl Block {
     fn kv_width(&self) -> Result<usize, Error> {
         match &self.shares.qkv {
             Some([_, k, _]) => Ok(k.iter().map(std::ops::Range::len).sum()),
-            None => Ok(self.linear(Role::K).dim(0)?),
+            None => Ok(self.at(Role::K).matrix.rows()),
         }
     }
 
@@ -129,6 +156,19 @@ impl Block {
 }
 
 impl Cache {
+    /// Keeps the first `tokens` keys `[kv_heads, tokens, head_dim]` and values `[tokens, kv_heads · head_dim]`.
+    fn fill(&mut self, keys: &[f32], values: &[f32], dim: usize) {
+        self.values[..values.len()].copy_from_slice(values);
+        let tokens = keys.len() / (self.keys.len() / self.capacity);
+        for (head, keys) in keys.chunks_exact(tokens * dim).enumerate() {
+            for (at, key) in keys.chunks_exact(dim).enumerate() {
+                for (j, &k) in key.iter().enumerate() {
+                    self.keys[(head * dim + j) * self.capacity + at] = k;
+                }
+            }
+        }
+    }
+
     fn push(&mut self, head: usize, at: usize, key: &[f32], value: &[f32], width: usize) {
         let dim = key.len();
         for (j, &k) in key.iter().enumerate() {
@@ -223,6 +263,18 @@ mod tests {
                 }
             }
             assert!(matches!(decoder.step(&[1, 1, 1]), Err(Error::Window { longest: 12, .. })), "beyond the capacity");
+            // A prompt at once, and tokens after it.
+            let mut decoder = Decoder::new(&embedding, &blocks, &rope, 1, 12).unwrap();
+            let mut h = decoder.begin(&texts[0][..7]).unwrap();
+            for t in 6..12 {
+                let logits = head.logits(&h).unwrap().to_vec2::<f32>().unwrap();
+                for (a, b) in logits[0].iter().zip(&windows[0][t]) {
+                    assert!((a - b).abs() < 1e-4 * b.abs().max(1.0), "{model_type}, token {t} after 7: {a} {b}");
+                }
+                if t < 11 {
+                    h = decoder.step(&texts[0][t + 1..][..1]).unwrap();
+                }
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What comes before the first block and after the last.
 
 use crate::backward::{accumulate, backward_linear, values};
-use crate::linear::Linear;
+use crate::linear::{Linear, Matrix};
 use crate::norm::Norm;
 use crate::weights::shaped;
 use crate::{Error, ModelSpec, Weights, ops};
@@ -13,7 +13,7 @@ use std::borrow::Cow;
 #[derive(Debug, Clone)]
 pub struct Embedding {
     /// `[vocab, hidden]`.
-    weight: Tensor,
+    weight: Matrix,
     /// Factor of its rows.
     factor: f32,
     added: Option<Added>,
@@ -40,7 +40,7 @@ impl Embedding {
     /// # Errors
     /// A tensor that is missing, unreadable or of another shape.
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
-        let weight = shaped(weights, &spec.embedding(), &[spec.vocab, spec.hidden])?;
+        let weight = Matrix::embedding(weights, &spec.embedding(), [spec.vocab, spec.hidden])?;
         let load = |added: &'static crate::Added| -> Result<Added, Error> {
             let rows = spec.max_positions + spec.position_offset;
             let types = |name| -> Result<Tensor, Error> {
@@ -73,13 +73,11 @@ impl Embedding {
     }
 
     fn embed_at(&self, tokens: &[u32], places: impl FnOnce(&Added) -> Vec<u32>) -> Result<Tensor, Error> {
-        let vocab = self.weight.dim(0)?;
+        let vocab = self.weight.rows();
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(Error::Token { token, vocab });
         }
-        let rows_of =
-            |table: &Tensor, rows: &[u32]| table.index_select(&Tensor::from_slice(rows, rows.len(), &Device::Cpu)?, 0);
-        let h = rows_of(&self.weight, tokens)?;
+        let h = self.weight.select(tokens)?;
         if self.factor != 1.0 {
             ops::scale(&h, self.factor)?;
         }
@@ -92,7 +90,8 @@ impl Embedding {
         if let Some(token_type) = &added.token_type {
             ops::add(&h, token_type)?;
         }
-        ops::add(&h, &rows_of(&added.positions, &places)?)?;
+        let places = Tensor::from_slice(&places, places.len(), &Device::Cpu)?;
+        ops::add(&h, &added.positions.index_select(&places, 0)?)?;
         match &added.norm {
             Some(norm) => norm.forward(&h),
             None => Ok(h),
@@ -132,18 +131,18 @@ impl Head {
     /// # Errors
     /// [`Error::NoHead`] for a model without one; a tensor that is missing, unreadable or of another shape.
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
-        Head::with(spec, weights, || shaped(weights, &spec.embedding(), &[spec.vocab, spec.hidden]))
+        Head::with(spec, weights, || Matrix::embedding(weights, &spec.embedding(), [spec.vocab, spec.hidden]))
     }
 
     /// The same with another way to come by the embedding.
     fn with(
         spec: &ModelSpec,
         weights: &dyn Weights,
-        embedding: impl FnOnce() -> Result<Tensor, Error>,
+        embedding: impl FnOnce() -> Result<Matrix, Error>,
     ) -> Result<Self, Error> {
         let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
         let linear = match spec.tied {
-            true => Linear { weight: embedding()?, bias: None, activations: Activations::Full },
+            true => Linear { matrix: embedding()?, bias: None, activations: Activations::Full },
             false => Linear::load(weights, &head, [spec.vocab, spec.hidden], (false, false))?,
         };
         let load = |module| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(module)));
@@ -206,7 +205,7 @@ impl Head {
         let grad = self.uncapped(h, grad)?;
         let Some(norm) = &self.norm else {
             let into = parameters.map(|p| &mut p.linear[..]).filter(|linear| !linear.is_empty());
-            return backward_linear(&self.linear.weight, &grad, h, into);
+            return backward_linear(self.linear.weight(), &grad, h, into);
         };
         let mut unwanted = Vec::new();
         let (linear, d_norm) = match parameters {
@@ -217,8 +216,8 @@ impl Head {
             }
         };
         let d_x = match linear {
-            Some(into) => backward_linear(&self.linear.weight, &grad, &norm.forward(h)?, Some(into))?,
-            None => backward_linear(&self.linear.weight, &grad, h, None)?,
+            Some(into) => backward_linear(self.linear.weight(), &grad, &norm.forward(h)?, Some(into))?,
+            None => backward_linear(self.linear.weight(), &grad, h, None)?,
         };
         norm.backward(h, &d_x, d_norm)
     }
@@ -227,19 +226,19 @@ impl Head {
     #[must_use]
     pub fn no_gradients(&self, weight: bool) -> HeadGradients {
         let count = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
-        let linear = count(Some(&self.linear.weight).filter(|_| weight));
+        let linear = count(Some(self.linear.weight()).filter(|_| weight));
         HeadGradients { linear, norm: count(self.norm.as_ref().map(|n| &n.weight)) }
     }
 
     /// The weight `[vocab, hidden]`.
     #[must_use]
     pub fn weight(&self) -> &Tensor {
-        &self.linear.weight
+        self.linear.weight()
     }
 
     /// Replaces the weight by another `[vocab, hidden]`, f32 on the CPU.
     pub fn set_weight(&mut self, weight: Tensor) {
-        self.linear.weight = weight;
+        self.linear.matrix = Matrix::Dense(weight);
     }
 
     /// The weight of the final norm, `[hidden]`.

@@ -70,6 +70,15 @@ pub enum Error {
         /// `model_type` of the config.
         model_type: String,
     },
+    /// A weight was asked for in the size it is stored in, and no kernel reads it so.
+    #[error(
+        "the weight of `{module}` is not of integers in groups of a multiple of 32, nor of 16-bit floats, which are what \
+         kernels read as it is stored; dequantize it instead"
+    )]
+    NotPacked {
+        /// The linear.
+        module: String,
+    },
     /// The checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] bitmill_checkpoint::Error),

@@ -1,9 +1,10 @@
 //! One linear: a weight, maybe a bias, and how its input is rounded.
 
+use crate::backward::values;
 use crate::weights::{check, shaped};
-use crate::{Error, Weights, ops};
+use crate::{Error, PackedInput, PackedWeight, Weights, ops};
 use bitmill_scheme::Activations;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 /// Inputs that share a scale under [`Activations::DynamicFp8Groups`].
 const FP8_GROUP: usize = 128;
@@ -11,12 +12,74 @@ const FP8_GROUP: usize = 128;
 /// `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    /// `[out, in]`, contiguous.
-    pub(crate) weight: Tensor,
+    pub(crate) matrix: Matrix,
     /// `[out]`.
     pub(crate) bias: Option<Tensor>,
     /// Rounding of `x`.
     pub(crate) activations: Activations,
+}
+
+/// A matrix `[out, in]`.
+#[derive(Debug, Clone)]
+pub(crate) enum Matrix {
+    /// In f32, contiguous: to be looked at, replaced and derived by.
+    Dense(Tensor),
+    /// In the size it is stored in: to be run.
+    Packed(PackedWeight),
+}
+
+impl Matrix {
+    /// The matrix at `module`, which must be `[out, in]`; `transposed` as for [`Linear::load`].
+    fn load(weights: &dyn Weights, module: &str, shape: [usize; 2], transposed: bool) -> Result<Self, Error> {
+        let name = format!("{module}.weight");
+        let transposed = transposed && !weights.quantized(module);
+        if !transposed && let Some(packed) = weights.packed(module)? {
+            return Matrix::checked(&name, packed, shape);
+        }
+        let weight = weights.linear(module)?;
+        Ok(Matrix::Dense(match transposed {
+            true => check(&name, weight, &[shape[1], shape[0]])?.t()?.contiguous()?,
+            false => check(&name, weight, &shape)?,
+        }))
+    }
+
+    /// The embedding `name`, which must be `shape`.
+    pub(crate) fn embedding(weights: &dyn Weights, name: &str, shape: [usize; 2]) -> Result<Self, Error> {
+        match name.strip_suffix(".weight").map(|module| weights.packed(module)).transpose()?.flatten() {
+            // Rows are looked up, which 16-bit numbers can be and codes cannot.
+            Some(packed) if packed.rows(&[]).is_some() => Matrix::checked(name, packed, shape),
+            _ => Ok(Matrix::Dense(shaped(weights, name, &shape)?)),
+        }
+    }
+
+    fn checked(name: &str, packed: PackedWeight, shape: [usize; 2]) -> Result<Self, Error> {
+        match packed.shape() == shape {
+            true => Ok(Matrix::Packed(packed)),
+            false => {
+                let (expected, got) = (shape.to_vec(), packed.shape().to_vec());
+                Err(Error::Shape { tensor: name.into(), expected, got })
+            }
+        }
+    }
+
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        match self {
+            Matrix::Dense(weight) => weight.dims()[0],
+            Matrix::Packed(packed) => packed.shape()[0],
+        }
+    }
+
+    /// Rows of an embedding, `[rows, in]`.
+    pub(crate) fn select(&self, rows: &[u32]) -> Result<Tensor, Error> {
+        match self {
+            Matrix::Dense(w) => Ok(w.index_select(&Tensor::from_slice(rows, rows.len(), &Device::Cpu)?, 0)?),
+            Matrix::Packed(packed) => match packed.rows(rows) {
+                Some(values) => Ok(Tensor::from_vec(values, (rows.len(), packed.shape()[1]), &Device::Cpu)?),
+                None => panic!("an embedding of codes"),
+            },
+        }
+    }
 }
 
 impl Linear {
@@ -28,13 +91,20 @@ impl Linear {
         shape: [usize; 2],
         (bias, transposed): (bool, bool),
     ) -> Result<Self, Error> {
-        let (name, weight) = (format!("{module}.weight"), weights.linear(module)?);
-        let weight = match transposed && !weights.quantized(module) {
-            true => check(&name, weight, &[shape[1], shape[0]])?.t()?.contiguous()?,
-            false => check(&name, weight, &shape)?,
-        };
+        let matrix = Matrix::load(weights, module, shape, transposed)?;
         let bias = bias.then(|| shaped(weights, &format!("{module}.bias"), &shape[..1])).transpose()?;
-        Ok(Linear { weight, bias, activations: weights.activations(module) })
+        Ok(Linear { matrix, bias, activations: weights.activations(module) })
+    }
+
+    /// The weight, `[out, in]`.
+    ///
+    /// # Panics
+    /// Where it is packed: such a block runs, and nothing else.
+    pub(crate) fn weight(&self) -> &Tensor {
+        match &self.matrix {
+            Matrix::Dense(weight) => weight,
+            Matrix::Packed(_) => panic!("a packed weight is not to be looked at"),
+        }
     }
 
     /// `x [tokens, in]` to `[tokens, out]`.
@@ -52,7 +122,17 @@ impl Linear {
             }
             _ => input.full,
         };
-        let y = ops::product(x, &self.weight)?;
+        let y = match &self.matrix {
+            Matrix::Dense(weight) => ops::product(x, weight)?,
+            Matrix::Packed(packed) => {
+                let mut y = vec![0.0; x.dim(0)? * packed.shape()[0]];
+                match &input.packed {
+                    Some((like, ready)) if like.reads_alike(packed) => packed.product(ready, &mut y),
+                    _ => packed.forward(&values(x)?, &mut y),
+                }
+                Tensor::from_vec(y, (x.dim(0)?, packed.shape()[0]), &Device::Cpu)?
+            }
+        };
         if let Some(bias) = &self.bias {
             ops::add(&y, bias)?;
         }
@@ -65,6 +145,8 @@ pub(crate) struct Input<'a> {
     full: &'a Tensor,
     int8: Option<Tensor>,
     fp8: Vec<(Activations, Tensor)>,
+    /// For packed weights that read alike, and one of them.
+    packed: Option<(PackedWeight, PackedInput<'static>)>,
 }
 
 impl<'a> Input<'a> {
@@ -78,6 +160,19 @@ impl<'a> Input<'a> {
                 fp8.push((activations, ops::round_fp8(x, group)?));
             }
         }
-        Ok(Input { full: x, int8, fp8 })
+        // One linear alone rounds its input by itself.
+        let several = linears.iter().filter_map(|linear| match &linear.matrix {
+            Matrix::Packed(packed) if linears.len() > 1 => Some(packed),
+            _ => None,
+        });
+        let packed = match several.into_iter().find(|packed| packed.reads_alike(packed)) {
+            Some(packed) => match packed.input(&values(x)?) {
+                PackedInput::Int8 { values, scales } => Some((packed.clone(), PackedInput::Int8 { values, scales })),
+                // There is nothing to share where nothing is rounded.
+                PackedInput::Full(_) => None,
+            },
+            None => None,
+        };
+        Ok(Input { full: x, int8, fp8, packed })
     }
 }

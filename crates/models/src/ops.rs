@@ -27,11 +27,12 @@ pub(crate) fn rotate(x: &Tensor, (cos, sin): (&Tensor, &Tensor), dim: usize, gro
     x.apply_op3_no_bwd(cos, sin, &Rotate { dim, group })
 }
 
-/// The channels `ranges` of `x [tokens, width]`, one after the other.
+/// The channels `ranges` of `x [tokens, width]`, one after the other, in memory of their own: what is done in place to one
+/// share of an output must not meet another.
 pub(crate) fn channels(x: &Tensor, ranges: &[Range<usize>]) -> Result<Tensor> {
     let parts = ranges.iter().map(|range| x.narrow(1, range.start, range.len())).collect::<Result<Vec<_>>>()?;
     match &parts[..] {
-        [one] => one.contiguous(),
+        [one] => one.force_contiguous(),
         parts => Tensor::cat(parts, 1),
     }
 }

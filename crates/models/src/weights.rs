@@ -1,6 +1,7 @@
 //! Where a model's tensors come from.
 
-use crate::Error;
+use crate::packed::packed;
+use crate::{Error, PackedWeight, Precision};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_scheme::Activations;
 use candle_core::{Device, Tensor};
@@ -28,6 +29,14 @@ pub trait Weights: Sync {
 
     /// How the input of a linear is rounded at run time.
     fn activations(&self, module: &str) -> Activations;
+
+    /// The weight of a linear or an embedding in the size it is stored in, where the source offers that.
+    ///
+    /// # Errors
+    /// When it is missing or unreadable.
+    fn packed(&self, _module: &str) -> Result<Option<PackedWeight>, Error> {
+        Ok(None)
+    }
 }
 
 /// Dense f32 tensors in memory.
@@ -80,6 +89,41 @@ impl Weights for Checkpoint {
     fn activations(&self, module: &str) -> Activations {
         let scheme = self.dialect().and_then(|dialect| dialect.scheme_of(module));
         scheme.map_or(Activations::Full, |scheme| scheme.activations)
+    }
+}
+
+/// A folder for running: its weights stay in the size they are stored in wherever a kernel reads them so.
+#[derive(Debug, Clone, Copy)]
+pub struct AsStored<'a> {
+    /// The folder.
+    pub folder: &'a Checkpoint,
+    /// How products with integer codes read their input.
+    pub precision: Precision,
+}
+
+impl Weights for AsStored<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor, Error> {
+        Weights::tensor(self.folder, name)
+    }
+
+    fn linear(&self, module: &str) -> Result<Tensor, Error> {
+        self.folder.linear(module)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.folder.contains(name)
+    }
+
+    fn quantized(&self, module: &str) -> bool {
+        self.folder.quantized(module)
+    }
+
+    fn activations(&self, module: &str) -> Activations {
+        self.folder.activations(module)
+    }
+
+    fn packed(&self, module: &str) -> Result<Option<PackedWeight>, Error> {
+        packed(self.folder, module, self.precision)
     }
 }
 
