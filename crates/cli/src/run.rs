@@ -82,40 +82,42 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let rope = RopeTable::new(&spec.ropes, capacity)?;
     let mut decoder = Decoder::new(&ends.embedding, &blocks, &rope, 1, capacity)?;
-    let (stops, mut shown) = (stops(&model, &spec), Shown::new(args.common.json));
-    let started = Instant::now();
-    let mut h = decoder.begin(&tokens)?;
-    let reading = started.elapsed().as_secs_f64();
-    shown.text(&tokenizer.decode(&tokens)?)?;
-    let started = Instant::now();
-    while tokens.len() < capacity {
-        if tokens.len() > prompt {
-            h = decoder.step(&tokens[tokens.len() - 1..])?;
+    let stops = stops(&model, &spec);
+    // On a thread of the pool, so that handing work to the others costs no wait.
+    let speed = rayon::scope(|_| -> anyhow::Result<[f64; 2]> {
+        let mut shown = Shown::new(&tokenizer, args.common.json);
+        let started = Instant::now();
+        let mut h = decoder.begin(&tokens)?;
+        let reading = started.elapsed().as_secs_f64();
+        shown.text(&tokens)?;
+        let started = Instant::now();
+        while tokens.len() < capacity {
+            if tokens.len() > prompt {
+                h = decoder.step(&tokens[tokens.len() - 1..])?;
+            }
+            let logits: Vec<f32> = ends.logits(&h)?.flatten_all()?.to_vec1()?;
+            let token = choose(logits, args, tokens.len());
+            if stops.contains(&token) {
+                break;
+            }
+            tokens.push(token);
+            shown.text(&tokens)?;
         }
-        let logits: Vec<f32> = ends.logits(&h)?.flatten_all()?.to_vec1()?;
-        let token = choose(logits, args, tokens.len());
-        if stops.contains(&token) {
-            break;
-        }
-        tokens.push(token);
-        shown.text(&tokenizer.decode(&tokens)?)?;
-    }
-    let seconds = started.elapsed().as_secs_f64();
-    let (made, text) = (tokens.len() - prompt, tokenizer.decode(&tokens)?);
-    let rate = |count: usize, seconds: f64| if count == 0 { 0.0 } else { count as f64 / seconds };
+        let made = tokens.len() - prompt;
+        let rate = |count: usize, seconds: f64| if count == 0 { 0.0 } else { count as f64 / seconds };
+        Ok([rate(prompt, reading), rate(made, started.elapsed().as_secs_f64())])
+    });
+    let ([reading, writing], made) = (speed?, tokens.len() - prompt);
     if args.common.json {
         let value = json!({
-            "model": args.model, "text": text, "token_ids": tokens, "prompt_tokens": prompt, "new_tokens": made,
-            "prompt_tokens_per_second": rate(prompt, reading), "block_bytes": weights, "expanded_linears": expanded, "tokens_per_second": rate(made, seconds),
+            "model": args.model, "text": tokenizer.decode(&tokens)?, "token_ids": tokens, "prompt_tokens": prompt,
+            "new_tokens": made, "prompt_tokens_per_second": reading, "tokens_per_second": writing,
+            "block_bytes": weights, "expanded_linears": expanded,
         });
         println!("{value:#}");
     } else {
         println!();
-        eprintln!(
-            "{made} tokens, {:.1} per second; prompt of {prompt}, {:.1} per second",
-            rate(made, seconds),
-            rate(prompt, reading)
-        );
+        eprintln!("{made} tokens, {writing:.1} per second; prompt of {prompt}, {reading:.1} per second");
     }
     Ok(())
 }
@@ -146,25 +148,34 @@ fn choose(mut logits: Vec<f32>, args: &Args, at: usize) -> u32 {
 }
 
 /// Text as it grows, on standard output.
-struct Shown {
+struct Shown<'a> {
+    tokenizer: &'a Tokenizer,
     silent: bool,
-    bytes: usize,
+    /// Tokens whose text is out.
+    tokens: usize,
+    /// Where the tokens begin that are decoded with the next one, as they may change how it reads.
+    from: usize,
 }
 
-impl Shown {
-    fn new(silent: bool) -> Self {
-        Shown { silent, bytes: 0 }
+impl<'a> Shown<'a> {
+    fn new(tokenizer: &'a Tokenizer, silent: bool) -> Self {
+        Shown { tokenizer, silent, tokens: 0, from: 0 }
     }
 
-    /// Shows what `text` has more than before; a character whose last token is still to come waits for it.
-    fn text(&mut self, text: &str) -> anyhow::Result<()> {
-        if self.silent || text.ends_with('\u{fffd}') {
+    /// Shows what `tokens` say more than before; a character whose last token is still to come waits for it.
+    fn text(&mut self, tokens: &[u32]) -> anyhow::Result<()> {
+        if self.silent {
+            return Ok(());
+        }
+        let before = self.tokenizer.decode(&tokens[self.from..self.tokens])?;
+        let text = self.tokenizer.decode(&tokens[self.from..])?;
+        if text.ends_with('\u{fffd}') {
             return Ok(());
         }
         let mut out = std::io::stdout().lock();
-        let new = text.get(self.bytes..).unwrap_or_default();
+        let new = text.get(before.len()..).unwrap_or_default();
         out.write_all(new.as_bytes()).and_then(|()| out.flush()).context("writing the text")?;
-        self.bytes = text.len().max(self.bytes);
+        (self.from, self.tokens) = (self.tokens, tokens.len());
         Ok(())
     }
 }

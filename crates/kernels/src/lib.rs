@@ -8,6 +8,7 @@ mod level;
 mod ops;
 
 pub use level::Level;
+pub use ops::axpy::axpy;
 pub use ops::blocks::{StoredBlocks, fit_blocks, rounding_error};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;

@@ -6,8 +6,12 @@
 use crate::attention::{Scoring, Sight};
 use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
+use bitmill_kernels::{Level, axpy};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
+
+/// Multiply-adds of attention below which other threads are not worth waking.
+const ALONE: usize = 1 << 16;
 
 /// Sequences of equal length under construction.
 pub struct Decoder<'a> {
@@ -139,18 +143,27 @@ impl Block {
             Sight::Past { window } => (at + 1).saturating_sub(window),
             Sight::All => 0,
         };
-        let mut out = vec![0.0f32; rows * kv_width * group];
-        let each = out.par_chunks_exact_mut(kv_width * group).zip(caches).enumerate();
-        each.for_each(|(row, (out, cache))| {
+        for (row, cache) in caches.iter_mut().enumerate() {
             for head in 0..kv_width / dim {
-                // By key-value head, then sequence.
-                let i = head * rows + row;
-                cache.push(head, at, &k[i * dim..][..dim], &v[row * kv_width + head * dim..][..dim], kv_width);
-                let q = q[i * group * dim..][..group * dim].chunks_exact(dim);
-                let out = out[head * group * dim..][..group * dim].chunks_exact_mut(dim);
-                q.zip(out).for_each(|(q, out)| cache.attend(q, (head, kv_width), first..at + 1, self.scoring, out));
+                // Keys come by key-value head, then sequence.
+                let key = &k[(head * rows + row) * dim..][..dim];
+                cache.push(head, at, key, &v[row * kv_width + head * dim..][..dim], kv_width);
             }
-        });
+        }
+        let (heads, caches) = (kv_width / dim, &*caches);
+        let mut out = vec![0.0f32; rows * kv_width * group];
+        let attend = |(i, out): (usize, &mut [f32])| {
+            let (row, head) = (i / heads, i % heads);
+            let q = q[(head * rows + row) * group * dim..][..group * dim].chunks_exact(dim);
+            let each = q.zip(out.chunks_exact_mut(dim));
+            each.for_each(|(q, out)| caches[row].attend(q, (head, kv_width), first..at + 1, self.scoring, out));
+        };
+        // By sequence, then head.
+        if out.len() * (at + 1 - first) > ALONE {
+            out.par_chunks_exact_mut(group * dim).enumerate().for_each(attend);
+        } else {
+            out.chunks_exact_mut(group * dim).enumerate().for_each(attend);
+        }
         Ok(Tensor::from_vec(out, (rows, kv_width * group), &Device::Cpu)?)
     }
 }
@@ -187,15 +200,16 @@ impl Cache {
         out: &mut [f32],
     ) {
         let dim = q.len();
+        let level = Level::best();
         let mut scores = vec![0.0f32; seen.len()];
         for (j, &q) in q.iter().enumerate() {
             let keys = &self.keys[(head * dim + j) * self.capacity..][seen.clone()];
-            scores.iter_mut().zip(keys).for_each(|(s, k)| *s += q * k);
+            axpy(level, q, keys, &mut scores);
         }
         scoring.weigh(&mut scores);
         for (&p, at) in scores.iter().zip(seen) {
             let value = &self.values[at * width + head * dim..][..dim];
-            out.iter_mut().zip(value).for_each(|(o, v)| *o += p * v);
+            axpy(level, p, value, out);
         }
     }
 }

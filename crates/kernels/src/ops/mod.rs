@@ -1,5 +1,6 @@
 //! One file per operation.
 
+pub(crate) mod axpy;
 pub(crate) mod blocks;
 pub(crate) mod cholesky;
 pub(crate) mod eigen;
