@@ -15,6 +15,7 @@ mod tests;
 use super::strips::Strips;
 use crate::Level;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// Rows that lie beside each other.
 pub const LANES: usize = 8;
@@ -107,20 +108,23 @@ impl PackedForm {
     /// When a length does not fit: a caller's bug.
     pub fn pack(&self, codes: &[u8], out: &mut [u8]) {
         assert!(codes.len() == self.rows * self.cols && out.len() == self.code_bytes(), "packed lengths");
-        out.fill(0);
-        let per_block = self.chunks() * self.chunk_bytes();
-        for (row, codes) in codes.chunks_exact(self.cols).enumerate() {
-            let block = &mut out[row / LANES * per_block..][..per_block];
-            for (codes, bytes) in codes.chunks(CHUNK).zip(block.chunks_exact_mut(self.chunk_bytes())) {
-                for (i, &code) in codes.iter().enumerate() {
-                    let lane = row % LANES * 4 + i % 4;
-                    for bit in (0..self.bits).filter(|bit| code >> bit & 1 == 1) {
-                        let (vector, place) = place(self.bits, i / 4, bit);
-                        bytes[vector * 32 + lane] |= 1 << place;
+        let planes = planes(self.bits);
+        let (per_block, chunk_bytes) = (self.chunks() * self.chunk_bytes(), self.chunk_bytes());
+        let blocks = out.par_chunks_exact_mut(per_block).zip(codes.par_chunks(LANES * self.cols));
+        blocks.for_each(|(block, codes)| {
+            block.fill(0);
+            for (row, codes) in codes.chunks_exact(self.cols).enumerate() {
+                for (codes, bytes) in codes.chunks(CHUNK).zip(block.chunks_exact_mut(chunk_bytes)) {
+                    for (j, codes) in codes.chunks(4).enumerate() {
+                        for &(bit, mask) in planes {
+                            let (vector, place) = place(self.bits, j, bit);
+                            let lanes = &mut bytes[vector * 32 + row * 4..][..4];
+                            lanes.iter_mut().zip(codes).for_each(|(lane, code)| *lane |= (code >> bit & mask) << place);
+                        }
                     }
                 }
             }
-        }
+        });
     }
 
     /// The code at `row`, `col`.
@@ -137,6 +141,20 @@ impl PackedForm {
 /// Widths of the two parts of a code.
 const fn parts(bits: u32) -> (u32, u32) {
     if bits <= 4 { (bits, 0) } else { (4, bits - 4) }
+}
+
+/// Neighbouring bits of a code that lie beside each other wherever it is put: the first of them, and a mask.
+const fn planes(bits: u32) -> &'static [(u32, u8)] {
+    match bits {
+        1 => &[(0, 1)],
+        2 => &[(0, 3)],
+        3 => &[(0, 3), (2, 1)],
+        4 => &[(0, 15)],
+        5 => &[(0, 15), (4, 1)],
+        6 => &[(0, 15), (4, 3)],
+        7 => &[(0, 15), (4, 3), (6, 1)],
+        _ => &[(0, 15), (4, 15)],
+    }
 }
 
 /// Which of the 32-byte vectors of a chunk, and which bit of its bytes, holds `bit` of the codes of vector `j`.
