@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 /// Multiply-adds of attention below which other threads are not worth waking.
-const ALONE: usize = 1 << 16;
+const ALONE: usize = 1 << 19;
 
 /// Sequences of equal length under construction.
 pub struct Decoder<'a> {

@@ -8,8 +8,8 @@ use half::{bf16, f16};
 const LANES: usize = 16;
 /// Rows of a strip.
 const STRIP: usize = 64;
-/// Multiply-adds below which a product is not worth waking other threads for.
-const ALONE: usize = 1 << 17;
+/// Multiply-adds below which a product is not worth waking other threads for, which takes tens of microseconds.
+const ALONE: usize = 1 << 21;
 
 /// A row-major matrix `[rows, cols]` of 16-bit floats.
 #[derive(Debug, Clone, Copy)]

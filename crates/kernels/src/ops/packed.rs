@@ -23,8 +23,8 @@ pub const LANES: usize = 8;
 pub const CHUNK: usize = 32;
 /// Blocks of [`LANES`] rows that one task computes.
 const STRIP: usize = 8;
-/// Multiply-adds below which a product is not worth waking other threads for.
-const ALONE: usize = 1 << 19;
+/// Multiply-adds below which a product is not worth waking other threads for, which takes tens of microseconds.
+const ALONE: usize = 1 << 21;
 
 /// Shape and layout of a packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
