@@ -216,7 +216,7 @@ fn cross_terms_are_those_of_per_sample_gradients() {
             let mut gradients = block.no_gradients();
             back = block.backward(trace, &rope, back, Some(&mut gradients)).unwrap();
             for (a, (_, role, delta)) in along.iter_mut().zip(&errors).filter(|(_, e)| e.0 == index) {
-                let g = &gradients.linears[*role as usize];
+                let g = &gradients.linears[role];
                 *a = g.iter().zip(*delta).map(|(g, d)| f64::from(g * d)).sum();
             }
         }

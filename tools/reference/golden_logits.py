@@ -52,6 +52,33 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **BASE}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **BASE}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **BASE}
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **BASE}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    **BASE,
+    "intermediate_size": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+}
+QWEN2_MOE = {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    **BASE,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "norm_topk_prob": False,
+}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **BASE,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 BERT = {
     "model_type": "bert",
     "architectures": ["BertModel"],
@@ -408,6 +435,37 @@ CASES = {
     ),
     "gpt2": (GPT2, [{"activation_function": "relu"}, {"scale_attn_weights": False}], 40),
     "opt": (OPT, [{"activation_function": "gelu"}], 40),
+    # Experts, of which one is chosen by no token; each a matrix of its own, or stacked.
+    "mixtral": (MIXTRAL | {"rope_theta": 1000.0, "sliding_window": 9}, [{"num_experts_per_tok": 1}, {"sliding_window": None}], 40),
+    "mixtral-stacked": (MIXTRAL | {"num_hidden_layers": 1}, {"num_experts_per_tok": 3}, 24),
+    "qwen2-moe": (
+        QWEN2_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+        [{"norm_topk_prob": True}, {"num_experts_per_tok": 3}],
+        40,
+    ),
+    "qwen2-moe-windows": (
+        QWEN2_MOE
+        | {
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
+        [{"norm_topk_prob": False}, {"use_sliding_window": False}],
+        24,
+    ),
+    "qwen3-moe": (
+        QWEN3_MOE | {"head_dim": 16, "decoder_sparse_step": 2},
+        [{"norm_topk_prob": False}, {"num_experts_per_tok": 1}],
+        40,
+    ),
+    "qwen3-moe-stacked": (
+        QWEN3_MOE | {"num_hidden_layers": 1, "norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
+        {"norm_topk_prob": True},
+        24,
+    ),
 }
 
 # Names that checkpoints on the hub write otherwise than this version of transformers.
@@ -450,10 +508,41 @@ def randomise(model, seed):
         parameter.data.copy_(value)
 
 
+def starve(model):
+    """Has no token choose expert 2: whatever the token, two of the others score higher."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            for expert, factor in ((0, 3.0), (1, 2.0), (3, -3.0), (4, -2.0)):
+                parameter.data[expert] = factor * parameter.data[2]
+
+
+def by_expert(state, mixtral):
+    """The names and shapes of the hub for what is stacked in memory."""
+    parts = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    split = {}
+    for name, value in state.items():
+        if mixtral:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        stack, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for expert, both in enumerate(value):
+                gate, up = both.chunk(2)
+                split[f"{stack}.{expert}.{parts[0]}.weight"] = gate.contiguous()
+                split[f"{stack}.{expert}.{parts[1]}.weight"] = up.contiguous()
+        elif kind == "down_proj":
+            split |= {f"{stack}.{expert}.{parts[2]}.weight": down.contiguous() for expert, down in enumerate(value)}
+        else:
+            split[name] = value
+    return split
+
+
 def logits_of(folder, ids):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"], report
     with torch.no_grad():
-        return model(ids[None], use_cache=False).logits[0].float()
+        return model.eval()(ids[None], use_cache=False).logits[0].float()
 
 
 def hidden_states_of(folder, ids):
@@ -475,7 +564,10 @@ def write_case(seed, name, config, plainer, length):
     write_config(folder, config)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     randomise(model, seed)
+    starve(model)
     state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
+    if not name.endswith("-stacked"):
+        state = by_expert(state, config["model_type"] == "mixtral")
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
     state = {RENAMED.get(name, {}).get(k, k): v for k, v in state.items()}

@@ -98,6 +98,7 @@ impl SiteStats {
         self.weighted_sum.iter_mut().zip(&other.weighted_sum).for_each(|(a, b)| *a += b);
         self.sum.iter_mut().zip(&other.sum).for_each(|(a, b)| *a += b);
         self.abs_sum.iter_mut().zip(&other.abs_sum).for_each(|(a, b)| *a += b);
+        self.fourth_sum.iter_mut().zip(&other.fourth_sum).for_each(|(a, b)| *a += b);
         self.abs_max.iter_mut().zip(&other.abs_max).for_each(|(a, &b)| *a = a.max(b));
     }
 
@@ -111,6 +112,12 @@ impl SiteStats {
     #[must_use]
     pub fn tokens(&self) -> u64 {
         self.tokens
+    }
+
+    /// Σ r, the weights of all tokens that H is of, counted as seen or not.
+    #[must_use]
+    pub fn weight(&self) -> f64 {
+        self.weight
     }
 
     /// H = E[x·xᵀ], weighted where tokens were, row-major `[n, n]`.

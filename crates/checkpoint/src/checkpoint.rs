@@ -160,7 +160,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn assemble(dir: PathBuf, config: Value, shards: Vec<Shard>) -> Result<Self, Error> {
+    fn assemble(dir: PathBuf, config: Value, mut shards: Vec<Shard>) -> Result<Self, Error> {
+        crate::experts::unstack(&config, &mut shards);
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for name in shard.tensors.keys() {
@@ -192,7 +193,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Names of all stored tensors, sorted.
+    /// Names of all stored tensors, sorted; experts that are stored stacked go by the names of their matrices.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.place.keys().map(String::as_str)
     }

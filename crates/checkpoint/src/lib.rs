@@ -12,6 +12,7 @@
 mod checkpoint;
 mod dialect;
 mod error;
+mod experts;
 mod formats;
 pub mod gguf;
 mod output;

@@ -512,7 +512,7 @@ fn print(
             "scheme": plan.settings.scheme, "calibration": text, "seconds": seconds, "input_bytes": input,
             "output_bytes": done.bytes, "quantized_weights": weights, "quantized_bytes": payload,
             "bits_per_weight": plan.bits_per_weight(), "mean_relative_error": mean, "peak_memory": units::peak_memory(),
-            "tensors": done.tensors, "stages": done.stages,
+            "tensors": done.tensors, "sites": done.sites, "stages": done.stages,
             "mixture": plan.mixture, "report": page, "held_out_kl": kl,
         });
         println!("{value:#}");
@@ -533,6 +533,9 @@ fn print(
         units::bytes(done.bytes),
         done.log.display()
     );
+    if let Some(said) = crate::watch::starved(&done.sites) {
+        println!("{said}");
+    }
     if let Some(page) = page {
         let kl = kl.map_or(String::new(), |kl| format!("KL divergence on held-out text {kl:.5}; "));
         println!("{kl}report: {}", page.display());

@@ -2,7 +2,7 @@
 
 use crate::progress::Progress;
 use bitmill_models::SITES;
-use bitmill_quantize::{Event, StageRecord};
+use bitmill_quantize::{Event, SiteRecord, StageRecord};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -90,4 +90,50 @@ fn tuned(stage: &StageRecord) -> String {
     }
     let kept = if *kept_pass == 0 { "dropped".to_owned() } else { format!("pass {kept_pass} kept") };
     format!("{name}: {loss} on {windows} held-out windows {before:.5} -> {after:.5}, {kept}")
+}
+
+/// Which experts calibration hardly saw, as a sentence; `None` where there are none.
+pub(crate) fn starved(sites: &[SiteRecord]) -> Option<String> {
+    /// So many are named.
+    const NAMED: usize = 6;
+    let experts =
+        || sites.iter().filter_map(|s| Some((s, s.site.strip_prefix("mlp_in.")?))).filter(|(s, _)| s.prior.is_some());
+    let few: Vec<(&SiteRecord, &str)> = experts().filter(|(s, _)| s.starved()).collect();
+    let named: Vec<String> = (few.iter().take(NAMED))
+        .map(|(s, expert)| format!("block {} expert {expert} ({})", s.block, s.tokens))
+        .collect();
+    let more = if few.len() > NAMED { format!(" and {} more", few.len() - NAMED) } else { String::new() };
+    (!few.is_empty()).then(|| {
+        format!(
+            "{} of {} experts saw fewer tokens than they have inputs, and are rounded for what all tokens look like as \
+             much as for their own, or more: {}{more}; more text (--samples) reaches more of them",
+            few.len(),
+            experts().count(),
+            named.join(", ")
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitmill_calibrate::Spread;
+
+    #[test]
+    fn experts_that_saw_too_little_are_named() {
+        let site = |block: usize, site: &str, tokens: u64, prior: Option<f64>| SiteRecord {
+            block,
+            site: site.into(),
+            tokens,
+            prior,
+            spread: Spread { kurtosis: None, peak: 1.0, outlier: 1.0 },
+        };
+        let fed = [site(0, "attn_in", 9, None), site(0, "mlp_in.0", 99, Some(0.2)), site(0, "mlp_in.shared", 9, None)];
+        assert_eq!(starved(&fed), None);
+        let hungry = [fed[1].clone(), site(1, "mlp_in.7", 3, Some(0.9)), site(1, "mlp_out.7", 3, Some(0.9))];
+        let said = starved(&hungry).unwrap();
+        assert!(said.starts_with("1 of 2 experts") && said.contains(": block 1 expert 7 (3);"), "{said}");
+        let many: Vec<SiteRecord> = (0..9).map(|e| site(2, &format!("mlp_in.{e}"), 0, Some(1.0))).collect();
+        assert!(starved(&many).unwrap().contains("block 2 expert 5 (0) and 3 more;"));
+    }
 }

@@ -5,12 +5,16 @@
 //! thread and touches each activation as few times as the chain rule needs. What the forward pass leaves behind is a
 //! [`Trace`] of one window; everything cheap is computed again from it.
 //!
+//! Routers are not trained: the gradient passes through the weights of the chosen experts, the choice itself has none.
+//!
 //! Gradients pass through the rounding of activations as if it were not there (straight-through).
 
+use crate::experts::gated;
 use crate::ops::{act_backward, floats, gated_backward, norm_backward, put_channels, unrotate};
 use crate::{Block, Error, NormRole, Role, RopeTable, attention};
 use bitmill_kernels::{View, ViewMut, gemm};
 use candle_core::{Layout, Storage, Tensor};
+use std::collections::BTreeMap;
 use std::ops::{Deref, Range};
 
 /// What one window's way through a block leaves behind. Tensors are `[tokens, width]` unless said.
@@ -27,8 +31,8 @@ pub struct Trace {
     attn_sum: Tensor,
     middle: Tensor,
     mlp_in: Tensor,
-    gate: Option<Tensor>,
-    up: Tensor,
+    /// Gate, where there is one, and up; of experts all is computed again.
+    branches: Option<(Option<Tensor>, Tensor)>,
     mlp_out: Tensor,
     /// What the MLP puts out, where there is a norm of it.
     mlp_output: Option<Tensor>,
@@ -52,8 +56,8 @@ pub(crate) struct Heads {
 /// Gradients of one block's parameters, each laid out as the parameter; of parts that a block lacks they are empty.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockGradients {
-    /// Of the linears' weights `[out, in]`, by [`Role`].
-    pub linears: [Vec<f32>; 9],
+    /// Of the linears' weights `[out, in]`.
+    pub linears: BTreeMap<Role, Vec<f32>>,
     /// Of the norms' weights `[hidden]`, by [`NormRole`].
     pub norms: [Vec<f32>; 6],
 }
@@ -61,8 +65,9 @@ pub struct BlockGradients {
 impl BlockGradients {
     /// Adds another window's gradients.
     pub fn add(&mut self, other: &BlockGradients) {
-        let own = self.linears.iter_mut().chain(&mut self.norms);
-        own.zip(other.linears.iter().chain(&other.norms)).for_each(|(a, b)| accumulate(a, b));
+        // Both are of one block, so they have the same linears.
+        let own = self.linears.values_mut().chain(&mut self.norms);
+        own.zip(other.linears.values().chain(&other.norms)).for_each(|(a, b)| accumulate(a, b));
     }
 }
 
@@ -75,12 +80,16 @@ impl Block {
         let attn_in = self.attn_in(h)?;
         let heads = self.heads(&attn_in, rope)?;
         let attn_out = self.attend(&heads)?;
-        let (attn_sum, attn_output) = self.join_traced(h, Role::O, &attn_out, NormRole::AttnOutput)?;
+        let attended = self.at(Role::O).forward(&attn_out)?;
+        let (attn_sum, attn_output) = self.join_traced(h, attended, NormRole::AttnOutput)?;
         let middle = self.normed(NormRole::AttnResidual, &attn_sum)?;
         let mlp_in = self.normed(NormRole::PostAttention, if self.parallel { h } else { &middle })?;
-        let (gate, up) = self.branches(&mlp_in)?;
-        let mlp_out = self.gated(gate.as_ref().map(Tensor::copy).transpose()?, up.clone())?;
-        let (mlp_sum, mlp_output) = self.join_traced(&middle, Role::Down, &mlp_out, NormRole::MlpOutput)?;
+        let branches = if self.experts.is_some() { None } else { Some(self.branches(&mlp_in)?) };
+        let mlp_out = match &branches {
+            Some((gate, up)) => gated(self.act, gate.as_ref().map(Tensor::copy).transpose()?, up.clone())?,
+            None => self.mlp_out(&mlp_in)?,
+        };
+        let (mlp_sum, mlp_output) = self.join_traced(&middle, self.mlp_output(&mlp_out)?, NormRole::MlpOutput)?;
         let out = self.normed(NormRole::MlpResidual, &mlp_sum)?;
         let h = h.contiguous()?;
         let trace = Trace {
@@ -92,8 +101,7 @@ impl Block {
             attn_sum,
             middle,
             mlp_in,
-            gate,
-            up,
+            branches,
             mlp_out,
             mlp_output,
             mlp_sum,
@@ -101,15 +109,8 @@ impl Block {
         Ok((out, trace))
     }
 
-    /// The residual stream plus what the linear `role` makes of `x`; and that alone where the norm `norm` stands behind it.
-    fn join_traced(
-        &self,
-        h: &Tensor,
-        role: Role,
-        x: &Tensor,
-        norm: NormRole,
-    ) -> Result<(Tensor, Option<Tensor>), Error> {
-        let y = self.at(role).forward(x)?;
+    /// The residual stream plus what attention or MLP put out; and that alone where the norm `norm` stands behind it.
+    fn join_traced(&self, h: &Tensor, y: Tensor, norm: NormRole) -> Result<(Tensor, Option<Tensor>), Error> {
         let kept = self.norms[norm as usize].is_some().then(|| y.clone());
         Ok((self.joined(h, y, norm)?, kept))
     }
@@ -147,7 +148,7 @@ impl Block {
     pub fn no_gradients(&self) -> BlockGradients {
         let zeros = |t: Option<&Tensor>| vec![0.0; t.map_or(0, Tensor::elem_count)];
         BlockGradients {
-            linears: Role::ALL.map(|role| zeros(self.linears[role as usize].as_ref().map(|l| l.weight()))),
+            linears: self.roles().map(|role| (role, zeros(Some(self.linear(role))))).collect(),
             norms: NormRole::ALL.map(|role| zeros(self.norms[role as usize].as_ref().map(|n| &n.weight))),
         }
     }
@@ -162,7 +163,7 @@ struct Chain<'a> {
 impl Chain<'_> {
     /// Through a linear that read `x`.
     fn linear(&mut self, role: Role, grad: &[f32], x: &Tensor) -> Result<Vec<f32>, Error> {
-        let into = self.parameters.as_deref_mut().map(|p| p.linears[role as usize].as_mut_slice());
+        let into = self.parameters.as_deref_mut().and_then(|p| p.linears.get_mut(&role)).map(Vec::as_mut_slice);
         backward_linear(self.block.linear(role), grad, x, into)
     }
 
@@ -210,15 +211,22 @@ impl Chain<'_> {
     /// Through the MLP, back to the residual stream it read.
     fn mlp(&mut self, trace: &Trace, grad: &[f32]) -> Result<Vec<f32>, Error> {
         let grad = self.joined(grad, trace.mlp_output.as_ref(), NormRole::MlpOutput)?;
-        let d_out = self.linear(Role::Down, &grad, &trace.mlp_out)?;
-        let (act, up) = (self.block.act, values(&trace.up)?);
-        let d_in = match &trace.gate {
-            None => self.linear(Role::Up, &act_backward(act, &up, &d_out), &trace.mlp_in)?,
-            Some(gate) => {
-                let (d_gate, d_up) = gated_backward(act, &values(gate)?, &up, &d_out);
+        let act = self.block.act;
+        let d_in = match (&trace.branches, &self.block.experts) {
+            (Some((None, up)), _) => {
+                let d_out = self.linear(Role::Down, &grad, &trace.mlp_out)?;
+                self.linear(Role::Up, &act_backward(act, &values(up)?, &d_out), &trace.mlp_in)?
+            }
+            (Some((Some(gate), up)), _) => {
+                let d_out = self.linear(Role::Down, &grad, &trace.mlp_out)?;
+                let (d_gate, d_up) = gated_backward(act, &values(gate)?, &values(up)?, &d_out);
                 let shares = (Role::GateUp, self.block.shares.gate_up.as_ref());
                 self.read([Role::Gate, Role::Up], shares, [&d_gate, &d_up], &trace.mlp_in)?
             }
+            (None, Some(experts)) => {
+                experts.backward(&trace.mlp_in, &grad, self.parameters.as_deref_mut().map(|p| &mut p.linears))?
+            }
+            (None, None) => unreachable!("a block without experts has branches"),
         };
         let read = if self.block.parallel { &trace.h } else { &trace.middle };
         self.norm(NormRole::PostAttention, read, d_in)

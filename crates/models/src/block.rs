@@ -2,6 +2,7 @@
 
 use crate::attention::{Scoring, Sight};
 use crate::backward::Heads;
+use crate::experts::{Experts, gated};
 use crate::linear::{Input, Linear, Matrix};
 use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
@@ -23,12 +24,16 @@ use std::ops::Range;
 /// x = mlp_out(x)                  Down reads x
 /// h = finish(h, x)
 /// ```
+/// Where experts stand in the place of the MLP, each reads rows of `mlp_in` of its own, so `mlp_out` hands that on, and
+/// `finish` runs them ([`crate::Routes`]).
 /// A plain MLP has no Gate; some architectures store Q, K and V, or Gate and Up, as one linear.
 /// All activations are `[tokens, width]` of one window. Cloning shares the tensors.
 #[derive(Debug, Clone)]
 pub struct Block {
-    /// By role.
+    /// By role, those outside of experts.
     pub(crate) linears: [Option<Linear>; 9],
+    /// In the place of the MLP.
+    pub(crate) experts: Option<Experts>,
     /// Where Q, K and V, and Gate and Up, lie in the outputs of the linears that store them together.
     pub(crate) shares: Shares,
     /// By role; an architecture has some of them.
@@ -62,9 +67,10 @@ impl Block {
     pub fn load(spec: &ModelSpec, index: usize, weights: &dyn Weights) -> Result<Block, Error> {
         let mut linears = [const { None }; 9];
         for (role, module) in spec.block_linears(index) {
-            let how = (spec.has_bias(role), spec.layout.transposed);
-            let linear = Linear::load(weights, &module, spec.linear_shape(role), how)?;
-            linears[role as usize] = Some(linear);
+            if let Some(at) = role.index() {
+                let how = (spec.has_bias(role), spec.layout.transposed);
+                linears[at] = Some(Linear::load(weights, &module, spec.linear_shape(role), how)?);
+            }
         }
         let mut norms = [const { None }; 6];
         for (role, _) in spec.layout.norms {
@@ -82,6 +88,7 @@ impl Block {
         let rows = |role| spec.rows(role).1;
         Ok(Block {
             linears,
+            experts: Experts::load(spec, index, weights)?,
             shares: Shares {
                 qkv: spec.has(Role::Qkv).then(|| [Role::Q, Role::K, Role::V].map(rows)),
                 gate_up: spec.has(Role::GateUp).then(|| [Role::Gate, Role::Up].map(rows)),
@@ -189,35 +196,34 @@ impl Block {
         Ok((middle, x))
     }
 
-    /// From the site `mlp_in` to the site `mlp_out`, `[tokens, intermediate]`.
+    /// From the site `mlp_in` to the site `mlp_out`, `[tokens, intermediate]`; where there are experts, `x` as it is.
     ///
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn mlp_out(&self, x: &Tensor) -> Result<Tensor, Error> {
+        if self.experts.is_some() {
+            return Ok(x.contiguous()?);
+        }
         let (gate, up) = self.branches(x)?;
-        self.gated(gate, up)
+        gated(self.act, gate, up)
     }
 
     /// The branches of the MLP before the activation, `[tokens, intermediate]`: gate, where there is one, and up.
     pub(crate) fn branches(&self, x: &Tensor) -> Result<(Option<Tensor>, Tensor), Error> {
         let shares = self.shares.gate_up.as_ref();
-        if shares.is_none() && self.linears[Role::Gate as usize].is_none() {
+        if shares.is_none() && self.part(Role::Gate).is_none() {
             return Ok((None, self.at(Role::Up).forward(x)?));
         }
         let [gate, up] = self.read([Role::Gate, Role::Up], (Role::GateUp, shares), x)?;
         Ok((Some(gate), up))
     }
 
-    /// `act(gate) · up`, in the memory of `gate` where that can be, or `act(up)` without a gate.
-    pub(crate) fn gated(&self, gate: Option<Tensor>, up: Tensor) -> Result<Tensor, Error> {
-        let Some(gate) = gate else { return self.activate(&up) };
-        if self.act == Act::Silu {
-            ops::silu_mul(&gate, &up)?;
-            return Ok(gate);
+    /// What Down, or all experts, make of the site `mlp_out`.
+    pub(crate) fn mlp_output(&self, x: &Tensor) -> Result<Tensor, Error> {
+        match &self.experts {
+            Some(experts) => experts.forward(x),
+            None => self.at(Role::Down).forward(x),
         }
-        let gate = self.activate(&gate)?;
-        ops::mul(&gate, &up)?;
-        Ok(gate)
     }
 
     /// Adds the MLP's output to the `h` of [`Block::mlp_in`]: the residual stream after the block.
@@ -225,7 +231,7 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn finish(&self, h: &Tensor, x: &Tensor) -> Result<Tensor, Error> {
-        let sum = self.joined(h, self.at(Role::Down).forward(x)?, NormRole::MlpOutput)?;
+        let sum = self.joined(h, self.mlp_output(x)?, NormRole::MlpOutput)?;
         self.normed(NormRole::MlpResidual, &sum)
     }
 
@@ -268,17 +274,17 @@ impl Block {
     /// Linears whose weight is in memory as f32.
     #[must_use]
     pub fn expanded(&self) -> usize {
-        self.linears.iter().flatten().filter(|linear| matches!(linear.matrix, Matrix::Dense(_))).count()
+        self.roles().filter(|&role| matches!(self.at(role).matrix, Matrix::Dense(_))).count()
     }
 
     /// Bytes of the linears' weights in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let of = |linear: &Linear| match &linear.matrix {
+        let of = |role| match &self.at(role).matrix {
             Matrix::Dense(weight) => 4 * weight.elem_count(),
             Matrix::Packed(packed) => packed.bytes(),
         };
-        self.linears.iter().flatten().map(of).sum()
+        self.roles().map(of).sum()
     }
 
     /// The bias of a linear, `[out]`.
@@ -328,16 +334,6 @@ impl Block {
         }
     }
 
-    /// The activation of the MLP.
-    fn activate(&self, x: &Tensor) -> Result<Tensor, Error> {
-        Ok(match self.act {
-            Act::Silu => x.silu()?,
-            Act::Gelu => x.gelu_erf()?,
-            Act::GeluTanh => x.gelu()?,
-            Act::Relu => x.relu()?,
-        })
-    }
-
     /// `x [tokens, kv_heads · group · head_dim]` gathered by key-value head as [`ops::rotate`] does, without rotating.
     pub(crate) fn by_head(&self, x: &Tensor, group: usize) -> Result<Tensor, Error> {
         let (tokens, dim) = (x.dim(0)?, self.head_dim);
@@ -351,15 +347,34 @@ impl Block {
         Ok(rms_norm(&rows, weight, self.eps)?.reshape(x.shape())?)
     }
 
+    /// Every linear it has, in the order of [`Role`].
+    pub(crate) fn roles(&self) -> impl Iterator<Item = Role> {
+        let experts = self.experts.iter().flat_map(Experts::all).flat_map(Role::of_expert);
+        Role::ALL.into_iter().filter(|&role| self.part(role).is_some()).chain(experts)
+    }
+
+    fn part(&self, role: Role) -> Option<&Linear> {
+        match (role.index(), &self.experts) {
+            (Some(at), _) => self.linears[at].as_ref(),
+            (None, Some(experts)) => experts.linear(role),
+            (None, None) => None,
+        }
+    }
+
     pub(crate) fn at(&self, role: Role) -> &Linear {
-        match &self.linears[role as usize] {
+        match self.part(role) {
             Some(linear) => linear,
             None => panic!("this block has no {role:?}"),
         }
     }
 
     fn at_mut(&mut self, role: Role) -> &mut Linear {
-        match &mut self.linears[role as usize] {
+        let linear = match (role.index(), &mut self.experts) {
+            (Some(at), _) => self.linears[at].as_mut(),
+            (None, Some(experts)) => experts.linear_mut(role),
+            (None, None) => None,
+        };
+        match linear {
             Some(linear) => linear,
             None => panic!("this block has no {role:?}"),
         }

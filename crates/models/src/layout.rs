@@ -21,6 +21,8 @@ pub struct Layout {
     pub blocks: &'static str,
     /// The linears of a block in execution order, with their modules inside it.
     pub linears: &'static [(Role, &'static str)],
+    /// What stands in the place of the MLP in blocks that have experts.
+    pub routed: Option<Routed>,
     /// The norms of a block in execution order, with their modules inside it.
     pub norms: &'static [(NormRole, &'static str)],
     /// Modules of the norms of queries and keys inside a block, used where the model has them.
@@ -43,6 +45,19 @@ pub struct Layout {
     pub task_head: Option<&'static str>,
     /// A linear `[hidden, hidden]` over the first hidden state, which nothing here computes with.
     pub pooler: Option<&'static str>,
+}
+
+/// The modules of an MLP of experts, inside a block.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Routed {
+    /// The linear `[experts, hidden]` that says which experts a token goes to.
+    pub router: &'static str,
+    /// What stands before the index of an expert.
+    pub experts: &'static str,
+    /// Gate, up and down inside an expert.
+    pub parts: [&'static str; 3],
+    /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts.
+    pub shared: Option<[&'static str; 2]>,
 }
 
 /// Learned embeddings beside those of the tokens, and the norm of their sum.
@@ -106,6 +121,7 @@ const LLAMA: Layout = Layout {
         (Role::Up, "mlp.up_proj"),
         (Role::Down, "mlp.down_proj"),
     ],
+    routed: None,
     norms: &[(NormRole::Input, "input_layernorm"), (NormRole::PostAttention, "post_attention_layernorm")],
     qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
     fused: Fused::ByPart,
@@ -122,7 +138,46 @@ const LLAMA: Layout = Layout {
 /// Decoders in the manner of Llama.
 pub(crate) static DECODER: Layout = LLAMA;
 
-/// The same with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
+/// Mixtral, which has experts in every block.
+pub(crate) static MIXTRAL: Layout = Layout {
+    linears: &[
+        (Role::Q, "self_attn.q_proj"),
+        (Role::K, "self_attn.k_proj"),
+        (Role::V, "self_attn.v_proj"),
+        (Role::O, "self_attn.o_proj"),
+    ],
+    routed: Some(Routed {
+        router: "block_sparse_moe.gate",
+        experts: "block_sparse_moe.experts.",
+        parts: ["w1", "w3", "w2"],
+        shared: None,
+    }),
+    ..LLAMA
+};
+
+/// Decoders in the manner of Llama with experts in some blocks.
+pub(crate) static EXPERTS: Layout = Layout {
+    routed: Some(Routed {
+        router: "mlp.gate",
+        experts: "mlp.experts.",
+        parts: ["gate_proj", "up_proj", "down_proj"],
+        shared: None,
+    }),
+    ..LLAMA
+};
+
+/// The same with an expert more, which every token goes to.
+pub(crate) static SHARED_EXPERT: Layout = Layout {
+    routed: Some(Routed {
+        router: "mlp.gate",
+        experts: "mlp.experts.",
+        parts: ["gate_proj", "up_proj", "down_proj"],
+        shared: Some(["mlp.shared_expert", "mlp.shared_expert_gate"]),
+    }),
+    ..LLAMA
+};
+
+/// Decoders in the manner of Llama with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
 pub(crate) static SANDWICH: Layout = Layout {
     norms: &[
         (NormRole::Input, "input_layernorm"),
@@ -234,6 +289,7 @@ const BERT_LIKE: Layout = Layout {
         (Role::Up, "intermediate.dense"),
         (Role::Down, "output.dense"),
     ],
+    routed: None,
     norms: &[(NormRole::AttnResidual, "attention.output.LayerNorm"), (NormRole::MlpResidual, "output.LayerNorm")],
     qk_norms: ["attention.self.q_norm", "attention.self.k_norm"],
     fused: Fused::ByPart,
@@ -258,7 +314,20 @@ mod tests {
 
     #[test]
     fn every_layout_lists_roles_once_in_execution_order() {
-        for layout in [&DECODER, &SANDWICH, &POST_NORM, &FUSED, &NEOX, &GPT2, &OPT, &BERT, &ROBERTA] {
+        for layout in [
+            &DECODER,
+            &MIXTRAL,
+            &EXPERTS,
+            &SHARED_EXPERT,
+            &SANDWICH,
+            &POST_NORM,
+            &FUSED,
+            &NEOX,
+            &GPT2,
+            &OPT,
+            &BERT,
+            &ROBERTA,
+        ] {
             assert!(layout.linears.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.linears);
             assert!(layout.norms.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.norms);
             let mut names: Vec<&str> =

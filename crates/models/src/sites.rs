@@ -24,26 +24,72 @@ pub enum Role {
     Up,
     /// Output of the MLP, `[hidden, intermediate]`.
     Down,
+    /// The gated branch of an expert, `[expert width, hidden]`.
+    ExpertGate(Expert),
+    /// The linear branch of an expert, `[expert width, hidden]`.
+    ExpertUp(Expert),
+    /// Output of an expert, `[hidden, expert width]`.
+    ExpertDown(Expert),
+}
+
+/// One MLP of several that stand in the place of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Expert {
+    /// One of those that a router chooses from, by its index.
+    Routed(u16),
+    /// The one that every token goes to.
+    Shared,
 }
 
 impl Role {
-    /// Every linear, in execution order. A block has some of them.
+    /// Every linear outside of experts, in execution order. A block has some of them.
     pub const ALL: [Role; 9] =
         [Role::Qkv, Role::Q, Role::K, Role::V, Role::O, Role::GateUp, Role::Gate, Role::Up, Role::Down];
+
+    /// What it is in an MLP, whichever expert's.
+    #[must_use]
+    pub const fn kind(self) -> Role {
+        match self {
+            Role::ExpertGate(_) => Role::Gate,
+            Role::ExpertUp(_) => Role::Up,
+            Role::ExpertDown(_) => Role::Down,
+            other => other,
+        }
+    }
+
+    /// The expert it is a part of, if it is.
+    #[must_use]
+    pub const fn expert(self) -> Option<Expert> {
+        match self {
+            Role::ExpertGate(expert) | Role::ExpertUp(expert) | Role::ExpertDown(expert) => Some(expert),
+            _ => None,
+        }
+    }
+
+    /// Gate, up and down of an expert.
+    #[must_use]
+    pub const fn of_expert(expert: Expert) -> [Role; 3] {
+        [Role::ExpertGate(expert), Role::ExpertUp(expert), Role::ExpertDown(expert)]
+    }
+
+    /// Its place in [`Role::ALL`]; experts' linears have none.
+    pub(crate) fn index(self) -> Option<usize> {
+        Role::ALL.iter().position(|&role| role == self)
+    }
 
     /// Its name in options and messages, the one that most decoders give the module.
     #[must_use]
     pub const fn name(self) -> &'static str {
-        match self {
+        match self.kind() {
             Role::Qkv => "qkv_proj",
             Role::Q => "q_proj",
             Role::K => "k_proj",
             Role::V => "v_proj",
             Role::O => "o_proj",
             Role::GateUp => "gate_up_proj",
-            Role::Gate => "gate_proj",
-            Role::Up => "up_proj",
-            Role::Down => "down_proj",
+            Role::Gate | Role::ExpertGate(_) => "gate_proj",
+            Role::Up | Role::ExpertUp(_) => "up_proj",
+            Role::Down | Role::ExpertDown(_) => "down_proj",
         }
     }
 
@@ -53,12 +99,12 @@ impl Role {
         match self {
             Role::Qkv | Role::Q | Role::K | Role::V => &SITES[0],
             Role::O => &SITES[1],
-            Role::GateUp | Role::Gate | Role::Up => &SITES[2],
-            Role::Down => &SITES[3],
+            Role::GateUp | Role::Gate | Role::Up | Role::ExpertGate(_) | Role::ExpertUp(_) => &SITES[2],
+            Role::Down | Role::ExpertDown(_) => &SITES[3],
         }
     }
 
-    /// What a linear stores together, or itself alone.
+    /// What a linear stores together, or itself alone; nothing of experts, whose linears are never stored together.
     #[must_use]
     pub const fn parts(self) -> &'static [Role] {
         match self {
@@ -71,6 +117,7 @@ impl Role {
             Role::Gate => &[Role::Gate],
             Role::Up => &[Role::Up],
             Role::Down => &[Role::Down],
+            Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_) => &[],
         }
     }
 }
@@ -126,6 +173,12 @@ pub struct Site {
 }
 
 impl Site {
+    /// Whether `role` reads the activation, or its expert's share of it.
+    #[must_use]
+    pub fn reads(&self, role: Role) -> bool {
+        self.linears.contains(&role.kind())
+    }
+
     /// What reads the activation, parts that one linear stores together apart.
     #[must_use]
     pub fn parts(&self) -> Vec<Role> {

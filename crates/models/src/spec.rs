@@ -1,7 +1,7 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
 use crate::layout::{Buffer, Fused, Layout, Spelling};
-use crate::{Absorb, NormKind, NormRole, Role, Rope, SITES, Site};
+use crate::{Absorb, Expert, NormKind, NormRole, Role, Rope, SITES, Site};
 use std::ops::Range;
 
 /// The activation of the MLP: of its gate, or of its only branch.
@@ -49,6 +49,23 @@ impl Factors {
         Factors { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0, attention_cap: None, logit_cap: None };
 }
 
+/// Experts, and how tokens are dealt out to them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Routing {
+    /// Experts to choose from.
+    pub experts: usize,
+    /// How many of them a token goes to.
+    pub chosen: usize,
+    /// Whether the weights of the chosen are divided by their sum.
+    pub normalized: bool,
+    /// Width inside an expert.
+    pub intermediate: usize,
+    /// Width inside the expert that every token goes to; 0 where there is none.
+    pub shared: usize,
+    /// For each block, whether experts stand in the place of its MLP.
+    pub blocks: Vec<bool>,
+}
+
 /// Everything the forward pass must know about a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -60,8 +77,10 @@ pub struct ModelSpec {
     pub spelling: &'static Spelling,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width inside the MLP.
+    /// Width inside the MLP; of experts, it is [`Routing`]'s.
     pub intermediate: usize,
+    /// Experts in the place of the MLP.
+    pub routing: Option<Routing>,
     /// Number of blocks.
     pub layers: usize,
     /// Rows of the embedding and of the head.
@@ -147,7 +166,7 @@ impl ModelSpec {
     /// Whether the activation of the MLP is multiplied by a second branch.
     #[must_use]
     pub fn gated(&self) -> bool {
-        self.has(Role::Gate) || self.has(Role::GateUp)
+        self.layout.routed.is_some() || self.has(Role::Gate) || self.has(Role::GateUp)
     }
 
     /// The linear that stores `part`, and the rows of it there, in order: itself and all its rows, or a share of
@@ -167,7 +186,13 @@ impl ModelSpec {
         (whole, std::iter::once(first..first + own).collect())
     }
 
-    /// Whether a block has this linear.
+    /// The experts of block `block`, where they stand in the place of its MLP.
+    #[must_use]
+    pub fn routed(&self, block: usize) -> Option<&Routing> {
+        self.routing.as_ref().filter(|routing| routing.blocks.get(block) == Some(&true))
+    }
+
+    /// Whether blocks have this linear outside of experts.
     #[must_use]
     pub fn has(&self, role: Role) -> bool {
         self.layout.linears.iter().any(|(r, _)| *r == role)
@@ -185,10 +210,23 @@ impl ModelSpec {
     /// Where a block has no such linear ([`ModelSpec::has`]).
     #[must_use]
     pub fn module(&self, block: usize, role: Role) -> String {
-        match self.layout.linears.iter().find(|(r, _)| *r == role) {
-            Some((_, module)) => self.in_block(block, module),
+        let module = match role.expert() {
+            Some(expert) => self.layout.routed.as_ref().and_then(|names| names.module(expert, role)),
+            None => self.layout.linears.iter().find(|(r, _)| *r == role).map(|(_, module)| (*module).to_owned()),
+        };
+        match module {
+            Some(module) => self.in_block(block, &module),
             None => panic!("{} blocks have no {role:?}", self.model_type),
         }
+    }
+
+    /// Modules of the linears that stay out of [`ModelSpec::block_linears`] where block `block` has experts: the router,
+    /// `[experts, hidden]`, and what says how much of the shared expert counts, `[1, hidden]`.
+    #[must_use]
+    pub fn routers(&self, block: usize) -> Option<(String, Option<String>)> {
+        let names = self.routed(block).and(self.layout.routed.as_ref())?;
+        let shared = names.shared.map(|[_, gate]| self.in_block(block, gate));
+        Some((self.in_block(block, names.router), shared))
     }
 
     /// Tensor name of the weight of `norm` in block `block`.
@@ -259,7 +297,11 @@ impl ModelSpec {
     /// The linears of block `block`, in execution order, with their module names.
     #[must_use]
     pub fn block_linears(&self, block: usize) -> Vec<(Role, String)> {
-        self.layout.linears.iter().map(|(role, module)| (*role, self.in_block(block, module))).collect()
+        let routing = self.routed(block);
+        let of_mlp = |role: Role| matches!(role, Role::GateUp | Role::Gate | Role::Up | Role::Down);
+        let plain = self.layout.linears.iter().map(|(role, _)| *role).filter(|&r| routing.is_none() || !of_mlp(r));
+        let experts = routing.into_iter().flat_map(Routing::all).flat_map(Role::of_expert);
+        plain.chain(experts).map(|role| (role, self.module(block, role))).collect()
     }
 
     /// The sites of a block, in execution order.
@@ -329,7 +371,14 @@ impl ModelSpec {
             Role::O => [self.hidden, q],
             Role::Gate | Role::Up => [self.intermediate, self.hidden],
             Role::Down => [self.hidden, self.intermediate],
+            Role::ExpertGate(expert) | Role::ExpertUp(expert) => [self.expert_width(expert), self.hidden],
+            Role::ExpertDown(expert) => [self.hidden, self.expert_width(expert)],
         }
+    }
+
+    fn expert_width(&self, expert: Expert) -> usize {
+        let of = |routing: &Routing| if expert == Expert::Shared { routing.shared } else { routing.intermediate };
+        self.routing.as_ref().map_or(0, of)
     }
 
     /// Its shape as a dense checkpoint stores it: `[in, out]` in families that transpose.
@@ -354,6 +403,7 @@ impl ModelSpec {
             Role::Qkv | Role::Q | Role::K | Role::V => self.qkv_bias,
             Role::O => self.out_bias,
             Role::GateUp | Role::Gate | Role::Up | Role::Down => self.mlp_bias,
+            Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_) => false,
         }
     }
 
@@ -367,6 +417,10 @@ impl ModelSpec {
             if self.has_bias(role) {
                 slots.push(TensorSlot::new(format!("{module}.bias"), &shape[..1]));
             }
+        }
+        if let (Some((router, shared)), Some(routing)) = (self.routers(block), &self.routing) {
+            slots.push(TensorSlot::new(format!("{router}.weight"), &[routing.experts, self.hidden]));
+            slots.extend(shared.map(|gate| TensorSlot::new(format!("{gate}.weight"), &[1, self.hidden])));
         }
         for (norm, _) in self.layout.norms {
             slots.extend(self.norm_slots(self.norm_tensors(block, *norm)));
@@ -418,6 +472,30 @@ impl ModelSpec {
             }
         }
         slots
+    }
+}
+
+impl Routing {
+    /// Every expert, in execution order.
+    pub fn all(&self) -> impl Iterator<Item = Expert> + use<> {
+        let shared = (self.shared > 0).then_some(Expert::Shared);
+        (0..self.experts as u16).map(Expert::Routed).chain(shared)
+    }
+}
+
+impl crate::layout::Routed {
+    /// The module of an expert's linear, inside its block.
+    fn module(&self, expert: Expert, role: Role) -> Option<String> {
+        let [gate, up, down] = self.parts;
+        let part = match role.kind() {
+            Role::Gate => gate,
+            Role::Up => up,
+            _ => down,
+        };
+        match expert {
+            Expert::Routed(index) => Some(format!("{}{index}.{part}", self.experts)),
+            Expert::Shared => self.shared.map(|[shared, _]| format!("{shared}.{part}")),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
+use crate::experts::Routed;
 use crate::fused::together;
 use crate::journal::{SiteRecord, StageChange, TensorRecord};
 use crate::learn::{Start, ToStored};
@@ -21,7 +22,7 @@ use std::path::Path;
 use std::time::Instant;
 
 /// Tokens whose activations are in memory at a time. It fixes the order of sums, so it is a constant.
-const BATCH_TOKENS: usize = 16_384;
+pub(crate) const BATCH_TOKENS: usize = 16_384;
 
 /// The calibration text on its way through the model.
 pub(crate) struct Flow<'a> {
@@ -88,9 +89,9 @@ pub(crate) struct Done {
 }
 
 /// The two streams of a flow at a site: the rounded model's, and the full-precision model's where it runs beside it.
-struct Lanes {
-    rounded: Stream,
-    full: Option<Stream>,
+pub(crate) struct Lanes {
+    pub(crate) rounded: Stream,
+    pub(crate) full: Option<Stream>,
 }
 
 /// One stream through one piece of a block.
@@ -115,7 +116,7 @@ impl Flow<'_> {
         let full = self.full.map(|hidden| (block.clone(), hidden));
         // The stream is overwritten on its way through the block, which reconstruction enters again.
         let entered = self.rebuild.map(|_| self.entered()).transpose()?;
-        let mut start: Vec<Start> = Vec::new();
+        let mut start = entered.as_ref().map(|_| Vec::new());
         let mut x: Option<Lanes> = None;
         let mut weights = None;
         for (i, at) in spec.sites().iter().enumerate() {
@@ -136,29 +137,24 @@ impl Flow<'_> {
             let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
             self.windows(glimpse, &mut |first, glimpses| {
                 if let Some(seen) = &mut seen {
-                    seen.add(first, &glimpses, weights.as_deref());
+                    let weights = weights.as_ref().map(|all| &all[first..first + glimpses.len()]);
+                    seen.add(first, &glimpses, weights);
                 }
             })?;
             x = Some(next);
+            if let (2, Some(_), Some(x)) = (i, spec.routed(index), &x) {
+                let from = Routed { x, weights: weights.as_deref(), full: full.as_ref().map(|(block, _)| block) };
+                self.quantize_experts((index, &mut block), &from, targets, (method, options), &mut start, on)?;
+                // They leave no activation between them: what follows starts from this one.
+                break;
+            }
             let Some(seen) = seen else { continue };
             if !seen.is_finite() {
                 return Err(bitmill_calibrate::Error::NonFinite { block: index, site: at.name.into() }.into());
             }
             let (site, tokens) = (at.name.into(), seen.tokens());
-            on(Moment::Seen(SiteRecord { block: index, site, tokens, spread: seen.spread() }))?;
-            for (role, done) in self.solve_site(&block, &wanted, &seen, method, options)? {
-                let [rows, cols] = done.solved.quantized.shape;
-                let weight = done.solved.quantized.dequantize();
-                block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
-                block.set_activations(role, done.solved.quantized.scheme.activations);
-                if let Some(bias) = &done.bias {
-                    block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
-                }
-                if entered.is_some() {
-                    start.push((role, done.solved.quantized.clone()));
-                }
-                on(Moment::Finished(Box::new(done)))?;
-            }
+            on(Moment::Seen(SiteRecord { block: index, site, tokens, prior: None, spread: seen.spread() }))?;
+            self.round_site(&mut block, &wanted, &seen, (method, options), &mut start, on)?;
         }
         let Some(x) = x else { return Ok(()) };
         let finish = |w: usize| {
@@ -171,10 +167,37 @@ impl Flow<'_> {
             Ok(())
         };
         self.windows(finish, &mut |_, _| {})?;
-        match (entered, full) {
-            (Some(entered), Some((full, _))) => self.rebuild(index, [block, full], start, &entered, on),
+        match (entered, full, start) {
+            (Some(entered), Some((full, _)), Some(start)) => self.rebuild(index, [block, full], start, &entered, on),
             _ => Ok(()),
         }
+    }
+
+    /// Rounds `targets`, which read what was `seen`, and puts them into the block; what they are rounded to is added to
+    /// `start`, where that is wanted.
+    pub(crate) fn round_site(
+        &self,
+        block: &mut Block,
+        targets: &[&Target<'_>],
+        seen: &Seen,
+        (method, options): (&dyn Method, &SolverOptions),
+        start: &mut Option<Vec<Start>>,
+        on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for (role, done) in self.solve_site(block, targets, seen, method, options)? {
+            let [rows, cols] = done.solved.quantized.shape;
+            let weight = done.solved.quantized.dequantize();
+            block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
+            block.set_activations(role, done.solved.quantized.scheme.activations);
+            if let Some(bias) = &done.bias {
+                block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
+            }
+            if let Some(start) = start {
+                start.push((role, done.solved.quantized.clone()));
+            }
+            on(Moment::Finished(Box::new(done)))?;
+        }
+        Ok(())
     }
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {

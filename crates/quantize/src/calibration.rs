@@ -21,6 +21,12 @@ pub fn calibrate(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(), Error> {
     let layers = pass.spec.layers;
+    if pass.spec.routing.is_some() {
+        return Err(Error::Experts {
+            what: "statistics of sites (calibrate, and mixtures of widths)".into(),
+            dir: pass.model.dir().into(),
+        });
+    }
     // A probed block costs about as much as its half of all probes; the bar moves evenly enough.
     let steps = if sensitivity { 2 * layers + 1 } else { layers };
     let about = About::new(model_fingerprint(pass.model)?, windows);

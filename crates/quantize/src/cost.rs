@@ -1,7 +1,7 @@
-//! What a plan costs, from headers alone: arithmetic, and bytes by role and scheme.
+//! What a plan costs, from headers alone: arithmetic, memory and disk, and bytes by role and scheme.
 
 use crate::{Action, Needs, Plan, Unit};
-use bitmill_models::SITES;
+use bitmill_models::{Expert, ModelSpec, Role, SITES};
 use std::collections::BTreeMap;
 
 /// Linears of one role and scheme.
@@ -60,16 +60,19 @@ impl Plan {
         let mut total = 0.0;
         for unit in &self.units {
             for tensor in &unit.tensors {
-                let Action::Quantize { shape: [rows, cols], .. } = &tensor.action else { continue };
+                let Action::Quantize { shape: [rows, cols], role, .. } = &tensor.action else { continue };
                 let (weights, cols) = ((rows * cols) as f64, *cols as f64);
-                let forward = if self.calibrated { 2.0 * weights * tokens as f64 * streams } else { 0.0 };
+                let own = tokens as f64 * self.share(*role);
+                let forward = if self.calibrated { 2.0 * weights * own * streams } else { 0.0 };
                 let rounding = if hessian { SWEEP * sweeps * weights * cols } else { 0.0 };
                 total += forward + SEARCH * weights + rounding;
             }
             if hessian {
                 // The second stream's share is not symmetric, and takes factors of its own.
-                let n3 = |n: &f64| (3.0 * streams - 2.0) * (n * n * tokens as f64 + FACTOR * n * n * n / 3.0);
-                total += site_widths(unit).iter().map(n3).sum::<f64>();
+                let n3 = |(n, share): (f64, f64)| {
+                    (3.0 * streams - 2.0) * (n * n * tokens as f64 * share + FACTOR * n * n * n / 3.0)
+                };
+                total += self.site_widths(unit).into_iter().map(n3).sum::<f64>();
             }
         }
         total + self.reconstruction_operations(tokens)
@@ -101,15 +104,89 @@ impl Plan {
         u64::from(tuning.passes) * (8 * self.parameters * tokens + STEP * self.trained_weights() * steps)
             + written as u64
     }
-}
 
-/// Inputs of the sites of a block that have something to round.
-fn site_widths(unit: &Unit) -> Vec<f64> {
-    let width = |site: &bitmill_models::Site| {
-        unit.tensors.iter().find_map(|t| match &t.action {
-            Action::Quantize { role: Some(role), shape, .. } if site.linears.contains(role) => Some(shape[1] as f64),
+    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: one block in f32
+    /// twice (the weights, and the working copy of its largest site), the Hessian of its widest site in the forms the
+    /// solver holds at once, and the activations of one batch.
+    #[must_use]
+    pub fn peak_memory(&self, stream: u64) -> u64 {
+        let unit = |u: &Unit| -> u64 {
+            let weights = u.tensors.iter().map(|t| match &t.action {
+                Action::Quantize { shape, .. } => (shape[0] * shape[1]) as u64 * 4,
+                Action::Copy => 0,
+            });
+            let widest = u.tensors.iter().filter_map(|t| match &t.action {
+                Action::Quantize { shape, .. } => Some(shape[1] as u64),
+                Action::Copy => None,
+            });
+            let n = widest.max().unwrap_or(0);
+            let weights: u64 = weights.sum();
+            // Blocks in full precision, and the one that learns twice, with latents and their moments.
+            let rebuilt = self
+                .settings
+                .reconstruction
+                .as_ref()
+                .map_or(0, |how| weights * (1 + u64::from(how.depth)) + crate::learn::memory(weights / 4, 0, None));
+            weights * 3 + rebuilt + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
+        };
+        let experts = match self.spec.as_ref().map(|spec| (spec, spec.routing.as_ref())) {
+            Some((spec, Some(routing))) if self.calibrated => {
+                crate::experts::memory(spec, routing, self.settings.observation)
+            }
+            _ => 0,
+        };
+        let blocks = self.units.iter().map(unit).max().unwrap_or(0) + experts;
+        blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
+    }
+
+    /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
+    pub(crate) fn trains_head(&self) -> bool {
+        let head = self.spec.as_ref().filter(|spec| !spec.tied).and_then(ModelSpec::head);
+        head.is_some_and(|head| !self.quantized().any(|(module, ..)| *module == head))
+    }
+
+    /// Weights that tuning changes, norms aside.
+    pub(crate) fn trained_weights(&self) -> u64 {
+        let head = self.spec.as_ref().filter(|_| self.trains_head()).map_or(0, |spec| spec.vocab * spec.hidden);
+        self.quantized_size().0 + head as u64
+    }
+
+    /// Bytes of memory that tuning takes beside activations; 0 without tuning.
+    #[must_use]
+    pub fn tuning_memory(&self) -> u64 {
+        let Some(tuning) = &self.settings.tuning else { return 0 };
+        let author = self.spec.as_ref().filter(|spec| spec.head().is_some() && tuning.written() > 0.0);
+        let texts = author.map(|spec| (spec, self.settings.sequence_length.min(spec.max_positions)));
+        crate::learn::memory(self.trained_weights(), self.parameters, texts)
+    }
+
+    /// Bytes of disk that the run takes while it works, beside its output.
+    #[must_use]
+    pub fn work_bytes(&self) -> u64 {
+        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.trained_weights()))
+    }
+
+    /// Inputs of the sites of a block that have something to round, and the share of all tokens that is seen there.
+    fn site_widths(&self, unit: &Unit) -> Vec<(f64, f64)> {
+        let roles = unit.tensors.iter().filter_map(|t| match &t.action {
+            Action::Quantize { role: Some(role), shape, .. } => Some((*role, shape[1] as f64)),
             _ => None,
-        })
-    };
-    SITES.iter().filter_map(width).collect()
+        });
+        let mut sites: BTreeMap<(Option<Expert>, &str), (f64, f64)> = BTreeMap::new();
+        for (role, width) in roles {
+            for site in SITES.iter().filter(|site| site.reads(role)) {
+                sites.entry((role.expert(), site.name)).or_insert((width, self.share(Some(role))));
+            }
+        }
+        sites.into_values().collect()
+    }
+
+    /// The share of all tokens that a linear reads: an expert gets those that are routed to it, on average.
+    fn share(&self, role: Option<Role>) -> f64 {
+        let routing = self.spec.as_ref().and_then(|spec| spec.routing.as_ref());
+        match (role.and_then(Role::expert), routing) {
+            (Some(Expert::Routed(_)), Some(routing)) => routing.chosen as f64 / routing.experts as f64,
+            _ => 1.0,
+        }
+    }
 }

@@ -40,6 +40,16 @@ pub enum Error {
         /// The model folder.
         dir: PathBuf,
     },
+    /// A stage that does not know experts.
+    #[error(
+        "{what} cannot be used with {dir}: it does not know mixtures of experts; leave it out: one scheme for all is rounded from text, tuned if need be", dir = dir.display()
+    )]
+    Experts {
+        /// The stage or flag.
+        what: String,
+        /// The model folder.
+        dir: PathBuf,
+    },
     /// Transforms choose by what text does in the original model.
     #[error(
         "transforms run text through the model, and statistics do not hold any; give text, or leave --transforms out"

@@ -13,7 +13,8 @@ const NAMES: [&[&str]; 3] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up
 
 /// Whether linears of two roles are loaded as one matrix.
 pub(crate) fn together(a: Role, b: Role) -> bool {
-    a == b || FUSED.iter().any(|set| set.contains(&a) && set.contains(&b))
+    let same = |set: &&[Role]| set.contains(&a.kind()) && set.contains(&b.kind());
+    a == b || (a.expert() == b.expert() && FUSED.iter().any(same))
 }
 
 /// The largest magnitude over all weights of `input` that are loaded as one matrix with those of `module`.

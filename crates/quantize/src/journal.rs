@@ -67,9 +67,20 @@ pub struct SiteRecord {
     pub site: String,
     /// Tokens seen.
     pub tokens: u64,
+    /// Of an expert that tokens are routed to: the share of its H that is of tokens that are not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prior: Option<f64>,
     /// How far the activation is from evenly spread numbers.
     #[serde(flatten)]
     pub spread: Spread,
+}
+
+impl SiteRecord {
+    /// Whether it is what an expert reads that saw fewer tokens than it has inputs.
+    #[must_use]
+    pub fn starved(&self) -> bool {
+        self.prior.is_some_and(|share| share > 0.5)
+    }
 }
 
 /// What a stage that refines the whole model brought, on windows held out from it.

@@ -10,6 +10,7 @@ mod calibration;
 mod convert;
 mod cost;
 mod error;
+mod experts;
 mod factor;
 mod fused;
 mod gguf;

@@ -122,7 +122,7 @@ impl Mixing<'_> {
     /// Bytes and additive loss of every tensor's options.
     fn choices(&self) -> Vec<Vec<Option<Choice>>> {
         let of = |t: &Sensitivity| -> Vec<Option<Choice>> {
-            let enough = |s: &Scheme| self.least.get(&t.role).is_none_or(|&b| s.bits().get() >= b);
+            let enough = |s: &Scheme| self.least.get(&t.role.kind()).is_none_or(|&b| s.bits().get() >= b);
             let choice = |(k, s)| Some(Choice { bytes: t.bytes[k]?, loss: t.predicted(k) }).filter(|_| enough(s));
             self.options.iter().enumerate().map(choice).collect()
         };

@@ -120,6 +120,9 @@ impl Plan {
             if settings.observation.shift == TargetShift::Outputs && !spec.adds_plainly() {
                 return Err(Error::TargetShift { dir: input.dir().into() });
             }
+            if spec.routing.is_some() && !settings.transforms.is_empty() {
+                return Err(Error::Experts { what: "--transforms".into(), dir: input.dir().into() });
+            }
             if spec.layout.transposed {
                 notes.push(
                     "linears are stored [in, out] and are quantized as [out, in], as GPTQ files have them".into(),
@@ -234,61 +237,6 @@ impl Plan {
     pub fn bits_per_weight(&self) -> f64 {
         let (weights, bytes) = self.quantized_size();
         if weights == 0 { 0.0 } else { bytes as f64 * 8.0 / weights as f64 }
-    }
-
-    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: one block in f32
-    /// twice (the weights, and the working copy of its largest site), the Hessian of its widest site in the forms the
-    /// solver holds at once, and the activations of one batch.
-    #[must_use]
-    pub fn peak_memory(&self, stream: u64) -> u64 {
-        let unit = |u: &Unit| -> u64 {
-            let weights = u.tensors.iter().map(|t| match &t.action {
-                Action::Quantize { shape, .. } => (shape[0] * shape[1]) as u64 * 4,
-                Action::Copy => 0,
-            });
-            let widest = u.tensors.iter().filter_map(|t| match &t.action {
-                Action::Quantize { shape, .. } => Some(shape[1] as u64),
-                Action::Copy => None,
-            });
-            let n = widest.max().unwrap_or(0);
-            let weights: u64 = weights.sum();
-            // Blocks in full precision, and the one that learns twice, with latents and their moments.
-            let rebuilt = self
-                .settings
-                .reconstruction
-                .as_ref()
-                .map_or(0, |how| weights * (1 + u64::from(how.depth)) + crate::learn::memory(weights / 4, 0, None));
-            weights * 3 + rebuilt + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
-        };
-        let blocks = self.units.iter().map(unit).max().unwrap_or(0);
-        blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
-    }
-
-    /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
-    pub(crate) fn trains_head(&self) -> bool {
-        let head = self.spec.as_ref().filter(|spec| !spec.tied).and_then(ModelSpec::head);
-        head.is_some_and(|head| !quantized(&self.units).any(|(module, ..)| *module == head))
-    }
-
-    /// Weights that tuning changes, norms aside.
-    pub(crate) fn trained_weights(&self) -> u64 {
-        let head = self.spec.as_ref().filter(|_| self.trains_head()).map_or(0, |spec| spec.vocab * spec.hidden);
-        self.quantized_size().0 + head as u64
-    }
-
-    /// Bytes of memory that tuning takes beside activations; 0 without tuning.
-    #[must_use]
-    pub fn tuning_memory(&self) -> u64 {
-        let Some(tuning) = &self.settings.tuning else { return 0 };
-        let author = self.spec.as_ref().filter(|spec| spec.head().is_some() && tuning.written() > 0.0);
-        let texts = author.map(|spec| (spec, self.settings.sequence_length.min(spec.max_positions)));
-        crate::learn::memory(self.trained_weights(), self.parameters, texts)
-    }
-
-    /// Bytes of disk that the run takes while it works, beside its output.
-    #[must_use]
-    pub fn work_bytes(&self) -> u64 {
-        self.settings.tuning.as_ref().map_or(0, |_| crate::learn::disk(self.trained_weights()))
     }
 }
 

@@ -119,6 +119,8 @@ pub struct Finished {
     pub log: PathBuf,
     /// What became of every quantized tensor.
     pub tensors: Vec<TensorRecord>,
+    /// What calibration saw at every site.
+    pub sites: Vec<SiteRecord>,
     /// What stages over the whole model brought.
     pub stages: Vec<StageRecord>,
     /// The manifest: what decides the output, and what became of every tensor. `bitmill.json` of a folder.
@@ -146,9 +148,7 @@ pub fn run(
     if learns && !matches!(calibration, Some(Calibration::Text(_))) {
         return Err(Error::TuningNeedsText);
     }
-    if let Some(Calibration::Importance(imatrix)) = calibration {
-        measured::check(plan, imatrix)?;
-    }
+    measured::check(input, plan, calibration)?;
     if !plan.transforms.is_empty() && !matches!(calibration, Some(Calibration::Text(_)) | None) {
         return Err(Error::TransformsNeedText);
     }

@@ -46,8 +46,17 @@ impl Seen {
         Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n), cross())) }
     }
 
-    /// Adds windows from `first` on; `weights` are those of all windows' tokens.
+    /// Adds windows from `first` on, with the `weights` of their tokens.
     pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
+        self.take(first, glimpses, weights, true);
+    }
+
+    /// Adds tokens, as many times as their weights say, to the moments alone: they do not count as seen.
+    pub(crate) fn add_prior(&mut self, first: usize, glimpses: &[Glimpse], weights: &[Vec<f32>]) {
+        self.take(first, glimpses, Some(weights), false);
+    }
+
+    fn take(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>, counted: bool) {
         let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
@@ -60,17 +69,21 @@ impl Seen {
             }
             let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
             let r: Option<Vec<f32>> = weights.map(|weights| {
-                (first..first + glimpses.len()).filter(|w| mine(*w)).flat_map(|w| weights[w].iter().copied()).collect()
+                (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
             });
             let share = self.observation.full_share;
             let (stats, cross) = &mut self.parts[part];
+            let add = |stats: &mut SiteStats, r: &[f32]| match counted {
+                true => stats.add_weighted(&seen, r),
+                false => stats.add_gram(&seen, r),
+            };
             match (&r, share > 0.0) {
                 (None, false) => stats.add(&seen),
-                (Some(r), false) => stats.add_weighted(&seen, r),
+                (Some(r), false) => add(stats, r),
                 (r, true) => {
                     let ones = vec![1.0; seen.len() / stats.width()];
                     let scaled = |by: f32| r.as_ref().unwrap_or(&ones).iter().map(|r| r * by).collect::<Vec<_>>();
-                    stats.add_weighted(&seen, &scaled(1.0 - share));
+                    add(stats, &scaled(1.0 - share));
                     let full: Vec<f32> = seen.iter().zip(&drift).map(|(x, d)| x + d).collect();
                     stats.add_gram(&full, &scaled(share));
                 }
@@ -98,14 +111,14 @@ impl Seen {
 
     /// Moments of what was learnt from and of what was held out; `None` where either is empty or nothing is to be shifted.
     pub(crate) fn split(&self, centred: bool) -> Option<[Moments; 2]> {
-        let filled = self.parts.iter().all(|(stats, cross)| stats.tokens() > 0 && cross.is_some());
+        let filled = self.parts.iter().all(|(stats, cross)| stats.weight() > 0.0 && cross.is_some());
         (filled && self.observation.shift != TargetShift::Off)
             .then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred)))
     }
 
     /// H of what was learnt from and of what was held out; `None` where either is empty.
     pub(crate) fn apart(&self, centred: bool) -> Option<[Vec<f32>; 2]> {
-        let filled = self.parts.iter().all(|(stats, _)| stats.tokens() > 0);
+        let filled = self.parts.iter().all(|(stats, _)| stats.weight() > 0.0);
         filled.then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred).h))
     }
 
@@ -118,7 +131,7 @@ impl Seen {
     fn merged(&self) -> Cow<'_, (SiteStats, Option<CrossStats>)> {
         let [first, (stats, cross)] = &self.parts;
         let mut all = Cow::Borrowed(first);
-        if stats.tokens() > 0 {
+        if stats.weight() > 0.0 {
             let (both, both_cross) = all.to_mut();
             both.merge(stats);
             if let (Some(a), Some(b)) = (both_cross, cross) {

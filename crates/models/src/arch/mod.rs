@@ -9,18 +9,20 @@ mod gpt_neox;
 mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
 mod olmo2;
 mod opt;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen_moe;
 mod roberta;
 mod smollm3;
 
 use crate::config::Reader;
 use crate::layout::{DECODER, Layout};
 use crate::rope::RopeKeys;
-use crate::{Act, Error, Factors, ModelSpec, NormKind, Rope};
+use crate::{Act, Error, Factors, ModelSpec, NormKind, Rope, Routing};
 use bitmill_checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -47,11 +49,14 @@ pub static ARCHES: &[&dyn Arch] = &[
     &granite::Granite,
     &llama::Llama,
     &mistral::Mistral,
+    &mixtral::Mixtral,
     &olmo2::Olmo2,
     &opt::Opt,
     &phi3::Phi3,
     &qwen2::Qwen2,
     &qwen3::Qwen3,
+    &qwen_moe::Qwen2Moe,
+    &qwen_moe::Qwen3Moe,
     &roberta::Roberta,
     &smollm3::SmolLm3,
 ];
@@ -130,6 +135,7 @@ fn bare(model_type: &str, layout: &'static Layout, sizes: &Sizes) -> ModelSpec {
         spelling: &layout.spellings[0],
         hidden,
         intermediate,
+        routing: None,
         layers,
         vocab,
         heads,
@@ -186,6 +192,17 @@ fn decoder(config: &Reader<'_>, model_type: &str, defaults: &Defaults) -> Result
         bos: if config.written("bos_token_id") { bos(config)? } else { defaults.bos },
         ..bare(model_type, &DECODER, &sizes)
     })
+}
+
+/// The number of experts, under its key and with its default, and how many of them a token goes to; widths and blocks are
+/// the architecture's.
+fn routing(config: &Reader<'_>, (key, default): (&str, usize), chosen: usize) -> Result<Routing, Error> {
+    let experts = config.integer(key, 1, 1 << 12)?.unwrap_or(default);
+    let chosen = config.optional_size("num_experts_per_tok")?.unwrap_or(chosen);
+    if chosen > experts {
+        return Err(config.error("num_experts_per_tok", format!("is {chosen}, more than the {experts} experts")));
+    }
+    Ok(Routing { experts, chosen, normalized: false, intermediate: 0, shared: 0, blocks: Vec::new() })
 }
 
 fn layers(config: &Reader<'_>) -> Result<usize, Error> {

@@ -214,11 +214,7 @@ fn gradients_equal_those_of_candle() {
             // Attention to one token is 1 whatever its query and key are.
             if tokens > 1 || !matches!(role, Role::Q | Role::K) {
                 let name = format!("{module}.weight");
-                close(
-                    &format!("{model_type} {name}"),
-                    &parameters.linears[role as usize],
-                    expected.get(&vars[&name]).unwrap(),
-                );
+                close(&format!("{model_type} {name}"), &parameters.linears[&role], expected.get(&vars[&name]).unwrap());
             }
         }
         for role in NormRole::ALL.into_iter().filter(|&role| spec.has_norm(role)) {

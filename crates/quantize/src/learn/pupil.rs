@@ -41,7 +41,7 @@ impl Pupil {
     /// One step against the gradients at the present weights.
     pub(super) fn step(&mut self, gradients: &BlockGradients, rates: Rates) -> Result<(), Error> {
         for (role, rounding) in &mut self.linears {
-            rounding.step(&gradients.linears[*role as usize], rates);
+            rounding.step(&gradients.linears[role], rates);
         }
         if rates.norms > 0.0 {
             for (role, norm) in &mut self.norms {

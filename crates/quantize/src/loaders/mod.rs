@@ -20,6 +20,8 @@ struct Loader {
     name: &'static str,
     /// Why a linear of this format and scheme is not taken; `None` where it is.
     refuses: fn(format: &str, scheme: &Scheme) -> Option<String>,
+    /// The same of experts, whose kernels know less.
+    refuses_experts: fn(format: &str, scheme: &Scheme) -> Option<String>,
     /// What has to be installed beside it for a format.
     needs: fn(format: &str) -> Option<&'static str>,
     /// Whether Q, K, V and gate, up must have equal schemes, because they are loaded as one matrix.
@@ -34,13 +36,40 @@ fn nothing(_: &str) -> Option<&'static str> {
     None
 }
 
+/// A loader that refuses nothing and asks for nothing.
+const PLAIN: Loader = Loader {
+    name: "",
+    refuses: |_, _| None,
+    refuses_experts: |_, _| None,
+    needs: nothing,
+    fuses: false,
+    strict: false,
+    splits: false,
+};
+
 static LOADERS: [Loader; 6] = [
-    Loader { name: "vLLM", refuses: vllm, needs: nothing, fuses: true, strict: true, splits: true },
-    Loader { name: "SGLang", refuses: sglang, needs: nothing, fuses: true, strict: true, splits: true },
-    Loader { name: "transformers", refuses: transformers, needs: packages, fuses: false, strict: false, splits: false },
-    Loader { name: "GPTQModel", refuses: gptq_model, needs: nothing, fuses: true, strict: false, splits: false },
-    Loader { name: "llama.cpp", refuses: llama_cpp, needs: nothing, fuses: false, strict: false, splits: false },
-    Loader { name: "mistral.rs", refuses: mistral_rs, needs: nothing, fuses: false, strict: false, splits: false },
+    Loader {
+        name: "vLLM",
+        refuses: vllm,
+        refuses_experts: vllm_experts,
+        fuses: true,
+        strict: true,
+        splits: true,
+        ..PLAIN
+    },
+    Loader {
+        name: "SGLang",
+        refuses: sglang,
+        refuses_experts: sglang_experts,
+        fuses: true,
+        strict: true,
+        splits: true,
+        ..PLAIN
+    },
+    Loader { name: "transformers", refuses: transformers, needs: packages, ..PLAIN },
+    Loader { name: "GPTQModel", refuses: gptq_model, fuses: true, ..PLAIN },
+    Loader { name: "llama.cpp", refuses: llama_cpp, ..PLAIN },
+    Loader { name: "mistral.rs", refuses: mistral_rs, ..PLAIN },
 ];
 
 /// A rule of a loader.
@@ -156,6 +185,34 @@ fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
 /// 8-bit floats that kernels know: scales per tensor or channel, or in tiles of 128.
 fn fp8(scheme: &Scheme) -> bool {
     matches!(scheme.granularity, Granularity::Tensor | Granularity::Channel | Granularity::Tile(128))
+}
+
+/// The kernels for all experts of a block at once: 4 and 8 bits, the latter by channel, and no map of groups.
+fn vllm_experts(format: &str, scheme: &Scheme) -> Option<String> {
+    let bits = scheme.bits().get();
+    let wide = bits == 8 && scheme.granularity != Granularity::Channel;
+    match (format, scheme.granularity) {
+        (_, Granularity::Mapped(_)) => {
+            Some(format!("experts as {scheme}: its kernels know no order of inputs (desc_act)"))
+        }
+        ("pack-quantized", _) if !matches!(bits, 4 | 8) => {
+            Some(format!("experts as {scheme}: its kernels for mixtures take 4 and 8 bits"))
+        }
+        ("pack-quantized", _) if wide => {
+            Some(format!("experts as {scheme}: its kernels for mixtures take 8 bits by channel alone"))
+        }
+        _ => None,
+    }
+}
+
+/// The kernels that vLLM has, and GPTQ files of 4 and 8 bits.
+fn sglang_experts(format: &str, scheme: &Scheme) -> Option<String> {
+    match format {
+        "gptq" if !matches!(scheme.bits().get(), 4 | 8) => {
+            Some(format!("experts as {scheme}: its kernels for mixtures take 4 and 8 bits"))
+        }
+        _ => vllm_experts(format, scheme),
+    }
 }
 
 fn sglang(format: &str, scheme: &Scheme) -> Option<String> {

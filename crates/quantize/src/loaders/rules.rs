@@ -3,15 +3,21 @@
 use super::{Demands, Loader, Rule, Subject};
 use crate::fused::FUSED;
 use crate::plan::is_embedding;
-use bitmill_models::{ModelSpec, Role};
+use bitmill_models::{Expert, ModelSpec, Role};
 use bitmill_scheme::{Granularity, Scheme};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Every rule, in the order in which verdicts are given.
 pub(super) static RULES: &[Rule] = &[
     Rule { name: "format", about: "it reads every scheme in this format", broken: format, asked: ALWAYS },
     Rule { name: "fused", about: "linears that it loads as one matrix have one scheme", broken: fused, asked: ALWAYS },
+    Rule {
+        name: "experts",
+        about: "experts are among its kernels for mixtures, and what deals out tokens is plain numbers",
+        broken: experts,
+        asked: ALWAYS,
+    },
     Rule {
         name: "tensor-parallel",
         about: "matrices can be cut for several devices",
@@ -63,16 +69,44 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
 fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let Some(spec) = subject.spec.as_ref().filter(|_| loader.fuses) else { return Vec::new() };
     let schemes: BTreeMap<&String, Scheme> = subject.layers.iter().map(|(m, (s, _))| (m, *s)).collect();
-    let places = (0..spec.layers).flat_map(|b| FUSED.iter().map(move |roles| (b, *roles)));
-    let differs = |(block, roles): &(usize, &[Role])| {
-        let mut own = roles.iter().filter(|&&r| spec.has(r)).map(|&r| schemes.get(&spec.module(*block, r)));
+    // All experts of a block are one kernel, the one for all tokens aside.
+    let routed = |r: &Role| matches!(r.expert(), Some(Expert::Routed(_)));
+    let places = (0..spec.layers).flat_map(|block| {
+        let linears: Vec<Role> = spec.block_linears(block).into_iter().map(|(role, _)| role).collect();
+        let plain = FUSED.map(|roles| linears.iter().copied().filter(|r| roles.contains(r)).collect());
+        let shared = linears.iter().copied().filter(|r| r.expert() == Some(Expert::Shared) && r.kind() != Role::Down);
+        let experts = linears.iter().copied().filter(routed).collect();
+        plain.into_iter().chain([shared.collect(), experts]).map(move |roles: Vec<Role>| (block, roles))
+    });
+    let differs = |(block, roles): &(usize, Vec<Role>)| {
+        let mut own = roles.iter().map(|&r| schemes.get(&spec.module(*block, r)));
         own.next().is_some_and(|first| own.any(|other| other != first))
     };
-    let said = |(block, roles): (usize, &[Role])| {
+    let said = |(block, roles): (usize, Vec<Role>)| {
+        if roles.iter().any(routed) {
+            return format!("block {block}: its experts are one matrix there and need one scheme");
+        }
         let names: Vec<&str> = roles.iter().map(|r| r.name()).collect();
         format!("block {block}: {} are one matrix there and need one scheme", names.join(", "))
     };
     { places }.find(differs).map(said).into_iter().collect()
+}
+
+/// Experts in a scheme that the kernels for all experts of a block do not know, and routers that are not dense.
+fn experts(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
+    let Some(spec) = subject.spec.as_ref().filter(|spec| spec.routing.is_some()) else { return Vec::new() };
+    let routers = (0..spec.layers).filter_map(|block| spec.routers(block));
+    let routers = routers.flat_map(|(router, shared)| std::iter::once(router).chain(shared));
+    let packed = |module: String| format!("{module} is quantized, and is read as plain numbers");
+    let mut broken: Vec<String> =
+        routers.filter(|m| subject.layers.contains_key(m)).map(packed).take(usize::from(loader.fuses)).collect();
+    let routed = linears(spec).filter(|(_, role)| matches!(role.expert(), Some(Expert::Routed(_))));
+    let schemes: BTreeSet<String> = routed
+        .filter_map(|(module, _)| subject.layers.get(&module))
+        .filter_map(|(scheme, _)| (loader.refuses_experts)(subject.format(), scheme))
+        .collect();
+    broken.extend(schemes);
+    broken
 }
 
 /// Shards of matrices hold whole groups and whole words; heads are dealt out evenly.
@@ -96,7 +130,7 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
     for (module, role) in linears(spec) {
         let Some((scheme, [rows, cols])) = subject.layers.get(&module) else { continue };
         // O and down read what the devices computed each by itself; the others are cut by outputs.
-        let by_inputs = matches!(role, Role::O | Role::Down);
+        let by_inputs = matches!(role.kind(), Role::O | Role::Down);
         let side = if by_inputs { *cols } else { *rows };
         // Key-value heads are copied where there are fewer of them than devices.
         let copied = matches!(role, Role::K | Role::V) && spec.kv_heads < n;

@@ -7,10 +7,23 @@ use crate::run::Event;
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Plan, Unit};
 use bitmill_calibrate::Imatrix;
+use bitmill_checkpoint::Checkpoint;
 use bitmill_models::SITES;
 
-/// Whether `imatrix` weighs the inputs of every linear of `plan`, and its method asks for no more.
-pub(super) fn check(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
+/// Whether `plan` can do with `calibration`, where that is measured already: all linears read what all tokens do, and an
+/// importance matrix weighs the inputs of every one of them.
+pub(super) fn check(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<(), Error> {
+    let experts = plan.spec.as_ref().is_some_and(|spec| spec.routing.is_some());
+    match calibration {
+        Some(Calibration::Statistics(_) | Calibration::Importance(_)) if experts => {
+            Err(Error::Experts { what: "a file of statistics".into(), dir: input.dir().into() })
+        }
+        Some(Calibration::Importance(imatrix)) => weighed(plan, imatrix),
+        _ => Ok(()),
+    }
+}
+
+fn weighed(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
     if !plan.method.takes_diagonal() {
         return Err(Error::DiagonalOnly { method: plan.method.name() });
     }
@@ -49,7 +62,7 @@ impl Worker<'_, '_> {
             }
             let h = statistics.hessian(block, site)?;
             let (name, tokens, spread) = (site.name.into(), statistics.tokens(), statistics.spread(block, site, &h)?);
-            sites.push(SiteRecord { block, site: name, tokens, spread });
+            sites.push(SiteRecord { block, site: name, tokens, prior: None, spread });
             let weight = |t: &&Target<'_>| weight(self.input, self.plan.spec.as_ref(), t.module);
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);

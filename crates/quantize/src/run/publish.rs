@@ -44,7 +44,7 @@ pub(super) fn publish(
         std::fs::rename(from, to).map_err(io(to, "naming the output"))?;
     }
     journal.remove()?;
-    Ok(Finished { out: first, log, tensors, stages, manifest, bytes: plan.output.total_bytes() })
+    Ok(Finished { out: first, log, tensors, sites, stages, manifest, bytes: plan.output.total_bytes() })
 }
 
 /// A file beside `path` whose name goes on with `ending`.

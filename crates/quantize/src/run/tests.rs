@@ -51,6 +51,8 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         ("qwen3-tied", &[], TargetShift::Inputs),
         ("phi3", &["rotate", "rotate-heads", "awq"], TargetShift::Outputs),
         ("gpt2", &["awq"], TargetShift::Outputs),
+        ("mixtral", &[], TargetShift::Outputs),
+        ("qwen2-moe", &[], TargetShift::Outputs),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(transforms, everything(shift));
@@ -82,9 +84,14 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
 
 #[test]
 fn reconstruction_lowers_the_error_of_blocks_and_ends_in_the_same_bytes() {
-    for (case, depth, codes) in
-        [("llama-gqa", 1, 0.03), ("bert", 2, 0.01), ("gemma2", 2, 0.03), ("phi3", 1, 0.03), ("gpt2", 2, 0.01)]
-    {
+    for (case, depth, codes) in [
+        ("llama-gqa", 1, 0.03),
+        ("bert", 2, 0.01),
+        ("gemma2", 2, 0.03),
+        ("phi3", 1, 0.03),
+        ("gpt2", 2, 0.01),
+        ("qwen3-moe", 1, 0.03),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let plain = tiny::settings(&[]);
         let biases = Observation { biases: true, ..Observation::default() };
