@@ -1,9 +1,10 @@
-//! Repository chores: `cargo xtask tidy | golden | conformance | gguf | embeddings | mixtures`.
+//! Repository chores: `cargo xtask tidy | golden | conformance | gguf | embeddings | mixtures | bench`.
 //!
 //! Each chore is a list of commands that anyone could type; this program only knows their order and what they need.
 //! The house rules themselves are a test of the root package, `tests/house.rs`.
 
 mod mixtures;
+mod speed;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -97,6 +98,30 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/mixtures"))]
         work: PathBuf,
     },
+    /// Builds bitmill and measures how fast a quantized model speaks, in turns with llama.cpp's llama-bench.
+    Bench {
+        /// llama.cpp's llama-bench.
+        #[arg(long)]
+        llama_bench: PathBuf,
+        /// A built bitmill, in place of building it.
+        #[arg(long)]
+        bitmill: Option<PathBuf>,
+        /// Unquantized model folder.
+        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
+        model: PathBuf,
+        /// Tokens of a run.
+        #[arg(long, default_value_t = 256)]
+        tokens: usize,
+        /// Rounds, of whose rates the median counts.
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+        /// Threads of both sides.
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+        /// Scratch folder.
+        #[arg(long, default_value_os_t = root().join("target/bench"))]
+        work: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -125,6 +150,12 @@ fn main() -> ExitCode {
             embeddings(&reference.python, model.as_deref(), &text, &work)
         }
         Chore::Mixtures { bitmill, model, text, work } => mixtures(bitmill, &model, &text, &work),
+        Chore::Bench { llama_bench, bitmill, model, tokens, rounds, threads, work } => {
+            built(bitmill).and_then(|bitmill| {
+                let (llama_bench, model, work) = (&llama_bench, &model, &work);
+                speed::Bench { bitmill, llama_bench, model, work, tokens, rounds: rounds.max(1), threads }.run()
+            })
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -184,14 +215,16 @@ fn embeddings(python: &Path, model: Option<&Path>, text: &Path, work: &Path) -> 
 }
 
 fn mixtures(bitmill: Option<PathBuf>, model: &Path, text: &Path, work: &Path) -> Result<()> {
-    let bitmill = match bitmill {
-        Some(built) => built,
-        None => {
-            run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
-            target_dir()?.join("release/bitmill")
-        }
-    };
-    mixtures::Bench { bitmill, model, text, work }.run()
+    mixtures::Bench { bitmill: built(bitmill)?, model, text, work }.run()
+}
+
+/// The bitmill at hand, or one built for it.
+fn built(bitmill: Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(built) = bitmill {
+        return Ok(built);
+    }
+    run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
+    Ok(target_dir()?.join("release/bitmill"))
 }
 
 fn gguf(python: &Path, llama: &Path, options: impl Iterator<Item = (&'static str, OsString)>) -> Result<()> {
