@@ -75,6 +75,35 @@ fn sizes_are_met_and_never_exceeded() {
     assert!(alone.contains("--size"), "{alone}");
 }
 
+#[test]
+fn floats_and_integers_mix_in_one_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stats, out) = (stats(dir.path()), dir.path().join("out"));
+    let flags = ["--bits", "5.0", "--options", "3,4g32,nvfp4a16,mxfp4a16,fp8a16", "--loader", "vLLM"];
+    let run = || {
+        let mut command = bitmill(["quantize"]);
+        command.arg(books()).arg("-o").arg(&out).args(["--method", "rtn", "--stats"]).arg(&stats).args(flags);
+        command
+    };
+    let report = json(&mut run());
+    let allowed = report["quantized_weights"].as_f64().unwrap() * 5.0 / 8.0;
+    let bits = report["bits_per_weight"].as_f64().unwrap();
+    assert!(bits <= 5.0 && bits * report["quantized_weights"].as_f64().unwrap() / 8.0 + 2.0 * STEP as f64 > allowed);
+    let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+    let config = &config["quantization_config"];
+    assert_eq!(config["format"], "mixed-precision");
+    let formats: Vec<&str> =
+        config["config_groups"].as_object().unwrap().values().map(|g| g["format"].as_str().unwrap()).collect();
+    assert!(formats.contains(&"pack-quantized") || formats.contains(&"nvfp4-pack-quantized"), "{formats:?}");
+    assert!(formats.contains(&"float-quantized"), "{formats:?}");
+    success(bitmill(["check"]).arg(&out).args(["--loader", "vLLM"]));
+    let text = books().join("evaluation.txt");
+    let loss = json(
+        bitmill(["eval"]).arg(&out).arg("--reference").arg(books()).arg("--text").arg(&text).args(["--windows", "1"]),
+    );
+    assert!(loss["divergence"]["kl"]["mean"].as_f64().unwrap() < 0.05, "{loss}");
+}
+
 /// A plan file says what a mixture came to, not how it was chosen: manifest and card of the run that chose it say more.
 fn same_but_for_the_mixture(by_file: &Path, by_flags: &Path) {
     let (mut file, mut flags) = (contents(by_file), contents(by_flags));

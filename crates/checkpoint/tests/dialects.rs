@@ -63,7 +63,7 @@ fn presets_defaults_and_mixed_formats() {
         }
     }));
     let dialect = dialect.unwrap().unwrap();
-    assert_eq!(dialect.format().name(), "int-quantized");
+    assert_eq!(dialect.format().name(), "mixed-precision");
     let mlp = Scheme { activations: Activations::DynamicInt8, ..int(8, true, Granularity::Channel) };
     assert_eq!(dialect.scheme_of("mlp"), Some(mlp));
     assert_eq!(dialect.scheme_of("attn"), Some(int(8, true, Granularity::Tensor)));
@@ -119,6 +119,19 @@ fn configurations_written_are_read_back() {
             assert_eq!(dialect.scheme_of(module), Some(*scheme), "{name} {module}");
         }
         assert!(ignored.iter().all(|m| dialect.scheme_of(m).is_none()), "{name}");
+    }
+    // Groups of a mixture say each what they are stored in.
+    let named = |name: &str| bitmill_scheme::scheme(name).unwrap();
+    let layers: BTreeMap<String, Scheme> =
+        ["w4a16", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16"].map(|name| (name.to_owned(), named(name))).into();
+    let block = format("mixed-precision").unwrap().config(&layers, &ignored).unwrap();
+    assert_eq!(block["format"], "mixed-precision");
+    let dialect = read(block).unwrap().unwrap();
+    assert_eq!(dialect.format().name(), "mixed-precision");
+    let stored = ["pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"];
+    for (name, format) in ["w4a16", "w8a8", "fp8_block", "nvfp4a16", "mxfp4a16"].iter().zip(stored) {
+        assert_eq!(dialect.scheme_of(name), Some(named(name)));
+        assert_eq!(dialect.format_of(name).map(|f| f.name()), Some(format));
     }
     // One scheme targets the class, and carries nothing a strict reader would refuse.
     let single = BTreeMap::from([("q_proj".to_owned(), int(4, true, Granularity::Group(128)))]);

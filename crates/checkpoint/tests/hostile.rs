@@ -220,7 +220,7 @@ fn exercise(config: Value, shard: Vec<u8>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
@@ -230,7 +230,7 @@ proptest! {
     }
 
     #[test]
-    fn mutated_headers_never_panic(sample in 0usize..4, edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+    fn mutated_headers_never_panic(sample in 0usize..FORMATS.len(), edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
         let (config, mut shard) = SAMPLES.with(|s| s[sample].clone());
         let header = u64::from_le_bytes(shard[..8].try_into().unwrap()) as usize + 8;
         for (at, value) in edits {
@@ -242,7 +242,7 @@ proptest! {
     }
 
     #[test]
-    fn truncated_and_mutated_files_never_panic(sample in 0usize..4, cut: prop::sample::Index, edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..40), truncate: bool) {
+    fn truncated_and_mutated_files_never_panic(sample in 0usize..FORMATS.len(), cut: prop::sample::Index, edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..40), truncate: bool) {
         let (config, mut shard) = SAMPLES.with(|s| s[sample].clone());
         let header = u64::from_le_bytes(shard[..8].try_into().unwrap()) as usize + 8;
         for (at, value) in edits {
@@ -258,7 +258,7 @@ proptest! {
     }
 
     #[test]
-    fn contradicting_configurations_never_panic(sample in 0usize..4, bits in 0u32..10, group in -2i64..80, symmetric: bool, strategy in 0usize..4) {
+    fn contradicting_configurations_never_panic(sample in 0usize..FORMATS.len(), bits in 0u32..10, group in -2i64..80, symmetric: bool, strategy in 0usize..4) {
         let (_, shard) = SAMPLES.with(|s| s[sample].clone());
         let strategy = ["tensor", "channel", "group", "block"][strategy];
         let format = ["pack-quantized", "int-quantized", "naive-quantized"][bits as usize % 3];

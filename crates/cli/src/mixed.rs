@@ -10,7 +10,7 @@ use bitmill_models::Role;
 use bitmill_quantize::{
     Budget, Mixing, Mixture, Plan, Sensitivity, Survey, calibrate, loader_names, loaders, mix, refusal, sensitivities,
 };
-use bitmill_scheme::{BLOCKS, Bits, Granularity, Scheme};
+use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, GridKind, Preset, SCHEMES, Scheme};
 use clap::ArgAction;
 use clap::builder::PossibleValuesParser;
 use std::collections::BTreeMap;
@@ -39,8 +39,8 @@ pub(crate) enum Goal {
 enum Pick {
     /// Integers; what is left out is that of the flags.
     Int { bits: Bits, granularity: Option<Granularity>, symmetric: Option<bool> },
-    /// A type of GGUF.
-    Block(Scheme),
+    /// A scheme of weights by its name: a type of GGUF, or floats.
+    Named(Scheme),
 }
 
 #[derive(Debug, clap::Args)]
@@ -63,7 +63,7 @@ pub(crate) struct MixtureArgs {
     #[arg(long, value_name = "BYTES", value_parser = units::parse_bytes, requires = "decode_time")]
     bandwidth: Option<u64>,
     /// Schemes a mixture may take: widths, with a group size, `channel` and `asym` where they are not those of the flags
-    /// (2,3g64,4g32asym,8channel), or types of GGUF (q3_k,q4_k,q6_k) [default: 2 to 8 bits in groups of 32, 64, 128 and
+    /// (2,3g64,4g32asym,8channel), and floats (fp8a16, nvfp4a16, mxfp4a16, mxfp8a16), or types of GGUF (q3_k,q4_k,q6_k) [default: 2 to 8 bits in groups of 32, 64, 128 and
     /// --group-size; every type for a GGUF file]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_option)]
     options: Vec<Pick>,
@@ -92,15 +92,24 @@ pub(crate) fn parse_width(text: &str) -> Result<Width, String> {
     }
 }
 
-/// `3`, `3g64`, `4g32asym`, `8channel`, `q4_k`.
+/// Float schemes that leave activations alone: what rounding those costs no sensitivity knows.
+fn floats() -> impl Iterator<Item = &'static Preset> {
+    SCHEMES.iter().filter(|p| matches!(p.scheme.grid, GridKind::Float(_)) && p.scheme.activations == Activations::Full)
+}
+
+/// `3`, `3g64`, `4g32asym`, `8channel`, `nvfp4a16`, `q4_k`.
 fn parse_option(text: &str) -> Result<Pick, String> {
     if let Some(form) = BLOCKS.iter().find(|b| b.name.eq_ignore_ascii_case(text)) {
-        return Ok(Pick::Block(Scheme::block(form.kind)));
+        return Ok(Pick::Named(Scheme::block(form.kind)));
+    }
+    if let Some(float) = floats().find(|preset| preset.name.eq_ignore_ascii_case(text)) {
+        return Ok(Pick::Named(float.scheme));
     }
     let wrong = || {
         format!(
             "`{text}` is not an option; write a width from 2 to 8, then a group size or `channel` and `asym` or `sym` if \
-             need be (3, 3g64, 4g32asym, 8channel), or a type of GGUF (q4_k)"
+             need be (3, 3g64, 4g32asym, 8channel), floats ({}) or a type of GGUF (q4_k)",
+            floats().map(|preset| preset.name).collect::<Vec<_>>().join(", ")
         )
     };
     let (rest, symmetric) = match (text.strip_suffix("asym"), text.strip_suffix("sym")) {
@@ -157,7 +166,7 @@ fn parse_stats(text: &str) -> Result<(PathBuf, f64), String> {
 impl MixtureArgs {
     /// The schemes a mixture may take, like `scheme` in what is not said.
     fn options(&self, plan: &Plan) -> anyhow::Result<Vec<Scheme>> {
-        let (scheme, format) = (&plan.settings.scheme, plan.format.name());
+        let (scheme, format, scale) = (&plan.settings.scheme, plan.format.name(), plan.settings.scheme.scale);
         let int = |bits, granularity: Option<Granularity>, symmetric: Option<bool>| {
             let symmetric = symmetric.unwrap_or(scheme.symmetric());
             let of = Scheme::int(bits, symmetric, granularity.unwrap_or(scheme.granularity));
@@ -167,7 +176,7 @@ impl MixtureArgs {
         if !self.options.is_empty() {
             options.extend(self.options.iter().map(|pick| match pick {
                 Pick::Int { bits, granularity, symmetric } => int(*bits, *granularity, *symmetric),
-                Pick::Block(scheme) => *scheme,
+                Pick::Named(scheme) => scheme.with_scale(scale),
             }));
         } else if format == GGUF.name() {
             options.extend(BLOCKS.iter().map(|b| Scheme::block(b.kind)));
@@ -196,6 +205,12 @@ impl MixtureArgs {
             }
         }
         Ok(options)
+    }
+
+    /// The format that options of floats ask for.
+    pub(crate) fn format(&self) -> Option<&'static str> {
+        let float = |pick: &Pick| matches!(pick, Pick::Named(Scheme { grid: GridKind::Float(_), .. }));
+        self.options.iter().any(float).then_some("mixed-precision")
     }
 
     /// Refuses a plan that a named loader does not take.
@@ -348,7 +363,9 @@ mod tests {
         assert_eq!(parse_option("2g64"), int(2, Some(Granularity::Group(64)), None));
         assert_eq!(parse_option("4g32asym"), int(4, Some(Granularity::Group(32)), Some(false)));
         assert_eq!(parse_option("8channelsym"), int(8, Some(Granularity::Channel), Some(true)));
-        assert_eq!(parse_option("Q4_K"), Ok(Pick::Block(Scheme::block(BlockType::Q4K))));
+        assert_eq!(parse_option("Q4_K"), Ok(Pick::Named(Scheme::block(BlockType::Q4K))));
+        assert_eq!(parse_option("NVFP4A16"), Ok(Pick::Named(bitmill_scheme::scheme("nvfp4a16").unwrap())));
+        assert!(parse_option("fp8_dynamic").unwrap_err().contains("fp8a16, nvfp4a16, mxfp4a16, mxfp8a16"));
         assert!(["1", "9", "3g", "3g0", "g3", "", "q4", "4asymm"].iter().all(|t| parse_option(t).is_err()));
         assert_eq!(parse_least("down_proj=4"), Ok((Role::Down, 4)));
         assert!(["down=4", "down_proj=1", "down_proj"].iter().all(|t| parse_least(t).is_err()));

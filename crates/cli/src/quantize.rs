@@ -240,7 +240,11 @@ impl How {
         let nearest = self.gguf.rounds_to_nearest(self.scheme.as_ref());
         let own = || if nearest { "rtn" } else { self.effort.method(&scheme) };
         let method = self.method.clone().unwrap_or_else(|| own().into());
-        let default_format = if named_gguf { GGUF.name() } else { default_format(&scheme) };
+        let default_format = match self.mixed.format() {
+            _ if named_gguf => GGUF.name(),
+            Some(mixed) => mixed,
+            None => default_format(&scheme),
+        };
         let format = self.format.clone().unwrap_or_else(|| default_format.into());
         if let (Some(form), true) = (scheme.form(), format != GGUF.name()) {
             bail!("{} is a type of GGUF, which --format {format} cannot store; leave --format out", form.name);
@@ -248,7 +252,7 @@ impl How {
         let as_gguf = format == GGUF.name();
         self.gguf.check(as_gguf)?;
         // Statistics stand in for text, and tuning reads text; it moves integer codes.
-        let integers = matches!(scheme.grid, GridKind::Int { .. });
+        let integers = matches!(scheme.grid, GridKind::Int { .. }) && self.mixed.format().is_none();
         let passes = self.tuning_passes.or((!integers || as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };

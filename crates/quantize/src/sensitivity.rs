@@ -19,7 +19,7 @@ use crate::{Action, Error, Factor, Linear, Needs, Order, Plan, SolverOptions, Un
 use bitmill_calibrate::{Pass, Replacement, SiteStats, Statistics, Windows, probe};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, ModelSpec, Role, SITES, Site};
-use bitmill_scheme::{Bits, Fit, FloatGrid, Granularity, Grid, GridKind, Scheme};
+use bitmill_scheme::{Bits, Fit, FloatGrid, FloatType, Granularity, Grid, GridKind, Scheme};
 use serde::Serialize;
 
 /// Width of the probes: errors large enough to stand out of rounding noise, small enough to add up.
@@ -280,19 +280,8 @@ fn closed_form(rows: &[f32], scheme: &Scheme, order: &Order, factor: &Factor) ->
     let count = all.min(FITTED_ROWS);
     let fitted = (0..count).map(|i| &rows[i * all / count * n..][..n]);
     match scheme.form() {
-        // Levels are not evenly spaced: rounding to nearest says what s²/12 is.
-        None if matches!(scheme.grid, GridKind::Float(_)) => {
-            for row in fitted {
-                let amax = row.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-                let GridKind::Float(float) = scheme.grid else { continue };
-                let divisor = if scheme.has_divisor() { FloatGrid::divisor_for(float, amax) } else { 1.0 };
-                let (Some(grid), length) = (scheme.float_grid(divisor), scheme.group_len(n)) else { continue };
-                for (group, d) in row.chunks(length).zip(d.chunks(length)) {
-                    let params = grid.fit(group, Fit::Weighted(&vec![1.0; group.len()]));
-                    let error = |&w: &f32| f64::from(grid.value(grid.nearest(w, params), params) - w).powi(2);
-                    total += 12.0 * group.iter().zip(d).map(|(w, d)| d * error(w)).sum::<f64>();
-                }
-            }
+        None if let GridKind::Float(float) = scheme.grid => {
+            total = fitted.map(|row| float_error(row, &d, scheme, float)).sum();
         }
         None => {
             let (grid, length) = (scheme.grid(), scheme.group_len(n));
@@ -321,6 +310,20 @@ fn closed_form(rows: &[f32], scheme: &Scheme, order: &Order, factor: &Factor) ->
         }
     }
     total / 12.0 * all as f64 / count.max(1) as f64
+}
+
+/// 12·Σ d·(w − ŵ)² of a row rounded to nearest, which says of unevenly spaced levels what s² does of others.
+fn float_error(row: &[f32], d: &[f64], scheme: &Scheme, float: FloatType) -> f64 {
+    let amax = row.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+    let divisor = if scheme.has_divisor() { FloatGrid::divisor_for(float, amax) } else { 1.0 };
+    let (grid, length) = (FloatGrid { float, scale: scheme.scale, divisor }, scheme.group_len(row.len()));
+    let even = vec![1.0f32; length];
+    let group = |(group, d): (&[f32], &[f64])| {
+        let params = grid.fit(group, Fit::Weighted(&even[..group.len()]));
+        let error = |&w: &f32| f64::from(grid.value(grid.nearest(w, params), params) - w).powi(2);
+        12.0 * group.iter().zip(d).map(|(w, d)| d * error(w)).sum::<f64>()
+    };
+    row.chunks(length).zip(d.chunks(length)).map(group).sum()
 }
 
 /// Spearman's rank correlation of two lists; equal numbers share their mean rank. 0 where a list is constant.

@@ -412,6 +412,11 @@ pub static SCHEMES: &[Preset] = &[
         },
     },
     Preset {
+        name: "fp8a16",
+        summary: "8-bit floats (E4M3) per output channel, inputs as they are",
+        scheme: Scheme::float(FloatType::E4m3, Granularity::Channel, ScaleType::Bf16),
+    },
+    Preset {
         name: "fp8_block",
         summary: "8-bit floats in tiles of 128 x 128, 8-bit floats per token and 128 inputs at run time",
         scheme: Scheme {

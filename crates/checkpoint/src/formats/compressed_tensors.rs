@@ -4,7 +4,7 @@
 //! arguments, and which ones they know depends on their version. The group's own `format` is written because the
 //! library otherwise infers one from the scheme alone (and never `naive-quantized`); no released reader refuses it.
 
-use super::{Format, floats, format, unsupported};
+use super::{Format, floats, format, mixed_precision, unsupported};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Dialect, Error};
 use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, ScaleType, Scheme};
@@ -51,6 +51,8 @@ pub(super) fn config(
             None => groups.push((scheme, vec![module])),
         }
     }
+    let mixed = format.name() == mixed_precision::NAME;
+    let stored = |scheme: &Scheme| mixed_precision::format_of(scheme).filter(|_| mixed).unwrap_or(format);
     // A class target cannot tell two groups apart, so several groups name their modules.
     let single = groups.len() == 1;
     let mut config_groups = Map::new();
@@ -61,7 +63,7 @@ pub(super) fn config(
             "weights": weight_args(scheme),
             "input_activations": activation_args(scheme),
             "output_activations": null,
-            "format": format.name(),
+            "format": stored(scheme).name(),
         });
         config_groups.insert(format!("group_{i}"), group);
     }
@@ -125,7 +127,7 @@ fn activation_args(scheme: &Scheme) -> Value {
     }
 }
 
-/// Reads a configuration; `None` unless its first group is of format `own`.
+/// Reads a configuration; `None` unless its groups are of format `own`, or that is the mixed one and they differ.
 pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Dialect>, Error> {
     if config.get("quant_method").and_then(Value::as_str) != Some(METHOD) {
         return Ok(None);
@@ -136,11 +138,11 @@ pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Diale
         groups.ok_or_else(|| wrong("config_groups", config.get("config_groups"), "an object of groups is needed"))?;
 
     let (mut names, mut patterns, mut classes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut first = None;
+    let mut formats: Vec<&'static dyn Format> = Vec::new();
     for (key, group) in groups {
         let path = format!("config_groups.{key}");
         let outcome = read_group(&path, key, group, config.get("format"))?;
-        first = first.or(outcome);
+        formats.extend(outcome.map(|(format, _)| format));
         let targets = group.as_array().or_else(|| group.get("targets").and_then(Value::as_array));
         let targets = targets.ok_or_else(|| wrong(&path, Some(group), "targets, a list of strings, are needed"))?;
         for target in read_targets(&format!("{path}.targets"), targets)? {
@@ -152,12 +154,11 @@ pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Diale
             tier.push(Rule { target, outcome });
         }
     }
-    let Some((format, _)) = first else {
+    let Some(&first) = formats.first() else {
         return Err(wrong("config_groups", Some(&Value::Object(groups.clone())), "no group quantizes weights"));
     };
-    if format.name() != own.name() {
-        return Ok(None);
-    }
+    let name = if formats.iter().any(|f| f.name() != first.name()) { mixed_precision::NAME } else { first.name() };
+    let Some(format) = format(name).filter(|_| name == own.name()) else { return Ok(None) };
     let ignored = config.get("ignore").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let ignored = read_targets("ignore", ignored)?.into_iter().map(|target| Rule { target, outcome: None });
     let rules = ignored.chain(names).chain(patterns).chain(classes).collect();

@@ -7,6 +7,7 @@ mod gguf;
 mod gptq;
 mod int8;
 mod int_quantized;
+mod mixed_precision;
 mod naive_quantized;
 mod pack_quantized;
 
@@ -106,6 +107,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &floats::NVFP4,
     &floats::MXFP4,
     &floats::MXFP8,
+    &mixed_precision::MixedPrecision,
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,

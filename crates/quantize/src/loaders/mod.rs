@@ -11,7 +11,7 @@ use rules::RULES;
 pub use subject::Subject;
 
 use crate::{Error, Plan};
-use bitmill_checkpoint::Checkpoint;
+use bitmill_checkpoint::{Checkpoint, default_format};
 use bitmill_scheme::{BlockType, Granularity, GridKind, Scheme};
 
 /// A program that loads quantized checkpoints.
@@ -118,7 +118,12 @@ fn loader(name: &str) -> Option<&'static Loader> {
 /// Why the loader called `name` does not take a linear of `scheme` in `format`; `None` where it does.
 #[must_use]
 pub fn refusal(name: &str, format: &str, scheme: &Scheme) -> Option<String> {
-    loader(name).and_then(|l| (l.refuses)(format, scheme))
+    loader(name).and_then(|l| refused(l, format, scheme))
+}
+
+/// Why `loader` does not take `scheme` as `format`; in a mixture, as the format of the matrix.
+fn refused(loader: &Loader, format: &str, scheme: &Scheme) -> Option<String> {
+    (loader.refuses)(if format == "mixed-precision" { default_format(scheme) } else { format }, scheme)
 }
 
 /// What has to be installed beside the loader called `name` for `subject`.
@@ -247,7 +252,8 @@ fn packages(format: &str) -> Option<&'static str> {
         | "float-quantized"
         | "nvfp4-pack-quantized"
         | "mxfp4-pack-quantized"
-        | "mxfp8-quantized" => Some("the package compressed-tensors"),
+        | "mxfp8-quantized"
+        | "mixed-precision" => Some("the package compressed-tensors"),
         "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
         _ => None,
     }

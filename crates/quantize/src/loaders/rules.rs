@@ -1,6 +1,6 @@
 //! The rules: facts about what loaders refuse, or read as something else.
 
-use super::{Demands, Loader, Rule, Subject};
+use super::{Demands, Loader, Rule, Subject, refused};
 use crate::fused::FUSED;
 use crate::plan::is_embedding;
 use bitmill_models::{Expert, ModelSpec, Role};
@@ -55,7 +55,7 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
         return if reads { Vec::new() } else { vec!["it reads gguf files, and this is a folder".into()] };
     }
     let mut reasons: Vec<String> =
-        subject.layers.values().filter_map(|(scheme, _)| (loader.refuses)(subject.format(), scheme)).collect();
+        subject.layers.values().filter_map(|(scheme, _)| refused(loader, subject.format(), scheme)).collect();
     let transposed = subject.spec.as_ref().is_some_and(|spec| spec.layout.transposed);
     if transposed && !matches!(subject.format(), "gptq" | "gptq_v2" | "gguf") {
         reasons.push("the linears of this architecture are no nn.Linear, which it does not replace".into());

@@ -1,0 +1,75 @@
+//! `mixed-precision`: a folder of compressed-tensors whose groups are stored in different formats, each matrix in the one that
+//! its scheme is written in by default. Only the configuration says that they belong together.
+
+use super::{Format, compressed_tensors, default_format, format, unsupported};
+use crate::{Checkpoint, Dialect, Error, TensorSpec};
+use bitmill_scheme::{Quantized, Scheme};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+#[derive(Debug)]
+pub(super) struct MixedPrecision;
+
+/// What the configuration calls it.
+pub(super) const NAME: &str = "mixed-precision";
+
+/// The format of a matrix under `scheme`; `None` for GGUF's.
+pub(super) fn format_of(scheme: &Scheme) -> Option<&'static dyn Format> {
+    if scheme.form().is_some() { None } else { format(default_format(scheme)) }
+}
+
+impl Format for MixedPrecision {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn summary(&self) -> &'static str {
+        "compressed-tensors, every matrix in the format of its scheme: vLLM, transformers"
+    }
+
+    /// Of its first group's format: modules are read by their own.
+    fn codes(&self) -> &'static str {
+        "weight_packed"
+    }
+
+    fn scales(&self) -> &'static str {
+        "weight_scale"
+    }
+
+    fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
+        format_of(scheme).map_or(Vec::new(), |f| f.candidates(scheme))
+    }
+
+    fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        match format_of(scheme) {
+            Some(format) => format.check(module, scheme, shape),
+            None => Err(unsupported(self, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)")),
+        }
+    }
+
+    fn layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Vec<TensorSpec> {
+        format_of(scheme).map_or(Vec::new(), |f| f.layout(module, scheme, shape))
+    }
+
+    fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>> {
+        match format_of(&q.scheme) {
+            Some(format) => format.encode(module, q),
+            None => panic!("{module}: {} is no scheme of {NAME}; `check` was not asked", q.scheme),
+        }
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        match format_of(scheme) {
+            Some(format) => format.decode(module, scheme, source),
+            None => Err(unsupported(self, module, scheme, "it is a type of GGUF")),
+        }
+    }
+
+    fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {
+        compressed_tensors::config(self, layers, ignored)
+    }
+
+    fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error> {
+        compressed_tensors::recognise(self, config)
+    }
+}
