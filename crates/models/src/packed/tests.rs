@@ -1,3 +1,5 @@
+//! Products with weights as they are stored are those of the dequantized ones.
+
 use super::*;
 use bitmill_scheme::{Bits, Scheme};
 
