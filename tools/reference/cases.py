@@ -54,6 +54,11 @@ def table() -> list[Case]:
         cases.append(Case(f"gptq w{bits} sym {group}", options, "gptq"))
     cases.append(Case("pack w4 sym g128, calibrated", "--scheme w4a16 --format pack-quantized", "pack-quantized", calibrated))
     cases.append(Case("gptq w3 sym g128, calibrated", "--bits 3 --group-size 128 --format gptq", "gptq", calibrated))
+    for bits, group in ((4, "g128"), (8, "channel")):
+        # Experts are loaded by transformers' dequantize=True alone, which rounds weights to the type of their scales.
+        options = f"--bits {bits} --group-size {GROUPS[group]} --scale-type f32 --format pack-quantized"
+        cases.append(Case(f"experts w{bits} sym {group}", options, "pack-quantized"))
+        cases.append(Case(f"experts w{bits} sym {group}, calibrated", options, "pack-quantized", calibrated))
     for name, options, way, last in (
         ("gptq to pack, w4 sym g128", "--bits 4 --group-size 128 --format gptq", ("gptq_v2",), "pack-quantized"),
         ("gptq to naive, w8 sym channel", "--bits 8 --group-size -1 --format gptq", (), "naive-quantized"),

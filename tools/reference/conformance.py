@@ -78,7 +78,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.log = self.work / "peers.log"
         self.original = peers.stored(self.model)
-        ends = ("embed_tokens.weight", "lm_head.weight")
+        ends = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")
         self.linears = {n[:-7] for n, t in self.original.items() if n.endswith(".weight") and t.ndim == 2 and not n.endswith(ends)}
         self.input_ids = meter.windows(self.model, self.text, self.windows, self.window)
         with peers.quiet(self.log):
@@ -136,6 +136,8 @@ def peer_logits(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> tor
         model, half = peers.load_gptq(folder)
         exact = all(torch.equal(half[m], w.half()) for m, w in meaning.items())
         outcome.expect(exact, "GPTQModel's f16 weights are not the definition rounded to f16")
+    elif peers.has_experts(tensors):
+        model = peers.load_compressed_tensors(folder, dequantize=True)
     else:
         model = peers.load_compressed_tensors(folder)
         kind = "weight_packed" if "pack" in case.format else "weight"
@@ -143,7 +145,7 @@ def peer_logits(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> tor
         holds = all(torch.equal(t.view(torch.uint8), tensors[f"{m}.{kind}"].view(torch.uint8)) for m, t in held.items())
         outcome.expect(holds, f"transformers does not hold the stored {kind}")
     result = peers.logits(model, bench.input_ids)
-    exact = all(torch.equal(model.get_submodule(m).weight, w) for m, w in meaning.items())
+    exact = all(torch.equal(peers.parameter(model, m), w) for m, w in meaning.items())
     outcome.expect(exact, "the peer's f32 weights are not the definition")
     if case.format == "pack-quantized" and "--asymmetric" in case.options:
         stock = peers.load_compressed_tensors(folder, dequantize=True)

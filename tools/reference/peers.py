@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,8 @@ def flip_code(folder: Path, copy: Path) -> str:
     for shard in sorted(copy.glob("*.safetensors"), reverse=True):
         with safe_open(shard, "pt") as file:
             shapes = {name: None for name in file.keys()}
-        codes = [name for name in shapes if name.endswith(("down_proj.weight_packed", "down_proj.qweight", "down_proj.weight"))]
+        last = tuple(f"{part}.{kind}" for part in ("down_proj", "w2") for kind in ("weight_packed", "qweight", "weight"))
+        codes = [name for name in shapes if name.endswith(last)]
         if not codes:
             continue
         name = max(codes, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split(".")])
@@ -231,13 +232,30 @@ def load_gptq(folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     return model.eval(), half
 
 
+def has_experts(tensors: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a mixture of experts, which transformers keeps stacked in memory."""
+    return any(".experts." in name for name in tensors)
+
+
+def parameter(model: PreTrainedModel, module: str) -> torch.Tensor:
+    """The weight that a model in memory has for a module of the folder: itself, or a part of stacked experts."""
+    block, experts, rest = module.partition(".block_sparse_moe.experts.")
+    if not experts:
+        return model.get_submodule(module).weight
+    expert, _, part = rest.partition(".")
+    stacks = model.get_submodule(f"{block}.mlp.experts")
+    if part == "w2":
+        return stacks.down_proj[int(expert)]
+    return stacks.gate_up_proj[int(expert)].chunk(2)[part == "w3"]
+
+
 def load(folder: Path) -> PreTrainedModel:
     """Any folder, dense or quantized, as an f32 model."""
     method = quantization_config(folder).get("quant_method")
     if method == "gptq":
         return load_gptq(folder)[0]
     if method is not None:
-        return load_compressed_tensors(folder)
+        return load_compressed_tensors(folder, dequantize=has_experts(stored(folder)))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
