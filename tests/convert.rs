@@ -61,6 +61,8 @@ fn folders_return_byte_for_byte() {
         ("asym", &["--bits", "4", "--asymmetric"], &["awq", "gptq_v2", "gptq", "pack-quantized"]),
         ("eight", &["--bits", "8", "--group-size", "-1"], &["gptq", "naive-quantized", "pack-quantized"]),
         ("three", &["--bits", "3", "--group-size", "64"], &["gptq", "pack-quantized"]),
+        ("nvfp4", &["--scheme", "nvfp4a16"], &["modelopt", "nvfp4-pack-quantized"]),
+        ("fp8", &["--scheme", "fp8_block"], &["fp8", "float-quantized"]),
     ] {
         let from = quantized(dir.path(), name, flags);
         let steps = dir.path().join(format!("{name}-steps"));

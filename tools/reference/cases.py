@@ -63,6 +63,7 @@ def table() -> list[Case]:
         ("gptq to pack, w4 sym g128", "--bits 4 --group-size 128 --format gptq", ("gptq_v2",), "pack-quantized"),
         ("gptq to naive, w8 sym channel", "--bits 8 --group-size -1 --format gptq", (), "naive-quantized"),
         ("awq to pack, w4 asym g64", "--bits 4 --group-size 64 --asymmetric --format awq", (), "pack-quantized"),
+        ("nvfp4 through modelopt", "--scheme nvfp4a16", ("modelopt",), "nvfp4-pack-quantized"),
         ("pack to gptq, w4 sym g128", "--bits 4 --group-size 128 --format pack-quantized", ("awq",), "gptq"),
     ):
         cases.append(Case(f"convert {name}", options, last, by_way_of=(*way, last)))

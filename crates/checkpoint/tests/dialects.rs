@@ -102,6 +102,23 @@ fn exceptions_of_awq_are_parts_of_names() {
 }
 
 #[test]
+fn exceptions_of_modelopt_and_fine_grained_fp8() {
+    let modelopt =
+        json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head", "*self_attn*"]});
+    let dialect = read(modelopt).unwrap().unwrap();
+    assert_eq!(dialect.scheme_of("model.layers.0.mlp.up_proj"), bitmill_scheme::scheme("nvfp4a16"));
+    assert!(["lm_head", "model.layers.0.self_attn.q_proj"].iter().all(|m| dialect.scheme_of(m).is_none()));
+    assert!(dialect.scheme_of("model.lm_head").is_some());
+    let fp8 = json!({
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    });
+    let dialect = read(fp8).unwrap().unwrap();
+    assert_eq!(dialect.scheme_of("model.layers.0.mlp.gate_proj"), bitmill_scheme::scheme("fp8_block"));
+    assert!(["lm_head", "model.layers.0.mlp.gate"].iter().all(|m| dialect.scheme_of(m).is_none()));
+}
+
+#[test]
 fn configurations_written_are_read_back() {
     let layers: BTreeMap<String, Scheme> = [
         ("model.layers.0.q_proj", int(4, true, Granularity::Group(128))),
@@ -164,13 +181,20 @@ fn what_is_not_read_is_named() {
     for (block, message) in [
         (
             json!({"quant_method": "hqq"}),
-            "quant_method \"hqq\" is not one this version reads; it reads compressed-tensors, gptq, awq",
+            "quant_method \"hqq\" is not one this version reads; it reads compressed-tensors, gptq, awq, modelopt, fp8",
         ),
         (awq(json!({"version": "gemv"})), "version \"gemv\""),
         (awq(json!({"w_bit": 3, "bits": null})), "bits is 3"),
         (awq(json!({"zero_point": false})), "zero_point is false"),
         (awq(json!({"group_size": 0})), "group_size is 0"),
         (awq(json!({"modules_to_not_convert": [7]})), "modules_to_not_convert is 7"),
+        (json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}), "rounding inputs to 4-bit floats"),
+        (json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "kv_cache_scheme": {}}), "kv_cache_scheme"),
+        (json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 32}), "groups of 16"),
+        (json!({"quant_method": "fp8", "activation_scheme": "static"}), "activation_scheme is \"static\""),
+        (json!({"quant_method": "fp8"}), "weight_block_size is missing"),
+        (json!({"quant_method": "fp8", "weight_block_size": [128, 64]}), "tiles of [128, 128]"),
+        (json!({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}), "scale_fmt"),
         (json!({}), "quant_method is missing"),
         (json!("w4"), "quant_method is missing"),
         (

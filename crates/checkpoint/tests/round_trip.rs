@@ -109,7 +109,12 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                 "pack-quantized" if scheme.granularity == Granularity::Tensor => 16.0 + zeros * (8.0 - bits) / 8.0,
                 "pack-quantized" => 16.0,
                 // The scheme's own bits and nothing else.
-                "float-quantized" | "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" => 0.0,
+                "float-quantized"
+                | "nvfp4-pack-quantized"
+                | "mxfp4-pack-quantized"
+                | "mxfp8-quantized"
+                | "modelopt"
+                | "fp8" => 0.0,
                 // A byte per code and zero point.
                 "int-quantized" | "naive-quantized" => (weights + zeros) * (8.0 - bits) / 8.0,
                 // Zero points are counted already, and there is no map.

@@ -56,6 +56,20 @@ fn float_bytes() {
     q.validate().unwrap();
     let payloads = format("nvfp4-pack-quantized").unwrap().encode("m", &q);
     assert_eq!(payloads, [bytes.clone(), vec![0x76], 896.0f32.to_le_bytes().to_vec()]);
+    // ModelOpt stores the reciprocal, which for 896 is rounded: it is read, and not written as if it were the same.
+    let modelopt = format("modelopt").unwrap();
+    let said = modelopt.holds("m", &q).unwrap_err().to_string();
+    assert!(said.contains("the reciprocal of 896"), "{said}");
+    let whole = (1.0f32 / 896.0).to_le_bytes().to_vec();
+    let parts: [(&str, Dtype, &[usize], Vec<u8>); 3] = [
+        ("m.weight", Dtype::U8, &[1, 8], bytes.clone()),
+        ("m.weight_scale", Dtype::F8_E4M3, &[1, 1], vec![0x76]),
+        ("m.weight_scale_2", Dtype::F32, &[], whole),
+    ];
+    let there = read(&open(json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}), &parts), "m");
+    assert!(there.dequantize().iter().zip(q.dequantize()).all(|(a, b)| (a - b).abs() < 1e-6));
+    let halved = Quantized { scales: vec![128.0, 512.0], ..q.clone() };
+    assert_eq!(modelopt.encode("m", &halved)[1..], [vec![0x70], (1.0f32 / 512.0).to_le_bytes().to_vec()]);
     assert_eq!(q.dequantize()[..8], [0.0, 0.125, -0.25, 0.375, 0.5, -0.75, 1.0, -1.5]);
 
     let scheme = bitmill_scheme::scheme("mxfp4a16").unwrap();

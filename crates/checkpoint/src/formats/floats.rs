@@ -1,4 +1,4 @@
-//! The float formats of compressed-tensors.
+//! The float formats: those of compressed-tensors, and two that store the same bytes under other names.
 //!
 //! | format | `weight` or `weight_packed` | `weight_scale` |
 //! | --- | --- | --- |
@@ -6,14 +6,16 @@
 //! | `mxfp8-quantized` | F8_E4M3 `[out, in]` | U8 `[out, in/32]`, the byte of 2^(byte − 127) |
 //! | `mxfp4-pack-quantized` | U8 `[out, in/2]` | U8 `[out, in/32]`, the same |
 //! | `nvfp4-pack-quantized` | U8 `[out, in/2]` | F8_E4M3 `[out, in/16]` |
+//! | `modelopt` | U8 `[out, in/2]` | F8_E4M3 `[out, in/16]` |
+//! | `fp8` | F8_E4M3 `[out, in]` | `weight_scale_inv`, a multiplier all the same, F32 `[⌈out/128⌉, ⌈in/128⌉]` |
 //!
 //! Two 4-bit codes share a byte, that of the even input in its low half. NVFP4 has `weight_global_scale`, F32 `[1]`, which the
-//! scales are divided by.
+//! scales are divided by; ModelOpt's `weight_scale_2`, F32 `[]`, is its reciprocal.
 
 use super::pack_quantized::{check_scale_shape, scale_shape};
 use super::{
-    Format, assert_encodable, check_shape, compressed_tensors, part, read_scales, scale_bytes, scale_dtype,
-    unsupported, validated,
+    Format, assert_encodable, check_shape, compressed_tensors, fine_grained, modelopt, part, read_scales, scale_bytes,
+    scale_dtype, unsupported, validated,
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_value};
@@ -21,44 +23,103 @@ use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
+/// Outputs and inputs of a tile, and inputs of a group of activations, that kernels know.
+pub(super) const TILE: usize = 128;
+
 /// One of the formats.
 #[derive(Debug)]
 pub(super) struct Floats {
     name: &'static str,
     summary: &'static str,
     float: FloatType,
-    /// The type of the scales and the inputs that share one, where the format fixes them.
-    scales: Option<(ScaleType, usize)>,
+    /// The type of the scales and what shares one, where the format fixes them.
+    scales: Option<(ScaleType, Granularity)>,
+    parts: Parts,
+    /// What loaders do with inputs, where the configuration does not say it.
+    inputs: Option<Activations>,
+    config: fn(&dyn Format, &BTreeMap<String, Scheme>, &[String]) -> Result<Value, Error>,
+    recognise: fn(&dyn Format, &Value) -> Result<Option<Dialect>, Error>,
 }
 
-pub(super) static FP8: Floats = Floats {
-    name: "float-quantized",
-    summary: "compressed-tensors, 8-bit floats: vLLM, SGLang, transformers",
-    float: FloatType::E4m3,
-    scales: None,
-};
+/// The suffixes of a module's tensors.
+#[derive(Debug)]
+struct Parts {
+    codes: &'static str,
+    scales: &'static str,
+    /// That of what all scales are divided or multiplied by, and whether it is a factor.
+    whole: (&'static str, bool),
+}
 
-pub(super) static NVFP4: Floats = Floats {
-    name: "nvfp4-pack-quantized",
-    summary: "compressed-tensors, 4-bit floats with 8-bit floats per 16: vLLM, SGLang, transformers",
+impl Parts {
+    /// Those of compressed-tensors for codes under `codes`.
+    const fn plain(codes: &'static str) -> Self {
+        Parts { codes, scales: "weight_scale", whole: ("weight_global_scale", false) }
+    }
+}
+
+/// A row of compressed-tensors.
+const fn compressed(
+    name: &'static str,
+    summary: &'static str,
+    float: FloatType,
+    scales: Option<(ScaleType, Granularity)>,
+) -> Floats {
+    let parts = Parts::plain(if matches!(float, FloatType::E2m1) { "weight_packed" } else { "weight" });
+    let (config, recognise) = (compressed_tensors::config, compressed_tensors::recognise);
+    Floats { name, summary, float, scales, parts, inputs: None, config, recognise }
+}
+
+pub(super) static FP8: Floats = compressed(
+    "float-quantized",
+    "compressed-tensors, 8-bit floats: vLLM, SGLang, transformers",
+    FloatType::E4m3,
+    None,
+);
+
+pub(super) static NVFP4: Floats = compressed(
+    "nvfp4-pack-quantized",
+    "compressed-tensors, 4-bit floats with 8-bit floats per 16: vLLM, SGLang, transformers",
+    FloatType::E2m1,
+    Some((ScaleType::E4m3, Granularity::Group(16))),
+);
+
+pub(super) static MXFP4: Floats = compressed(
+    "mxfp4-pack-quantized",
+    "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
+    FloatType::E2m1,
+    Some((ScaleType::E8m0, Granularity::Group(32))),
+);
+
+pub(super) static MXFP8: Floats = compressed(
+    "mxfp8-quantized",
+    "compressed-tensors, 8-bit floats with powers of two per 32: vLLM, transformers",
+    FloatType::E4m3,
+    Some((ScaleType::E8m0, Granularity::Group(32))),
+);
+
+pub(super) static MODELOPT: Floats = Floats {
+    name: "modelopt",
+    summary: "NVIDIA's ModelOpt, NVFP4 weights: vLLM, SGLang, TensorRT-LLM",
     float: FloatType::E2m1,
-    scales: Some((ScaleType::E4m3, 16)),
+    scales: Some((ScaleType::E4m3, Granularity::Group(16))),
+    parts: Parts { codes: "weight", scales: "weight_scale", whole: ("weight_scale_2", true) },
+    inputs: Some(Activations::Full),
+    config: modelopt::config,
+    recognise: modelopt::recognise,
 };
 
-pub(super) static MXFP4: Floats = Floats {
-    name: "mxfp4-pack-quantized",
-    summary: "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
-    float: FloatType::E2m1,
-    scales: Some((ScaleType::E8m0, 32)),
-};
-
-pub(super) static MXFP8: Floats = Floats {
-    name: "mxfp8-quantized",
-    summary: "compressed-tensors, 8-bit floats with powers of two per 32: vLLM, transformers",
+pub(super) static FINE_GRAINED: Floats = Floats {
+    name: "fp8",
+    summary: "fine-grained FP8, as DeepSeek's models come: vLLM, SGLang, transformers",
     float: FloatType::E4m3,
-    scales: Some((ScaleType::E8m0, 32)),
+    scales: Some((ScaleType::F32, Granularity::Tile(TILE))),
+    parts: Parts { codes: "weight", scales: "weight_scale_inv", whole: ("", false) },
+    inputs: Some(Activations::DynamicFp8Groups),
+    config: fine_grained::config,
+    recognise: fine_grained::recognise,
 };
 
+/// Those of compressed-tensors.
 const ALL: [&Floats; 4] = [&FP8, &NVFP4, &MXFP4, &MXFP8];
 
 /// The format of a float scheme, if there is one.
@@ -83,12 +144,14 @@ pub(super) fn fixed_scales(name: &str) -> Option<ScaleType> {
 
 impl Floats {
     fn grid_matches(&self, scheme: &Scheme) -> bool {
-        let scale = self.scales.map_or(scheme.scale.is_wide(), |(own, _)| own == scheme.scale);
+        // Fine-grained FP8 is published with scales of 32 bits, and read with others.
+        let wide = |own: ScaleType| own.is_wide() && scheme.scale.is_wide();
+        let scale = self.scales.map_or(scheme.scale.is_wide(), |(own, _)| own == scheme.scale || wide(own));
         scheme.grid == GridKind::Float(self.float) && scale
     }
 
     fn groups_match(&self, scheme: &Scheme) -> bool {
-        self.scales.is_none_or(|(_, group)| scheme.granularity == Granularity::Group(group))
+        self.scales.is_none_or(|(_, own)| scheme.granularity == own)
     }
 
     fn packed(&self) -> bool {
@@ -106,15 +169,20 @@ impl Format for Floats {
     }
 
     fn codes(&self) -> &'static str {
-        if self.packed() { "weight_packed" } else { "weight" }
+        self.parts.codes
     }
 
     fn scales(&self) -> &'static str {
-        "weight_scale"
+        self.parts.scales
+    }
+
+    fn scale_type(&self, model: ScaleType) -> ScaleType {
+        self.scales.map(|(own, _)| own).filter(|own| own.is_wide()).unwrap_or(model)
     }
 
     fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
-        vec![*scheme]
+        let activations = self.inputs.unwrap_or(scheme.activations);
+        vec![Scheme { activations, ..*scheme }.with_scale(self.scale_type(scheme.scale))]
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
@@ -127,16 +195,23 @@ impl Format for Floats {
             return refuse(own);
         }
         let runs = match scheme.activations {
+            other if self.inputs.is_some_and(|own| own != other) => false,
             Activations::Full => true,
             Activations::DynamicInt8 => false,
             Activations::DynamicFp8 => self.scales.is_none() && !matches!(scheme.granularity, Granularity::Tile(_)),
-            Activations::DynamicFp8Groups => self.scales.is_none() && scheme.granularity == Granularity::Tile(128),
+            Activations::DynamicFp8Groups => {
+                self.scales.is_none_or(|(own, _)| own.is_wide()) && scheme.granularity == Granularity::Tile(TILE)
+            }
         };
         if !runs {
             return refuse("loaders have no kernel for such inputs beside such weights".into());
         }
-        if let (Some((_, group)), false) = (self.scales, self.groups_match(scheme)) {
-            return refuse(format!("its scales are per {group} inputs"));
+        if let (Some((_, own)), false) = (self.scales, self.groups_match(scheme)) {
+            let own = match own {
+                Granularity::Group(group) => format!("per {group} inputs"),
+                _ => format!("per tile of {TILE} x {TILE}"),
+            };
+            return refuse(format!("its scales are {own}"));
         }
         if matches!(scheme.granularity, Granularity::Mapped(_)) {
             return refuse("it has no groups out of order".into());
@@ -144,15 +219,26 @@ impl Format for Floats {
         check_shape(self, module, scheme, shape)
     }
 
+    fn holds(&self, module: &str, q: &Quantized) -> Result<(), Error> {
+        let (divisor, (_, factor)) = (q.divisor(), self.parts.whole);
+        if factor && divisor.recip().recip() != divisor {
+            let reason =
+                format!("it stores the reciprocal of {divisor}, which all scales are divided by, and that is rounded");
+            return Err(unsupported(self, module, &q.scheme, reason));
+        }
+        self.check(module, &q.scheme, q.shape)
+    }
+
     fn layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Vec<TensorSpec> {
         let spec = |suffix: &str, dtype, shape: Vec<usize>| TensorSpec::new(format!("{module}.{suffix}"), dtype, shape);
         let codes = match self.packed() {
-            true => spec("weight_packed", Dtype::U8, vec![shape[0], shape[1] / 2]),
-            false => spec("weight", Dtype::F8_E4M3, shape.to_vec()),
+            true => spec(self.parts.codes, Dtype::U8, vec![shape[0], shape[1] / 2]),
+            false => spec(self.parts.codes, Dtype::F8_E4M3, shape.to_vec()),
         };
-        let mut specs = vec![codes, spec("weight_scale", scale_dtype(scheme.scale), scale_shape(scheme, shape))];
+        let mut specs = vec![codes, spec(self.parts.scales, scale_dtype(scheme.scale), scale_shape(scheme, shape))];
         if scheme.has_divisor() {
-            specs.push(spec("weight_global_scale", Dtype::F32, vec![1]));
+            let (name, factor) = self.parts.whole;
+            specs.push(spec(name, Dtype::F32, if factor { Vec::new() } else { vec![1] }));
         }
         specs
     }
@@ -166,7 +252,9 @@ impl Format for Floats {
         let count = q.scheme.scales(q.shape);
         let mut payloads = vec![codes, scale_bytes(q.scales[..count].iter().copied(), q.scheme.scale)];
         if q.scheme.has_divisor() {
-            payloads.push(q.divisor().to_le_bytes().to_vec());
+            let (_, factor) = self.parts.whole;
+            let whole = if factor { q.divisor().recip() } else { q.divisor() };
+            payloads.push(whole.to_le_bytes().to_vec());
         }
         payloads
     }
@@ -183,9 +271,9 @@ impl Format for Floats {
             false if view.dtype != Dtype::F8_E4M3 => return Err(view.wrong_dtype("F8_E4M3")),
             false => ([rows, width], view.bytes.to_vec()),
         };
-        let scale = part(source, module, "weight_scale")?;
+        let scale = part(source, module, self.parts.scales)?;
         let (stored, mut scales) = match self.scales {
-            None => read_scales(&scale)?,
+            None | Some((ScaleType::F16 | ScaleType::Bf16 | ScaleType::F32, _)) => read_scales(&scale)?,
             Some((ScaleType::E8m0, _)) if scale.dtype == Dtype::U8 || scale.dtype == Dtype::F8_E8M0 => {
                 (ScaleType::E8m0, scale.bytes.iter().map(|&b| exponent_value(b)).collect())
             }
@@ -199,10 +287,11 @@ impl Format for Floats {
         let scheme = Scheme { scale: stored, ..*scheme };
         check_scale_shape(&scale, &scheme, shape)?;
         if scheme.has_divisor() {
-            let global = part(source, module, "weight_global_scale")?;
+            let (name, factor) = self.parts.whole;
+            let global = part(source, module, name)?;
             let values = global.to_f32()?;
             match values[..] {
-                [divisor] => scales.push(divisor),
+                [whole] => scales.push(if factor { whole.recip() } else { whole }),
                 _ => return Err(global.wrong_shape("[1]")),
             }
         }
@@ -210,10 +299,10 @@ impl Format for Floats {
     }
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {
-        compressed_tensors::config(self, layers, ignored)
+        (self.config)(self, layers, ignored)
     }
 
     fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error> {
-        compressed_tensors::recognise(self, config)
+        (self.recognise)(self, config)
     }
 }

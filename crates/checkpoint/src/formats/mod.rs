@@ -2,12 +2,14 @@
 
 mod awq;
 mod compressed_tensors;
+mod fine_grained;
 mod floats;
 mod gguf;
 mod gptq;
 mod int8;
 mod int_quantized;
 mod mixed_precision;
+mod modelopt;
 mod naive_quantized;
 mod pack_quantized;
 
@@ -108,6 +110,8 @@ pub static FORMATS: &[&dyn Format] = &[
     &floats::MXFP4,
     &floats::MXFP8,
     &mixed_precision::MixedPrecision,
+    &floats::MODELOPT,
+    &floats::FINE_GRAINED,
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,

@@ -42,7 +42,8 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
         },
     };
     if scheme.has_divisor() {
-        q.scales.push(0.37);
+        // Of which the reciprocal is exact.
+        q.scales.push(0.125);
     }
     q.validate().unwrap();
     q

@@ -114,15 +114,17 @@ impl<'a> Decider<'a> {
                 None => self.tensor(name)?,
             });
         }
-        if self.input.dialect().is_some() && items.iter().any(|i| matches!(i.fate, Fate::Quantized { .. })) {
-            self.note_activations(&modules);
-        }
+        self.note_activations(&items);
         Ok((items, self.rounded, self.notes))
     }
 
-    fn note_activations(&mut self, modules: &[String]) {
-        let rounds = |m: &String| self.input.scheme_of(m).is_some_and(|s| s.activations != Activations::Full);
-        if matches!(self.target, Target::Format(f) if f.name() != "int-quantized") && modules.iter().any(rounds) {
+    fn note_activations(&mut self, items: &[Item]) {
+        let rounded = |item: &Item| {
+            let before = self.input.scheme_of(item.module()).map(|s| s.activations);
+            let plain = matches!(item.fate, Fate::Quantized { scheme, .. } if scheme.activations == Activations::Full);
+            plain && before.is_some_and(|a| a != Activations::Full)
+        };
+        if items.iter().any(rounded) {
             self.notes
                 .push("inputs of linears are no longer rounded at run time: the format stores weights only".into());
         }
@@ -262,6 +264,10 @@ impl<'a> Decider<'a> {
     fn nearest(&self, module: &str, q: &Quantized, format: &'static dyn Format) -> Result<(Fate, String), Error> {
         for scheme in self.variants(q, format).into_iter().flat_map(relaxed) {
             if format.check(module, &scheme, q.shape).is_ok() {
+                // What the scheme holds and the format does not, no other rounding makes it hold.
+                if q.recast(scheme).is_ok_and(|moved| format.holds(module, &moved).is_err()) {
+                    continue;
+                }
                 let widened = Scheme { scale: ScaleType::F32, ..scheme };
                 let (how, what) = match scheme.form() {
                     _ if q.recast(scheme).is_ok() => (How::Exactly, "its inputs rounded at run time"),

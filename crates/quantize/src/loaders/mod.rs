@@ -181,7 +181,7 @@ fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
         "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
         "float-quantized" => fp8(scheme),
-        "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" => true,
+        "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" | "modelopt" | "fp8" => true,
         _ => false,
     };
     kernels(taken, format, scheme)
@@ -228,7 +228,7 @@ fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
         "gptq" => scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
         "float-quantized" => fp8(scheme),
-        "nvfp4-pack-quantized" => true,
+        "nvfp4-pack-quantized" | "modelopt" | "fp8" => true,
         _ => false,
     };
     kernels(taken, format, scheme)
@@ -239,6 +239,7 @@ fn transformers(format: &str, scheme: &Scheme) -> Option<String> {
         "pack-quantized" if !scheme.symmetric() => {
             Some("asymmetric packed weights need CompressedTensorsConfig(dequantize=True)".into())
         }
+        "modelopt" => Some("it does not read modelopt".into()),
         _ => None,
     }
 }

@@ -176,7 +176,7 @@ fn config(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
             broken.extend(missing(block, needed));
         }
         "awq" => broken.extend(missing(block, if loader.strict { &["zero_point"] } else { &[] })),
-        "gguf" | "dense" => {}
+        "gguf" | "dense" | "modelopt" | "fp8" => {}
         _ => {
             let status = block.get("quantization_status").and_then(Value::as_str).unwrap_or("compressed");
             if status != "compressed" && status != "frozen" {
@@ -266,6 +266,8 @@ fn head(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
         "gptq" | "gptq_v2" | "awq" => {
             subject.quantization().is_some_and(|q| q.get("lm_head") == Some(&Value::Bool(true)))
         }
+        // They name what is left out.
+        "modelopt" | "fp8" => true,
         _ => {
             let groups = subject.quantization().and_then(|q| q.get("config_groups")).and_then(Value::as_object);
             let targets = groups.into_iter().flatten().filter_map(|(_, g)| g.get("targets").and_then(Value::as_array));
