@@ -21,6 +21,9 @@ use crate::{Error, Method, Observation, SolverOptions, TargetShift};
 use bitmill_models::{Block, Expert, ModelSpec, Role, Routing, SITES, Site};
 use candle_core::{Device, Tensor};
 
+/// What a site's linears read of a block's activation.
+type Reading<'a> = dyn Fn(&Block, &Tensor) -> Result<Vec<f32>, Error> + 'a;
+
 /// Bytes of the statistics that exist at a time, unless those of one expert are more.
 const MEMORY: usize = 1 << 30;
 /// Tokens that stand for all in what an expert's statistics are shrunk towards.
@@ -212,7 +215,7 @@ impl Window {
         tokens: &[usize],
         [block, full]: [Option<&Block>; 2],
         made_up: bool,
-        read: &dyn Fn(&Block, &Tensor) -> Result<Vec<f32>, Error>,
+        read: &Reading<'_>,
     ) -> Result<Glimpse, Error> {
         let (Some(block), false) = (block, tokens.is_empty()) else { return Ok(Glimpse::default()) };
         let mut glimpse = Glimpse { seen: read(block, &self.rounded)?, ..Glimpse::default() };

@@ -26,6 +26,9 @@ use std::collections::BTreeMap;
 /// Outputs and inputs of a tile, and inputs of a group of activations, that kernels know.
 pub(super) const TILE: usize = 128;
 
+/// How a format describes the schemes of its modules, and the modules it leaves dense.
+type WriteConfig = fn(&dyn Format, &BTreeMap<String, Scheme>, &[String]) -> Result<Value, Error>;
+
 /// One of the formats.
 #[derive(Debug)]
 pub(super) struct Floats {
@@ -37,7 +40,7 @@ pub(super) struct Floats {
     parts: Parts,
     /// What loaders do with inputs, where the configuration does not say it.
     inputs: Option<Activations>,
-    config: fn(&dyn Format, &BTreeMap<String, Scheme>, &[String]) -> Result<Value, Error>,
+    config: WriteConfig,
     recognise: fn(&dyn Format, &Value) -> Result<Option<Dialect>, Error>,
 }
 
