@@ -34,7 +34,8 @@ fn quantized(dir: &Path, name: &str, extra: &[&str]) -> f64 {
 fn a_default_run_loses_less_than_two_hundred_iterations_of_autoround() {
     // Two bits, where most is to be lost: 0.33599 is the best peer's GPTQ, 0.12730 AutoRound's, both on the same texts.
     let dir = tempfile::tempdir().unwrap();
-    let kl = quantized(dir.path(), "w2", &["--bits", "2", "--group-size", "64"]);
+    // On half of the text: 0.1202, where all of it leaves 0.1158.
+    let kl = quantized(dir.path(), "w2", &["--bits", "2", "--group-size", "64", "--samples", "64"]);
     assert!(kl < 0.12730, "KL {kl} against 0.12730");
 }
 
