@@ -2,32 +2,21 @@
 //!
 //! `cargo bench --bench products` prints, for every shape and width, the median of several runs: for one token the bytes of
 //! the weights that pass per second, beside the machine's own reading speed, and for 512 tokens multiply-adds per second,
-//! beside those of an f32 product. A matrix that fits into the cache may be read faster than memory is. Each answer is
-//! checked against the scalar definition before it is timed. Recorded tables lie in `benches/record/`.
+//! beside those of an f32 product. A matrix that fits into the cache may be read faster than memory is. Every width is held
+//! to the scalar definition, on a small matrix, before any is timed. Recorded tables lie in `benches/record/`.
+
+mod clock;
 
 use bitmill::kernels::{
     CHUNK, Level, Packed, PackedForm, Rounded, Scales, View, ViewMut, gemm, packed_product, packed_product_int8,
     round_activations,
 };
+use clock::time;
 use rayon::prelude::*;
 use std::hint::black_box;
-use std::time::Instant;
 
-const RUNS: usize = 15;
-
-/// Median seconds of `RUNS` runs, after one that warms caches.
-fn time(mut f: impl FnMut()) -> f64 {
-    f();
-    let mut seconds: Vec<f64> = (0..RUNS)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    seconds.sort_by(f64::total_cmp);
-    seconds[RUNS / 2]
-}
+/// Widths that are measured.
+const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 
 fn number(i: usize) -> f32 {
     ((i * 7919 + 13) % 1009) as f32 / 505.0 - 1.0
@@ -58,25 +47,54 @@ impl Matrix {
     }
 }
 
-/// Seconds of a product for `tokens` tokens, with rounded activations and with full ones.
-fn products(matrix: &Matrix, tokens: usize, check: bool) -> [f64; 2] {
-    let (w, [rows, cols]) = (matrix.packed(), matrix.form.shape());
-    let x: Vec<f32> = (0..tokens * cols).map(number).collect();
-    let chunks = matrix.form.chunks();
-    let (mut values, mut scales) = (vec![0; tokens * chunks * CHUNK], vec![0.0; tokens * chunks]);
-    let (mut int8, mut full) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
-    let rounded = time(|| {
-        round_activations(&x, cols, &mut values, &mut scales);
-        packed_product_int8(Level::best(), &w, &Rounded { values: &values, scales: &scales }, &mut int8);
-    });
-    let exact = time(|| packed_product(Level::best(), &w, &x, &mut full));
-    if check {
-        let (mut int8_too, mut full_too) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
-        packed_product_int8(Level::Scalar, &w, &Rounded { values: &values, scales: &scales }, &mut int8_too);
-        packed_product(Level::Scalar, &w, &x, &mut full_too);
-        assert!(int8 == int8_too && full == full_too, "another answer than the definition's");
+/// Inputs of `tokens` tokens, in f32 and rounded.
+struct Inputs {
+    full: Vec<f32>,
+    values: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+impl Inputs {
+    fn new(matrix: &Matrix, tokens: usize) -> Self {
+        let full: Vec<f32> = (0..tokens * matrix.form.shape()[1]).map(number).collect();
+        let chunks = tokens * matrix.form.chunks();
+        let mut inputs = Inputs { full, values: vec![0; chunks * CHUNK], scales: vec![0.0; chunks] };
+        inputs.round(matrix);
+        inputs
     }
-    [rounded, exact]
+
+    fn round(&mut self, matrix: &Matrix) {
+        let cols = matrix.form.shape()[1];
+        round_activations(Level::best(), &self.full, cols, &mut self.values, &mut self.scales);
+    }
+
+    fn rounded(&self) -> Rounded<'_> {
+        Rounded { values: &self.values, scales: &self.scales }
+    }
+}
+
+/// Panics where products of this CPU's level have other bits than their definition.
+fn check(matrix: &Matrix, tokens: usize) {
+    let (w, x) = (matrix.packed(), Inputs::new(matrix, tokens));
+    let run = |level| {
+        let (mut int8, mut full) =
+            (vec![0.0; tokens * matrix.form.shape()[0]], vec![0.0; tokens * matrix.form.shape()[0]]);
+        packed_product_int8(level, &w, &x.rounded(), &mut int8);
+        packed_product(level, &w, &x.full, &mut full);
+        (int8, full)
+    };
+    assert!(run(Level::best()) == run(Level::Scalar), "another answer than the definition's");
+}
+
+/// Seconds of a product for `tokens` tokens, with rounded activations (rounding them included) and with full ones.
+fn products(matrix: &Matrix, tokens: usize) -> [f64; 2] {
+    let (w, mut x) = (matrix.packed(), Inputs::new(matrix, tokens));
+    let mut out = vec![0.0; tokens * matrix.form.shape()[0]];
+    let rounded = time(|| {
+        x.round(matrix);
+        packed_product_int8(Level::best(), &w, &x.rounded(), &mut out);
+    });
+    [rounded, time(|| packed_product(Level::best(), &w, &x.full, &mut out))]
 }
 
 fn main() {
@@ -91,12 +109,12 @@ fn main() {
     drop(memory);
     println!("{:?}, {threads} threads; limits: reading {read:.1} GB/s, f32 product {macs:.0} GMAC/s", Level::best());
 
-    products(&Matrix::new(4, [512, 512]), 5, true);
+    WIDTHS.iter().for_each(|&bits| check(&Matrix::new(bits, [512, 512]), 5));
     println!("\none token              bits    MB   int8 activations           f32 activations");
     for shape in [[2048, 2048], [8192, 2048], [2048, 8192], [4096, 4096], [14336, 4096], [4096, 14336]] {
-        for bits in [2, 3, 4, 8] {
+        for bits in WIDTHS {
             let matrix = Matrix::new(bits, shape);
-            let [int8, full] = products(&matrix, 1, false);
+            let [int8, full] = products(&matrix, 1);
             let cell = |s: f64| {
                 let rate = matrix.bytes() / s / 1e9;
                 format!("{:>8.1} us {rate:>5.1} GB/s {:>4.0}%", s * 1e6, 100.0 * rate / read)
@@ -107,13 +125,13 @@ fn main() {
     }
     println!("\n512 tokens             bits   int8 activations            f32 activations");
     for shape in [[2048, 2048], [4096, 4096], [4096, 14336]] {
-        for bits in [2, 3, 4, 8] {
+        for bits in WIDTHS {
             let matrix = Matrix::new(bits, shape);
             let cell = |s: f64| {
                 let rate = (512 * shape[0] * shape[1]) as f64 / s / 1e9;
                 format!("{:>8.2} ms {rate:>5.0} GMAC/s {:>4.0}%", s * 1e3, 100.0 * rate / macs)
             };
-            let [int8, full] = products(&matrix, 512, false);
+            let [int8, full] = products(&matrix, 512);
             let name = format!("[{}, {}]", shape[0], shape[1]);
             println!("{name:<22} {bits:>4}  {}   {}", cell(int8), cell(full));
         }

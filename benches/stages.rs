@@ -4,29 +4,15 @@
 //! against, measured in the same process: multiply-adds of a large f32 product, and bytes of a plain copy. Each stage's
 //! answer is checked before it is timed. Recorded tables lie in `benches/record/`.
 
+mod clock;
+
 use bitmill::kernels::{View, ViewMut, gemm, pack_bits, packed_words, syrk, unpack_bits};
 use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
 };
 use bitmill::scheme::{Bits, Granularity, Scheme};
+use clock::time;
 use std::hint::black_box;
-use std::time::Instant;
-
-const RUNS: usize = 7;
-
-/// Median seconds of `RUNS` runs, after one that warms caches.
-fn time(mut f: impl FnMut()) -> f64 {
-    f();
-    let mut seconds: Vec<f64> = (0..RUNS)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    seconds.sort_by(f64::total_cmp);
-    seconds[RUNS / 2]
-}
 
 fn row(name: &str, seconds: f64, amount: f64, unit: &str, limit: f64) {
     let rate = amount / seconds / 1e9;

@@ -223,12 +223,15 @@ fn a_loss_is_bounded_on_held_out_text() {
         command.args(["--tuning-passes", "0", "--options", "2,3,4,6"]).args(bound);
         command
     };
-    let found = json(&mut run(&["--max-kl", "0.02", "--max-perplexity-ratio", "1.5"], "out"));
-    assert!(found["held_out_kl"].as_f64().unwrap() <= 0.02, "{found}");
+    let loose = json(&mut run(&["--max-kl", "0.02"], "out"));
+    let tight = json(&mut run(&["--max-kl", "0.002", "--max-perplexity-ratio", "1.05"], "tight"));
+    let kl = |v: &Value| v["held_out_kl"].as_f64().unwrap();
+    assert!(kl(&loose) <= 0.02 && kl(&tight) <= 0.002, "{} {}", kl(&loose), kl(&tight));
+    assert!(tight["quantized_bytes"].as_u64() > loose["quantized_bytes"].as_u64(), "less loss takes more bytes");
     // Each size that was tried is on record, and one that is a few percent smaller loses too much.
     let trials: Value = serde_json::from_slice(&std::fs::read(dir.path().join("out.search.json")).unwrap()).unwrap();
     let trials = trials["trials"].as_array().unwrap();
-    let bits = found["bits_per_weight"].as_f64().unwrap();
+    let bits = loose["bits_per_weight"].as_f64().unwrap();
     let failed = trials.iter().filter(|t| t["kl"].as_f64().unwrap() > 0.02).map(|t| t["bits"].as_f64().unwrap());
     let nearest = failed.fold(0.0, f64::max);
     assert!(nearest < bits && (nearest > 0.9 * bits || bits < 2.2), "{nearest} {bits}: {trials:?}");

@@ -103,9 +103,9 @@ fn broken(path: &Path) -> Vec<(String, String)> {
 fn experts_are_calibrated_measured_and_converted() {
     let dir = tempfile::tempdir().unwrap();
     let (dense, model) = (dense(dir.path()), mixture(dir.path(), false));
-    // Sums of exponents are rounded to some 1e-8 each.
+    // Their weights are rounded, and so is the sum of what they make: 2e-9.
     let copies = divergence(&model, &dense);
-    assert!(copies < 1e-6, "experts that are copies compute what the original does: {copies}");
+    assert!(copies < 1e-8, "experts that are copies compute what the original does: {copies}");
     let out = |name: &str| dir.path().join(name);
     let said = quantize(&model, &out("w4"), &["--bits", "4"]);
     assert!(
@@ -114,10 +114,10 @@ fn experts_are_calibrated_measured_and_converted() {
     let kl = divergence(&out("w4"), &model);
     quantize(&dense, &out("dense-w4"), &["--bits", "4"]);
     let own = divergence(&out("dense-w4"), &dense);
-    assert!(kl > 0.0 && kl < 3.0 * own, "KL of {kl}, and {own} without experts");
+    assert!(kl > 0.0 && kl < 2.0 * own, "KL of {kl}, and {own} without experts");
     assert_eq!(broken(&out("w4")), []);
     success(bitmill(["convert"]).arg(out("w4")).arg(out("gptq")).args(["--format", "gptq"]));
-    assert!((divergence(&out("gptq"), &model) - kl).abs() < 1e-6);
+    assert!((divergence(&out("gptq"), &model) - kl).abs() < 1e-9);
     assert_eq!(broken(&out("gptq")), []);
     let inspected = json(bitmill(["inspect"]).arg(out("w4")));
     assert_eq!((&inspected["model_type"], &inspected["known_architecture"]), (&"mixtral".into(), &true.into()));

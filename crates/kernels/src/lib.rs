@@ -17,6 +17,6 @@ pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
 pub use ops::pack::{pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
-    CHUNK, LANES, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
+    CHUNK, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
 };
 pub use ops::solve::solve;

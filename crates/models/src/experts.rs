@@ -10,7 +10,7 @@ use crate::linear::{Input, Linear};
 use crate::ops::gated_backward;
 use crate::weights::shaped;
 use crate::{Act, Block, Error, Expert, ModelSpec, Role, Routing, Weights, ops};
-use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_kernels::{Level, View, ViewMut, axpy, gemm};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 
@@ -122,7 +122,7 @@ impl Experts {
         let mut probabilities = values(&scores)?.to_vec();
         let mut tokens = vec![Vec::new(); experts];
         for (token, p) in probabilities.chunks_exact_mut(experts).enumerate() {
-            soft_max(p);
+            ops::softmax(p, 1.0);
             let mut order: Vec<usize> = (0..experts).collect();
             order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
             order.truncate(self.chosen);
@@ -134,7 +134,7 @@ impl Experts {
 
     /// What the experts together make of `x [tokens, hidden]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let (count, hidden) = x.dims2()?;
+        let (level, (count, hidden)) = (Level::best(), x.dims2()?);
         let mut sum = vec![0.0f32; count * hidden];
         for (expert, tokens) in self.routed.iter().zip(&self.routes(x)?.tokens) {
             if tokens.is_empty() {
@@ -142,14 +142,14 @@ impl Experts {
             }
             let y = expert.forward(self.act, &rows_of(x, tokens)?)?;
             for (&(token, weight), row) in tokens.iter().zip(values(&y)?.chunks_exact(hidden)) {
-                add_scaled(&mut sum[token * hidden..][..hidden], row, weight);
+                axpy(level, weight, row, &mut sum[token * hidden..][..hidden]);
             }
         }
         if let Some(shared) = &self.shared {
             let (y, weights) = (shared.mlp.forward(self.act, x)?, shared.weights(x)?);
             for ((sum, row), weight) in sum.chunks_exact_mut(hidden).zip(values(&y)?.chunks_exact(hidden)).zip(weights)
             {
-                add_scaled(sum, row, weight);
+                axpy(level, weight, row, sum);
             }
         }
         Ok(Tensor::from_vec(sum, (count, hidden), &Device::Cpu)?)
@@ -318,17 +318,6 @@ pub(crate) fn gated(act: Act, gate: Option<Tensor>, up: Tensor) -> Result<Tensor
 fn rows_of(x: &Tensor, tokens: &[(usize, f32)]) -> Result<Tensor, Error> {
     let index: Vec<u32> = tokens.iter().map(|(token, _)| *token as u32).collect();
     Ok(x.index_select(&Tensor::from_vec(index, tokens.len(), &Device::Cpu)?, 0)?)
-}
-
-fn soft_max(p: &mut [f32]) {
-    let largest = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    p.iter_mut().for_each(|p| *p = (*p - largest).exp());
-    let sum: f32 = p.iter().sum();
-    p.iter_mut().for_each(|p| *p /= sum);
-}
-
-fn add_scaled(sum: &mut [f32], row: &[f32], factor: f32) {
-    sum.iter_mut().zip(row).for_each(|(s, v)| *s += factor * v);
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -155,27 +155,16 @@ pub(crate) static MIXTRAL: Layout = Layout {
     ..LLAMA
 };
 
+/// What Qwen calls its experts.
+const QWEN: Routed =
+    Routed { router: "mlp.gate", experts: "mlp.experts.", parts: ["gate_proj", "up_proj", "down_proj"], shared: None };
+
 /// Decoders in the manner of Llama with experts in some blocks.
-pub(crate) static EXPERTS: Layout = Layout {
-    routed: Some(Routed {
-        router: "mlp.gate",
-        experts: "mlp.experts.",
-        parts: ["gate_proj", "up_proj", "down_proj"],
-        shared: None,
-    }),
-    ..LLAMA
-};
+pub(crate) static EXPERTS: Layout = Layout { routed: Some(QWEN), ..LLAMA };
 
 /// The same with an expert more, which every token goes to.
-pub(crate) static SHARED_EXPERT: Layout = Layout {
-    routed: Some(Routed {
-        router: "mlp.gate",
-        experts: "mlp.experts.",
-        parts: ["gate_proj", "up_proj", "down_proj"],
-        shared: Some(["mlp.shared_expert", "mlp.shared_expert_gate"]),
-    }),
-    ..LLAMA
-};
+pub(crate) static SHARED_EXPERT: Layout =
+    Layout { routed: Some(Routed { shared: Some(["mlp.shared_expert", "mlp.shared_expert_gate"]), ..QWEN }), ..LLAMA };
 
 /// Decoders in the manner of Llama with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
 pub(crate) static SANDWICH: Layout = Layout {

@@ -122,7 +122,7 @@ impl PackedWeight {
         }
         let scales = x.len() / cols * cols.div_ceil(CHUNK);
         let (mut values, mut scales) = (vec![0; scales * CHUNK], vec![0.0; scales]);
-        round_activations(&x, cols, &mut values, &mut scales);
+        round_activations(Level::best(), &x, cols, &mut values, &mut scales);
         PackedInput::Int8 { values, scales }
     }
 

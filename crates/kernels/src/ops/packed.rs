@@ -18,7 +18,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Rows that lie beside each other.
-pub const LANES: usize = 8;
+const LANES: usize = 8;
 /// Input columns that are unpacked together, and that share a scale when activations are rounded.
 pub const CHUNK: usize = 32;
 /// Blocks of [`LANES`] rows that one task computes.
@@ -49,12 +49,6 @@ impl PackedForm {
     #[must_use]
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
-    }
-
-    /// Width of a code.
-    #[must_use]
-    pub fn bits(&self) -> u32 {
-        self.bits
     }
 
     /// Groups of a row.
@@ -237,15 +231,15 @@ pub struct Rounded<'a> {
 ///
 /// # Panics
 /// When a length does not fit: a caller's bug.
-pub fn round_activations(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
     let chunks = cols.div_ceil(CHUNK);
     assert!(x.len().is_multiple_of(cols) && scales.len() == x.len() / cols * chunks, "activation lengths");
     assert_eq!(values.len(), scales.len() * CHUNK, "activation lengths");
-    #[cfg(target_arch = "x86_64")]
-    if let Level::Avx2(token) = Level::best() {
-        return avx2::round(token, x, cols, values, scales);
+    match level {
+        Level::Scalar => round(x, cols, values, scales),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
     }
-    round(x, cols, values, scales);
 }
 
 /// 1.5·2²³: adding it leaves a number below 2²² rounded to an integer in the low bits.

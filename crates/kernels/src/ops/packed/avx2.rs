@@ -24,34 +24,32 @@ pub(super) fn round(_: Avx2, x: &[f32], cols: usize, values: &mut [i8], scales: 
     unsafe { compiled(x, cols, values, scales) }
 }
 
+/// The instance of `$strip` for the two parts of the codes of `$w`.
+macro_rules! by_parts {
+    ($w:expr, $strip:ident) => {
+        match parts($w.form.bits) {
+            (1, _) => $strip::<1, 0>,
+            (2, _) => $strip::<2, 0>,
+            (3, _) => $strip::<3, 0>,
+            (_, 0) => $strip::<4, 0>,
+            (_, 1) => $strip::<4, 1>,
+            (_, 2) => $strip::<4, 2>,
+            (_, 3) => $strip::<4, 3>,
+            _ => $strip::<4, 4>,
+        }
+    };
+}
+
 /// [`super::scalar::int8`].
 pub(super) fn int8(_: Avx2, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
-    let run = match parts(w.form.bits) {
-        (1, _) => strip_int8::<1, 0>,
-        (2, _) => strip_int8::<2, 0>,
-        (3, _) => strip_int8::<3, 0>,
-        (_, 0) => strip_int8::<4, 0>,
-        (_, 1) => strip_int8::<4, 1>,
-        (_, 2) => strip_int8::<4, 2>,
-        (_, 3) => strip_int8::<4, 3>,
-        _ => strip_int8::<4, 4>,
-    };
+    let run = by_parts!(w, strip_int8);
     // SAFETY: the token proves AVX2, FMA and F16C.
     unsafe { run(w, x, sums, strip) }
 }
 
 /// [`super::scalar::full`].
 pub(super) fn full(_: Avx2, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
-    let run = match parts(w.form.bits) {
-        (1, _) => strip_full::<1, 0>,
-        (2, _) => strip_full::<2, 0>,
-        (3, _) => strip_full::<3, 0>,
-        (_, 0) => strip_full::<4, 0>,
-        (_, 1) => strip_full::<4, 1>,
-        (_, 2) => strip_full::<4, 2>,
-        (_, 3) => strip_full::<4, 3>,
-        _ => strip_full::<4, 4>,
-    };
+    let run = by_parts!(w, strip_full);
     // SAFETY: the token proves AVX2, FMA and F16C.
     unsafe { run(w, x, sums, strip) }
 }

@@ -73,7 +73,7 @@ fn every_level_equals_the_definition_and_the_dequantized_product() {
                 let x: Vec<f32> = (0..tokens * cols).map(number).collect();
                 let chunks = case.form.chunks();
                 let (mut values, mut scales) = (vec![0; tokens * chunks * CHUNK], vec![0.0; tokens * chunks]);
-                round_activations(&x, cols, &mut values, &mut scales);
+                round_activations(Level::best(), &x, cols, &mut values, &mut scales);
                 let rounded = Rounded { values: &values, scales: &scales };
                 let seen: Vec<f32> = (0..tokens * cols)
                     .map(|i| {
@@ -113,8 +113,13 @@ fn every_level_equals_the_definition_and_the_dequantized_product() {
 #[test]
 fn rounding_is_to_nearest_even_of_what_it_says() {
     let x: Vec<f32> = (0..70).map(|i| number(i) * 3.0).collect();
-    let (mut values, mut scales) = (vec![0; 96], vec![0.0; 3]);
-    round_activations(&x, 70, &mut values, &mut scales);
+    let run = |level| {
+        let (mut values, mut scales) = (vec![0; 96], vec![0.0; 3]);
+        round_activations(level, &x, 70, &mut values, &mut scales);
+        (values, scales)
+    };
+    let (mut values, mut scales) = run(Level::Scalar);
+    assert!(Level::all().into_iter().all(|level| run(level) == (values.clone(), scales.clone())));
     for (c, x) in x.chunks(CHUNK).enumerate() {
         let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
         assert_eq!(scales[c], most / 127.0);
@@ -123,7 +128,7 @@ fn rounding_is_to_nearest_even_of_what_it_says() {
         }
     }
     assert!(values[70..].iter().all(|&v| v == 0));
-    round_activations(&[0.0; 5], 5, &mut values[..32], &mut scales[..1]);
+    round_activations(Level::best(), &[0.0; 5], 5, &mut values[..32], &mut scales[..1]);
     assert!(values[..32].iter().all(|&v| v == 0) && scales[0] == 0.0);
 }
 
