@@ -8,13 +8,20 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::time::Duration;
 use support::{QUICK, assert_same, bitmill, books, contents, failure, json, success};
 
-fn stats(dir: &Path) -> PathBuf {
-    let file = dir.join("stats");
-    success(bitmill(["calibrate"]).arg(books()).arg("-o").arg(&file).args(QUICK));
-    file
+/// Statistics of the model, collected once for all tests.
+fn stats() -> PathBuf {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mixed-statistics");
+        let _ = std::fs::remove_file(&file);
+        success(bitmill(["calibrate"]).arg(books()).arg("-o").arg(&file).args(QUICK));
+        file
+    };
+    MADE.get_or_init(make).clone()
 }
 
 /// Two blocks of eight, rounded without refinements.
@@ -38,7 +45,7 @@ const STEP: u64 = 2 * 768 * 256 / 8;
 #[test]
 fn sizes_are_met_and_never_exceeded() {
     let dir = tempfile::tempdir().unwrap();
-    let stats = stats(dir.path());
+    let stats = stats();
     for bits in ["2.5", "3.5", "4.25"] {
         let plan = plan(&stats, &["--bits", bits, "--options", "2,3g64,3,4,6"]);
         let weights = plan["quantized_weights"].as_f64().unwrap();
@@ -78,7 +85,7 @@ fn sizes_are_met_and_never_exceeded() {
 #[test]
 fn floats_and_integers_mix_in_one_folder() {
     let dir = tempfile::tempdir().unwrap();
-    let (stats, out) = (stats(dir.path()), dir.path().join("out"));
+    let (stats, out) = (stats(), dir.path().join("out"));
     let flags = ["--bits", "5.0", "--options", "3,4g32,nvfp4a16,mxfp4a16,fp8a16", "--loader", "vLLM"];
     let run = || {
         let mut command = bitmill(["quantize"]);
@@ -121,7 +128,7 @@ fn same_but_for_the_mixture(by_file: &Path, by_flags: &Path) {
 #[test]
 fn a_plan_file_runs_as_the_flags_that_made_it() {
     let dir = tempfile::tempdir().unwrap();
-    let stats = stats(dir.path());
+    let stats = stats();
     let file = dir.path().join("plan.toml");
     let flags = ["--method", "rtn", "--bits", "3.5", "--options", "2,3,4g64,6", "--ignore", r".*layers\.1\."];
     let planned = json(bitmill(["plan"]).arg(books()).arg("-o").arg(&file).arg("--stats").arg(&stats).args(flags));
@@ -243,7 +250,7 @@ fn a_loss_is_bounded_on_held_out_text() {
 #[test]
 fn loaders_and_decode_time_are_constraints() {
     let dir = tempfile::tempdir().unwrap();
-    let stats = stats(dir.path());
+    let stats = stats();
     // vLLM has no kernels for three asymmetric bits.
     let options = ["--bits", "3.6", "--options", "2asym,3asym,4asym,3,8", "--loader", "vLLM"];
     let distinct: Vec<String> = schemes(&plan(&stats, &options)).into_values().collect();
@@ -276,7 +283,7 @@ fn loaders_and_decode_time_are_constraints() {
 #[test]
 fn gguf_types_are_mixed() {
     let dir = tempfile::tempdir().unwrap();
-    let stats = stats(dir.path());
+    let stats = stats();
     let file = dir.path().join("mixed.gguf");
     let flags = ["--method", "rtn", "--bits", "4.0", "--options", "q2_k,q3_k,q4_k,q6_k,iq4_nl"];
     let made = json(bitmill(["quantize"]).arg(books()).arg("-o").arg(&file).arg("--stats").arg(&stats).args(flags));

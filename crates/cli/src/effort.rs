@@ -66,7 +66,7 @@ pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
     let tokens = windows.tokens.iter().map(|t| t.len() as u64).sum();
     let operations = plan.tuning_operations(windows.count() as u64, tokens) as f64;
     // What is not a product of matrices takes a third as long again.
-    let seconds = 1.3 * operations / (product_rate() * rayon::current_num_threads() as f64);
+    let seconds = 1.3 * operations / product_rate();
     let memory = plan.tuning_memory();
     let scarce = crate::units::available_memory().filter(|&free| free < memory);
     let scarce = scarce.map_or(String::new(), |free| {
@@ -87,8 +87,7 @@ pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
 
 /// Seconds that a run over `windows` windows of `tokens` tokens in all is expected to take on this machine.
 pub(crate) fn seconds(plan: &Plan, windows: u64, tokens: u64) -> f64 {
-    let rate = product_rate() * rayon::current_num_threads() as f64;
-    (plan.run_operations(tokens) + 1.3 * plan.tuning_operations(windows, tokens) as f64) / rate
+    (plan.run_operations(tokens) + 1.3 * plan.tuning_operations(windows, tokens) as f64) / product_rate()
 }
 
 /// What suits a model of this size when nothing else is known: a rule of thumb, not measured here. Fewer weights share less
@@ -102,17 +101,21 @@ pub(crate) fn recommended(parameters: u64) -> &'static str {
     }
 }
 
-/// Operations per second of one thread on a product of the size that occurs: the best of a tenth of a second.
+/// Operations per second of all threads on products of the size that occurs, side by side, as they share what the machine has:
+/// of each thread the best of a tenth of a second.
 fn product_rate() -> f64 {
     const N: usize = 256;
-    let (a, b, mut c) = (vec![0.5f32; N * N], vec![0.25f32; N * N], vec![0.0f32; N * N]);
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
-    while begin.elapsed() < Duration::from_millis(100) {
-        let started = Instant::now();
-        gemm(1.0, View::new(&a, N, N, N), View::new(&b, N, N, N), 0.0, &mut ViewMut::new(&mut c, N, N, N));
-        best = best.min(started.elapsed().as_secs_f64());
-    }
-    2.0 * (N * N * N) as f64 / best
+    let rate = |_: rayon::BroadcastContext<'_>| {
+        let (a, b, mut c) = (vec![0.5f32; N * N], vec![0.25f32; N * N], vec![0.0f32; N * N]);
+        let (begin, mut best) = (Instant::now(), f64::INFINITY);
+        while begin.elapsed() < Duration::from_millis(100) {
+            let started = Instant::now();
+            gemm(1.0, View::new(&a, N, N, N), View::new(&b, N, N, N), 0.0, &mut ViewMut::new(&mut c, N, N, N));
+            best = best.min(started.elapsed().as_secs_f64());
+        }
+        2.0 * (N * N * N) as f64 / best
+    };
+    rayon::broadcast(rate).into_iter().sum()
 }
 
 pub(crate) fn span(seconds: f64) -> String {

@@ -1,6 +1,6 @@
 //! What a plan costs, from headers alone: arithmetic, memory and disk, and bytes by role and scheme.
 
-use crate::{Action, Needs, Plan, Unit};
+use crate::{Action, Needs, Plan, ScaleSearch, Unit};
 use bitmill_models::{Expert, ModelSpec, Role, SITES};
 use std::collections::BTreeMap;
 
@@ -42,40 +42,61 @@ impl Plan {
     }
 
     /// Floating-point operations of a run over `tokens` tokens of calibration, tuning left out: the forward pass, H of every
-    /// site and its factor, and rounding. Parts that do not run at the rate of a product count for as many operations as would
-    /// take as long, by estimate: it is an order of magnitude.
+    /// site and its factor, and rounding. Parts that do not run at the rate of a large product count for as many operations as
+    /// take as long; the rates behind that were measured on models of 10 M and 300 M weights.
     #[must_use]
     pub fn run_operations(&self, tokens: u64) -> f64 {
-        /// Searching the scales of a group, per weight and value tried.
-        const SEARCH: f64 = 6000.0;
+        /// Reading, rounding and writing a weight.
+        const WEIGHT: f64 = 2200.0;
+        /// Searching the scale of its group.
+        const SEARCH: f64 = 12_000.0;
         /// Rounding one column against those before it, and one sweep of coordinate descent, per weight and input.
-        const SWEEP: f64 = 8.0;
+        const SWEEP: f64 = 19.0;
         /// The factor of H is in double precision.
         const FACTOR: f64 = 4.0;
+        /// Products of the shapes that occur take longer than large square ones.
+        const SHAPES: f64 = 1.4;
         let hessian = self.method.needs(&self.settings.solver) == Needs::Hessian;
         let solver = &self.settings.solver;
         // The sweep itself, then descents: after rounding, and after every refit.
         let sweeps = 1.0 + f64::from(solver.descent_sweeps) * f64::from(1 + solver.scale_refits);
         let streams = if self.settings.two_streams() { 2.0 } else { 1.0 };
+        let searches = hessian || !matches!(solver.scale_search, None | Some(ScaleSearch::MinMax));
+        let each = if searches { WEIGHT + SEARCH } else { WEIGHT };
         let mut total = 0.0;
         for unit in &self.units {
             for tensor in &unit.tensors {
                 let Action::Quantize { shape: [rows, cols], role, .. } = &tensor.action else { continue };
                 let (weights, cols) = ((rows * cols) as f64, *cols as f64);
                 let own = tokens as f64 * self.share(*role);
-                let forward = if self.calibrated { 2.0 * weights * own * streams } else { 0.0 };
+                let forward = if self.calibrated { SHAPES * 2.0 * weights * own * streams } else { 0.0 };
                 let rounding = if hessian { SWEEP * sweeps * weights * cols } else { 0.0 };
-                total += forward + SEARCH * weights + rounding;
+                total += forward + each * weights + rounding;
             }
             if hessian {
                 // The second stream's share is not symmetric, and takes factors of its own.
                 let n3 = |(n, share): (f64, f64)| {
-                    (3.0 * streams - 2.0) * (n * n * tokens as f64 * share + FACTOR * n * n * n / 3.0)
+                    (3.0 * streams - 2.0) * (SHAPES * n * n * tokens as f64 * share + FACTOR * n * n * n / 3.0)
                 };
                 total += self.site_widths(unit).into_iter().map(n3).sum::<f64>();
             }
+            if self.calibrated && unit.block.is_some() {
+                total += streams * tokens as f64 * self.elementwise_operations();
+            }
         }
         total + self.reconstruction_operations(tokens)
+    }
+
+    /// The same of what a block does to a token besides products with its weights: attention, norms and activations, and keeping
+    /// what comes out of its pieces.
+    fn elementwise_operations(&self) -> f64 {
+        /// Operations that one element takes, which is read and written several times and goes through transcendental functions.
+        const ELEMENT: f64 = 250.0;
+        let Some(spec) = &self.spec else { return 0.0 };
+        let length = self.settings.sequence_length as f64;
+        let attention = (spec.heads as f64) * length;
+        let products = 2.0 * attention * spec.head_dim as f64;
+        products + ELEMENT * (10.0 * spec.hidden as f64 + 3.0 * spec.intermediate as f64 + 2.0 * attention)
     }
 
     /// The same of reconstruction: for each weight of a block and token, a forward and a backward pass (two and four

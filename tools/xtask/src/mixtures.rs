@@ -1,7 +1,7 @@
 //! `cargo xtask mixtures`: mixed widths against every uniform scheme of the same size, and mixtures of GGUF types against
 //! llama.cpp's named ones of the same size, on the model of the repository.
 //!
-//! Each output is made by gptq without tuning from the same text, and measured on the same windows of another. What is
+//! Each output is made by gptq alone, without target shift or tuning, from the same text, and measured on the same windows of another. What is
 //! done stays in the work folder, one JSON file an output; delete it to measure anew.
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +16,7 @@ const TARGETS: [&str; 5] = ["2.5", "3.0", "3.5", "4.0", "4.5"];
 const SLACK_BITS: f64 = 0.002;
 
 /// llama.cpp's mixtures that are held against ours.
-const NAMED: [&str; 6] = ["q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m"];
+const NAMED: [&str; 8] = ["q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "iq2_m", "iq3_m"];
 
 /// What an output takes and loses.
 struct Measured {
@@ -122,11 +122,10 @@ impl Bench<'_> {
             let statistics = self.statistics()?;
             // Found by its name: mixtures of one text share what they are chosen by.
             std::fs::copy(&statistics, self.work.join(format!("{name}.stats.safetensors")))?;
-            let how =
-                ["--tuning-passes", "0", "--sequence-length", "512", "--method", "gptq", "--force", "--no-report"];
-            let made = self.json(
-                Command::new(&self.bitmill).arg("quantize").arg(self.model).arg("-o").arg(&out).args(how).args(flags),
-            )?;
+            let mut quantize = Command::new(&self.bitmill);
+            quantize.arg("quantize").arg(self.model).arg("-o").arg(&out).args(flags);
+            quantize.args(["--method", "gptq", "--tuning-passes", "0", "--target-shift", "off"]);
+            let made = self.json(quantize.args(["--sequence-length", "512", "--force", "--no-report"]))?;
             let evaluated = self.json(
                 Command::new(&self.bitmill)
                     .arg("eval")
