@@ -51,7 +51,7 @@ impl Plan {
         /// Searching the scale of its group.
         const SEARCH: f64 = 12_000.0;
         /// Rounding one column against those before it, and one sweep of coordinate descent, per weight and input.
-        const SWEEP: f64 = 19.0;
+        const SWEEP: f64 = 4.0;
         /// The factor of H is in double precision.
         const FACTOR: f64 = 4.0;
         /// Products of the shapes that occur take longer than large square ones.
