@@ -44,7 +44,6 @@ const STEP: u64 = 2 * 768 * 256 / 8;
 
 #[test]
 fn sizes_are_met_and_never_exceeded() {
-    let dir = tempfile::tempdir().unwrap();
     let stats = stats();
     for bits in ["2.5", "3.5", "4.25"] {
         let plan = plan(&stats, &["--bits", bits, "--options", "2,3g64,3,4,6"]);
@@ -249,7 +248,6 @@ fn a_loss_is_bounded_on_held_out_text() {
 
 #[test]
 fn loaders_and_decode_time_are_constraints() {
-    let dir = tempfile::tempdir().unwrap();
     let stats = stats();
     // vLLM has no kernels for three asymmetric bits.
     let options = ["--bits", "3.6", "--options", "2asym,3asym,4asym,3,8", "--loader", "vLLM"];

@@ -8,15 +8,19 @@ use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GridKind, GroupParams, Quantized};
 use rayon::prelude::*;
 
-/// Rows of one task.
-pub(crate) const ROWS: usize = 32;
+/// Rows of one task over matrices of `n` columns. Every task reads all of H, which where H is larger than the caches takes longer
+/// than the products of a few rows.
+pub(crate) const fn task_rows(n: usize) -> usize {
+    if n <= 1024 { 32 } else { 256 }
+}
 
 /// tr((Ŵ−W)·H·(Ŵ−W)ᵀ) of each row, for `w` and `approximation: [rows, n]` and `h: [n, n]`.
 #[must_use]
 pub fn loss(w: &[f32], approximation: &[f32], h: &[f32]) -> Vec<f64> {
     let n = h.len().isqrt();
     let mut out = vec![0.0; w.len() / n];
-    let chunks = w.par_chunks(ROWS * n).zip(approximation.par_chunks(ROWS * n)).zip(out.par_chunks_mut(ROWS));
+    let rows = task_rows(n);
+    let chunks = w.par_chunks(rows * n).zip(approximation.par_chunks(rows * n)).zip(out.par_chunks_mut(rows));
     chunks.for_each(|((w, a), out)| {
         let delta: Vec<f32> = a.iter().zip(w).map(|(a, w)| a - w).collect();
         let g = times(&delta, h, n);
@@ -118,12 +122,13 @@ pub fn descend(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
 }
 
 fn descend_on(w: &[f32], codes: &mut [u8], h: &[f32], sweeps: u32, n: usize, values: &impl Values) -> usize {
+    let rows = task_rows(n);
     codes
-        .par_chunks_mut(ROWS * n)
-        .zip(w.par_chunks(ROWS * n))
+        .par_chunks_mut(rows * n)
+        .zip(w.par_chunks(rows * n))
         .enumerate()
         .map(|(i, (codes, w))| {
-            let first = i * ROWS;
+            let first = i * rows;
             let mut delta: Vec<f32> = w.to_vec();
             for (j, d) in delta.iter_mut().enumerate() {
                 *d = values.value(codes[j], values.local(first + j / n, j % n)) - *d;
@@ -187,12 +192,13 @@ pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
         _ => f32::from(code) - f32::from(zero),
     };
     let count = scheme.scales(q.shape);
+    let rows = task_rows(n);
     let improved = scales[..count]
-        .par_chunks_mut(ROWS * groups)
-        .zip(w.par_chunks(ROWS * n))
+        .par_chunks_mut(rows * groups)
+        .zip(w.par_chunks(rows * n))
         .enumerate()
         .map(|(i, (scales, w))| {
-            let (first, len) = (i * ROWS, scheme.group_len(n));
+            let (first, len) = (i * rows, scheme.group_len(n));
             let middle = scheme.bits().middle();
             let zero = |r: usize, g: usize| zeros.get((first + r) * groups + g).copied().unwrap_or(middle);
             let codes = &codes[first * n..first * n + w.len()];

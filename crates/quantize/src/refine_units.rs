@@ -4,7 +4,7 @@
 //! (Ŵ−W)·H there and v its values, the loss as a function of the unit's values x is (x−c)·M·(x−c)ᵀ and a constant, where
 //! c = v − G·M⁻¹. The point nearest to c in the metric M is therefore the best there is given all others.
 
-use crate::refine::{ROWS, times};
+use crate::refine::{task_rows, times};
 use bitmill_scheme::{BlockForm, Metric, Quantized, UNIT};
 use rayon::prelude::*;
 
@@ -15,8 +15,9 @@ pub(crate) fn descend_units(w: &[f32], q: &mut Quantized, form: &BlockForm, h: &
     let at = |k: usize| move |i: usize, j: usize| h[(k + i) * n + k + j];
     let metrics: Vec<Metric> = (0..n).step_by(unit).map(|k| Metric::of(unit, at(k))).collect();
     let shared = Shared { form, h, n, metrics: &metrics, q };
-    let changed = (codes.par_chunks_mut(ROWS * n).zip(w.par_chunks(ROWS * n)).enumerate())
-        .map(|(i, (codes, w))| shared.rows(i * ROWS, codes, w, sweeps))
+    let rows = task_rows(n);
+    let changed = (codes.par_chunks_mut(rows * n).zip(w.par_chunks(rows * n)).enumerate())
+        .map(|(i, (codes, w))| shared.rows(i * rows, codes, w, sweeps))
         .sum();
     q.codes = codes;
     changed

@@ -16,13 +16,12 @@
 //! Columns are worked in blocks: one product brings in all earlier blocks, the rest happens inside the block. Rows are
 //! independent, so chunks of rows run in parallel and give the same codes at any thread count.
 
+use crate::refine::task_rows;
 use crate::{Factor, ScaleSearch};
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_scheme::{FloatGrid, Grid, GroupParams, IntGrid, Metric, UNIT};
 use rayon::prelude::*;
 
-/// Rows of one task.
-const ROWS: usize = 32;
 /// Columns of one block, unless a group is longer.
 const BLOCK: usize = 128;
 
@@ -179,13 +178,14 @@ pub fn sweep<G: SweepGrid>(w: &[f32], what: &Sweep<'_, G>) -> (Vec<u8>, Vec<G::P
     let rows = w.len() / n;
     let mut codes = vec![0u8; w.len()];
     let mut params = vec![what.grid.blank(); rows * groups];
-    (w.par_chunks(ROWS * n))
-        .zip(codes.par_chunks_mut(ROWS * n))
-        .zip(params.par_chunks_mut(ROWS * groups))
+    let task = task_rows(n);
+    (w.par_chunks(task * n))
+        .zip(codes.par_chunks_mut(task * n))
+        .zip(params.par_chunks_mut(task * groups))
         .enumerate()
         .for_each(|(i, ((w, codes), params))| {
             if let Some(fixed) = what.fixed {
-                params.copy_from_slice(&fixed[i * ROWS * groups..][..params.len()]);
+                params.copy_from_slice(&fixed[i * task * groups..][..params.len()]);
             }
             Chunk::new(what, w).run(codes, params);
         });
