@@ -159,6 +159,23 @@ OPT = {
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
+MODERNBERT = {
+    "model_type": "modernbert",
+    "architectures": ["ModernBertModel"],
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "norm_eps": 1e-5,
+    "hidden_activation": "gelu",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
 ROBERTA = BERT | {"model_type": "roberta", "architectures": ["RobertaModel"], "pad_token_id": 1, "type_vocab_size": 1}
 
 # name: (config, keys of the plainer config, sequence length)
@@ -489,6 +506,44 @@ ENCODERS = {
         {"layer_norm_eps": 1e-2},
         24,
         lambda name: "roberta." + name,
+    ),
+    # As published, and with the names of a model that has a task's head; then as newer releases write it, with every bias.
+    "modernbert": (
+        MODERNBERT
+        | {
+            "global_attn_every_n_layers": 3,
+            "local_attention": 8,
+            "global_rope_theta": 1000.0,
+            "local_rope_theta": 50.0,
+        },
+        [
+            {"global_attn_every_n_layers": 2},
+            {"local_attention": 12},
+            {"global_rope_theta": 10000.0},
+            {"local_rope_theta": 10000.0},
+            {"norm_eps": 1e-1},
+        ],
+        40,
+        lambda name: "model." + name,
+    ),
+    "modernbert-biases": (
+        MODERNBERT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+            "local_attention": 7,
+            "hidden_activation": "silu",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+        },
+        [{"layer_types": ["full_attention", "sliding_attention"]}, {"local_attention": 40}, {"hidden_activation": "gelu"}],
+        24,
+        lambda name: name,
     ),
 }
 

@@ -73,15 +73,16 @@ impl Block {
             }
         }
         let mut norms = [const { None }; 6];
-        for (role, _) in spec.layout.norms {
-            norms[*role as usize] = Some(Norm::load(spec, weights, &spec.norm_tensors(index, *role))?);
+        for role in spec.block_norms(index) {
+            norms[role as usize] = Some(Norm::load(spec, weights, &spec.norm_tensors(index, role))?);
         }
         let qk_norms = spec.qk_widths().map(|widths| {
             let [q, k] = spec.qk_norms(index);
             Ok::<_, Error>([load_weight(spec, weights, &q, widths[0])?, load_weight(spec, weights, &k, widths[1])?])
         });
         let sight = match spec.windows.get(index).copied().flatten() {
-            _ if !spec.causal => Sight::All,
+            None if !spec.causal => Sight::All,
+            Some(window) if !spec.causal => Sight::Around { window },
             window => Sight::Past { window: window.unwrap_or(usize::MAX) },
         };
         let scale = spec.factors.attention.unwrap_or_else(|| (spec.head_dim as f64).powf(-0.5));
@@ -259,8 +260,8 @@ impl Block {
     /// The weight of a linear, `[out, in]`.
     ///
     /// # Panics
-    /// Like all access by role: where the block has no such part, which [`ModelSpec::has`] and [`ModelSpec::has_norm`]
-    /// tell.
+    /// Like all access by role: where the block has no such part, which [`ModelSpec::has`] and
+    /// [`ModelSpec::block_norms`] tell.
     #[must_use]
     pub fn linear(&self, role: Role) -> &Tensor {
         self.at(role).weight()

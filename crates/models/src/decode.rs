@@ -3,7 +3,7 @@
 //! Many sequences grow in step, so that every weight is read once for all of them. The pieces are those of the forward
 //! pass over a window; only attention is another loop, since every sequence has keys of its own.
 
-use crate::attention::{Scoring, Sight};
+use crate::attention::Scoring;
 use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
 use bitmill_kernels::{Level, axpy};
@@ -139,10 +139,7 @@ impl Block {
         };
         let [q, k, v] = [q, k, v].map(|t| t.flatten_all()?.to_vec1::<f32>());
         let (q, k, v) = (q?, k?, v?);
-        let first = match self.scoring.sight {
-            Sight::Past { window } => (at + 1).saturating_sub(window),
-            Sight::All => 0,
-        };
+        let first = self.scoring.sight.of(at, at + 1).start;
         for (row, cache) in caches.iter_mut().enumerate() {
             for head in 0..kv_width / dim {
                 // Keys come by key-value head, then sequence.

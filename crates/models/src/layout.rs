@@ -25,6 +25,8 @@ pub struct Layout {
     pub routed: Option<Routed>,
     /// The norms of a block in execution order, with their modules inside it.
     pub norms: &'static [(NormRole, &'static str)],
+    /// Whether the first block lacks [`NormRole::Input`], since a norm stands behind the embeddings.
+    pub first_bare: bool,
     /// Modules of the norms of queries and keys inside a block, used where the model has them.
     pub qk_norms: [&'static str; 2],
     /// In what order rows of Q, K and V lie where one linear stores them.
@@ -37,12 +39,13 @@ pub struct Layout {
     pub tokens: &'static str,
     /// What is added to token embeddings.
     pub added: Option<Added>,
-    /// The module of the norm after the last block.
+    /// The module of the norm after the last block. Without a head it belongs to that block, as [`NormRole::MlpResidual`].
     pub final_norm: Option<&'static str>,
     /// The module of the output head, whatever the spelling; without one, a model's result is its hidden states.
     pub head: Option<&'static str>,
-    /// What the names of a masked-language-model head begin with; such a head is carried along, not computed.
-    pub task_head: Option<&'static str>,
+    /// What the names of a masked-language-model head begin with, and its linear over the vocabulary; such a head is carried
+    /// along, not computed.
+    pub task_head: Option<[&'static str; 2]>,
     /// A linear `[hidden, hidden]` over the first hidden state, which nothing here computes with.
     pub pooler: Option<&'static str>,
 }
@@ -60,11 +63,11 @@ pub struct Routed {
     pub shared: Option<[&'static str; 2]>,
 }
 
-/// Learned embeddings beside those of the tokens, and the norm of their sum.
+/// Learned embeddings beside those of the tokens, and the norm of their sum; of a model that rotates, the norm alone.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Added {
     /// The tensor of positions, `[positions, hidden]`.
-    pub positions: &'static str,
+    pub positions: Option<&'static str>,
     /// The tensor of token types, `[types, hidden]`.
     pub types: Option<&'static str>,
     /// The module of the norm.
@@ -123,6 +126,7 @@ const LLAMA: Layout = Layout {
     ],
     routed: None,
     norms: &[(NormRole::Input, "input_layernorm"), (NormRole::PostAttention, "post_attention_layernorm")],
+    first_bare: false,
     qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
     fused: Fused::ByPart,
     transposed: false,
@@ -229,7 +233,7 @@ pub(crate) static GPT2: Layout = Layout {
     transposed: true,
     buffers: &[("attn.bias", Buffer::Mask), ("attn.masked_bias", Buffer::Number)],
     tokens: "wte.weight",
-    added: Some(Added { positions: "wpe.weight", types: None, norm: None, position_ids: None }),
+    added: Some(Added { positions: Some("wpe.weight"), types: None, norm: None, position_ids: None }),
     final_norm: Some("ln_f"),
     ..LLAMA
 };
@@ -249,14 +253,30 @@ pub(crate) static OPT: Layout = Layout {
     norms: &[(NormRole::Input, "self_attn_layer_norm"), (NormRole::PostAttention, "final_layer_norm")],
     buffers: &[],
     tokens: "embed_tokens.weight",
-    added: Some(Added { positions: "embed_positions.weight", types: None, norm: None, position_ids: None }),
+    added: Some(Added { positions: Some("embed_positions.weight"), types: None, norm: None, position_ids: None }),
     final_norm: Some("final_layer_norm"),
     ..LLAMA
 };
 
 /// RoBERTa: BERT's tensors under another prefix, and another head.
 pub(crate) static ROBERTA: Layout =
-    Layout { spellings: &[spelled(""), spelled("roberta.")], task_head: Some("lm_head."), ..BERT_LIKE };
+    Layout { spellings: &[spelled(""), spelled("roberta.")], task_head: Some(["lm_head.", "lm_head.decoder"]), ..BERT_LIKE };
+
+/// ModernBERT: norms before attention and MLP, but for the first attention; Q, K and V stored as one linear, and the two
+/// branches of the MLP. Models with a task's head put `model.` before everything else.
+pub(crate) static MODERN_BERT: Layout = Layout {
+    spellings: &[spelled("model."), spelled("")],
+    blocks: "layers.",
+    linears: &[(Role::Qkv, "attn.Wqkv"), (Role::O, "attn.Wo"), (Role::GateUp, "mlp.Wi"), (Role::Down, "mlp.Wo")],
+    norms: &[(NormRole::Input, "attn_norm"), (NormRole::PostAttention, "mlp_norm")],
+    first_bare: true,
+    tokens: "embeddings.tok_embeddings.weight",
+    added: Some(Added { positions: None, types: None, norm: Some("embeddings.norm"), position_ids: None }),
+    final_norm: Some("final_norm"),
+    task_head: Some(["head.", "decoder"]),
+    pooler: None,
+    ..BERT_LIKE
+};
 
 /// BERT. Models with a task's head put `bert.` before everything, and checkpoints that came from TensorFlow call the
 /// parts of a norm gamma and beta.
@@ -280,20 +300,21 @@ const BERT_LIKE: Layout = Layout {
     ],
     routed: None,
     norms: &[(NormRole::AttnResidual, "attention.output.LayerNorm"), (NormRole::MlpResidual, "output.LayerNorm")],
+    first_bare: false,
     qk_norms: ["attention.self.q_norm", "attention.self.k_norm"],
     fused: Fused::ByPart,
     transposed: false,
     buffers: &[],
     tokens: "embeddings.word_embeddings.weight",
     added: Some(Added {
-        positions: "embeddings.position_embeddings.weight",
+        positions: Some("embeddings.position_embeddings.weight"),
         types: Some("embeddings.token_type_embeddings.weight"),
         norm: Some("embeddings.LayerNorm"),
         position_ids: Some("embeddings.position_ids"),
     }),
     final_norm: None,
     head: None,
-    task_head: Some("cls.predictions."),
+    task_head: Some(["cls.predictions.", "cls.predictions.decoder"]),
     pooler: Some("pooler.dense"),
 };
 
@@ -316,6 +337,7 @@ mod tests {
             &OPT,
             &BERT,
             &ROBERTA,
+            &MODERN_BERT,
         ] {
             assert!(layout.linears.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.linears);
             assert!(layout.norms.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.norms);

@@ -107,7 +107,8 @@ pub struct ModelSpec {
     pub token_types: usize,
     /// Whether a token attends to what came before it only.
     pub causal: bool,
-    /// For each block, how many latest positions (its own included) a causal token attends to; `None` is all of them.
+    /// For each block, how many latest positions (its own included) a causal token attends to, any other token as many to
+    /// either side; `None` is all of them.
     pub windows: Vec<Option<usize>>,
     /// Whether Q, K and V have biases.
     pub qkv_bias: bool,
@@ -198,10 +199,19 @@ impl ModelSpec {
         self.layout.linears.iter().any(|(r, _)| *r == role)
     }
 
-    /// Whether a block has this norm.
+    /// Whether blocks have this norm; the first or the last may be an exception ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn has_norm(&self, norm: NormRole) -> bool {
         self.layout.norms.iter().any(|(n, _)| *n == norm)
+    }
+
+    /// The norms of block `block`, in execution order.
+    #[must_use]
+    pub fn block_norms(&self, block: usize) -> Vec<NormRole> {
+        let bare = |norm: NormRole| norm == NormRole::Input && block == 0 && self.layout.first_bare;
+        let own = self.layout.norms.iter().map(|(norm, _)| *norm).filter(|&norm| !bare(norm));
+        let last = block + 1 == self.layers && self.layout.head.is_none() && self.layout.final_norm.is_some();
+        own.chain(last.then_some(NormRole::MlpResidual)).collect()
     }
 
     /// Module name of `role` in block `block`: `model.layers.0.self_attn.q_proj`.
@@ -232,7 +242,7 @@ impl ModelSpec {
     /// Tensor name of the weight of `norm` in block `block`.
     ///
     /// # Panics
-    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
+    /// Where a block has no such norm ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn norm(&self, block: usize, norm: NormRole) -> String {
         let [weight, _] = self.norm_tensors(block, norm);
@@ -242,7 +252,7 @@ impl ModelSpec {
     /// Tensor name of the bias of `norm` in block `block`, where its kind has one.
     ///
     /// # Panics
-    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
+    /// Where a block has no such norm ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn norm_bias(&self, block: usize, norm: NormRole) -> Option<String> {
         let [_, bias] = self.norm_tensors(block, norm);
@@ -251,9 +261,10 @@ impl ModelSpec {
 
     /// Tensor names of the weight and, where the kind has one, the bias of `norm` in block `block`.
     pub(crate) fn norm_tensors(&self, block: usize, norm: NormRole) -> [String; 2] {
-        match self.layout.norms.iter().find(|(n, _)| *n == norm) {
-            Some((_, module)) => self.norm_parts(&self.in_block(block, module)),
-            None => panic!("{} blocks have no norm {norm:?}", self.model_type),
+        match (self.layout.norms.iter().find(|(n, _)| *n == norm), self.layout.final_norm) {
+            (Some((_, module)), _) => self.norm_parts(&self.in_block(block, module)),
+            (None, Some(last)) if norm == NormRole::MlpResidual => self.norm_parts(&self.spell(last)),
+            _ => panic!("{} blocks have no norm {norm:?}", self.model_type),
         }
     }
 
@@ -269,10 +280,10 @@ impl ModelSpec {
         self.spell(self.layout.tokens)
     }
 
-    /// The name of the final norm's weight, where there is one.
+    /// The name of the weight of the norm before the head, where there is one.
     #[must_use]
     pub fn final_norm(&self) -> Option<String> {
-        self.layout.final_norm.map(|norm| {
+        self.layout.final_norm.filter(|_| self.layout.head.is_some()).map(|norm| {
             let [weight, _] = self.norm_parts(&self.spell(norm));
             weight
         })
@@ -289,8 +300,8 @@ impl ModelSpec {
     #[must_use]
     pub fn tied_head(&self, starts_with: impl Fn(&str) -> bool) -> Option<String> {
         self.head().or_else(|| {
-            let task = self.layout.task_head.filter(|task| starts_with(task))?;
-            Some(format!("{task}decoder"))
+            let [_, linear] = self.layout.task_head.filter(|[task, _]| starts_with(task))?;
+            Some(linear.to_owned())
         })
     }
 
@@ -304,9 +315,9 @@ impl ModelSpec {
         plain.chain(experts).map(|role| (role, self.module(block, role))).collect()
     }
 
-    /// The sites of a block, in execution order.
+    /// The sites of block `block`, in execution order.
     #[must_use]
-    pub fn sites(&self) -> [Site; 4] {
+    pub fn sites(&self, block: usize) -> [Site; 4] {
         SITES.map(|site| Site {
             name: site.name,
             linears: match (site.linears, self.gated()) {
@@ -316,7 +327,7 @@ impl ModelSpec {
             },
             absorbed_by: site.absorbed_by.filter(|absorb| match absorb {
                 // In post-norm models a site reads the residual stream, which carries its scale on to the next sum.
-                Absorb::Norm(norm) => self.has_norm(*norm),
+                Absorb::Norm(norm) => self.block_norms(block).contains(norm),
                 // A plain MLP has the activation between Up and Down, and of those only ReLU lets a scale through.
                 Absorb::Linear(Role::Up) => self.gated() || self.act == Act::Relu,
                 Absorb::Linear(_) => true,
@@ -329,7 +340,7 @@ impl ModelSpec {
     pub fn spelled_as(self, stored: impl Fn(&str) -> bool) -> Self {
         let fits = |spelling: &&'static Spelling| {
             let spec = ModelSpec { spelling, ..self.clone() };
-            let norm = self.layout.norms.first().map(|(norm, _)| spec.norm(0, *norm));
+            let norm = spec.block_norms(0).first().map(|norm| spec.norm(0, *norm));
             // A tied head need not be stored, and where a name of its own is, it is the spelling's.
             let head = spec.head().filter(|_| !spec.tied).map(|head| format!("{head}.weight"));
             stored(&spec.embedding()) && [norm, head].into_iter().flatten().all(|name| stored(&name))
@@ -422,8 +433,8 @@ impl ModelSpec {
             slots.push(TensorSlot::new(format!("{router}.weight"), &[routing.experts, self.hidden]));
             slots.extend(shared.map(|gate| TensorSlot::new(format!("{gate}.weight"), &[1, self.hidden])));
         }
-        for (norm, _) in self.layout.norms {
-            slots.extend(self.norm_slots(self.norm_tensors(block, *norm)));
+        for norm in self.block_norms(block) {
+            slots.extend(self.norm_slots(self.norm_tensors(block, norm)));
         }
         for (name, width) in self.qk_norms(block).into_iter().zip(self.qk_widths().into_iter().flatten()) {
             slots.push(TensorSlot::new(name, &[width]));
@@ -448,7 +459,7 @@ impl ModelSpec {
         let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
         if let Some(added) = &self.layout.added {
             let positions = self.max_positions + self.position_offset;
-            slots.push(TensorSlot::new(self.spell(added.positions), &[positions, self.hidden]));
+            slots.extend(added.positions.map(|name| TensorSlot::new(self.spell(name), &[positions, self.hidden])));
             slots.extend(added.types.map(|name| TensorSlot::new(self.spell(name), &[self.token_types, self.hidden])));
             slots.extend(added.norm.into_iter().flat_map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm)))));
             slots.extend(added.position_ids.map(|name| {
@@ -457,7 +468,7 @@ impl ModelSpec {
             }));
         }
         slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
-        if let Some(norm) = self.layout.final_norm {
+        if let Some(norm) = self.layout.final_norm.filter(|_| self.layout.head.is_some()) {
             slots.extend(self.norm_slots(self.norm_parts(&self.spell(norm))));
         }
         if let Some(head) = self.head() {

@@ -73,7 +73,7 @@ impl Arch for Gemma3 {
         let pattern = whole.optional_size("sliding_window_pattern")?.unwrap_or(6);
         let windows = windows(&whole, spec.layers, pattern)?;
         let bases = [("rope_theta", 1e6), ("rope_local_base_freq", 1e4)];
-        let [full, windowed] = Rope::read_pair(&whole, bases, spec.head_dim, spec.max_positions)?;
+        let [full, windowed] = Rope::read_pair(&whole, bases, [true, false], spec.head_dim, spec.max_positions)?;
         let rope = |window: &Option<usize>| Some(if window.is_some() { windowed.clone() } else { full.clone() });
         let factors = Factors { logit_cap: cap(&whole, "final_logit_softcapping", None)?, ..sandwich(&whole, &spec)? };
         Ok(ModelSpec {

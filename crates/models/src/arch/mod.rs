@@ -10,6 +10,7 @@ mod granite;
 mod llama;
 mod mistral;
 mod mixtral;
+mod modernbert;
 mod olmo2;
 mod opt;
 mod phi3;
@@ -50,6 +51,7 @@ pub static ARCHES: &[&dyn Arch] = &[
     &llama::Llama,
     &mistral::Mistral,
     &mixtral::Mixtral,
+    &modernbert::ModernBert,
     &olmo2::Olmo2,
     &opt::Opt,
     &phi3::Phi3,
