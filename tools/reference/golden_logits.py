@@ -24,7 +24,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "crates/models/tests/golden"
@@ -109,6 +109,16 @@ GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **GEMM
 GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], **GEMMA}
 for gemma in (GEMMA2, GEMMA3):
     del gemma["hidden_act"]
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "architectures": ["Llama4ForCausalLM"],
+    **SMALL,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 1,
+}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **SMALL, "pad_token_id": 0}
 OLMO2 = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **SMALL}
 GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], **SMALL}
@@ -483,6 +493,87 @@ CASES = {
         {"norm_topk_prob": True},
         24,
     ),
+    # A block that rotates, and sees chunks, then one of the other kind with experts, and one more of the first; then as listed.
+    "llama4": (
+        LLAMA4
+        | {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [],
+            "no_rope_layer_interval": 2,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 7,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        [
+            {"attention_chunk_size": 9},
+            {"floor_scale": 16},
+            {"attn_scale": 0.1},
+            {"use_qk_norm": False},
+            {"num_experts_per_tok": 2},
+            {"no_rope_layer_interval": 3},
+            {"rope_scaling": None},
+        ],
+        40,
+    ),
+    "llama4-listed": (
+        LLAMA4
+        | {
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [0, 1],
+            "moe_layers": [0, 1],
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": 5,
+            "attn_temperature_tuning": False,
+            "floor_scale": 4,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+        [
+            {"no_rope_layers": [1, 1]},
+            {"attn_temperature_tuning": True},
+            {"layer_types": ["full_attention", "full_attention"]},
+            {"num_experts_per_tok": 1},
+        ],
+        24,
+    ),
+    # With a tower for another kind of input, which is carried along.
+    "llama4-vision": (
+        {
+            "model_type": "llama4",
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": LLAMA4 | {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "rope_theta": 1000.0, "floor_scale": 8},
+            "vision_config": {
+                "model_type": "llama4_vision_model",
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "vision_output_dim": 16,
+                "image_size": 8,
+                "patch_size": 4,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            "image_token_index": 40,
+            "boi_token_index": 41,
+            "eoi_token_index": 42,
+            "tie_word_embeddings": False,
+        },
+        {"text_config": LLAMA4 | {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "rope_theta": 1000.0}},
+        24,
+    ),
 }
 
 # Names that checkpoints on the hub write otherwise than this version of transformers.
@@ -566,7 +657,7 @@ def randomise(model, seed):
 def starve(model):
     """Has no token choose expert 2: whatever the token, two of the others score higher."""
     for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
+        if name.endswith(("mlp.gate.weight", "feed_forward.router.weight")):
             for expert, factor in ((0, 3.0), (1, 2.0), (3, -3.0), (4, -2.0)):
                 parameter.data[expert] = factor * parameter.data[2]
 
@@ -591,8 +682,12 @@ def by_expert(state, mixtral):
     return split
 
 
+def kind_of(config):
+    return AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+
+
 def logits_of(folder, ids):
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = kind_of(json.loads((folder / "config.json").read_text())).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"], report
@@ -617,11 +712,12 @@ def write_config(folder, config):
 def write_case(seed, name, config, plainer, length):
     folder = GOLDEN / name
     write_config(folder, config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = kind_of(config).from_config(AutoConfig.from_pretrained(folder))
     randomise(model, seed)
     starve(model)
     state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
-    if not name.endswith("-stacked"):
+    # Llama 4 is published with its experts stacked.
+    if not name.endswith("-stacked") and not name.startswith("llama4"):
         state = by_expert(state, config["model_type"] == "mixtral")
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
@@ -641,7 +737,9 @@ def write_encoder(seed, name, config, plainer, length, stored):
 def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
     """Stores the weights and the output on random tokens, which must not be that of a plainer config."""
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(1000 + seed))
+    vocab = config.get("text_config", config)["vocab_size"]
+    # Beyond the last are the tokens that stand for an image.
+    ids = torch.randint(0, config.get("image_token_index", vocab), (length,), generator=torch.Generator().manual_seed(1000 + seed))
     output = output_of(folder, ids)
 
     plain, differences = folder / "plainer", []

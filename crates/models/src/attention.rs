@@ -50,6 +50,8 @@ pub(crate) fn cap_scores(x: &mut [f32], scale: f32, cap: f32) {
 pub(crate) enum Sight {
     /// Itself and what came before it, `window` tokens in all.
     Past { window: usize },
+    /// Itself and what came before it in a stretch of `window` tokens that begins at a multiple of that.
+    Stretch { window: usize },
     /// Fewer than `window` tokens away, before or behind, and itself.
     Around { window: usize },
     /// Everything.
@@ -61,6 +63,7 @@ impl Sight {
     pub(crate) fn of(self, token: usize, tokens: usize) -> Range<usize> {
         match self {
             Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+            Sight::Stretch { window } => token / window * window..token + 1,
             Sight::Around { window } => (token + 1).saturating_sub(window)..tokens.min(token.saturating_add(window)),
             Sight::All => 0..tokens,
         }
@@ -283,6 +286,7 @@ mod tests {
             let (query, kv) = (&q[head / group][token * group + head % group], head / group);
             let sees = |t: usize| match scoring.sight {
                 Sight::Past { window } => t <= token && token - t < window,
+                Sight::Stretch { window } => t <= token && t / window == token / window,
                 Sight::Around { window } => token.abs_diff(t) < window,
                 Sight::All => true,
             };
@@ -312,7 +316,8 @@ mod tests {
             let v = random(&[tokens, kv_heads * dim]);
             let past = [usize::MAX, 1, 3, 64, 1000].map(|window| Sight::Past { window });
             let around = [1, 3, 64, 1000].map(|window| Sight::Around { window });
-            for sight in past.into_iter().chain(around).chain([Sight::All]) {
+            let stretches = [1, 3, 64, 1000].map(|window| Sight::Stretch { window });
+            for sight in past.into_iter().chain(stretches).chain(around).chain([Sight::All]) {
                 let cap = matches!(sight, Sight::Past { window: usize::MAX | 3 }).then_some(2.5);
                 let scoring = Scoring { sight, scale: (dim as f32).powf(-0.5), cap };
                 let got = attend(&q, &k, &v, scoring).unwrap();

@@ -59,8 +59,8 @@ pub struct Routed {
     pub experts: &'static str,
     /// Gate, up and down inside an expert.
     pub parts: [&'static str; 3],
-    /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts.
-    pub shared: Option<[&'static str; 2]>,
+    /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts, if not all does.
+    pub shared: Option<(&'static str, Option<&'static str>)>,
 }
 
 /// Learned embeddings beside those of the tokens, and the norm of their sum; of a model that rotates, the norm alone.
@@ -167,8 +167,35 @@ const QWEN: Routed =
 pub(crate) static EXPERTS: Layout = Layout { routed: Some(QWEN), ..LLAMA };
 
 /// The same with an expert more, which every token goes to.
-pub(crate) static SHARED_EXPERT: Layout =
-    Layout { routed: Some(Routed { shared: Some(["mlp.shared_expert", "mlp.shared_expert_gate"]), ..QWEN }), ..LLAMA };
+pub(crate) static SHARED_EXPERT: Layout = Layout {
+    routed: Some(Routed { shared: Some(("mlp.shared_expert", Some("mlp.shared_expert_gate"))), ..QWEN }),
+    ..LLAMA
+};
+
+/// Llama 4, which calls an MLP or its experts a feed-forward. Models with a vision tower put `language_model.` before
+/// everything.
+pub(crate) static LLAMA4: Layout = Layout {
+    spellings: &[
+        spelled(""),
+        Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.") },
+    ],
+    linears: &[
+        (Role::Q, "self_attn.q_proj"),
+        (Role::K, "self_attn.k_proj"),
+        (Role::V, "self_attn.v_proj"),
+        (Role::O, "self_attn.o_proj"),
+        (Role::Gate, "feed_forward.gate_proj"),
+        (Role::Up, "feed_forward.up_proj"),
+        (Role::Down, "feed_forward.down_proj"),
+    ],
+    routed: Some(Routed {
+        router: "feed_forward.router",
+        experts: "feed_forward.experts.",
+        shared: Some(("feed_forward.shared_expert", None)),
+        ..QWEN
+    }),
+    ..LLAMA
+};
 
 /// Decoders in the manner of Llama with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
 pub(crate) static SANDWICH: Layout = Layout {
@@ -329,6 +356,7 @@ mod tests {
             &MIXTRAL,
             &EXPERTS,
             &SHARED_EXPERT,
+            &LLAMA4,
             &SANDWICH,
             &POST_NORM,
             &FUSED,

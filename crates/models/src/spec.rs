@@ -1,7 +1,7 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
 use crate::layout::{Buffer, Fused, Layout, Spelling};
-use crate::{Absorb, Expert, NormKind, NormRole, Role, Rope, SITES, Site};
+use crate::{Absorb, Expert, NormKind, NormRole, Pairs, Role, Rope, SITES, Site};
 use std::ops::Range;
 
 /// The activation of the MLP: of its gate, or of its only branch.
@@ -24,6 +24,8 @@ pub enum QkNorm {
     Head,
     /// All heads together, `[heads · head_dim]` and `[kv_heads · head_dim]`.
     Whole,
+    /// One head, without a weight, in blocks that rotate.
+    Bare,
 }
 
 /// Factors and bounds between the parts of a model; in most models there are none.
@@ -49,6 +51,34 @@ impl Factors {
         Factors { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0, attention_cap: None, logit_cap: None };
 }
 
+/// A factor of queries that grows with their position (arXiv 2501.19399), in blocks that do not rotate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tempering {
+    /// Positions after which it grows.
+    pub floor: f64,
+    /// How fast.
+    pub scale: f64,
+}
+
+impl Tempering {
+    /// `1 + scale · ln(1 + ⌊(position + 1) / floor⌋)`, in f32 as the reference.
+    #[must_use]
+    pub fn factor(self, position: usize) -> f32 {
+        ((position as f32 + 1.0) / self.floor as f32).floor().ln_1p() * self.scale as f32 + 1.0
+    }
+}
+
+/// How much an expert counts for a token that goes to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weighing {
+    /// As much as its probability by a soft-max of all scores; a factor of what it puts out.
+    Probability,
+    /// As much as its share of the probabilities of the chosen; a factor of what it puts out.
+    Share,
+    /// As much as the sigmoid of its score; a factor of what it reads.
+    Sigmoid,
+}
+
 /// Experts, and how tokens are dealt out to them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routing {
@@ -56,8 +86,8 @@ pub struct Routing {
     pub experts: usize,
     /// How many of them a token goes to.
     pub chosen: usize,
-    /// Whether the weights of the chosen are divided by their sum.
-    pub normalized: bool,
+    /// How much each of them counts.
+    pub weighing: Weighing,
     /// Width inside an expert.
     pub intermediate: usize,
     /// Width inside the expert that every token goes to; 0 where there is none.
@@ -99,6 +129,10 @@ pub struct ModelSpec {
     pub norm_offset: f32,
     /// For each block, its rotary position embedding; `None` where it has none.
     pub ropes: Vec<Option<Rope>>,
+    /// Which channels they rotate together.
+    pub pairs: Pairs,
+    /// A factor of queries that grows with their position.
+    pub tempering: Option<Tempering>,
     /// The row of the first position, where positions have learned embeddings.
     pub position_offset: usize,
     /// The token that fills up texts, where it is left out in counting positions; its own is the one before the first.
@@ -110,13 +144,15 @@ pub struct ModelSpec {
     /// For each block, how many latest positions (its own included) a causal token attends to, any other token as many to
     /// either side; `None` is all of them.
     pub windows: Vec<Option<usize>>,
+    /// Whether windows lie side by side, so that a token sees what came before it in its own, and do not move with the token.
+    pub chunked: bool,
     /// Whether Q, K and V have biases.
     pub qkv_bias: bool,
     /// Whether O has a bias.
     pub out_bias: bool,
     /// Whether the linears of the MLP have biases.
     pub mlp_bias: bool,
-    /// Norms of queries and keys, before the rotary embedding.
+    /// Norms of queries and keys, before the rotary embedding (to one of whole heads the order is the same).
     pub qk_norm: Option<QkNorm>,
     /// Whether the MLP reads what the attention reads, and not what it leaves.
     pub parallel: bool,
@@ -235,7 +271,7 @@ impl ModelSpec {
     #[must_use]
     pub fn routers(&self, block: usize) -> Option<(String, Option<String>)> {
         let names = self.routed(block).and(self.layout.routed.as_ref())?;
-        let shared = names.shared.map(|[_, gate]| self.in_block(block, gate));
+        let shared = names.shared.and_then(|(_, gate)| gate).map(|gate| self.in_block(block, gate));
         Some((self.in_block(block, names.router), shared))
     }
 
@@ -399,12 +435,13 @@ impl ModelSpec {
         if self.layout.transposed { [inner, out] } else { [out, inner] }
     }
 
-    /// Widths of the norms of queries and keys.
+    /// Widths of the stored norms of queries and keys.
     pub(crate) fn qk_widths(&self) -> Option<[usize; 2]> {
-        self.qk_norm.map(|norm| match norm {
-            QkNorm::Head => [self.head_dim; 2],
-            QkNorm::Whole => [Role::Q, Role::K].map(|role| self.linear_shape(role)[0]),
-        })
+        match self.qk_norm? {
+            QkNorm::Head => Some([self.head_dim; 2]),
+            QkNorm::Whole => Some([Role::Q, Role::K].map(|role| self.linear_shape(role)[0])),
+            QkNorm::Bare => None,
+        }
     }
 
     /// Whether a linear has a bias.
@@ -505,7 +542,7 @@ impl crate::layout::Routed {
         };
         match expert {
             Expert::Routed(index) => Some(format!("{}{index}.{part}", self.experts)),
-            Expert::Shared => self.shared.map(|[shared, _]| format!("{shared}.{part}")),
+            Expert::Shared => self.shared.map(|(shared, _)| format!("{shared}.{part}")),
         }
     }
 }

@@ -53,6 +53,8 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         ("gpt2", &["awq"], TargetShift::Outputs),
         ("mixtral", &[], TargetShift::Outputs),
         ("qwen2-moe", &[], TargetShift::Outputs),
+        ("llama4", &[], TargetShift::Outputs),
+        ("modernbert", &["rotate-heads", "awq"], TargetShift::Outputs),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(transforms, everything(shift));
