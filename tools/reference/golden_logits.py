@@ -574,10 +574,37 @@ CASES = {
         {"text_config": LLAMA4 | {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "rope_theta": 1000.0}},
         24,
     ),
+    "gemma3-vision": (
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": GEMMA3 | {"sliding_window": 7, "sliding_window_pattern": 2},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+                "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 40,
+            "boi_token_index": 41,
+            "eoi_token_index": 42,
+            "tie_word_embeddings": True,
+        },
+        {"text_config": GEMMA3 | {"sliding_window": 20, "sliding_window_pattern": 2}},
+        24,
+    ),
 }
 
-# Names that checkpoints on the hub write otherwise than this version of transformers.
-RENAMED = {"gpt-neox": {"lm_head.weight": "embed_out.weight"}}
+# Beginnings of names that checkpoints on the hub write otherwise than this version of transformers.
+RENAMED = {
+    "gpt-neox": {"lm_head.weight": "embed_out.weight"},
+    "gemma3-vision": {"model.language_model.": "language_model.model.", "model.": ""},
+}
 
 # Encoders: as above, the output being hidden states; besides, a function from our names to those the checkpoint stores.
 ENCODERS = {
@@ -682,6 +709,13 @@ def by_expert(state, mixtral):
     return split
 
 
+def renamed(case, name):
+    for ours, theirs in RENAMED.get(case, {}).items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
 def kind_of(config):
     return AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
 
@@ -721,7 +755,7 @@ def write_case(seed, name, config, plainer, length):
         state = by_expert(state, config["model_type"] == "mixtral")
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
-    state = {RENAMED.get(name, {}).get(k, k): v for k, v in state.items()}
+    state = {renamed(name, k): v for k, v in state.items()}
     write_golden(seed, folder, config, plainer, length, state, "logits", logits_of)
 
 

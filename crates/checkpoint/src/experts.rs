@@ -65,7 +65,8 @@ fn stacks(shards: &[Shard], columns: bool) -> Vec<String> {
     let downs = of(DOWN);
     let fits = |(block, [experts, both, hidden]): (String, [usize; 3])| {
         let [others, out, width] = *downs.get(&block)?;
-        let ([both, hidden], [out, width]) = if columns { ([hidden, both], [width, out]) } else { ([both, hidden], [out, width]) };
+        let ([both, hidden], [out, width]) =
+            if columns { ([hidden, both], [width, out]) } else { ([both, hidden], [out, width]) };
         (experts == others && out == hidden && width.checked_mul(2) == Some(both)).then_some(block)
     };
     of(BOTH).into_iter().filter_map(fits).collect()

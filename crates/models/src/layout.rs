@@ -175,10 +175,7 @@ pub(crate) static SHARED_EXPERT: Layout = Layout {
 /// Llama 4, which calls an MLP or its experts a feed-forward. Models with a vision tower put `language_model.` before
 /// everything.
 pub(crate) static LLAMA4: Layout = Layout {
-    spellings: &[
-        spelled(""),
-        Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.") },
-    ],
+    spellings: &[spelled(""), Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.") }],
     linears: &[
         (Role::Q, "self_attn.q_proj"),
         (Role::K, "self_attn.k_proj"),
@@ -198,7 +195,21 @@ pub(crate) static LLAMA4: Layout = Layout {
 };
 
 /// Decoders in the manner of Llama with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
-pub(crate) static SANDWICH: Layout = Layout {
+pub(crate) static SANDWICH: Layout = NORMS_AROUND;
+
+/// The same inside a model with a vision tower, whose releases differ in where they put the name of the part for tokens.
+pub(crate) static NESTED_SANDWICH: Layout = Layout {
+    spellings: &[
+        Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.model.") },
+        spelled("model.language_model."),
+    ],
+    blocks: "layers.",
+    tokens: "embed_tokens.weight",
+    final_norm: Some("norm"),
+    ..NORMS_AROUND
+};
+
+const NORMS_AROUND: Layout = Layout {
     norms: &[
         (NormRole::Input, "input_layernorm"),
         (NormRole::AttnOutput, "post_attention_layernorm"),
@@ -286,8 +297,11 @@ pub(crate) static OPT: Layout = Layout {
 };
 
 /// RoBERTa: BERT's tensors under another prefix, and another head.
-pub(crate) static ROBERTA: Layout =
-    Layout { spellings: &[spelled(""), spelled("roberta.")], task_head: Some(["lm_head.", "lm_head.decoder"]), ..BERT_LIKE };
+pub(crate) static ROBERTA: Layout = Layout {
+    spellings: &[spelled(""), spelled("roberta.")],
+    task_head: Some(["lm_head.", "lm_head.decoder"]),
+    ..BERT_LIKE
+};
 
 /// ModernBERT: norms before attention and MLP, but for the first attention; Q, K and V stored as one linear, and the two
 /// branches of the MLP. Models with a task's head put `model.` before everything else.
@@ -358,6 +372,7 @@ mod tests {
             &SHARED_EXPERT,
             &LLAMA4,
             &SANDWICH,
+            &NESTED_SANDWICH,
             &POST_NORM,
             &FUSED,
             &NEOX,

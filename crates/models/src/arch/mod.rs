@@ -46,6 +46,7 @@ pub static ARCHES: &[&dyn Arch] = &[
     &gemma::Gemma,
     &gemma::Gemma2,
     &gemma::Gemma3,
+    &gemma::Gemma3Nested,
     &gpt2::Gpt2,
     &gpt_neox::GptNeoX,
     &granite::Granite,

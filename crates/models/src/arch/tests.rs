@@ -170,19 +170,24 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
         (with("llama4_text", json!({ "moe_layers": [3] })), "moe_layers", "none of the 3 layers"),
         (with("llama4_text", json!({ "no_rope_layers": [1] })), "no_rope_layers", "1 entries for 3 layers"),
         (with("llama4_text", json!({ "floor_scale": 0 })), "floor_scale", "not a positive"),
-        (with("llama4_text", json!({ "attn_temperature_tuning": "yes" })), "attn_temperature_tuning", "not true or false"),
         (
-            with("llama4_text", json!({ "attention_chunk_size": null, "layer_types": ["chunked_attention", "full_attention", "full_attention"] })),
+            with("llama4_text", json!({ "attn_temperature_tuning": "yes" })),
+            "attn_temperature_tuning",
+            "not true or false",
+        ),
+        (
+            with(
+                "llama4_text",
+                json!({ "attention_chunk_size": null, "layer_types": ["chunked_attention", "full_attention", "full_attention"] }),
+            ),
             "layer_types",
             "deny",
         ),
-        (
-            with("llama4_text", json!({ "rope_scaling": { "type": "yarn", "factor": 4 } })),
-            "rope_scaling",
-            "norms away",
-        ),
+        (with("llama4_text", json!({ "rope_scaling": { "type": "yarn", "factor": 4 } })), "rope_scaling", "norms away"),
         (with("llama4", json!({ "num_key_value_heads": 3 })), "text_config.num_key_value_heads", "does not divide"),
         (tiny("llama4"), "text_config", "missing"),
+        (json!({ "model_type": "gemma3", "text_config": 3 }), "text_config", "not an object"),
+        (with("gemma3", json!({ "attn_logit_softcapping": 50 })), "text_config.attn_logit_softcapping", "ignores"),
         (with("gpt_neox", json!({ "rotary_pct": 0.1 })), "rotary_pct", "no pairs"),
         (with("gpt2", json!({ "n_embd": 34 })), "n_head", "does not divide"),
         (
@@ -325,7 +330,7 @@ fn no_value_of_any_key_panics() {
 fn unknown_architectures_list_the_known_ones() {
     let error = spec(&tiny("mamba")).unwrap_err();
     assert!(matches!(&error, Error::UnknownArchitecture { model_type, .. } if model_type == "mamba"));
-    assert!(error.to_string().contains("bert, gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite"), "{error}");
+    assert!(error.to_string().contains("bert, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neox, granite"), "{error}");
     assert!(matches!(spec(&json!({})), Err(Error::UnknownArchitecture { .. })));
 }
 
@@ -359,13 +364,21 @@ fn silence_means_the_reference_defaults() {
     assert_eq!(window("gemma2", json!({})), [Some(4096), None, Some(4096)]);
     assert_eq!(window("gemma3_text", json!({ "sliding_window": 5 })), [Some(5); 3]);
     assert_eq!(window("gemma3_text", json!({ "sliding_window": 5, "sliding_window_pattern": 3 }))[2], None);
+    let published = json!({ "model_type": "gemma3", "text_config": { "num_hidden_layers": 2, "hidden_size": 64 } });
+    let nested = spec(&published).unwrap();
+    assert_eq!((nested.hidden, nested.vocab, nested.heads, nested.kv_heads, nested.tied), (64, 262_208, 8, 4, true));
     let gemma = spec(&tiny("gemma2")).unwrap();
     assert!(gemma.tied && gemma.norm_offset == 1.0 && gemma.act == Act::GeluTanh && gemma.head_dim == 256);
     assert_eq!((gemma.factors.attention_cap, gemma.factors.logit_cap), (Some(50.0), Some(30.0)));
     assert_eq!(gemma.factors.attention, Some(1.0 / 16.0));
     let llama4 = spec(&tiny("llama4_text")).unwrap();
     assert_eq!((llama4.windows[0], llama4.intermediate, llama4.head_dim), (Some(8192), 16_384, 128));
-    assert!(llama4.routing.as_ref().is_some_and(|r| r.blocks == [true; 3] && (r.experts, r.chosen, r.shared) == (16, 1, 40)));
+    assert!(
+        llama4
+            .routing
+            .as_ref()
+            .is_some_and(|r| r.blocks == [true; 3] && (r.experts, r.chosen, r.shared) == (16, 1, 40))
+    );
     assert_eq!((llama4.qk_norm, llama4.tempering), (Some(QkNorm::Bare), Some(Tempering { floor: 8192.0, scale: 0.1 })));
     let smollm3 = spec(&tiny("smollm3")).unwrap();
     assert_eq!(smollm3.rope(), spec(&with("llama", json!({ "rope_theta": 2e6 }))).unwrap().rope());
@@ -441,6 +454,16 @@ fn the_spelling_is_the_one_whose_tensors_are_stored() {
     assert_eq!(neox.head().unwrap(), "embed_out");
     let now = ["gpt_neox.embed_in.weight", "gpt_neox.layers.0.input_layernorm.weight", "lm_head.weight"];
     assert_eq!(neox.spelled_as(|name| now.contains(&name)).head().unwrap(), "lm_head");
+    let gemma3 = spec(&with("gemma3", json!({ "tie_word_embeddings": true }))).unwrap();
+    for (part, head) in [("language_model.model", "language_model.lm_head"), ("model.language_model", "lm_head")] {
+        let stored = ["embed_tokens", "layers.0.input_layernorm"].map(|module| format!("{part}.{module}.weight"));
+        let own = gemma3.clone().spelled_as(|name| stored.iter().any(|s| s == name));
+        assert_eq!(
+            (own.module(1, Role::Up), own.head().unwrap()),
+            (format!("{part}.layers.1.mlp.up_proj"), head.into())
+        );
+        assert_eq!(own.final_norm().unwrap(), format!("{part}.norm.weight"));
+    }
     let llama = spec(&tiny("llama")).unwrap();
     assert_eq!(llama.clone().spelled_as(|_| false), llama);
 }
