@@ -24,7 +24,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, ViTConfig, ViTForImageClassification
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "crates/models/tests/golden"
@@ -792,6 +792,24 @@ def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
     print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer configs differ by {', '.join(differences)}")
 
 
+def write_vit():
+    """An image classifier as the library stores it: what reads no tokens is rounded by names and shapes."""
+    folder = ROOT / "crates/quantize/tests/golden/vit"
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+    )
+    model = ViTForImageClassification(config)
+    randomise(model, 300)
+    model.save_pretrained(folder)
+    print(f"{'vit':28} {sum(p.numel() for p in model.parameters())} parameters")
+
+
 def write_books():
     source = ROOT / "models/books-10m"
     text = (source / "evaluation.txt").read_text()[:1000]
@@ -848,4 +866,5 @@ if __name__ == "__main__":
     if not wanted:
         write_books()
         write_int8()
+        write_vit()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)
