@@ -61,6 +61,8 @@ pub struct Routed {
     pub parts: [&'static str; 3],
     /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts, if not all does.
     pub shared: Option<(&'static str, Option<&'static str>)>,
+    /// Whether other readers know dense experts of this family as stacks alone, and not as a matrix each.
+    pub stacked: bool,
 }
 
 /// Learned embeddings beside those of the tokens, and the norm of their sum; of a model that rotates, the norm alone.
@@ -155,13 +157,19 @@ pub(crate) static MIXTRAL: Layout = Layout {
         experts: "block_sparse_moe.experts.",
         parts: ["w1", "w3", "w2"],
         shared: None,
+        stacked: false,
     }),
     ..LLAMA
 };
 
 /// What Qwen calls its experts.
-const QWEN: Routed =
-    Routed { router: "mlp.gate", experts: "mlp.experts.", parts: ["gate_proj", "up_proj", "down_proj"], shared: None };
+const QWEN: Routed = Routed {
+    router: "mlp.gate",
+    experts: "mlp.experts.",
+    parts: ["gate_proj", "up_proj", "down_proj"],
+    shared: None,
+    stacked: false,
+};
 
 /// Decoders in the manner of Llama with experts in some blocks.
 pub(crate) static EXPERTS: Layout = Layout { routed: Some(QWEN), ..LLAMA };
@@ -189,6 +197,7 @@ pub(crate) static LLAMA4: Layout = Layout {
         router: "feed_forward.router",
         experts: "feed_forward.experts.",
         shared: Some(("feed_forward.shared_expert", None)),
+        stacked: true,
         ..QWEN
     }),
     ..LLAMA
