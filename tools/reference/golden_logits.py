@@ -24,7 +24,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, ViTConfig, ViTForImageClassification
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "crates/models/tests/golden"
@@ -109,6 +109,16 @@ GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **GEMM
 GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], **GEMMA}
 for gemma in (GEMMA2, GEMMA3):
     del gemma["hidden_act"]
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "architectures": ["Llama4ForCausalLM"],
+    **SMALL,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 1,
+}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], **SMALL, "pad_token_id": 0}
 OLMO2 = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **SMALL}
 GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], **SMALL}
@@ -158,6 +168,23 @@ OPT = {
     "bos_token_id": 2,
     "eos_token_id": 2,
     "pad_token_id": 1,
+}
+MODERNBERT = {
+    "model_type": "modernbert",
+    "architectures": ["ModernBertModel"],
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "norm_eps": 1e-5,
+    "hidden_activation": "gelu",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
 }
 ROBERTA = BERT | {"model_type": "roberta", "architectures": ["RobertaModel"], "pad_token_id": 1, "type_vocab_size": 1}
 
@@ -466,10 +493,118 @@ CASES = {
         {"norm_topk_prob": True},
         24,
     ),
+    # A block that rotates, and sees chunks, then one of the other kind with experts, and one more of the first; then as listed.
+    "llama4": (
+        LLAMA4
+        | {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [],
+            "no_rope_layer_interval": 2,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 7,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+            "rope_theta": 1000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+        [
+            {"attention_chunk_size": 9},
+            {"floor_scale": 16},
+            {"attn_scale": 0.1},
+            {"use_qk_norm": False},
+            {"num_experts_per_tok": 2},
+            {"no_rope_layer_interval": 3},
+            {"rope_scaling": None},
+        ],
+        40,
+    ),
+    "llama4-listed": (
+        LLAMA4
+        | {
+            "num_experts_per_tok": 2,
+            "no_rope_layers": [0, 1],
+            "moe_layers": [0, 1],
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": 5,
+            "attn_temperature_tuning": False,
+            "floor_scale": 4,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+        [
+            {"no_rope_layers": [1, 1]},
+            {"attn_temperature_tuning": True},
+            {"layer_types": ["full_attention", "full_attention"]},
+            {"num_experts_per_tok": 1},
+        ],
+        24,
+    ),
+    # With a tower for another kind of input, which is carried along.
+    "llama4-vision": (
+        {
+            "model_type": "llama4",
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": LLAMA4 | {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "rope_theta": 1000.0, "floor_scale": 8},
+            "vision_config": {
+                "model_type": "llama4_vision_model",
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "vision_output_dim": 16,
+                "image_size": 8,
+                "patch_size": 4,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            "image_token_index": 40,
+            "boi_token_index": 41,
+            "eoi_token_index": 42,
+            "tie_word_embeddings": False,
+        },
+        {"text_config": LLAMA4 | {"num_hidden_layers": 2, "no_rope_layers": [1, 0], "rope_theta": 1000.0}},
+        24,
+    ),
+    "gemma3-vision": (
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": GEMMA3 | {"sliding_window": 7, "sliding_window_pattern": 2},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 4,
+                "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 40,
+            "boi_token_index": 41,
+            "eoi_token_index": 42,
+            "tie_word_embeddings": True,
+        },
+        {"text_config": GEMMA3 | {"sliding_window": 20, "sliding_window_pattern": 2}},
+        24,
+    ),
 }
 
-# Names that checkpoints on the hub write otherwise than this version of transformers.
-RENAMED = {"gpt-neox": {"lm_head.weight": "embed_out.weight"}}
+# Beginnings of names that checkpoints on the hub write otherwise than this version of transformers.
+RENAMED = {
+    "gpt-neox": {"lm_head.weight": "embed_out.weight"},
+    "gemma3-vision": {"model.language_model.": "language_model.model.", "model.": ""},
+}
 
 # Encoders: as above, the output being hidden states; besides, a function from our names to those the checkpoint stores.
 ENCODERS = {
@@ -489,6 +624,44 @@ ENCODERS = {
         {"layer_norm_eps": 1e-2},
         24,
         lambda name: "roberta." + name,
+    ),
+    # As published, and with the names of a model that has a task's head; then as newer releases write it, with every bias.
+    "modernbert": (
+        MODERNBERT
+        | {
+            "global_attn_every_n_layers": 3,
+            "local_attention": 8,
+            "global_rope_theta": 1000.0,
+            "local_rope_theta": 50.0,
+        },
+        [
+            {"global_attn_every_n_layers": 2},
+            {"local_attention": 12},
+            {"global_rope_theta": 10000.0},
+            {"local_rope_theta": 10000.0},
+            {"norm_eps": 1e-1},
+        ],
+        40,
+        lambda name: "model." + name,
+    ),
+    "modernbert-biases": (
+        MODERNBERT
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+            "local_attention": 7,
+            "hidden_activation": "silu",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+        },
+        [{"layer_types": ["full_attention", "sliding_attention"]}, {"local_attention": 40}, {"hidden_activation": "gelu"}],
+        24,
+        lambda name: name,
     ),
 }
 
@@ -511,7 +684,7 @@ def randomise(model, seed):
 def starve(model):
     """Has no token choose expert 2: whatever the token, two of the others score higher."""
     for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
+        if name.endswith(("mlp.gate.weight", "feed_forward.router.weight")):
             for expert, factor in ((0, 3.0), (1, 2.0), (3, -3.0), (4, -2.0)):
                 parameter.data[expert] = factor * parameter.data[2]
 
@@ -536,8 +709,19 @@ def by_expert(state, mixtral):
     return split
 
 
+def renamed(case, name):
+    for ours, theirs in RENAMED.get(case, {}).items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def kind_of(config):
+    return AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+
+
 def logits_of(folder, ids):
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = kind_of(json.loads((folder / "config.json").read_text())).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"], report
@@ -562,15 +746,16 @@ def write_config(folder, config):
 def write_case(seed, name, config, plainer, length):
     folder = GOLDEN / name
     write_config(folder, config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = kind_of(config).from_config(AutoConfig.from_pretrained(folder))
     randomise(model, seed)
     starve(model)
     state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
-    if not name.endswith("-stacked"):
+    # Llama 4 is published with its experts stacked.
+    if not name.endswith("-stacked") and not name.startswith("llama4"):
         state = by_expert(state, config["model_type"] == "mixtral")
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
-    state = {RENAMED.get(name, {}).get(k, k): v for k, v in state.items()}
+    state = {renamed(name, k): v for k, v in state.items()}
     write_golden(seed, folder, config, plainer, length, state, "logits", logits_of)
 
 
@@ -586,7 +771,9 @@ def write_encoder(seed, name, config, plainer, length, stored):
 def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
     """Stores the weights and the output on random tokens, which must not be that of a plainer config."""
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    ids = torch.randint(0, config["vocab_size"], (length,), generator=torch.Generator().manual_seed(1000 + seed))
+    vocab = config.get("text_config", config)["vocab_size"]
+    # Beyond the last are the tokens that stand for an image.
+    ids = torch.randint(0, config.get("image_token_index", vocab), (length,), generator=torch.Generator().manual_seed(1000 + seed))
     output = output_of(folder, ids)
 
     plain, differences = folder / "plainer", []
@@ -603,6 +790,24 @@ def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
         metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
     )
     print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer configs differ by {', '.join(differences)}")
+
+
+def write_vit():
+    """An image classifier as the library stores it: what reads no tokens is rounded by names and shapes."""
+    folder = ROOT / "crates/quantize/tests/golden/vit"
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+    )
+    model = ViTForImageClassification(config)
+    randomise(model, 300)
+    model.save_pretrained(folder)
+    print(f"{'vit':28} {sum(p.numel() for p in model.parameters())} parameters")
 
 
 def write_books():
@@ -661,4 +866,5 @@ if __name__ == "__main__":
     if not wanted:
         write_books()
         write_int8()
+        write_vit()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

@@ -2,12 +2,13 @@
 //!
 //! Releases of transformers keep all experts of a block in two tensors, `experts.gate_up_proj [experts, 2 · width, hidden]` and
 //! `experts.down_proj [experts, hidden, width]`; loaders want a matrix for each. Every expert's part is a run of bytes, so
-//! they are given the names of matrices when the file is opened, and nothing else needs to know. Stacks that lie the other
-//! way round (`[experts, hidden, 2 · width]`) are left as they are, since their parts are no runs.
+//! they are given the names of matrices when the file is opened, and nothing else needs to know. Stacks of Llama 4 lie the
+//! other way round, `[experts, hidden, 2 · width]` and `[experts, width, hidden]`: their matrices are read from columns.
+//! Those of other architectures that lie so are left as they are, since it is not known how their columns are dealt out.
 
-use crate::TensorSpec;
 use crate::shard::Shard;
 use crate::tensor::is_dense;
+use crate::{Order, TensorSpec};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,24 +18,30 @@ const MOST: usize = 1 << 12;
 const BOTH: &str = ".experts.gate_up_proj";
 const DOWN: &str = ".experts.down_proj";
 
+/// Architectures whose stacks lie in columns.
+const LLAMA4: [&str; 2] = ["llama4", "llama4_text"];
+
 /// What stands before the experts of a block and before its router in memory, and on the hub.
 const MIXTRAL: [&str; 2] = [".mlp", ".block_sparse_moe"];
 
 /// Gives the parts of stacked experts in `shards` names of their own, those of the hub for the architecture of `config`.
 pub(crate) fn unstack(config: &Value, shards: &mut [Shard]) {
     let mixtral = config["model_type"] == "mixtral";
-    let stacks = stacks(shards);
+    let columns = LLAMA4.iter().any(|name| config["model_type"] == *name);
+    let stacks = stacks(shards, columns);
     for shard in shards {
-        for (block, experts) in &stacks {
+        for block in &stacks {
             let renamed = if mixtral { on_the_hub(block) } else { block.clone() };
             for (stack, parts) in [(BOTH, &["gate_proj", "up_proj"][..]), (DOWN, &["down_proj"])] {
                 let Some((spec, range)) = shard.tensors.remove(&format!("{block}{stack}")) else { continue };
-                for (name, part, bytes) in split(&spec, &range, *experts, parts.len()) {
+                for Matrix { expert, part, shape, bytes, order } in split(&spec, &range, parts.len(), columns) {
                     let part = if mixtral { short(parts[part]) } else { parts[part] };
-                    let name = format!("{renamed}.experts.{name}.{part}.weight");
-                    let shape = vec![spec.shape[1] / parts.len(), spec.shape[2]];
-                    let spec = TensorSpec { name: name.clone(), dtype: spec.dtype, shape };
-                    shard.tensors.insert(name, (spec, bytes));
+                    let name = format!("{renamed}.experts.{expert}.{part}.weight");
+                    let spec = TensorSpec { name: name.clone(), dtype: spec.dtype, shape: shape.into() };
+                    shard.tensors.insert(name.clone(), (spec, bytes));
+                    if order != Order::Rows {
+                        shard.orders.insert(name, order);
+                    }
                 }
             }
             let router = shard.tensors.remove(&format!("{block}.gate.weight"));
@@ -46,8 +53,8 @@ pub(crate) fn unstack(config: &Value, shards: &mut [Shard]) {
     }
 }
 
-/// The blocks whose experts are stacked as is understood, and how many there are.
-fn stacks(shards: &[Shard]) -> BTreeMap<String, usize> {
+/// The blocks whose experts are stacked as is understood, by rows or by columns.
+fn stacks(shards: &[Shard], columns: bool) -> Vec<String> {
     let specs = || shards.iter().flat_map(|shard| shard.tensors.values()).map(|(spec, _)| spec);
     let stacked = |spec: &TensorSpec| is_dense(spec.dtype) && !spec.shape.contains(&0) && spec.shape[0] <= MOST;
     let of = |ending: &str| -> BTreeMap<String, [usize; 3]> {
@@ -58,20 +65,39 @@ fn stacks(shards: &[Shard]) -> BTreeMap<String, usize> {
     let downs = of(DOWN);
     let fits = |(block, [experts, both, hidden]): (String, [usize; 3])| {
         let [others, out, width] = *downs.get(&block)?;
-        (experts == others && out == hidden && width.checked_mul(2) == Some(both)).then_some((block, experts))
+        let ([both, hidden], [out, width]) =
+            if columns { ([hidden, both], [width, out]) } else { ([both, hidden], [out, width]) };
+        (experts == others && out == hidden && width.checked_mul(2) == Some(both)).then_some(block)
     };
     of(BOTH).into_iter().filter_map(fits).collect()
 }
 
-/// Expert, part and bytes of every matrix of a stack.
-fn split(
-    spec: &TensorSpec,
-    range: &Range<usize>,
-    experts: usize,
-    parts: usize,
-) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
-    let (start, size) = (range.start, spec.bytes() / (experts * parts));
-    (0..experts * parts).map(move |i| (i / parts, i % parts, start + i * size..start + (i + 1) * size))
+/// One matrix of a stack.
+struct Matrix {
+    expert: usize,
+    part: usize,
+    /// `[out, in]`.
+    shape: [usize; 2],
+    bytes: Range<usize>,
+    order: Order,
+}
+
+/// Every matrix of a stack, of which each expert has `parts`, lying one after the other or, in `columns`, side by side.
+fn split(spec: &TensorSpec, range: &Range<usize>, parts: usize, columns: bool) -> impl Iterator<Item = Matrix> {
+    let (experts, rows, width) = (spec.shape[0], spec.shape[1], spec.shape[2]);
+    let run = |i: usize, of: usize| {
+        let size = (range.end - range.start) / of;
+        range.start + i * size..range.start + (i + 1) * size
+    };
+    (0..experts * parts).map(move |i| {
+        let (expert, part) = (i / parts, i % parts);
+        if columns {
+            let own = width / parts;
+            let order = Order::Columns { first: part * own, width };
+            return Matrix { expert, part, shape: [own, rows], bytes: run(expert, experts), order };
+        }
+        Matrix { expert, part, shape: [rows / parts, width], bytes: run(i, experts * parts), order: Order::Rows }
+    })
 }
 
 /// `model.layers.0.mlp` as the hub writes it for Mixtral.
@@ -129,6 +155,32 @@ mod tests {
         assert_eq!(values(&mixtral, "b.0.block_sparse_moe.experts.2.w3.weight"), from(50));
         assert_eq!(values(&mixtral, "b.0.block_sparse_moe.experts.1.w2.weight"), from(10));
         assert!(mixtral.contains("b.0.block_sparse_moe.gate.weight") && !mixtral.contains("b.0.mlp.gate.weight"));
+    }
+
+    #[test]
+    fn a_stack_of_columns_is_read_as_its_matrices() {
+        // Of two experts with hidden 5 and width 3; more rows than a band of them.
+        for (hidden, width) in [(5, 3), (7, 130)] {
+            let stacks: [(&str, &[usize]); 2] = [
+                ("b.0.feed_forward.experts.gate_up_proj", &[2, hidden, 2 * width]),
+                ("b.0.feed_forward.experts.down_proj", &[2, width, hidden]),
+            ];
+            let own = stored("llama4_text", &stacks);
+            assert_eq!(own.names().count(), 6);
+            for (part, first, columns, [out, inner]) in [
+                ("gate_proj", 0, 2 * width, [width, hidden]),
+                ("up_proj", width, 2 * width, [width, hidden]),
+                ("down_proj", 0, hidden, [hidden, width]),
+            ] {
+                let name = format!("b.0.feed_forward.experts.1.{part}.weight");
+                let view = own.tensor(&name).unwrap();
+                assert_eq!(view.shape, [out, inner]);
+                let at = |i: usize| (inner * columns + i % inner * columns + first + i / inner) as f32;
+                let expected: Vec<f32> = (0..out * inner).map(at).collect();
+                assert_eq!(view.to_f32().unwrap(), expected, "{part}");
+                assert_eq!(*view.by_rows(), *expected.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+            }
+        }
     }
 
     #[test]

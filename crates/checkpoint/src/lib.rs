@@ -29,4 +29,4 @@ pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;
 pub use space::ensure_free;
-pub use tensor::{TensorSpec, TensorView};
+pub use tensor::{Order, TensorSpec, TensorView};

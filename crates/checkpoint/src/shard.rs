@@ -2,7 +2,7 @@
 
 use crate::error::io;
 use crate::gguf::{self, Gguf, Storage};
-use crate::{Error, TensorSpec, TensorView};
+use crate::{Error, Order, TensorSpec, TensorView};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -22,8 +22,8 @@ pub(crate) struct Shard {
     bytes: Bytes,
     /// Description and byte range of every tensor.
     pub(crate) tensors: BTreeMap<String, (TensorSpec, Range<usize>)>,
-    /// Tensors whose rows lie interleaved, and their heads.
-    interleaved: BTreeMap<String, usize>,
+    /// Tensors that do not lie row after row.
+    pub(crate) orders: BTreeMap<String, Order>,
 }
 
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Shard {
             let spec = TensorSpec { name: name.clone(), dtype, shape };
             tensors.insert(name, (spec, t.range.clone()));
         }
-        Ok((Shard { path, bytes, tensors, interleaved: BTreeMap::new() }, gguf))
+        Ok((Shard { path, bytes, tensors, orders: BTreeMap::new() }, gguf))
     }
 
     /// Marks the rows of the tensor `name` as interleaved over `heads`.
@@ -80,7 +80,7 @@ impl Shard {
                 self.tensor(name).ok_or_else(|| Error::NoTensor { tensor: name.into(), dir: self.path.clone() })?;
             return Err(view.wrong_shape(format!("[rows in pairs of {heads} heads, …]")));
         }
-        self.interleaved.insert(name.to_owned(), heads);
+        self.orders.insert(name.to_owned(), Order::Interleaved(heads));
         Ok(())
     }
 
@@ -90,22 +90,15 @@ impl Shard {
             reason,
             size: bytes.as_slice().len() as u64,
         })?;
-        Ok(Shard { path, bytes, tensors, interleaved: BTreeMap::new() })
+        Ok(Shard { path, bytes, tensors, orders: BTreeMap::new() })
     }
 
     /// The tensor `name`.
     pub(crate) fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (spec, range) = self.tensors.get(name)?;
         let bytes = self.bytes.as_slice().get(range.clone())?;
-        let interleaved = self.interleaved.get(name).copied();
-        Some(TensorView {
-            name: &spec.name,
-            file: self.file(),
-            dtype: spec.dtype,
-            shape: &spec.shape,
-            bytes,
-            interleaved,
-        })
+        let order = self.orders.get(name).copied().unwrap_or(Order::Rows);
+        Some(TensorView { name: &spec.name, file: self.file(), dtype: spec.dtype, shape: &spec.shape, bytes, order })
     }
 
     pub(crate) fn file(&self) -> &Path {

@@ -5,6 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Name, type and shape of a tensor, before or without its bytes.
@@ -44,30 +45,69 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Dimensions.
     pub shape: &'a [usize],
-    /// The payload, exactly as long as type and shape ask for.
+    /// The payload as it lies, exactly as long as type and shape ask for unless [`Order::Columns`] says otherwise.
     pub bytes: &'a [u8],
-    /// Heads whose rows lie pairwise interleaved (queries and keys in GGUF files of `llama`). Numbers are handed out in
-    /// a folder's order; `bytes` are as they lie.
-    pub interleaved: Option<usize>,
+    /// How the numbers lie in `bytes`. They are handed out row after row.
+    pub order: Order,
+}
+
+/// How the numbers of a tensor lie in its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Row after row.
+    Rows,
+    /// The rows of so many heads pairwise interleaved (queries and keys in GGUF files of `llama`).
+    Interleaved(usize),
+    /// A matrix that lies the other way round, among others: `width` numbers for each of its columns, of which those from
+    /// `first` on are its own (experts in the stacks of Llama 4).
+    Columns {
+        /// Where its own begin.
+        first: usize,
+        /// All that lie together.
+        width: usize,
+    },
 }
 
 /// Elements converted or scanned by one task.
 const TASK: usize = 1 << 18;
+/// Rows that are gathered at once from columns: as many as a cache line or two has elements.
+const BAND: usize = 64;
+
+impl<'a> TensorView<'a> {
+    /// The payload as a folder has it: row after row where it lies in columns, else as it lies.
+    #[must_use]
+    pub fn by_rows(&self) -> Cow<'a, [u8]> {
+        let (Order::Columns { first, width }, &[rows, inner]) = (self.order, self.shape) else {
+            return Cow::Borrowed(self.bytes);
+        };
+        let size = self.dtype.bitsize() / 8;
+        let mut out = vec![0u8; rows * inner * size];
+        out.par_chunks_mut((BAND * inner * size).max(1)).enumerate().for_each(|(band, out)| {
+            let count = BAND.min(rows - band * BAND);
+            for (column, run) in self.bytes.chunks_exact(width * size).enumerate() {
+                let own = run[(first + band * BAND) * size..][..count * size].chunks_exact(size);
+                own.enumerate().for_each(|(row, v)| out[(row * inner + column) * size..][..size].copy_from_slice(v));
+            }
+        });
+        Cow::Owned(out)
+    }
+}
 
 impl TensorView<'_> {
-    /// All elements as f32, in file order. F32, F16 and BF16 are exact; F64 is rounded.
+    /// All elements as f32, row after row. F32, F16 and BF16 are exact; F64 is rounded.
     ///
     /// # Errors
     /// [`Error::Dtype`] for any other type.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        let bytes = &*self.by_rows();
         let mut values = match self.dtype {
-            Dtype::F32 => convert(self.bytes, f32::from_le_bytes),
-            Dtype::BF16 => convert(self.bytes, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-            Dtype::F16 => halves(self.bytes),
-            Dtype::F64 => convert(self.bytes, |b| f64::from_le_bytes(b) as f32),
+            Dtype::F32 => convert(bytes, f32::from_le_bytes),
+            Dtype::BF16 => convert(bytes, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+            Dtype::F16 => halves(bytes),
+            Dtype::F64 => convert(bytes, |b| f64::from_le_bytes(b) as f32),
             _ => return Err(self.wrong_dtype("F32, F16, BF16 or F64")),
         };
-        if let (Some(heads), Some(&rows)) = (self.interleaved, self.shape.first()) {
+        if let (Order::Interleaved(heads), Some(&rows)) = (self.order, self.shape.first()) {
             crate::gguf::deinterleave(&mut values, rows, heads);
         }
         Ok(values)
@@ -91,11 +131,12 @@ impl TensorView<'_> {
     /// Index of the first NaN or infinity of a F32, F16, BF16 or F64 tensor; `None` for other types.
     #[must_use]
     pub fn first_non_finite(&self) -> Option<usize> {
+        let bytes = &*self.by_rows();
         match self.dtype {
-            Dtype::F32 => scan(self.bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-            Dtype::BF16 => scan(self.bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-            Dtype::F16 => scan(self.bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-            Dtype::F64 => scan(self.bytes, |b| !f64::from_le_bytes(b).is_finite()),
+            Dtype::F32 => scan(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+            Dtype::BF16 => scan(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+            Dtype::F16 => scan(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+            Dtype::F64 => scan(bytes, |b| !f64::from_le_bytes(b).is_finite()),
             _ => None,
         }
     }
@@ -173,7 +214,7 @@ mod tests {
     use super::*;
 
     fn view<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> TensorView<'a> {
-        TensorView { name: "t", file: Path::new("f"), dtype, shape, bytes, interleaved: None }
+        TensorView { name: "t", file: Path::new("f"), dtype, shape, bytes, order: Order::Rows }
     }
 
     #[test]

@@ -50,15 +50,21 @@ pub(crate) fn cap_scores(x: &mut [f32], scale: f32, cap: f32) {
 pub(crate) enum Sight {
     /// Itself and what came before it, `window` tokens in all.
     Past { window: usize },
+    /// Itself and what came before it in a stretch of `window` tokens that begins at a multiple of that.
+    Stretch { window: usize },
+    /// Fewer than `window` tokens away, before or behind, and itself.
+    Around { window: usize },
     /// Everything.
     All,
 }
 
 impl Sight {
     /// The tokens that `token` of `tokens` sees.
-    fn of(self, token: usize, tokens: usize) -> Range<usize> {
+    pub(crate) fn of(self, token: usize, tokens: usize) -> Range<usize> {
         match self {
             Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
+            Sight::Stretch { window } => token / window * window..token + 1,
+            Sight::Around { window } => (token + 1).saturating_sub(window)..tokens.min(token.saturating_add(window)),
             Sight::All => 0..tokens,
         }
     }
@@ -278,19 +284,22 @@ mod tests {
         let group = q[0].len() / tokens;
         let attend = |token: usize, head: usize| {
             let (query, kv) = (&q[head / group][token * group + head % group], head / group);
-            let seen = match scoring.sight {
-                Sight::Past { window } => (token + 1).saturating_sub(window)..token + 1,
-                Sight::All => 0..tokens,
+            let sees = |t: usize| match scoring.sight {
+                Sight::Past { window } => t <= token && token - t < window,
+                Sight::Stretch { window } => t <= token && t / window == token / window,
+                Sight::Around { window } => token.abs_diff(t) < window,
+                Sight::All => true,
             };
+            let seen: Vec<usize> = (0..tokens).filter(|&t| sees(t)).collect();
             let dot = |key: &[f32]| query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
             let score = |t: usize| {
                 let scaled = dot(&k[kv][t]) * f64::from(scoring.scale);
                 scoring.cap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
             };
-            let weights: Vec<f64> = seen.clone().map(|t| score(t).exp()).collect();
+            let weights: Vec<f64> = seen.iter().map(|&t| score(t).exp()).collect();
             let sum: f64 = weights.iter().sum();
             let mix = |c: usize| {
-                seen.clone().zip(&weights).map(|(t, w)| w * f64::from(v[t][kv * dim + c])).sum::<f64>() / sum
+                seen.iter().zip(&weights).map(|(&t, w)| w * f64::from(v[t][kv * dim + c])).sum::<f64>() / sum
             };
             (0..dim).map(mix).collect::<Vec<f64>>()
         };
@@ -305,13 +314,11 @@ mod tests {
         {
             let (q, k) = (random(&[kv_heads, tokens * group, dim]), random(&[kv_heads, tokens, dim]));
             let v = random(&[tokens, kv_heads * dim]);
-            for window in [None, Some(1), Some(3), Some(64), Some(1000), Some(usize::MAX)] {
-                // The last stands for no direction at all.
-                let sight = match window {
-                    Some(usize::MAX) => Sight::All,
-                    _ => Sight::Past { window: window.unwrap_or(usize::MAX) },
-                };
-                let cap = matches!(window, None | Some(3)).then_some(2.5);
+            let past = [usize::MAX, 1, 3, 64, 1000].map(|window| Sight::Past { window });
+            let around = [1, 3, 64, 1000].map(|window| Sight::Around { window });
+            let stretches = [1, 3, 64, 1000].map(|window| Sight::Stretch { window });
+            for sight in past.into_iter().chain(stretches).chain(around).chain([Sight::All]) {
+                let cap = matches!(sight, Sight::Past { window: usize::MAX | 3 }).then_some(2.5);
                 let scoring = Scoring { sight, scale: (dim as f32).powf(-0.5), cap };
                 let got = attend(&q, &k, &v, scoring).unwrap();
                 let got = got.to_vec2::<f32>().unwrap();
@@ -330,7 +337,7 @@ mod tests {
                 for (got, expected) in got.iter().flatten().zip(expected.iter().flatten()) {
                     assert!(
                         (f64::from(*got) - expected).abs() < 1e-5,
-                        "{tokens} {kv_heads} {group} {dim} {window:?}: {got} {expected}"
+                        "{tokens} {kv_heads} {group} {dim} {sight:?}: {got} {expected}"
                     );
                 }
             }

@@ -234,7 +234,7 @@ impl Chain<'_> {
 
     /// Through the attention, back to the residual stream it read.
     fn attention(&mut self, trace: &Trace, rope: &RopeTable, grad: &[f32]) -> Result<Vec<f32>, Error> {
-        let Block { head_dim, group, eps, qk_norms, .. } = self.block;
+        let Block { head_dim, group, eps, qk_norms, pairs, .. } = self.block;
         let grad = self.joined(grad, trace.attn_output.as_ref(), NormRole::AttnOutput)?;
         let d_attn = self.linear(Role::O, &grad, &trace.attn_out)?;
         let Heads { q, k, v, raw } = &trace.heads;
@@ -243,8 +243,12 @@ impl Chain<'_> {
         let table = rope.of_block(self.block.index, tokens)?;
         let table = table.map(|(cos, sin)| Ok::<_, Error>((values(cos)?, values(sin)?, cos.dim(1)?))).transpose()?;
         let table = table.as_ref().map(|(cos, sin, half)| (&**cos, &**sin, *half));
-        let mut d_q = unrotate(&d.q, table, (tokens, *head_dim, *group));
-        let mut d_k = unrotate(&d.k, table, (tokens, *head_dim, 1));
+        let mut d_q = unrotate(&d.q, table, (tokens, *head_dim, *group), *pairs);
+        let mut d_k = unrotate(&d.k, table, (tokens, *head_dim, 1), *pairs);
+        let width = d_q.len() / tokens;
+        for (row, factor) in d_q.chunks_exact_mut(width).zip(self.block.tempers(tokens)) {
+            row.iter_mut().for_each(|d| *d *= factor);
+        }
         if let (Some(raw), Some(norms)) = (raw, qk_norms) {
             // The norms of queries and keys are not trained; their weights' gradients are dropped.
             for (grad, (x, weight)) in [&mut d_q, &mut d_k].into_iter().zip(raw.iter().zip(norms)) {

@@ -5,9 +5,9 @@ use crate::backward::Heads;
 use crate::experts::{Experts, gated};
 use crate::linear::{Input, Linear, Matrix};
 use crate::norm::{Norm, load_weight};
-use crate::{Act, Error, ModelSpec, NormRole, Role, RopeTable, Weights, attention, ops};
+use crate::{Act, Error, ModelSpec, NormRole, Pairs, QkNorm, Role, RopeTable, Tempering, Weights, attention, ops};
 use bitmill_scheme::Activations;
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
 use std::ops::Range;
 
@@ -39,6 +39,10 @@ pub struct Block {
     /// By role; an architecture has some of them.
     pub(crate) norms: [Option<Norm>; 6],
     pub(crate) qk_norms: Option<[Tensor; 2]>,
+    /// Which channels are rotated together.
+    pub(crate) pairs: Pairs,
+    /// A factor of queries that grows with their position.
+    pub(crate) tempering: Option<Tempering>,
     pub(crate) group: usize,
     pub(crate) head_dim: usize,
     pub(crate) scoring: Scoring,
@@ -73,15 +77,25 @@ impl Block {
             }
         }
         let mut norms = [const { None }; 6];
-        for (role, _) in spec.layout.norms {
-            norms[*role as usize] = Some(Norm::load(spec, weights, &spec.norm_tensors(index, *role))?);
+        for role in spec.block_norms(index) {
+            norms[role as usize] = Some(Norm::load(spec, weights, &spec.norm_tensors(index, role))?);
         }
-        let qk_norms = spec.qk_widths().map(|widths| {
-            let [q, k] = spec.qk_norms(index);
-            Ok::<_, Error>([load_weight(spec, weights, &q, widths[0])?, load_weight(spec, weights, &k, widths[1])?])
-        });
+        let rotates = spec.ropes[index].is_some();
+        let qk_norms = match spec.qk_widths() {
+            Some(widths) => {
+                let [q, k] = spec.qk_norms(index);
+                Some([load_weight(spec, weights, &q, widths[0])?, load_weight(spec, weights, &k, widths[1])?])
+            }
+            None if spec.qk_norm == Some(QkNorm::Bare) && rotates => {
+                let ones = Tensor::ones(spec.head_dim, DType::F32, &Device::Cpu)?;
+                Some([ones.clone(), ones])
+            }
+            None => None,
+        };
         let sight = match spec.windows.get(index).copied().flatten() {
-            _ if !spec.causal => Sight::All,
+            None if !spec.causal => Sight::All,
+            Some(window) if !spec.causal => Sight::Around { window },
+            Some(window) if spec.chunked => Sight::Stretch { window },
             window => Sight::Past { window: window.unwrap_or(usize::MAX) },
         };
         let scale = spec.factors.attention.unwrap_or_else(|| (spec.head_dim as f64).powf(-0.5));
@@ -94,7 +108,9 @@ impl Block {
                 gate_up: spec.has(Role::GateUp).then(|| [Role::Gate, Role::Up].map(rows)),
             },
             norms,
-            qk_norms: qk_norms.transpose()?,
+            qk_norms,
+            pairs: spec.pairs,
+            tempering: spec.tempering.filter(|_| !rotates),
             group: spec.group(),
             head_dim: spec.head_dim,
             scoring: Scoring { sight, scale: scale as f32, cap: spec.factors.attention_cap.map(|cap| cap as f32) },
@@ -137,14 +153,29 @@ impl Block {
             raw = Some([q, k]);
             [q, k] = normed;
         }
+        let factors = self.tempers(q.dim(0)?);
+        if !factors.is_empty() {
+            let factors = Tensor::from_vec(factors, (q.dim(0)?, 1), &Device::Cpu)?;
+            ops::mul(&q, &factors.broadcast_as(q.shape())?.contiguous()?)?;
+        }
         let (q, k) = match turns {
             Some(turns) => {
-                let rotate = |x: &Tensor, group| ops::rotate(x, turns, self.head_dim, group);
+                let rotate = |x: &Tensor, group| ops::rotate(x, turns, (self.head_dim, group), self.pairs);
                 (rotate(&q, self.group)?, rotate(&k, 1)?)
             }
             None => (self.by_head(&q, self.group)?, self.by_head(&k, 1)?),
         };
         Ok(Heads { raw, q, k, v: v.contiguous()? })
+    }
+
+    /// The factors of the queries of the first `tokens` positions, where any is not 1.
+    pub(crate) fn tempers(&self, tokens: usize) -> Vec<f32> {
+        let Some(tempering) = self.tempering else { return Vec::new() };
+        // They grow: where the last is 1, all are.
+        match tokens.checked_sub(1).map(|last| tempering.factor(last)) {
+            None | Some(1.0) => Vec::new(),
+            Some(_) => (0..tokens).map(|position| tempering.factor(position)).collect(),
+        }
     }
 
     /// What the linears `parts` make of `x`, be it that one linear stores them all, each its share of the output.
@@ -259,8 +290,8 @@ impl Block {
     /// The weight of a linear, `[out, in]`.
     ///
     /// # Panics
-    /// Like all access by role: where the block has no such part, which [`ModelSpec::has`] and [`ModelSpec::has_norm`]
-    /// tell.
+    /// Like all access by role: where the block has no such part, which [`ModelSpec::has`] and
+    /// [`ModelSpec::block_norms`] tell.
     #[must_use]
     pub fn linear(&self, role: Role) -> &Tensor {
         self.at(role).weight()

@@ -3,7 +3,7 @@
 //! Many sequences grow in step, so that every weight is read once for all of them. The pieces are those of the forward
 //! pass over a window; only attention is another loop, since every sequence has keys of its own.
 
-use crate::attention::{Scoring, Sight};
+use crate::attention::Scoring;
 use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
 use bitmill_kernels::{Level, axpy};
@@ -127,22 +127,23 @@ impl Block {
         if let Some([q_norm, k_norm]) = &self.qk_norms {
             (q, k) = (self.norm_heads(&q, q_norm)?, self.norm_heads(&k, k_norm)?);
         }
+        if let Some(tempering) = self.tempering {
+            ops::scale(&q, tempering.factor(at))?;
+        }
         let (kv_width, group, dim) = (v.dim(1)?, self.group, self.head_dim);
         // Every row stands at the same position.
         let (q, k) = match rope.of_block(self.index, caches.first().map_or(1, |c| c.capacity))? {
             Some((cos, sin)) => {
                 let row = |t: &Tensor| t.narrow(0, at, 1)?.repeat((rows, 1));
                 let (cos, sin) = (row(cos)?, row(sin)?);
-                (ops::rotate(&q, (&cos, &sin), dim, group)?, ops::rotate(&k, (&cos, &sin), dim, 1)?)
+                let rotate = |x: &Tensor, group| ops::rotate(x, (&cos, &sin), (dim, group), self.pairs);
+                (rotate(&q, group)?, rotate(&k, 1)?)
             }
             None => (self.by_head(&q, group)?, self.by_head(&k, 1)?),
         };
         let [q, k, v] = [q, k, v].map(|t| t.flatten_all()?.to_vec1::<f32>());
         let (q, k, v) = (q?, k?, v?);
-        let first = match self.scoring.sight {
-            Sight::Past { window } => (at + 1).saturating_sub(window),
-            Sight::All => 0,
-        };
+        let first = self.scoring.sight.of(at, at + 1).start;
         for (row, cache) in caches.iter_mut().enumerate() {
             for head in 0..kv_width / dim {
                 // Keys come by key-value head, then sequence.
@@ -239,6 +240,11 @@ mod tests {
             ("olmo2", json!({})),
             ("granite", json!({"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3})),
             ("smollm3", json!({"no_rope_layer_interval": 2})),
+            (
+                "llama4_text",
+                json!({"head_dim": 8, "no_rope_layers": [1, 0], "attention_chunk_size": 5, "moe_layers": [1],
+                    "intermediate_size_mlp": 40, "num_local_experts": 3, "floor_scale": 3, "attn_scale": 0.7}),
+            ),
             ("gpt_neox", json!({})),
             ("gpt2", json!({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 12})),
             ("opt", json!({"ffn_dim": 48, "max_position_embeddings": 12})),

@@ -22,8 +22,8 @@ pub struct Embedding {
 /// Learned embeddings beside those of the tokens.
 #[derive(Debug, Clone)]
 struct Added {
-    /// `[positions, hidden]`.
-    positions: Tensor,
+    /// `[positions, hidden]`; without them nothing is added, and the norm is all there is.
+    positions: Option<Tensor>,
     /// The row of the first position.
     first: usize,
     /// The token that is not counted, whose position is the one before the first.
@@ -43,12 +43,13 @@ impl Embedding {
         let weight = Matrix::embedding(weights, &spec.embedding(), [spec.vocab, spec.hidden])?;
         let load = |added: &'static crate::Added| -> Result<Added, Error> {
             let rows = spec.max_positions + spec.position_offset;
+            let positions = |name| shaped(weights, &spec.spell(name), &[rows, spec.hidden]);
             let types = |name| -> Result<Tensor, Error> {
                 Ok(shaped(weights, &spec.spell(name), &[spec.token_types, spec.hidden])?.get(0)?)
             };
             let norm = |norm| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(norm)));
             Ok(Added {
-                positions: shaped(weights, &spec.spell(added.positions), &[rows, spec.hidden])?,
+                positions: added.positions.map(positions).transpose()?,
                 first: spec.position_offset,
                 padding: spec.padding,
                 token_type: added.types.map(types).transpose()?,
@@ -82,16 +83,18 @@ impl Embedding {
             ops::scale(&h, self.factor)?;
         }
         let Some(added) = &self.added else { return Ok(h) };
-        let (places, rows) = (places(added), added.positions.dim(0)?);
-        if let Some(&beyond) = places.iter().max().filter(|&&place| place as usize >= rows) {
-            let tokens = beyond as usize + 1 - added.first;
-            return Err(Error::Positions { tokens, positions: rows - added.first });
-        }
         if let Some(token_type) = &added.token_type {
             ops::add(&h, token_type)?;
         }
-        let places = Tensor::from_slice(&places, places.len(), &Device::Cpu)?;
-        ops::add(&h, &added.positions.index_select(&places, 0)?)?;
+        if let Some(positions) = &added.positions {
+            let (places, rows) = (places(added), positions.dim(0)?);
+            if let Some(&beyond) = places.iter().max().filter(|&&place| place as usize >= rows) {
+                let tokens = beyond as usize + 1 - added.first;
+                return Err(Error::Positions { tokens, positions: rows - added.first });
+            }
+            let places = Tensor::from_slice(&places, places.len(), &Device::Cpu)?;
+            ops::add(&h, &positions.index_select(&places, 0)?)?;
+        }
         match &added.norm {
             Some(norm) => norm.forward(&h),
             None => Ok(h),

@@ -1,15 +1,15 @@
 //! An MLP of experts: a router deals every token out to a few of many small MLPs.
 //!
 //! The router's scores go through a soft-max; a token goes to the experts with the largest, each weighted by its
-//! probability, or by its share of theirs. An expert that every token goes to may stand beside them, weighted by a sigmoid
-//! of its own. This is the one definition of it: the sum over experts runs in the order of their indices, so that no result
+//! probability, or by its share of theirs. Or the sigmoids of the scores weigh not what the chosen put out but what they read.
+//! An expert that every token goes to may stand beside them, weighted by a sigmoid of its own or not at all. This is the one definition of it: the sum over experts runs in the order of their indices, so that no result
 //! depends on who computed what first.
 
 use crate::backward::{accumulate, backward_linear, values};
 use crate::linear::{Input, Linear};
 use crate::ops::gated_backward;
 use crate::weights::shaped;
-use crate::{Act, Block, Error, Expert, ModelSpec, Role, Routing, Weights, ops};
+use crate::{Act, Block, Error, Expert, ModelSpec, Role, Routing, Weighing, Weights, ops};
 use bitmill_kernels::{Level, View, ViewMut, axpy, gemm};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -23,8 +23,8 @@ pub(crate) struct Experts {
     shared: Option<Shared>,
     /// How many a token goes to.
     chosen: usize,
-    /// Whether the weights of the chosen sum to one.
-    normalized: bool,
+    /// How much each of them counts.
+    weighing: Weighing,
     act: Act,
 }
 
@@ -40,8 +40,8 @@ struct Gated {
 #[derive(Debug, Clone)]
 struct Shared {
     mlp: Gated,
-    /// `[1, hidden]`: how much of it counts, through a sigmoid.
-    gate: Tensor,
+    /// `[1, hidden]`: how much of it counts, through a sigmoid; without it, all.
+    gate: Option<Tensor>,
 }
 
 /// Which tokens of a window go to which expert, and with what weights.
@@ -49,7 +49,7 @@ struct Shared {
 pub struct Routes {
     /// For each expert, its tokens in their order, each with its weight.
     pub tokens: Vec<Vec<(usize, f32)>>,
-    /// The router's probabilities, `[tokens, experts]`.
+    /// The router's probabilities, or sigmoids of its scores, `[tokens, experts]`.
     probabilities: Vec<f32>,
 }
 
@@ -57,7 +57,7 @@ impl Experts {
     /// Loads the experts of block `index`, where it has them.
     pub(crate) fn load(spec: &ModelSpec, index: usize, weights: &dyn Weights) -> Result<Option<Self>, Error> {
         let (Some(routing), Some((router, gate))) = (spec.routed(index), spec.routers(index)) else { return Ok(None) };
-        let &Routing { experts, chosen, normalized, .. } = routing;
+        let &Routing { experts, chosen, weighing, .. } = routing;
         let linear = |role: Role| {
             Linear::load(weights, &spec.module(index, role), spec.linear_shape(role), (false, spec.layout.transposed))
         };
@@ -65,16 +65,16 @@ impl Experts {
             let [gate, up, down] = Role::of_expert(expert);
             Ok(Gated { gate: linear(gate)?, up: linear(up)?, down: linear(down)? })
         };
-        let shared = |gate: String| -> Result<Shared, Error> {
-            let gate = shaped(weights, &format!("{gate}.weight"), &[1, spec.hidden])?;
-            Ok(Shared { mlp: mlp(Expert::Shared)?, gate })
+        let shared = || -> Result<Shared, Error> {
+            let load = |gate: String| shaped(weights, &format!("{gate}.weight"), &[1, spec.hidden]);
+            Ok(Shared { mlp: mlp(Expert::Shared)?, gate: gate.map(load).transpose()? })
         };
         Ok(Some(Experts {
             router: shaped(weights, &format!("{router}.weight"), &[experts, spec.hidden])?,
             routed: (0..experts as u16).map(|e| mlp(Expert::Routed(e))).collect::<Result<_, _>>()?,
-            shared: gate.map(shared).transpose()?,
+            shared: if routing.shared > 0 { Some(shared()?) } else { None },
             chosen,
-            normalized,
+            weighing,
             act: spec.act,
         }))
     }
@@ -122,14 +122,41 @@ impl Experts {
         let mut probabilities = values(&scores)?.to_vec();
         let mut tokens = vec![Vec::new(); experts];
         for (token, p) in probabilities.chunks_exact_mut(experts).enumerate() {
-            ops::softmax(p, 1.0);
+            if self.weighing != Weighing::Sigmoid {
+                ops::softmax(p, 1.0);
+            }
             let mut order: Vec<usize> = (0..experts).collect();
             order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
             order.truncate(self.chosen);
-            let sum: f32 = if self.normalized { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
+            if self.weighing == Weighing::Sigmoid {
+                // After the choice: sigmoids of large scores are alike.
+                p.iter_mut().for_each(|p| *p = sigmoid(*p));
+            }
+            let sum: f32 = if self.weighing == Weighing::Share { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
             order.iter().for_each(|&e| tokens[e].push((token, p[e] / sum)));
         }
         Ok(Routes { tokens, probabilities })
+    }
+
+    /// The factors of what an expert reads and of what it puts out, where it counts by `weight`.
+    fn sides(&self, weight: f32) -> [f32; 2] {
+        if self.weighing == Weighing::Sigmoid { [weight, 1.0] } else { [1.0, weight] }
+    }
+
+    /// What an expert reads of the tokens that go to it, in `x [tokens, hidden]`.
+    fn read(&self, x: &Tensor, tokens: &[(usize, f32)]) -> Result<Tensor, Error> {
+        let own = rows_of(x, tokens)?;
+        self.weigh(&own, tokens.iter().map(|&(_, weight)| weight).collect())?;
+        Ok(own)
+    }
+
+    /// Multiplies rows that an expert reads by their weights, in place, if weights are factors of that.
+    fn weigh(&self, rows: &Tensor, weights: Vec<f32>) -> Result<(), Error> {
+        if self.weighing == Weighing::Sigmoid {
+            let weights = Tensor::from_vec(weights, (rows.dim(0)?, 1), &Device::Cpu)?;
+            ops::mul(rows, &weights.broadcast_as(rows.shape())?.contiguous()?)?;
+        }
+        Ok(())
     }
 
     /// What the experts together make of `x [tokens, hidden]`.
@@ -140,9 +167,9 @@ impl Experts {
             if tokens.is_empty() {
                 continue;
             }
-            let y = expert.forward(self.act, &rows_of(x, tokens)?)?;
+            let y = expert.forward(self.act, &self.read(x, tokens)?)?;
             for (&(token, weight), row) in tokens.iter().zip(values(&y)?.chunks_exact(hidden)) {
-                axpy(level, weight, row, &mut sum[token * hidden..][..hidden]);
+                axpy(level, self.sides(weight)[1], row, &mut sum[token * hidden..][..hidden]);
             }
         }
         if let Some(shared) = &self.shared {
@@ -169,16 +196,22 @@ impl Experts {
         // Of the weights of the chosen, `[tokens, experts]`.
         let mut d_weight = vec![0.0f32; routes.probabilities.len()];
         for (index, tokens) in routes.tokens.iter().enumerate().filter(|(_, tokens)| !tokens.is_empty()) {
-            let (own, expert) = (rows_of(x, tokens)?, Expert::Routed(index as u16));
+            let (own, expert) = (self.read(x, tokens)?, Expert::Routed(index as u16));
             let mut d_y = Vec::with_capacity(tokens.len() * hidden);
             for &(token, weight) in tokens {
+                let [_, weight] = self.sides(weight);
                 d_y.extend(grad[token * hidden..][..hidden].iter().map(|g| g * weight));
             }
             let (y, d_own) = self.mlp_backward(expert, &own, &d_y, parameters.as_deref_mut())?;
-            let (y, d_own) = (values(&y)?, d_own.chunks_exact(hidden));
-            for ((&(token, _), y), d_own) in tokens.iter().zip(y.chunks_exact(hidden)).zip(d_own) {
-                d_weight[token * experts + index] = dot(&grad[token * hidden..][..hidden], y);
-                accumulate(&mut d_x[token * hidden..][..hidden], d_own);
+            let (y, all, d_own) = (values(&y)?, values(x)?, d_own.chunks_exact(hidden));
+            for ((&(token, weight), y), d_own) in tokens.iter().zip(y.chunks_exact(hidden)).zip(d_own) {
+                let at = token * hidden..(token + 1) * hidden;
+                d_weight[token * experts + index] = match self.weighing {
+                    Weighing::Sigmoid => dot(d_own, &all[at.clone()]),
+                    _ => dot(&grad[at.clone()], y),
+                };
+                let [weight, _] = self.sides(weight);
+                d_x[at].iter_mut().zip(d_own).for_each(|(d, own)| *d += weight * own);
             }
         }
         let d_scores = self.through_choice(&routes, d_weight);
@@ -189,10 +222,12 @@ impl Experts {
             let d_y: Vec<f32> = scaled.collect();
             let (y, d_own) = self.mlp_backward(Expert::Shared, x, &d_y, parameters)?;
             accumulate(&mut d_x, &d_own);
-            let y = values(&y)?;
-            let rows = grad.chunks_exact(hidden).zip(y.chunks_exact(hidden)).zip(&weights);
-            let d_gate: Vec<f32> = rows.map(|((g, y), w)| dot(g, y) * w * (1.0 - w)).collect();
-            add_product(&d_gate, &shared.gate, &mut d_x)?;
+            if let Some(gate) = &shared.gate {
+                let y = values(&y)?;
+                let rows = grad.chunks_exact(hidden).zip(y.chunks_exact(hidden)).zip(&weights);
+                let d_gate: Vec<f32> = rows.map(|((g, y), w)| dot(g, y) * w * (1.0 - w)).collect();
+                add_product(&d_gate, gate, &mut d_x)?;
+            }
         }
         Ok(d_x)
     }
@@ -224,7 +259,11 @@ impl Experts {
     /// From the gradients of the weights of the chosen to those of the router's scores, `[tokens, experts]`.
     fn through_choice(&self, routes: &Routes, mut grad: Vec<f32>) -> Vec<f32> {
         let experts = self.routed.len();
-        if self.normalized {
+        if self.weighing == Weighing::Sigmoid {
+            grad.iter_mut().zip(&routes.probabilities).for_each(|(g, p)| *g *= p * (1.0 - p));
+            return grad;
+        }
+        if self.weighing == Weighing::Share {
             // w_i = p_i / Σ p over the chosen.
             let (mut sums, mut means) = (vec![0.0f32; grad.len() / experts], vec![0.0f32; grad.len() / experts]);
             for (e, tokens) in routes.tokens.iter().enumerate() {
@@ -268,8 +307,9 @@ impl Gated {
 impl Shared {
     /// How much of it counts for each token.
     fn weights(&self, x: &Tensor) -> Result<Vec<f32>, Error> {
-        let scores = ops::product(x, &self.gate)?;
-        Ok(values(&scores)?.iter().map(|s| 1.0 / (1.0 + (-s).exp())).collect())
+        let Some(gate) = &self.gate else { return Ok(vec![1.0; x.dim(0)?]) };
+        let scores = ops::product(x, gate)?;
+        Ok(values(&scores)?.iter().map(|&s| sigmoid(s)).collect())
     }
 }
 
@@ -282,7 +322,23 @@ impl Block {
         self.experts.as_ref().map(|experts| experts.routes(x)).transpose()
     }
 
-    /// What Down of an expert reads, `[tokens, expert width]`, of rows `x [tokens, hidden]` of the site `mlp_in`.
+    /// What an expert reads of rows `x [tokens, hidden]` of the site `mlp_in` that go to it: these, or weighted ones.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when `x` has another width.
+    pub fn expert_input(&self, expert: Expert, x: Tensor) -> Result<Tensor, Error> {
+        let (Some(experts), Expert::Routed(index)) = (&self.experts, expert) else { return Ok(x) };
+        if experts.weighing != Weighing::Sigmoid {
+            return Ok(x);
+        }
+        let scores = ops::product(&x, &experts.router.narrow(0, usize::from(index), 1)?)?;
+        let weights = values(&scores)?.iter().map(|&s| sigmoid(s)).collect();
+        let own = x.force_contiguous()?;
+        experts.weigh(&own, weights)?;
+        Ok(own)
+    }
+
+    /// What Down of an expert reads, `[tokens, expert width]`, of what the expert does ([`Block::expert_input`]).
     ///
     /// # Errors
     /// [`Error::Tensor`] when `x` has another width.
@@ -318,6 +374,10 @@ pub(crate) fn gated(act: Act, gate: Option<Tensor>, up: Tensor) -> Result<Tensor
 fn rows_of(x: &Tensor, tokens: &[(usize, f32)]) -> Result<Tensor, Error> {
     let index: Vec<u32> = tokens.iter().map(|(token, _)| *token as u32).collect();
     Ok(x.index_select(&Tensor::from_vec(index, tokens.len(), &Device::Cpu)?, 0)?)
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -25,6 +25,8 @@ pub struct Layout {
     pub routed: Option<Routed>,
     /// The norms of a block in execution order, with their modules inside it.
     pub norms: &'static [(NormRole, &'static str)],
+    /// Whether the first block lacks [`NormRole::Input`], since a norm stands behind the embeddings.
+    pub first_bare: bool,
     /// Modules of the norms of queries and keys inside a block, used where the model has them.
     pub qk_norms: [&'static str; 2],
     /// In what order rows of Q, K and V lie where one linear stores them.
@@ -37,12 +39,13 @@ pub struct Layout {
     pub tokens: &'static str,
     /// What is added to token embeddings.
     pub added: Option<Added>,
-    /// The module of the norm after the last block.
+    /// The module of the norm after the last block. Without a head it belongs to that block, as [`NormRole::MlpResidual`].
     pub final_norm: Option<&'static str>,
     /// The module of the output head, whatever the spelling; without one, a model's result is its hidden states.
     pub head: Option<&'static str>,
-    /// What the names of a masked-language-model head begin with; such a head is carried along, not computed.
-    pub task_head: Option<&'static str>,
+    /// What the names of a masked-language-model head begin with, and its linear over the vocabulary; such a head is carried
+    /// along, not computed.
+    pub task_head: Option<[&'static str; 2]>,
     /// A linear `[hidden, hidden]` over the first hidden state, which nothing here computes with.
     pub pooler: Option<&'static str>,
 }
@@ -56,15 +59,17 @@ pub struct Routed {
     pub experts: &'static str,
     /// Gate, up and down inside an expert.
     pub parts: [&'static str; 3],
-    /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts.
-    pub shared: Option<[&'static str; 2]>,
+    /// The expert that every token goes to, and the linear `[1, hidden]` that says how much of it counts, if not all does.
+    pub shared: Option<(&'static str, Option<&'static str>)>,
+    /// Whether other readers know dense experts of this family as stacks alone, and not as a matrix each.
+    pub stacked: bool,
 }
 
-/// Learned embeddings beside those of the tokens, and the norm of their sum.
+/// Learned embeddings beside those of the tokens, and the norm of their sum; of a model that rotates, the norm alone.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Added {
     /// The tensor of positions, `[positions, hidden]`.
-    pub positions: &'static str,
+    pub positions: Option<&'static str>,
     /// The tensor of token types, `[types, hidden]`.
     pub types: Option<&'static str>,
     /// The module of the norm.
@@ -123,6 +128,7 @@ const LLAMA: Layout = Layout {
     ],
     routed: None,
     norms: &[(NormRole::Input, "input_layernorm"), (NormRole::PostAttention, "post_attention_layernorm")],
+    first_bare: false,
     qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
     fused: Fused::ByPart,
     transposed: false,
@@ -151,23 +157,68 @@ pub(crate) static MIXTRAL: Layout = Layout {
         experts: "block_sparse_moe.experts.",
         parts: ["w1", "w3", "w2"],
         shared: None,
+        stacked: false,
     }),
     ..LLAMA
 };
 
 /// What Qwen calls its experts.
-const QWEN: Routed =
-    Routed { router: "mlp.gate", experts: "mlp.experts.", parts: ["gate_proj", "up_proj", "down_proj"], shared: None };
+const QWEN: Routed = Routed {
+    router: "mlp.gate",
+    experts: "mlp.experts.",
+    parts: ["gate_proj", "up_proj", "down_proj"],
+    shared: None,
+    stacked: false,
+};
 
 /// Decoders in the manner of Llama with experts in some blocks.
 pub(crate) static EXPERTS: Layout = Layout { routed: Some(QWEN), ..LLAMA };
 
 /// The same with an expert more, which every token goes to.
-pub(crate) static SHARED_EXPERT: Layout =
-    Layout { routed: Some(Routed { shared: Some(["mlp.shared_expert", "mlp.shared_expert_gate"]), ..QWEN }), ..LLAMA };
+pub(crate) static SHARED_EXPERT: Layout = Layout {
+    routed: Some(Routed { shared: Some(("mlp.shared_expert", Some("mlp.shared_expert_gate"))), ..QWEN }),
+    ..LLAMA
+};
+
+/// Llama 4, which calls an MLP or its experts a feed-forward. Models with a vision tower put `language_model.` before
+/// everything.
+pub(crate) static LLAMA4: Layout = Layout {
+    spellings: &[spelled(""), Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.") }],
+    linears: &[
+        (Role::Q, "self_attn.q_proj"),
+        (Role::K, "self_attn.k_proj"),
+        (Role::V, "self_attn.v_proj"),
+        (Role::O, "self_attn.o_proj"),
+        (Role::Gate, "feed_forward.gate_proj"),
+        (Role::Up, "feed_forward.up_proj"),
+        (Role::Down, "feed_forward.down_proj"),
+    ],
+    routed: Some(Routed {
+        router: "feed_forward.router",
+        experts: "feed_forward.experts.",
+        shared: Some(("feed_forward.shared_expert", None)),
+        stacked: true,
+        ..QWEN
+    }),
+    ..LLAMA
+};
 
 /// Decoders in the manner of Llama with norms before and behind attention and MLP. What Llama calls the norm behind the attention is one here.
-pub(crate) static SANDWICH: Layout = Layout {
+pub(crate) static SANDWICH: Layout = NORMS_AROUND;
+
+/// The same inside a model with a vision tower, whose releases differ in where they put the name of the part for tokens.
+pub(crate) static NESTED_SANDWICH: Layout = Layout {
+    spellings: &[
+        Spelling { head: Some("language_model.lm_head"), ..spelled("language_model.model.") },
+        spelled("model.language_model."),
+    ],
+    blocks: "layers.",
+    tokens: "embed_tokens.weight",
+    final_norm: Some("norm"),
+    ..NORMS_AROUND
+};
+
+const NORMS_AROUND: Layout = Layout {
     norms: &[
         (NormRole::Input, "input_layernorm"),
         (NormRole::AttnOutput, "post_attention_layernorm"),
@@ -229,7 +280,7 @@ pub(crate) static GPT2: Layout = Layout {
     transposed: true,
     buffers: &[("attn.bias", Buffer::Mask), ("attn.masked_bias", Buffer::Number)],
     tokens: "wte.weight",
-    added: Some(Added { positions: "wpe.weight", types: None, norm: None, position_ids: None }),
+    added: Some(Added { positions: Some("wpe.weight"), types: None, norm: None, position_ids: None }),
     final_norm: Some("ln_f"),
     ..LLAMA
 };
@@ -249,14 +300,33 @@ pub(crate) static OPT: Layout = Layout {
     norms: &[(NormRole::Input, "self_attn_layer_norm"), (NormRole::PostAttention, "final_layer_norm")],
     buffers: &[],
     tokens: "embed_tokens.weight",
-    added: Some(Added { positions: "embed_positions.weight", types: None, norm: None, position_ids: None }),
+    added: Some(Added { positions: Some("embed_positions.weight"), types: None, norm: None, position_ids: None }),
     final_norm: Some("final_layer_norm"),
     ..LLAMA
 };
 
 /// RoBERTa: BERT's tensors under another prefix, and another head.
-pub(crate) static ROBERTA: Layout =
-    Layout { spellings: &[spelled(""), spelled("roberta.")], task_head: Some("lm_head."), ..BERT_LIKE };
+pub(crate) static ROBERTA: Layout = Layout {
+    spellings: &[spelled(""), spelled("roberta.")],
+    task_head: Some(["lm_head.", "lm_head.decoder"]),
+    ..BERT_LIKE
+};
+
+/// ModernBERT: norms before attention and MLP, but for the first attention; Q, K and V stored as one linear, and the two
+/// branches of the MLP. Models with a task's head put `model.` before everything else.
+pub(crate) static MODERN_BERT: Layout = Layout {
+    spellings: &[spelled("model."), spelled("")],
+    blocks: "layers.",
+    linears: &[(Role::Qkv, "attn.Wqkv"), (Role::O, "attn.Wo"), (Role::GateUp, "mlp.Wi"), (Role::Down, "mlp.Wo")],
+    norms: &[(NormRole::Input, "attn_norm"), (NormRole::PostAttention, "mlp_norm")],
+    first_bare: true,
+    tokens: "embeddings.tok_embeddings.weight",
+    added: Some(Added { positions: None, types: None, norm: Some("embeddings.norm"), position_ids: None }),
+    final_norm: Some("final_norm"),
+    task_head: Some(["head.", "decoder"]),
+    pooler: None,
+    ..BERT_LIKE
+};
 
 /// BERT. Models with a task's head put `bert.` before everything, and checkpoints that came from TensorFlow call the
 /// parts of a norm gamma and beta.
@@ -280,20 +350,21 @@ const BERT_LIKE: Layout = Layout {
     ],
     routed: None,
     norms: &[(NormRole::AttnResidual, "attention.output.LayerNorm"), (NormRole::MlpResidual, "output.LayerNorm")],
+    first_bare: false,
     qk_norms: ["attention.self.q_norm", "attention.self.k_norm"],
     fused: Fused::ByPart,
     transposed: false,
     buffers: &[],
     tokens: "embeddings.word_embeddings.weight",
     added: Some(Added {
-        positions: "embeddings.position_embeddings.weight",
+        positions: Some("embeddings.position_embeddings.weight"),
         types: Some("embeddings.token_type_embeddings.weight"),
         norm: Some("embeddings.LayerNorm"),
         position_ids: Some("embeddings.position_ids"),
     }),
     final_norm: None,
     head: None,
-    task_head: Some("cls.predictions."),
+    task_head: Some(["cls.predictions.", "cls.predictions.decoder"]),
     pooler: Some("pooler.dense"),
 };
 
@@ -308,7 +379,9 @@ mod tests {
             &MIXTRAL,
             &EXPERTS,
             &SHARED_EXPERT,
+            &LLAMA4,
             &SANDWICH,
+            &NESTED_SANDWICH,
             &POST_NORM,
             &FUSED,
             &NEOX,
@@ -316,6 +389,7 @@ mod tests {
             &OPT,
             &BERT,
             &ROBERTA,
+            &MODERN_BERT,
         ] {
             assert!(layout.linears.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.linears);
             assert!(layout.norms.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.norms);

@@ -39,7 +39,7 @@ pub use layout::{Added, Buffer, EMBEDDING, FINAL_NORM, Fused, HEAD, Layout, Rout
 pub use norm::NormKind;
 pub use ops::{draw, softmax, softmax_divergence};
 pub use packed::{PackedInput, PackedLinear, PackedWeight, Precision};
-pub use rope::{Rope, RopeKind, RopeTable};
+pub use rope::{Pairs, Rope, RopeKind, RopeTable};
 pub use sites::{Absorb, Expert, NormRole, Role, SITES, Site};
-pub use spec::{Act, Factors, ModelSpec, QkNorm, Routing, TensorSlot};
+pub use spec::{Act, Factors, ModelSpec, QkNorm, Routing, Tempering, TensorSlot, Weighing};
 pub use weights::{AsStored, Weights};

@@ -3,7 +3,7 @@
 use crate::backward::values;
 use crate::weights::shaped;
 use crate::{Error, ModelSpec, Weights, ops};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
 
 /// The kind of all norms of a model.
@@ -13,6 +13,8 @@ pub enum NormKind {
     Rms,
     /// `(x − mean x) / √(var x + ε) · w + b`.
     Layer,
+    /// `(x − mean x) / √(var x + ε) · w`.
+    Centred,
 }
 
 /// One norm of rows of a fixed width.
@@ -20,7 +22,7 @@ pub enum NormKind {
 pub(crate) struct Norm {
     /// `[width]`.
     pub(crate) weight: Tensor,
-    /// `[width]`, of a [`NormKind::Layer`].
+    /// `[width]`, of a norm that subtracts the mean: zeros of a [`NormKind::Centred`].
     pub(crate) bias: Option<Tensor>,
     /// Added under the root.
     pub(crate) eps: f32,
@@ -33,6 +35,7 @@ impl Norm {
         let bias = match spec.norm {
             NormKind::Rms => None,
             NormKind::Layer => Some(shaped(weights, bias, &[width])?),
+            NormKind::Centred => Some(Tensor::zeros(width, DType::F32, &Device::Cpu)?),
         };
         Ok(Norm { weight: load_weight(spec, weights, weight, width)?, bias, eps: spec.norm_eps as f32 })
     }

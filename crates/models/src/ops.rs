@@ -5,7 +5,7 @@
 //! contiguous f32 storage that stay on the calling rayon thread unless they are long. Rows are independent and every
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
-use crate::Act;
+use crate::{Act, Pairs};
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_scheme::FloatType;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
@@ -23,8 +23,13 @@ const LANES: usize = 16;
 /// Rotates the heads of `x [tokens, kv_heads · group · dim]` by `cos`, `sin` `[tokens or more, rotated / 2]`, the first
 /// `rotated` channels of each, and gathers them by key-value head: `[kv_heads, tokens · group, dim]`, rows in order of
 /// token, then head.
-pub(crate) fn rotate(x: &Tensor, (cos, sin): (&Tensor, &Tensor), dim: usize, group: usize) -> Result<Tensor> {
-    x.apply_op3_no_bwd(cos, sin, &Rotate { dim, group })
+pub(crate) fn rotate(
+    x: &Tensor,
+    (cos, sin): (&Tensor, &Tensor),
+    (dim, group): (usize, usize),
+    pairs: Pairs,
+) -> Result<Tensor> {
+    x.apply_op3_no_bwd(cos, sin, &Rotate { dim, group, pairs })
 }
 
 /// The channels `ranges` of `x [tokens, width]`, one after the other, in memory of their own: what is done in place to one
@@ -99,6 +104,7 @@ pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -
 struct Rotate {
     dim: usize,
     group: usize,
+    pairs: Pairs,
 }
 
 impl CustomOp3 for Rotate {
@@ -117,7 +123,7 @@ impl CustomOp3 for Rotate {
     ) -> Result<(CpuStorage, Shape)> {
         let (tokens, width) = x_layout.shape().dims2()?;
         let (rows, half) = cos_layout.shape().dims2()?;
-        let Rotate { dim, group } = *self;
+        let Rotate { dim, group, pairs } = *self;
         if rows < tokens || 2 * half > dim || sin_layout.shape() != cos_layout.shape() || width % (dim * group) != 0 {
             bail!("rotate-heads: {width} channels of {tokens} tokens, table {rows} x {half}, groups of {group}");
         }
@@ -130,6 +136,11 @@ impl CustomOp3 for Rotate {
                 let src = &x[token * width + head * dim * group..][..dim * group];
                 let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
                 for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
+                    if pairs == Pairs::Neighbours {
+                        dst[2 * half..].copy_from_slice(&src[2 * half..]);
+                        neighbours(&src[..2 * half], cos, sin, 1.0, &mut dst[..2 * half]);
+                        continue;
+                    }
                     let ((a, b), (c, d)) = (src.split_at(half), dst.split_at_mut(half));
                     d[half..].copy_from_slice(&b[half..]);
                     for j in 0..half {
@@ -140,6 +151,15 @@ impl CustomOp3 for Rotate {
             }
         });
         Ok((CpuStorage::F32(out), (kv_heads, tokens * group, dim).into()))
+    }
+}
+
+/// Rotates every pair of neighbouring channels, `direction` 1 forwards and −1 back.
+fn neighbours(src: &[f32], cos: &[f32], sin: &[f32], direction: f32, dst: &mut [f32]) {
+    let (src, dst) = (src.as_chunks::<2>().0, dst.as_chunks_mut::<2>().0);
+    for (([a, b], out), (cos, sin)) in src.iter().zip(dst).zip(cos.iter().zip(sin)) {
+        let sin = direction * sin;
+        *out = [a * cos - b * sin, b * cos + a * sin];
     }
 }
 
@@ -389,6 +409,7 @@ pub(crate) fn unrotate(
     x: &[f32],
     table: Option<(&[f32], &[f32], usize)>,
     (tokens, dim, group): (usize, usize, usize),
+    pairs: Pairs,
 ) -> Vec<f32> {
     let row = dim * group;
     let mut out = vec![0.0f32; x.len()];
@@ -402,6 +423,11 @@ pub(crate) fn unrotate(
         };
         let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
         for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
+            if pairs == Pairs::Neighbours {
+                dst[2 * half..].copy_from_slice(&src[2 * half..]);
+                neighbours(&src[..2 * half], cos, sin, -1.0, &mut dst[..2 * half]);
+                continue;
+            }
             let ((c, d), (a, b)) = (src.split_at(half), dst.split_at_mut(half));
             b[half..].copy_from_slice(&d[half..]);
             for j in 0..half {

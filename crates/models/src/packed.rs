@@ -4,7 +4,7 @@
 //! no kernel reads is told by [`PackedWeight::new`], never expanded behind the caller's back.
 
 use crate::Error;
-use bitmill_checkpoint::{Checkpoint, Weight};
+use bitmill_checkpoint::{Checkpoint, Order, Weight};
 use bitmill_kernels::{
     CHUNK, Halves, Level, Packed, PackedForm, Rounded, Scales, half_product, packed_product, packed_product_int8,
     round_activations,
@@ -60,14 +60,14 @@ enum StoredScales {
 
 impl PackedWeight {
     /// The weight as it is stored, or `None` where no kernel reads it that way: float and GGUF grids, groups that are no
-    /// multiple of 32, dense weights other than of 16 bits, and rows of GGUF files in another order.
+    /// multiple of 32, dense weights other than of 16 bits, and numbers that do not lie row after row.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where the tensor cannot be read.
     pub fn new(weight: &Weight<'_>, precision: Precision) -> Result<Option<Self>, Error> {
         let store = match weight {
             Weight::Quantized(q) => Codes::new(q).map(Store::Codes),
-            Weight::Dense(view) if view.interleaved.is_none() => match view.dtype {
+            Weight::Dense(view) if view.order == Order::Rows => match view.dtype {
                 Dtype::F16 | Dtype::BF16 => {
                     let bits = view.bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
                     Some(Store::Half { shape: weight.shape(), bits, brain: view.dtype == Dtype::BF16 })

@@ -1,6 +1,6 @@
 //! Rotary position embedding: the variants configs ask for, and the table of cosines and sines of a window.
 //!
-//! Position `p` rotates the pair `(x[i], x[i + dim/2])` by `p · f_i`, with `f_i = theta^(−2i/dim)` before scaling; the
+//! Position `p` rotates the pair `(x[i], x[i + dim/2])`, or a pair of neighbours ([`Pairs`]), by `p · f_i`, with `f_i = theta^(−2i/dim)` before scaling; the
 //! variants change the frequencies `f_i` and may stretch cosines and sines by an attention factor. The arithmetic is
 //! f32 where the reference's is, so that angles agree to the last bit or two at long positions.
 
@@ -21,6 +21,15 @@ pub struct Rope {
     pub dim: usize,
     /// How the frequencies are changed for long contexts.
     pub kind: RopeKind,
+}
+
+/// Which channels of a head are rotated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// Channel `i` and channel `i + dim / 2`.
+    Halves,
+    /// Channel `2i` and channel `2i + 1`.
+    Neighbours,
 }
 
 /// Scaling of the frequencies. `original` is always the context length before scaling.

@@ -1,7 +1,7 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
 use crate::layout::{Buffer, Fused, Layout, Spelling};
-use crate::{Absorb, Expert, NormKind, NormRole, Role, Rope, SITES, Site};
+use crate::{Absorb, Expert, NormKind, NormRole, Pairs, Role, Rope, SITES, Site};
 use std::ops::Range;
 
 /// The activation of the MLP: of its gate, or of its only branch.
@@ -24,6 +24,8 @@ pub enum QkNorm {
     Head,
     /// All heads together, `[heads · head_dim]` and `[kv_heads · head_dim]`.
     Whole,
+    /// One head, without a weight, in blocks that rotate.
+    Bare,
 }
 
 /// Factors and bounds between the parts of a model; in most models there are none.
@@ -49,6 +51,34 @@ impl Factors {
         Factors { embedding: 1.0, attention: None, residual: 1.0, logits: 1.0, attention_cap: None, logit_cap: None };
 }
 
+/// A factor of queries that grows with their position (arXiv 2501.19399), in blocks that do not rotate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tempering {
+    /// Positions after which it grows.
+    pub floor: f64,
+    /// How fast.
+    pub scale: f64,
+}
+
+impl Tempering {
+    /// `1 + scale · ln(1 + ⌊(position + 1) / floor⌋)`, in f32 as the reference.
+    #[must_use]
+    pub fn factor(self, position: usize) -> f32 {
+        ((position as f32 + 1.0) / self.floor as f32).floor().ln_1p() * self.scale as f32 + 1.0
+    }
+}
+
+/// How much an expert counts for a token that goes to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weighing {
+    /// As much as its probability by a soft-max of all scores; a factor of what it puts out.
+    Probability,
+    /// As much as its share of the probabilities of the chosen; a factor of what it puts out.
+    Share,
+    /// As much as the sigmoid of its score; a factor of what it reads.
+    Sigmoid,
+}
+
 /// Experts, and how tokens are dealt out to them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routing {
@@ -56,8 +86,8 @@ pub struct Routing {
     pub experts: usize,
     /// How many of them a token goes to.
     pub chosen: usize,
-    /// Whether the weights of the chosen are divided by their sum.
-    pub normalized: bool,
+    /// How much each of them counts.
+    pub weighing: Weighing,
     /// Width inside an expert.
     pub intermediate: usize,
     /// Width inside the expert that every token goes to; 0 where there is none.
@@ -99,6 +129,10 @@ pub struct ModelSpec {
     pub norm_offset: f32,
     /// For each block, its rotary position embedding; `None` where it has none.
     pub ropes: Vec<Option<Rope>>,
+    /// Which channels they rotate together.
+    pub pairs: Pairs,
+    /// A factor of queries that grows with their position.
+    pub tempering: Option<Tempering>,
     /// The row of the first position, where positions have learned embeddings.
     pub position_offset: usize,
     /// The token that fills up texts, where it is left out in counting positions; its own is the one before the first.
@@ -107,15 +141,18 @@ pub struct ModelSpec {
     pub token_types: usize,
     /// Whether a token attends to what came before it only.
     pub causal: bool,
-    /// For each block, how many latest positions (its own included) a causal token attends to; `None` is all of them.
+    /// For each block, how many latest positions (its own included) a causal token attends to, any other token as many to
+    /// either side; `None` is all of them.
     pub windows: Vec<Option<usize>>,
+    /// Whether windows lie side by side, so that a token sees what came before it in its own, and do not move with the token.
+    pub chunked: bool,
     /// Whether Q, K and V have biases.
     pub qkv_bias: bool,
     /// Whether O has a bias.
     pub out_bias: bool,
     /// Whether the linears of the MLP have biases.
     pub mlp_bias: bool,
-    /// Norms of queries and keys, before the rotary embedding.
+    /// Norms of queries and keys, before the rotary embedding (to one of whole heads the order is the same).
     pub qk_norm: Option<QkNorm>,
     /// Whether the MLP reads what the attention reads, and not what it leaves.
     pub parallel: bool,
@@ -198,10 +235,19 @@ impl ModelSpec {
         self.layout.linears.iter().any(|(r, _)| *r == role)
     }
 
-    /// Whether a block has this norm.
+    /// Whether blocks have this norm; the first or the last may be an exception ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn has_norm(&self, norm: NormRole) -> bool {
         self.layout.norms.iter().any(|(n, _)| *n == norm)
+    }
+
+    /// The norms of block `block`, in execution order.
+    #[must_use]
+    pub fn block_norms(&self, block: usize) -> Vec<NormRole> {
+        let bare = |norm: NormRole| norm == NormRole::Input && block == 0 && self.layout.first_bare;
+        let own = self.layout.norms.iter().map(|(norm, _)| *norm).filter(|&norm| !bare(norm));
+        let last = block + 1 == self.layers && self.layout.head.is_none() && self.layout.final_norm.is_some();
+        own.chain(last.then_some(NormRole::MlpResidual)).collect()
     }
 
     /// Module name of `role` in block `block`: `model.layers.0.self_attn.q_proj`.
@@ -225,14 +271,14 @@ impl ModelSpec {
     #[must_use]
     pub fn routers(&self, block: usize) -> Option<(String, Option<String>)> {
         let names = self.routed(block).and(self.layout.routed.as_ref())?;
-        let shared = names.shared.map(|[_, gate]| self.in_block(block, gate));
+        let shared = names.shared.and_then(|(_, gate)| gate).map(|gate| self.in_block(block, gate));
         Some((self.in_block(block, names.router), shared))
     }
 
     /// Tensor name of the weight of `norm` in block `block`.
     ///
     /// # Panics
-    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
+    /// Where a block has no such norm ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn norm(&self, block: usize, norm: NormRole) -> String {
         let [weight, _] = self.norm_tensors(block, norm);
@@ -242,7 +288,7 @@ impl ModelSpec {
     /// Tensor name of the bias of `norm` in block `block`, where its kind has one.
     ///
     /// # Panics
-    /// Where a block has no such norm ([`ModelSpec::has_norm`]).
+    /// Where a block has no such norm ([`ModelSpec::block_norms`]).
     #[must_use]
     pub fn norm_bias(&self, block: usize, norm: NormRole) -> Option<String> {
         let [_, bias] = self.norm_tensors(block, norm);
@@ -251,9 +297,10 @@ impl ModelSpec {
 
     /// Tensor names of the weight and, where the kind has one, the bias of `norm` in block `block`.
     pub(crate) fn norm_tensors(&self, block: usize, norm: NormRole) -> [String; 2] {
-        match self.layout.norms.iter().find(|(n, _)| *n == norm) {
-            Some((_, module)) => self.norm_parts(&self.in_block(block, module)),
-            None => panic!("{} blocks have no norm {norm:?}", self.model_type),
+        match (self.layout.norms.iter().find(|(n, _)| *n == norm), self.layout.final_norm) {
+            (Some((_, module)), _) => self.norm_parts(&self.in_block(block, module)),
+            (None, Some(last)) if norm == NormRole::MlpResidual => self.norm_parts(&self.spell(last)),
+            _ => panic!("{} blocks have no norm {norm:?}", self.model_type),
         }
     }
 
@@ -269,10 +316,10 @@ impl ModelSpec {
         self.spell(self.layout.tokens)
     }
 
-    /// The name of the final norm's weight, where there is one.
+    /// The name of the weight of the norm before the head, where there is one.
     #[must_use]
     pub fn final_norm(&self) -> Option<String> {
-        self.layout.final_norm.map(|norm| {
+        self.layout.final_norm.filter(|_| self.layout.head.is_some()).map(|norm| {
             let [weight, _] = self.norm_parts(&self.spell(norm));
             weight
         })
@@ -289,8 +336,8 @@ impl ModelSpec {
     #[must_use]
     pub fn tied_head(&self, starts_with: impl Fn(&str) -> bool) -> Option<String> {
         self.head().or_else(|| {
-            let task = self.layout.task_head.filter(|task| starts_with(task))?;
-            Some(format!("{task}decoder"))
+            let [_, linear] = self.layout.task_head.filter(|[task, _]| starts_with(task))?;
+            Some(linear.to_owned())
         })
     }
 
@@ -304,9 +351,9 @@ impl ModelSpec {
         plain.chain(experts).map(|role| (role, self.module(block, role))).collect()
     }
 
-    /// The sites of a block, in execution order.
+    /// The sites of block `block`, in execution order.
     #[must_use]
-    pub fn sites(&self) -> [Site; 4] {
+    pub fn sites(&self, block: usize) -> [Site; 4] {
         SITES.map(|site| Site {
             name: site.name,
             linears: match (site.linears, self.gated()) {
@@ -316,7 +363,7 @@ impl ModelSpec {
             },
             absorbed_by: site.absorbed_by.filter(|absorb| match absorb {
                 // In post-norm models a site reads the residual stream, which carries its scale on to the next sum.
-                Absorb::Norm(norm) => self.has_norm(*norm),
+                Absorb::Norm(norm) => self.block_norms(block).contains(norm),
                 // A plain MLP has the activation between Up and Down, and of those only ReLU lets a scale through.
                 Absorb::Linear(Role::Up) => self.gated() || self.act == Act::Relu,
                 Absorb::Linear(_) => true,
@@ -329,7 +376,7 @@ impl ModelSpec {
     pub fn spelled_as(self, stored: impl Fn(&str) -> bool) -> Self {
         let fits = |spelling: &&'static Spelling| {
             let spec = ModelSpec { spelling, ..self.clone() };
-            let norm = self.layout.norms.first().map(|(norm, _)| spec.norm(0, *norm));
+            let norm = spec.block_norms(0).first().map(|norm| spec.norm(0, *norm));
             // A tied head need not be stored, and where a name of its own is, it is the spelling's.
             let head = spec.head().filter(|_| !spec.tied).map(|head| format!("{head}.weight"));
             stored(&spec.embedding()) && [norm, head].into_iter().flatten().all(|name| stored(&name))
@@ -388,12 +435,13 @@ impl ModelSpec {
         if self.layout.transposed { [inner, out] } else { [out, inner] }
     }
 
-    /// Widths of the norms of queries and keys.
+    /// Widths of the stored norms of queries and keys.
     pub(crate) fn qk_widths(&self) -> Option<[usize; 2]> {
-        self.qk_norm.map(|norm| match norm {
-            QkNorm::Head => [self.head_dim; 2],
-            QkNorm::Whole => [Role::Q, Role::K].map(|role| self.linear_shape(role)[0]),
-        })
+        match self.qk_norm? {
+            QkNorm::Head => Some([self.head_dim; 2]),
+            QkNorm::Whole => Some([Role::Q, Role::K].map(|role| self.linear_shape(role)[0])),
+            QkNorm::Bare => None,
+        }
     }
 
     /// Whether a linear has a bias.
@@ -422,8 +470,8 @@ impl ModelSpec {
             slots.push(TensorSlot::new(format!("{router}.weight"), &[routing.experts, self.hidden]));
             slots.extend(shared.map(|gate| TensorSlot::new(format!("{gate}.weight"), &[1, self.hidden])));
         }
-        for (norm, _) in self.layout.norms {
-            slots.extend(self.norm_slots(self.norm_tensors(block, *norm)));
+        for norm in self.block_norms(block) {
+            slots.extend(self.norm_slots(self.norm_tensors(block, norm)));
         }
         for (name, width) in self.qk_norms(block).into_iter().zip(self.qk_widths().into_iter().flatten()) {
             slots.push(TensorSlot::new(name, &[width]));
@@ -448,7 +496,7 @@ impl ModelSpec {
         let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
         if let Some(added) = &self.layout.added {
             let positions = self.max_positions + self.position_offset;
-            slots.push(TensorSlot::new(self.spell(added.positions), &[positions, self.hidden]));
+            slots.extend(added.positions.map(|name| TensorSlot::new(self.spell(name), &[positions, self.hidden])));
             slots.extend(added.types.map(|name| TensorSlot::new(self.spell(name), &[self.token_types, self.hidden])));
             slots.extend(added.norm.into_iter().flat_map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm)))));
             slots.extend(added.position_ids.map(|name| {
@@ -457,7 +505,7 @@ impl ModelSpec {
             }));
         }
         slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
-        if let Some(norm) = self.layout.final_norm {
+        if let Some(norm) = self.layout.final_norm.filter(|_| self.layout.head.is_some()) {
             slots.extend(self.norm_slots(self.norm_parts(&self.spell(norm))));
         }
         if let Some(head) = self.head() {
@@ -494,7 +542,7 @@ impl crate::layout::Routed {
         };
         match expert {
             Expert::Routed(index) => Some(format!("{}{index}.{part}", self.experts)),
-            Expert::Shared => self.shared.map(|[shared, _]| format!("{shared}.{part}")),
+            Expert::Shared => self.shared.map(|(shared, _)| format!("{shared}.{part}")),
         }
     }
 }

@@ -119,7 +119,7 @@ impl Flow<'_> {
         let mut start = entered.as_ref().map(|_| Vec::new());
         let mut x: Option<Lanes> = None;
         let mut weights = None;
-        for (i, at) in spec.sites().iter().enumerate() {
+        for (i, at) in spec.sites(index).iter().enumerate() {
             on(Moment::Site(at))?;
             let width = spec.linear_shape(at.linears[0])[1];
             let wanted: Vec<&Target<'_>> = targets.iter().filter(|t| at.linears.contains(&t.role)).collect();

@@ -162,7 +162,7 @@ impl Flow<'_> {
             let of = |&expert: &Expert| -> Result<[Glimpse; 2], Error> {
                 let look = |tokens: &[usize]| -> Result<Glimpse, Error> {
                     let read = |block: &Block, x: &Tensor| -> Result<Vec<f32>, Error> {
-                        let own = picked(x, tokens)?;
+                        let own = block.expert_input(expert, picked(x, tokens)?)?;
                         rows(&if inner { block.expert_inner(expert, &own)? } else { own })
                     };
                     window.glimpse(tokens, [Some(block), from.full], made_up(expert), &read)

@@ -14,7 +14,7 @@ pub use types::{gguf_mix, gguf_types};
 
 use crate::{Action, Error, Settings, Unit};
 use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
-use bitmill_checkpoint::{Checkpoint, Dtype, OutputPlan, TensorSpec, TensorView};
+use bitmill_checkpoint::{Checkpoint, Dtype, Order, OutputPlan, TensorSpec, TensorView};
 use bitmill_models::{Act, ModelSpec, RopeKind};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -176,7 +176,7 @@ impl GgufOutput {
     pub(crate) fn copied<'a>(&self, input: &'a Checkpoint, name: &str) -> Result<Cow<'a, [u8]>, Error> {
         let view = input.tensor(name)?;
         let Some(&dtype) = self.dense.get(name) else { return Ok(Cow::Borrowed(view.bytes)) };
-        if dtype == view.dtype && view.interleaved.is_none() {
+        if dtype == view.dtype && view.order == Order::Rows {
             let rows = view.shape.first().copied().unwrap_or(1);
             return Ok(Cow::Owned(self.ordered(name, rows, view.bytes.to_vec())));
         }

@@ -112,7 +112,7 @@ impl Flow<'_> {
     /// The norms of block `index` that can be changed, each with the rounding to its stored type.
     fn stored_norms(&self, index: usize, model: &Checkpoint) -> Vec<(NormRole, ToStored)> {
         let stored = |role: NormRole| rounding_to(model.spec(&self.spec.norm(index, role)).map(|t| t.dtype));
-        let norms = NormRole::ALL.into_iter().filter(|&role| self.spec.has_norm(role));
+        let norms = self.spec.block_norms(index).into_iter();
         norms.filter_map(|role| stored(role).map(|round| (role, round))).collect()
     }
 }

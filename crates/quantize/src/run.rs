@@ -469,7 +469,7 @@ impl Worker<'_, '_> {
     fn copy(&self, name: &str) -> Result<(), Error> {
         match &self.plan.gguf {
             Some(gguf) => self.output.write(name, &gguf.copied(self.input, name)?)?,
-            None => self.output.write(name, self.input.tensor(name)?.bytes)?,
+            None => self.output.write(name, &self.input.tensor(name)?.by_rows())?,
         }
         Ok(())
     }

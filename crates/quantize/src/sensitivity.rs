@@ -81,7 +81,7 @@ pub fn probe_sites(
 ) -> Result<(Vec<[f64; 4]>, Vec<f64>), Error> {
     let mut errors: Vec<Vec<f64>> = Vec::new();
     let mut replace = |index: usize, block: &Block, stats: &[SiteStats; 4]| {
-        let sites = pass.spec.sites();
+        let sites = pass.spec.sites(index);
         let rounded = sites.iter().zip(stats).map(|(site, stats)| round_site(pass.spec, index, block, site, stats));
         let (replacements, error) = rounded.collect::<Result<(Vec<_>, Vec<_>), Error>>()?;
         errors.push(error);

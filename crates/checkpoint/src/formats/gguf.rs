@@ -2,7 +2,7 @@
 //! it is [`crate::gguf`]'s matter; it is no dialect of safetensors, so nothing recognises it in a `config.json`.
 
 use super::{Format, assert_encodable, part, unsupported, validated};
-use crate::{Checkpoint, Dialect, Error, TensorSpec, gguf};
+use crate::{Checkpoint, Dialect, Error, Order, TensorSpec, gguf};
 use bitmill_scheme::{Activations, BlockForm, BlockType, Quantized, ScaleType, Scheme, Shift};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -82,7 +82,7 @@ impl Format for Gguf {
         let form = scheme.form().filter(|f| bytes.is_multiple_of(f.bytes));
         let form = form.ok_or_else(|| view.wrong_shape("[out, whole blocks] under its type"))?;
         let mut q = gguf::decode(form, [rows, bytes / form.bytes * form.len], view.bytes);
-        if let Some(heads) = view.interleaved {
+        if let Order::Interleaved(heads) = view.order {
             restore(&mut q, form, heads);
         }
         validated(module, source, q)

@@ -1,10 +1,10 @@
-//! Gemma 1 to 3 (text): scaled embeddings, norms stored as differences from one, tanh-GELU; from 2 on norms around
+//! Gemma 1 to 3 (of the third with a vision tower, what reads tokens): scaled embeddings, norms stored as differences from one, tanh-GELU; from 2 on norms around
 //! attention and MLP, windows in most layers and an attention scale of its own; 2 bounds scores and logits, 3 norms
 //! queries and keys and gives windowed layers a rotary base of their own.
 
-use super::{Arch, Defaults, act, cap, decoder, listed_windows, unsupported};
+use super::{Arch, Defaults, act, cap, decoder, listed_windows, nested, unsupported};
 use crate::config::Reader;
-use crate::layout::SANDWICH;
+use crate::layout::{NESTED_SANDWICH, SANDWICH};
 use crate::{Act, Error, Factors, ModelSpec, QkNorm, Rope};
 use serde_json::Value;
 
@@ -14,6 +14,9 @@ pub(super) struct Gemma;
 pub(super) struct Gemma2;
 /// `model_type: gemma3_text`.
 pub(super) struct Gemma3;
+
+/// `model_type: gemma3`, with a vision tower, which is none of this.
+pub(super) struct Gemma3Nested;
 
 const TANH: &str = "gelu_pytorch_tanh";
 
@@ -73,7 +76,7 @@ impl Arch for Gemma3 {
         let pattern = whole.optional_size("sliding_window_pattern")?.unwrap_or(6);
         let windows = windows(&whole, spec.layers, pattern)?;
         let bases = [("rope_theta", 1e6), ("rope_local_base_freq", 1e4)];
-        let [full, windowed] = Rope::read_pair(&whole, bases, spec.head_dim, spec.max_positions)?;
+        let [full, windowed] = Rope::read_pair(&whole, bases, [true, false], spec.head_dim, spec.max_positions)?;
         let rope = |window: &Option<usize>| Some(if window.is_some() { windowed.clone() } else { full.clone() });
         let factors = Factors { logit_cap: cap(&whole, "final_logit_softcapping", None)?, ..sandwich(&whole, &spec)? };
         Ok(ModelSpec {
@@ -84,6 +87,31 @@ impl Arch for Gemma3 {
             qk_norm: Some(QkNorm::Head),
             ..spec
         })
+    }
+}
+
+impl Arch for Gemma3Nested {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["gemma3"]
+    }
+
+    fn spec(&self, config: &Value) -> Result<ModelSpec, Error> {
+        // Published configs leave out what is as in the reference.
+        let sizes = [
+            ("vocab_size", 262_208),
+            ("hidden_size", 2304),
+            ("intermediate_size", 9216),
+            ("num_hidden_layers", 26),
+            ("num_attention_heads", 8),
+        ];
+        let spec = nested(config, "gemma3", true, |text| {
+            let mut text = text.clone();
+            for (key, size) in sizes.into_iter().filter(|(key, _)| text[*key].is_null()).collect::<Vec<_>>() {
+                text[key] = size.into();
+            }
+            Gemma3.spec(&text)
+        })?;
+        Ok(ModelSpec { layout: &NESTED_SANDWICH, spelling: &NESTED_SANDWICH.spellings[0], ..spec })
     }
 }
 

@@ -4,7 +4,7 @@ use super::{Arch, Defaults, decoder, routing};
 use crate::config::Reader;
 use crate::layout::MIXTRAL;
 use crate::rope::RopeKeys;
-use crate::{Error, ModelSpec, Routing};
+use crate::{Error, ModelSpec, Routing, Weighing};
 use serde_json::Value;
 
 /// `model_type: mixtral`.
@@ -23,8 +23,12 @@ impl Arch for Mixtral {
         let spec = decoder(&config, "mixtral", &defaults)?;
         let window = config.positions("sliding_window")?;
         let experts = routing(&config, ("num_local_experts", 8), 2)?;
-        let routing =
-            Routing { intermediate: spec.intermediate, normalized: true, blocks: vec![true; spec.layers], ..experts };
+        let routing = Routing {
+            intermediate: spec.intermediate,
+            weighing: Weighing::Share,
+            blocks: vec![true; spec.layers],
+            ..experts
+        };
         Ok(ModelSpec { layout: &MIXTRAL, windows: vec![window; spec.layers], routing: Some(routing), ..spec })
     }
 }

@@ -8,8 +8,10 @@ mod gpt2;
 mod gpt_neox;
 mod granite;
 mod llama;
+mod llama4;
 mod mistral;
 mod mixtral;
+mod modernbert;
 mod olmo2;
 mod opt;
 mod phi3;
@@ -22,7 +24,7 @@ mod smollm3;
 use crate::config::Reader;
 use crate::layout::{DECODER, Layout};
 use crate::rope::RopeKeys;
-use crate::{Act, Error, Factors, ModelSpec, NormKind, Rope, Routing};
+use crate::{Act, Error, Factors, ModelSpec, NormKind, Pairs, Rope, Routing, Weighing};
 use bitmill_checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -44,12 +46,16 @@ pub static ARCHES: &[&dyn Arch] = &[
     &gemma::Gemma,
     &gemma::Gemma2,
     &gemma::Gemma3,
+    &gemma::Gemma3Nested,
     &gpt2::Gpt2,
     &gpt_neox::GptNeoX,
     &granite::Granite,
     &llama::Llama,
+    &llama4::Llama4Text,
+    &llama4::Llama4,
     &mistral::Mistral,
     &mixtral::Mixtral,
+    &modernbert::ModernBert,
     &olmo2::Olmo2,
     &opt::Opt,
     &phi3::Phi3,
@@ -145,11 +151,14 @@ fn bare(model_type: &str, layout: &'static Layout, sizes: &Sizes) -> ModelSpec {
         norm_eps: 1e-6,
         norm_offset: 0.0,
         ropes: vec![None; layers],
+        pairs: Pairs::Halves,
+        tempering: None,
         position_offset: 0,
         padding: None,
         token_types: 0,
         causal: true,
         windows: vec![None; layers],
+        chunked: false,
         qkv_bias: false,
         out_bias: false,
         mlp_bias: false,
@@ -202,7 +211,7 @@ fn routing(config: &Reader<'_>, (key, default): (&str, usize), chosen: usize) ->
     if chosen > experts {
         return Err(config.error("num_experts_per_tok", format!("is {chosen}, more than the {experts} experts")));
     }
-    Ok(Routing { experts, chosen, normalized: false, intermediate: 0, shared: 0, blocks: Vec::new() })
+    Ok(Routing { experts, chosen, weighing: Weighing::Probability, intermediate: 0, shared: 0, blocks: Vec::new() })
 }
 
 fn layers(config: &Reader<'_>) -> Result<usize, Error> {
@@ -276,19 +285,75 @@ fn listed_windows(
     layers: usize,
     width: Option<usize>,
 ) -> Result<Option<Vec<Option<usize>>>, Error> {
+    listed_kinds(config, layers, ("sliding_attention", width))
+}
+
+/// The same where layers with windows are called `kind`.
+fn listed_kinds(
+    config: &Reader<'_>,
+    layers: usize,
+    (kind, width): (&str, Option<usize>),
+) -> Result<Option<Vec<Option<usize>>>, Error> {
     let Some(types) = config.list("layer_types")? else { return Ok(None) };
     if types.len() != layers {
         return Err(config.error("layer_types", format!("has {} entries for {layers} layers", types.len())));
     }
-    let window = |kind: &Value| match (kind.as_str(), width) {
+    let window = |own: &Value| match (own.as_str(), width) {
         (Some("full_attention"), _) => Ok(None),
-        (Some("sliding_attention"), Some(width)) => Ok(Some(width)),
-        (Some("sliding_attention"), None) => {
+        (Some(own), Some(width)) if own == kind => Ok(Some(width)),
+        (Some(own), None) if own == kind => {
             Err(config.error("layer_types", "asks for windows that the other keys deny"))
         }
-        _ => Err(config.error("layer_types", "has an entry that is neither full_attention nor sliding_attention")),
+        _ => Err(config.error("layer_types", format!("has an entry that is neither full_attention nor {kind}"))),
     };
     types.iter().map(window).collect::<Result<_, _>>().map(Some)
+}
+
+/// Which layers rotate where some do not: those that `no_rope_layers` lists, or all but every fourth.
+fn rotated_layers(config: &Reader<'_>, layers: usize) -> Result<Vec<bool>, Error> {
+    let key = "no_rope_layers";
+    let Some(list) = config.list(key)?.filter(|list| !list.is_empty()) else {
+        let every = config.optional_size("no_rope_layer_interval")?.unwrap_or(4);
+        return Ok((0..layers).map(|layer| !(layer + 1).is_multiple_of(every)).collect());
+    };
+    if list.len() < layers {
+        return Err(config.error(key, format!("has {} entries for {layers} layers", list.len())));
+    }
+    // The name says the opposite of what an entry means.
+    let flag = |value: &Value| match value.as_u64().or(value.as_bool().map(u64::from)) {
+        Some(flag @ 0..=1) => Ok(flag == 1),
+        _ => Err(config.error(key, "has an entry that is neither 0 nor 1")),
+    };
+    list.iter().take(layers).map(flag).collect()
+}
+
+/// The layers that `key` lists, where it stands.
+fn listed_layers(config: &Reader<'_>, key: &str, layers: usize) -> Result<Option<Vec<usize>>, Error> {
+    let layer = |value: &Value| match value.as_u64() {
+        Some(layer) if layer < layers as u64 => Ok(layer as usize),
+        _ => Err(config.error(key, format!("has an entry that is none of the {layers} layers"))),
+    };
+    config.list(key)?.map(|list| list.iter().map(layer).collect()).transpose()
+}
+
+/// The model of tokens inside one of several kinds of input, which `text_config` describes as `read` has it. What a token is
+/// to the other kinds lies outside of it.
+fn nested(
+    config: &Value,
+    model_type: &str,
+    tied: bool,
+    read: impl Fn(&Value) -> Result<ModelSpec, Error>,
+) -> Result<ModelSpec, Error> {
+    let key = "text_config";
+    let whole = Reader::new(config)?;
+    if whole.section(key)?.is_none() {
+        return Err(whole.missing(key));
+    }
+    let spec = read(&config[key]).map_err(|e| match e {
+        Error::Config { key: own, reason } => Error::Config { key: format!("{key}.{own}"), reason },
+        other => other,
+    })?;
+    Ok(ModelSpec { model_type: model_type.into(), tied: whole.flag("tie_word_embeddings", tied)?, ..spec })
 }
 
 #[cfg(test)]

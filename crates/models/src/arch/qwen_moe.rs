@@ -1,9 +1,9 @@
 //! Qwen 2 and 3 with experts in the place of the MLP of most blocks; beside them in Qwen 2 one that every token goes to.
 
-use super::{Arch, Defaults, decoder, listed_windows, routing};
+use super::{Arch, Defaults, decoder, listed_layers, listed_windows, routing};
 use crate::config::Reader;
 use crate::layout::{EXPERTS, SHARED_EXPERT};
-use crate::{Error, ModelSpec, QkNorm, Routing};
+use crate::{Error, ModelSpec, QkNorm, Routing, Weighing};
 use serde_json::Value;
 
 /// `model_type: qwen2_moe`.
@@ -28,7 +28,7 @@ impl Arch for Qwen2Moe {
         let routing = Routing {
             intermediate: config.optional_size("moe_intermediate_size")?.unwrap_or(1408),
             shared: config.optional_size("shared_expert_intermediate_size")?.unwrap_or(5632),
-            normalized: config.flag("norm_topk_prob", false)?,
+            weighing: weighing(&config)?,
             blocks: blocks(&config, spec.layers)?,
             ..experts
         };
@@ -51,7 +51,7 @@ impl Arch for Qwen3Moe {
         let experts = routing(&config, (key, 128), 8)?;
         let routing = Routing {
             intermediate: config.optional_size("moe_intermediate_size")?.unwrap_or(768),
-            normalized: config.flag("norm_topk_prob", false)?,
+            weighing: weighing(&config)?,
             blocks: blocks(&config, spec.layers)?,
             ..experts
         };
@@ -77,14 +77,14 @@ fn window(config: &Reader<'_>) -> Result<Option<usize>, Error> {
     }
 }
 
+/// Probabilities, or shares of them.
+fn weighing(config: &Reader<'_>) -> Result<Weighing, Error> {
+    Ok(if config.flag("norm_topk_prob", false)? { Weighing::Share } else { Weighing::Probability })
+}
+
 /// Which blocks have experts: every `decoder_sparse_step`-th but those of `mlp_only_layers`.
 fn blocks(config: &Reader<'_>, layers: usize) -> Result<Vec<bool>, Error> {
     let step = config.optional_size("decoder_sparse_step")?.unwrap_or(1);
-    let key = "mlp_only_layers";
-    let plain = config.list(key)?.unwrap_or_default().iter().map(|value| match value.as_u64() {
-        Some(layer) if layer < layers as u64 => Ok(layer as usize),
-        _ => Err(config.error(key, format!("has an entry that is none of the {layers} layers"))),
-    });
-    let plain = plain.collect::<Result<Vec<_>, _>>()?;
+    let plain = listed_layers(config, "mlp_only_layers", layers)?.unwrap_or_default();
     Ok((0..layers).map(|layer| (layer + 1).is_multiple_of(step) && !plain.contains(&layer)).collect())
 }

@@ -1,7 +1,7 @@
 //! Configs that must be read, refused or survived, as tables.
 
 use super::*;
-use crate::{QkNorm, Role, RopeKind};
+use crate::{QkNorm, Role, RopeKind, Tempering};
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -13,8 +13,15 @@ fn tiny(model_type: &str) -> Value {
     })
 }
 
+/// A tiny config with `changes`; where tokens are one kind of input of several, inside of the config of them all.
 fn with(model_type: &str, changes: Value) -> Value {
-    merged(tiny(model_type), changes)
+    let text = merged(tiny(model_type), changes);
+    match model_type {
+        "llama4" | "gemma3" => {
+            json!({ "model_type": model_type, "tie_word_embeddings": text["tie_word_embeddings"], "text_config": text })
+        }
+        _ => text,
+    }
 }
 
 fn merged(mut config: Value, changes: Value) -> Value {
@@ -160,6 +167,27 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
         (with("granite", json!({ "residual_multiplier": 0 })), "residual_multiplier", "not a positive"),
         (with("smollm3", json!({ "no_rope_layers": [1] })), "no_rope_layers", "1 entries for 3 layers"),
         (with("smollm3", json!({ "no_rope_layers": [1, 2, 1] })), "no_rope_layers", "neither 0 nor 1"),
+        (with("llama4_text", json!({ "moe_layers": [3] })), "moe_layers", "none of the 3 layers"),
+        (with("llama4_text", json!({ "no_rope_layers": [1] })), "no_rope_layers", "1 entries for 3 layers"),
+        (with("llama4_text", json!({ "floor_scale": 0 })), "floor_scale", "not a positive"),
+        (
+            with("llama4_text", json!({ "attn_temperature_tuning": "yes" })),
+            "attn_temperature_tuning",
+            "not true or false",
+        ),
+        (
+            with(
+                "llama4_text",
+                json!({ "attention_chunk_size": null, "layer_types": ["chunked_attention", "full_attention", "full_attention"] }),
+            ),
+            "layer_types",
+            "deny",
+        ),
+        (with("llama4_text", json!({ "rope_scaling": { "type": "yarn", "factor": 4 } })), "rope_scaling", "norms away"),
+        (with("llama4", json!({ "num_key_value_heads": 3 })), "text_config.num_key_value_heads", "does not divide"),
+        (tiny("llama4"), "text_config", "missing"),
+        (json!({ "model_type": "gemma3", "text_config": 3 }), "text_config", "not an object"),
+        (with("gemma3", json!({ "attn_logit_softcapping": 50 })), "text_config.attn_logit_softcapping", "ignores"),
         (with("gpt_neox", json!({ "rotary_pct": 0.1 })), "rotary_pct", "no pairs"),
         (with("gpt2", json!({ "n_embd": 34 })), "n_head", "does not divide"),
         (
@@ -171,6 +199,15 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
         (with("opt", json!({ "do_layer_norm_before": false })), "do_layer_norm_before", "unsupported"),
         (with("opt", json!({ "word_embed_proj_dim": 16 })), "word_embed_proj_dim", "unsupported"),
         (with("roberta", json!({ "max_position_embeddings": 2 })), "max_position_embeddings", "not for tokens"),
+        (with("modernbert", json!({ "head_dim": 4 })), "head_dim", "is not 8"),
+        (with("modernbert", json!({ "hidden_size": 36 })), "num_attention_heads", "heads of 9"),
+        (
+            with("modernbert", json!({ "rope_parameters": {}, "rope_scaling": { "type": "linear", "factor": 2 } })),
+            "rope_scaling",
+            "beside rope_parameters",
+        ),
+        (with("modernbert", json!({ "global_attn_every_n_layers": 0 })), "global_attn_every_n_layers", "is 0"),
+        (with("modernbert", json!({ "layer_types": ["full_attention"] })), "layer_types", "1 entries for 3 layers"),
         (with("bert", json!({ "hidden_size": 34 })), "num_attention_heads", "does not divide"),
         (with("bert", json!({ "type_vocab_size": 0 })), "type_vocab_size", "is 0"),
         (with("bert", json!({ "position_embedding_type": "relative_key" })), "position_embedding_type", "absolute"),
@@ -220,6 +257,8 @@ fn keys_of_single_architectures() -> Value {
         "rotary_pct": 1.0, "rotary_emb_base": 1e4, "use_parallel_residual": true, "activation_function": "gelu",
         "layer_norm_epsilon": 1e-5, "scale_attn_weights": false, "scale_attn_by_inverse_layer_idx": false,
         "word_embed_proj_dim": 32, "enable_bias": true, "do_layer_norm_before": true,
+        "intermediate_size_mlp": 40, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_layers": [1], "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8, "attn_temperature_tuning": 4, "floor_scale": 4, "attn_scale": 0.1, "use_qk_norm": true,
         "_remove_final_layer_norm": false, "layer_norm_elementwise_affine": true,
     })
 }
@@ -265,7 +304,8 @@ fn no_value_of_any_key_panics() {
         for scaling in &scalings {
             let full = merged(with(arch, shared_keys(scaling)), keys_of_single_architectures());
             let kind = scaling["rope_type"].as_str().unwrap();
-            if *arch == "phi3" && !["yarn", "longrope"].contains(&kind) {
+            let long = ["yarn", "longrope"].contains(&kind);
+            if (*arch == "phi3" && !long) || (arch.starts_with("llama4") && long) {
                 assert!(spec(&full).is_err(), "{kind}");
                 continue;
             }
@@ -290,7 +330,7 @@ fn no_value_of_any_key_panics() {
 fn unknown_architectures_list_the_known_ones() {
     let error = spec(&tiny("mamba")).unwrap_err();
     assert!(matches!(&error, Error::UnknownArchitecture { model_type, .. } if model_type == "mamba"));
-    assert!(error.to_string().contains("bert, gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite"), "{error}");
+    assert!(error.to_string().contains("bert, gemma, gemma2, gemma3_text, gemma3, gpt2, gpt_neox, granite"), "{error}");
     assert!(matches!(spec(&json!({})), Err(Error::UnknownArchitecture { .. })));
 }
 
@@ -324,10 +364,22 @@ fn silence_means_the_reference_defaults() {
     assert_eq!(window("gemma2", json!({})), [Some(4096), None, Some(4096)]);
     assert_eq!(window("gemma3_text", json!({ "sliding_window": 5 })), [Some(5); 3]);
     assert_eq!(window("gemma3_text", json!({ "sliding_window": 5, "sliding_window_pattern": 3 }))[2], None);
+    let published = json!({ "model_type": "gemma3", "text_config": { "num_hidden_layers": 2, "hidden_size": 64 } });
+    let nested = spec(&published).unwrap();
+    assert_eq!((nested.hidden, nested.vocab, nested.heads, nested.kv_heads, nested.tied), (64, 262_208, 8, 4, true));
     let gemma = spec(&tiny("gemma2")).unwrap();
     assert!(gemma.tied && gemma.norm_offset == 1.0 && gemma.act == Act::GeluTanh && gemma.head_dim == 256);
     assert_eq!((gemma.factors.attention_cap, gemma.factors.logit_cap), (Some(50.0), Some(30.0)));
     assert_eq!(gemma.factors.attention, Some(1.0 / 16.0));
+    let llama4 = spec(&tiny("llama4_text")).unwrap();
+    assert_eq!((llama4.windows[0], llama4.intermediate, llama4.head_dim), (Some(8192), 16_384, 128));
+    assert!(
+        llama4
+            .routing
+            .as_ref()
+            .is_some_and(|r| r.blocks == [true; 3] && (r.experts, r.chosen, r.shared) == (16, 1, 40))
+    );
+    assert_eq!((llama4.qk_norm, llama4.tempering), (Some(QkNorm::Bare), Some(Tempering { floor: 8192.0, scale: 0.1 })));
     let smollm3 = spec(&tiny("smollm3")).unwrap();
     assert_eq!(smollm3.rope(), spec(&with("llama", json!({ "rope_theta": 2e6 }))).unwrap().rope());
     let neox = spec(&tiny("gpt_neox")).unwrap();
@@ -402,6 +454,16 @@ fn the_spelling_is_the_one_whose_tensors_are_stored() {
     assert_eq!(neox.head().unwrap(), "embed_out");
     let now = ["gpt_neox.embed_in.weight", "gpt_neox.layers.0.input_layernorm.weight", "lm_head.weight"];
     assert_eq!(neox.spelled_as(|name| now.contains(&name)).head().unwrap(), "lm_head");
+    let gemma3 = spec(&with("gemma3", json!({ "tie_word_embeddings": true }))).unwrap();
+    for (part, head) in [("language_model.model", "language_model.lm_head"), ("model.language_model", "lm_head")] {
+        let stored = ["embed_tokens", "layers.0.input_layernorm"].map(|module| format!("{part}.{module}.weight"));
+        let own = gemma3.clone().spelled_as(|name| stored.iter().any(|s| s == name));
+        assert_eq!(
+            (own.module(1, Role::Up), own.head().unwrap()),
+            (format!("{part}.layers.1.mlp.up_proj"), head.into())
+        );
+        assert_eq!(own.final_norm().unwrap(), format!("{part}.norm.weight"));
+    }
     let llama = spec(&tiny("llama")).unwrap();
     assert_eq!(llama.clone().spelled_as(|_| false), llama);
 }

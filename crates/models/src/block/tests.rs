@@ -99,7 +99,7 @@ fn pieces_leave_their_inputs_alone() {
 fn what_absorbs_a_scale_leaves_the_block_as_it_was() {
     // A plain MLP with ReLU lets a scale through, one with GELU does not.
     let relu = ModelSpec { act: Act::Relu, ..encoder() };
-    let absorbed = |spec: &ModelSpec| spec.sites().map(|site| site.absorbed_by.is_some());
+    let absorbed = |spec: &ModelSpec| spec.sites(0).map(|site| site.absorbed_by.is_some());
     assert_eq!(absorbed(&tiny()), [true; 4]);
     assert_eq!(absorbed(&encoder()), [false, true, false, false]);
     assert_eq!(absorbed(&relu), [false, true, false, true]);
@@ -108,7 +108,7 @@ fn what_absorbs_a_scale_leaves_the_block_as_it_was() {
         let rope = RopeTable::new(&spec.ropes, 9).unwrap();
         let h = Tensor::randn(0f32, 1.0, (9, 32), &Device::Cpu).unwrap();
         let before = values(&block.forward(&h, &rope).unwrap());
-        for site in spec.sites() {
+        for site in spec.sites(0) {
             let Some(absorb) = site.absorbed_by else { continue };
             let mut scaled = block.clone();
             // One scale per output row of a linear; the heads of a group share V's rows, so O sees each group's scales

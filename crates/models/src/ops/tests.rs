@@ -74,7 +74,8 @@ fn rotation_agrees_with_candle() {
     let sin = Tensor::randn(0f32, 1.0, (tokens, dim / 2), &Device::Cpu).unwrap();
     let by_head = x.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap();
     let expected = candle_nn::rotary_emb::rope(&by_head, &cos, &sin).unwrap();
-    let got = rotate(&x, (&cos, &sin), dim, group).unwrap().reshape((kv_heads, tokens, group, dim)).unwrap();
+    let got =
+        rotate(&x, (&cos, &sin), (dim, group), Pairs::Halves).unwrap().reshape((kv_heads, tokens, group, dim)).unwrap();
     for head in 0..heads {
         let got = got.i((head / group, .., head % group)).unwrap();
         let expected = expected.i((0, head)).unwrap();

@@ -61,10 +61,12 @@ impl Rope {
     }
 
     /// The rotary embeddings of models whose windowed blocks have one of their own: that of blocks that see everything,
-    /// and that of windowed ones. Beside a section for both, there is the spelling in which only the first is scaled.
+    /// and that of windowed ones. Beside a section for both, there is the spelling `rope_scaling`, which is of those that are
+    /// `scaled`.
     pub(crate) fn read_pair(
         config: &Reader<'_>,
         [full, windowed]: [(&'static str, f64); 2],
+        scaled: [bool; 2],
         head_dim: usize,
         max_positions: usize,
     ) -> Result<[Rope; 2], Error> {
@@ -74,14 +76,14 @@ impl Rope {
         if let Some((both, key)) = parameters.as_ref().and_then(|both| Some((both, unknown(both)?))) {
             return Err(both.error(&key, format!("is neither of {}", kinds.join(", "))));
         }
-        let scaling = config.section("rope_scaling")?.filter(|s| s.keys().next().is_some());
-        if scaling.is_some() && parameters.is_some() {
+        let scaling = || Ok::<_, Error>(config.section("rope_scaling")?.filter(|s| s.keys().next().is_some()));
+        if scaling()?.is_some() && parameters.is_some() {
             return Err(config.error("rope_scaling", "stands beside rope_parameters; which of them holds is unclear"));
         }
         let nested = |kind: &str| parameters.as_ref().map(|both| both.section(kind)).transpose().map(Option::flatten);
-        let sections = [nested(kinds[0])?.or(scaling), nested(kinds[1])?];
         let mut ropes = Vec::new();
-        for ((key, default), section) in [full, windowed].into_iter().zip(sections) {
+        for (((key, default), kind), scaled) in [full, windowed].into_iter().zip(kinds).zip(scaled) {
+            let section = nested(kind)?.or(scaling()?.filter(|_| scaled));
             let keys = RopeKeys { base: key, theta: default, ..RopeKeys::USUAL };
             let top = config.positive(key)?;
             let context = Context {

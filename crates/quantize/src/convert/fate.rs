@@ -5,7 +5,7 @@ use crate::methods::{Linear, method};
 use crate::plan::{is_embedding, is_end, model_scale_type, natural_key};
 use crate::weight::is_transposed;
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, TensorView, Weight};
+use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, Order, TensorView, Weight};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType, Scheme};
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,8 +147,8 @@ impl<'a> Decider<'a> {
                 }
                 Fate::Dense { dtype, quantized: false, turned: false }
             }
-            // Rows of a GGUF file may lie in another order.
-            _ if number && view.interleaved.is_some() => {
+            // Rows of a GGUF file may lie in another order, stacked experts the other way round.
+            _ if number && view.order != Order::Rows => {
                 Fate::Dense { dtype: view.dtype, quantized: false, turned: false }
             }
             _ => Fate::Copy,
@@ -359,7 +359,7 @@ fn model_type(input: &Checkpoint) -> ScaleType {
 /// Numbers as they come out of `dtype`.
 fn stored(values: &[f32], dtype: Dtype) -> Vec<f32> {
     let shape = [values.len()];
-    let typed = |bytes| TensorView { name: "", file: Path::new(""), dtype, shape: &shape, bytes, interleaved: None };
+    let typed = |bytes| TensorView { name: "", file: Path::new(""), dtype, shape: &shape, bytes, order: Order::Rows };
     let bytes = typed(&[]).with_values(values).unwrap_or_default();
     typed(&bytes).to_f32().unwrap_or_default()
 }
@@ -375,6 +375,6 @@ fn first_rounded(values: &[f32], dtype: Dtype) -> Option<usize> {
 /// The numbers of a tensor as bytes of `dtype`.
 pub(super) fn payload(values: &[f32], dtype: Dtype) -> Result<Vec<u8>, Error> {
     let shape = [values.len()];
-    let view = TensorView { name: "", file: Path::new(""), dtype, shape: &shape, bytes: &[], interleaved: None };
+    let view = TensorView { name: "", file: Path::new(""), dtype, shape: &shape, bytes: &[], order: Order::Rows };
     Ok(view.with_values(values)?)
 }

@@ -97,6 +97,14 @@ impl<'a> Conversion<'a> {
         }
         let spec = bitmill_models::spec_of(input).ok();
         let (items, rounded, mut notes) = fate::Decider::new(input, spec.as_ref(), target, lossy)?.decide()?;
+        let stacked =
+            |spec: &&ModelSpec| spec.routing.is_some() && spec.layout.routed.as_ref().is_some_and(|r| r.stacked);
+        if let (Target::Dense(_), Some(spec)) = (target, spec.as_ref().filter(stacked)) {
+            let of = &spec.model_type;
+            notes.push(format!(
+                "experts are written as one matrix each; transformers reads dense ones of {of} models stacked alone"
+            ));
+        }
         let mut conversion = Conversion {
             input,
             target,

@@ -8,7 +8,6 @@ use crate::run::{check_place, pretty};
 use crate::weight::transpose;
 use bitmill_calibrate::tokenizer_files;
 use bitmill_checkpoint::{Output, Weight, ensure_free};
-use std::borrow::Cow;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -105,7 +104,7 @@ impl Conversion<'_> {
             _ => {
                 let bytes = match &self.gguf {
                     Some(gguf) => gguf.copied(self.input, name)?,
-                    None => Cow::Borrowed(self.input.tensor(name)?.bytes),
+                    None => self.input.tensor(name)?.by_rows(),
                 };
                 output.write(name, &bytes)?;
             }

@@ -101,12 +101,10 @@ impl<'a> School<'a> {
         let stored = |name: &str| rounding_to(input.spec(name).map(|t| t.dtype));
         let pupil = |(index, (linears, block)): (usize, (Vec<Start>, &Block))| {
             let norm = |role: NormRole| stored(&spec.norm(index, role)).map(|round| (role, round));
-            let norms = NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r)).filter_map(norm).collect();
+            let norms = spec.block_norms(index).into_iter().filter_map(norm).collect();
             let mut block = block.clone();
             // Reconstruction may have changed the norms, and correction the biases.
-            for role in
-                NormRole::ALL.into_iter().filter(|&r| spec.has_norm(r) && stored(&spec.norm(index, r)).is_some())
-            {
+            for role in spec.block_norms(index).into_iter().filter(|&r| stored(&spec.norm(index, r)).is_some()) {
                 let norm =
                     (written.tensor(&spec.norm(index, role))?.to_f32()?.iter().map(|v| v + spec.norm_offset)).collect();
                 block.set_norm(role, Tensor::from_vec(norm, block.norm(role).shape(), &Device::Cpu)?);

@@ -2,7 +2,7 @@
 //! thread while it is in its cache, so that memory holds the encoded matrix and little more.
 
 use crate::{Error, Linear, Method, Plan, SolverOptions};
-use bitmill_checkpoint::{TensorView, Weight};
+use bitmill_checkpoint::{Order, TensorView, Weight};
 use bitmill_kernels::{StoredBlocks, rounding_error};
 use bitmill_scheme::Quantized;
 use rayon::prelude::*;
@@ -33,7 +33,7 @@ pub(super) fn round(
 ) -> Result<Rounded, Error> {
     let [rows, n] = linear.shape;
     let whole = match stored {
-        Weight::Dense(view) if view.interleaved.is_none() => None,
+        Weight::Dense(view) if view.order == Order::Rows => None,
         other => Some(other.to_f32()?),
     };
     let size: usize = plan.format.layout(linear.name, &linear.scheme, linear.shape).iter().map(|t| t.bytes()).sum();
@@ -70,6 +70,6 @@ fn part(view: &TensorView<'_>, from: usize, shape: [usize; 2]) -> Result<Vec<f32
     let row = view.bytes.len() / view.shape.first().copied().unwrap_or(1).max(1);
     let bytes = &view.bytes[from * row..(from + shape[0]) * row];
     let rows =
-        TensorView { name: view.name, file: view.file, dtype: view.dtype, shape: &shape, bytes, interleaved: None };
+        TensorView { name: view.name, file: view.file, dtype: view.dtype, shape: &shape, bytes, order: Order::Rows };
     Ok(rows.to_f32()?)
 }

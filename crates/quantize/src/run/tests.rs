@@ -1,8 +1,12 @@
 //! Runs with every stage on tiny models: complete, the same at any thread count, and the same when stopped and taken up.
 
 use super::*;
-use crate::{Observation, Reconstruction, Settings, SoftKind, SoftRounding, TargetShift, TokenWeights, Tuning, tiny};
+use crate::{
+    Conversion, Observation, Reconstruction, Settings, SoftKind, SoftRounding, Target, TargetShift, TokenWeights,
+    Tuning, tiny,
+};
 use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
+use bitmill_checkpoint::Dtype;
 use bitmill_models::spec_of;
 use bitmill_scheme::{BLOCKS, Bits, Granularity, Scheme};
 
@@ -53,6 +57,8 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         ("gpt2", &["awq"], TargetShift::Outputs),
         ("mixtral", &[], TargetShift::Outputs),
         ("qwen2-moe", &[], TargetShift::Outputs),
+        ("llama4", &[], TargetShift::Outputs),
+        ("modernbert", &["rotate-heads", "awq"], TargetShift::Outputs),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(transforms, everything(shift));
@@ -156,6 +162,10 @@ fn every_architecture_is_quantized_tuned_and_measured() {
             assert!(quantized.scheme_of(&module).is_some(), "{case}: {module}");
             assert_eq!(quantized.weight(&module).unwrap().shape(), spec.linear_shape(role), "{case}: {module}");
         }
+        // What other readers may make of it when it is dense again.
+        let dense = Conversion::new(&quantized, Target::Dense(Dtype::F32), false, u64::MAX).unwrap();
+        let stacked = dense.notes.iter().any(|note| note.contains("stacked alone"));
+        assert_eq!(stacked, spec.model_type.starts_with("llama4"), "{case}: {:?}", dense.notes);
         let what =
             Comparison { model: &quantized, reference: Some(&input), stream_memory: 1 << 30, spill_dir: dir.path() };
         let windows = tiny::windows(&spec, 3, 20);

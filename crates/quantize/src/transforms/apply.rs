@@ -116,7 +116,7 @@ impl Rewriting<'_> {
             let view = input.tensor(name)?;
             // What stays as it is need not be numbers of weights at all: positions, for example.
             match types[name] == view.dtype {
-                true => output.write(name, view.bytes)?,
+                true => output.write(name, &view.by_rows())?,
                 false => output.write(name, &stored(&view, types[name], &view.to_f32()?)?)?,
             }
         }

@@ -72,7 +72,7 @@ impl<'a> BlockWeights<'a> {
                 }
             }
         }
-        for norm in NormRole::ALL.into_iter().filter(|&n| spec.has_norm(n)) {
+        for norm in spec.block_norms(index) {
             let stored = input.tensor(&spec.norm(index, norm))?.to_f32()?;
             block.norms.insert(norm, stored.into_iter().map(|w| w + spec.norm_offset).collect());
             if let Some(bias) = spec.norm_bias(index, norm) {

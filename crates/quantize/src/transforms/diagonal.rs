@@ -22,7 +22,7 @@ pub(super) struct Candidate<'b> {
 impl<'b> Candidate<'b> {
     /// `None` where nothing absorbs a scale or nothing is rounded.
     pub(super) fn new(model: &Schemes, block: &'b BlockWeights<'b>, index: usize) -> Result<Option<Self>, Error> {
-        let site = block.spec.sites()[index];
+        let site = block.spec.sites(block.index)[index];
         let scheme = |&role: &Role| Some((role, model.of(block, role)?));
         let linears: Vec<(Role, Scheme)> = site.parts().iter().filter_map(scheme).collect();
         let (Some(moments), false, Some(_)) = (block.sites.get(index), linears.is_empty(), site.absorbed_by) else {
@@ -117,7 +117,7 @@ fn centred(mut t: Vec<f32>) -> Vec<f32> {
 
 /// Scales the site `index` of `block` by `t`.
 pub(super) fn fold(block: &mut BlockWeights<'_>, index: usize, t: &[f32]) {
-    let (spec, site) = (block.spec, block.spec.sites()[index]);
+    let (spec, site) = (block.spec, block.spec.sites(block.index)[index]);
     for role in site.parts() {
         let Some(w) = block.linears.get_mut(&role) else { continue };
         w.chunks_exact_mut(t.len()).for_each(|row| row.iter_mut().zip(t).for_each(|(w, t)| *w *= t));

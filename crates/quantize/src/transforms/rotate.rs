@@ -176,7 +176,7 @@ fn turn_block(turn: &Turn, block: &mut BlockWeights<'_>) {
 /// step of every group and D what an error of a column still costs after the others have made up for it (methods 1.3).
 fn predicted(model: &Model<'_>, block: &BlockWeights<'_>) -> Result<f64, Error> {
     let mut total = 0.0;
-    for (site, at) in model.spec.sites().iter().enumerate() {
+    for (site, at) in model.spec.sites(block.index).iter().enumerate() {
         let n = model.spec.linear_shape(at.linears[0])[1];
         let h = block.sites.get(site).map(|s| &s.h);
         let mean_d = match h {
