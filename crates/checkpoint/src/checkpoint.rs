@@ -5,7 +5,7 @@ use crate::gguf::{self, Gguf, Storage};
 use crate::shard::Shard;
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
-use bitmill_scheme::{Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Inputs, Quantized, ScaleType, Scheme};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -259,6 +259,22 @@ impl Checkpoint {
         let scales = self.spec(&format!("{module}.{}", format.scales()))?;
         let scheme = dialect.scheme_of(module)?;
         Some(scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale)))
+    }
+
+    /// How the input of the linear `module` is rounded at run time.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] where a number of calibration's is asked for and missing; [`Error::Damaged`] where it is no number
+    /// that can be divided by.
+    pub fn inputs(&self, module: &str) -> Result<Inputs, Error> {
+        let rule = self.dialect.as_ref().and_then(|d| Some((d.format_of(module)?, d.scheme_of(module)?)));
+        let Some((format, scheme)) = rule else { return Ok(Inputs::FULL) };
+        let input = format.input(module, &scheme, self)?;
+        if input.is_some_and(|input| !(input.is_finite() && input > 0.0)) {
+            let (module, source) = (module.to_owned(), bitmill_scheme::Error::Input(input));
+            return Err(Error::Damaged { module, dir: self.dir.clone(), source });
+        }
+        Ok(Inputs { activations: scheme.activations, stored: input.unwrap_or(1.0) })
     }
 
     /// The weight of the linear `module`, for example `model.layers.0.self_attn.q_proj`. What is stored decides: a

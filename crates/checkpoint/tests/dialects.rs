@@ -102,6 +102,31 @@ fn exceptions_of_awq_are_parts_of_names() {
 }
 
 #[test]
+fn presets_and_arguments_say_how_inputs_are_rounded() {
+    for (preset, name) in [("FP8", "fp8"), ("NVFP4", "nvfp4"), ("MXFP4", "mxfp4"), ("MXFP8", "mxfp8")] {
+        let scheme = bitmill_scheme::scheme(name).unwrap();
+        let own = bitmill_checkpoint::format(bitmill_checkpoint::default_format(&scheme)).unwrap();
+        let config = own.config(&[("x".to_owned(), scheme)].into(), &[]).unwrap();
+        assert_eq!(read(config.clone()).unwrap().unwrap().scheme_of("x"), Some(scheme), "{name}");
+        let short =
+            json!({"quant_method": "compressed-tensors", "format": own.name(), "config_groups": {preset: ["Linear"]}});
+        assert_eq!(read(short).unwrap().unwrap().scheme_of("x"), Some(scheme), "{preset}");
+        // As the library writes it out, with what it leaves at its defaults.
+        let mut full = config.clone();
+        let inputs = &mut full["config_groups"]["group_0"]["input_activations"];
+        inputs["observer"] = json!("static_minmax");
+        inputs["zp_dtype"] = json!(null);
+        inputs["actorder"] = json!(null);
+        assert_eq!(read(full.clone()).unwrap().unwrap().scheme_of("x"), Some(scheme), "{name}");
+        full["config_groups"]["group_0"]["input_activations"]["num_bits"] = json!(3);
+        let refused = read(full).unwrap_err().to_string();
+        assert!(refused.contains("config_groups.group_0.input_activations"), "{refused}");
+    }
+    let modelopt = json!({"quant_method": "modelopt", "quant_algo": "NVFP4"});
+    assert_eq!(read(modelopt).unwrap().unwrap().scheme_of("x"), bitmill_scheme::scheme("nvfp4"));
+}
+
+#[test]
 fn exceptions_of_modelopt_and_fine_grained_fp8() {
     let modelopt =
         json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head", "*self_attn*"]});

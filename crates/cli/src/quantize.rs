@@ -15,7 +15,7 @@ use bitmill_quantize::{
     Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, TargetShift,
     read_plan,
 };
-use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme, block_scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -151,7 +151,9 @@ enum Scales {
 }
 
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)).chain(scheme_mixes()))
+    let folders = || SCHEMES.iter().map(|p| p.name);
+    let blocks = BLOCKS.iter().map(|b| b.name).filter(|name| !folders().any(|own| own == *name));
+    PossibleValuesParser::new(folders().chain(blocks).chain(scheme_mixes()))
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -206,7 +208,9 @@ impl How {
             return Ok(base);
         }
         if let Some(name) = &self.scheme {
-            return bitmill_scheme::scheme(name).context("no such scheme");
+            // Some names are of a type of GGUF and of a scheme of folders: what is written decides.
+            let block = block_scheme(name).filter(|_| named_gguf);
+            return block.or_else(|| bitmill_scheme::scheme(name)).context("no such scheme");
         }
         // Of a mixture this scheme gives all but the widths; in a GGUF file, nothing but a frame that fits every shape.
         if named_gguf && self.mixed.goal(self.bits)?.is_some() {

@@ -6,7 +6,7 @@ use crate::experts::{Experts, gated};
 use crate::linear::{Input, Linear, Matrix};
 use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Pairs, QkNorm, Role, RopeTable, Tempering, Weights, attention, ops};
-use bitmill_scheme::Activations;
+use bitmill_scheme::Inputs;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
 use std::ops::Range;
@@ -331,13 +331,13 @@ impl Block {
 
     /// How the input of a linear is rounded.
     #[must_use]
-    pub fn activations(&self, role: Role) -> Activations {
-        self.at(role).activations
+    pub fn inputs(&self, role: Role) -> Inputs {
+        self.at(role).inputs
     }
 
     /// Changes how the input of a linear is rounded.
-    pub fn set_activations(&mut self, role: Role, activations: Activations) {
-        self.at_mut(role).activations = activations;
+    pub fn set_inputs(&mut self, role: Role, inputs: Inputs) {
+        self.at_mut(role).inputs = inputs;
     }
 
     /// The weight of a norm, `[hidden]`.

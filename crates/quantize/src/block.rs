@@ -188,7 +188,7 @@ impl Flow<'_> {
             let [rows, cols] = done.solved.quantized.shape;
             let weight = done.solved.quantized.dequantize();
             block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
-            block.set_activations(role, done.solved.quantized.scheme.activations);
+            block.set_inputs(role, done.solved.quantized.inputs());
             if let Some(bias) = &done.bias {
                 block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
             }
@@ -321,7 +321,7 @@ impl Flow<'_> {
             let moments = seen.all(centred);
             let means = if centred { Some(seen.means()) } else { None };
             let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
-            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens()), method, &options)?;
+            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens(), seen.largest()), method, &options)?;
             for (i, (role, done)) in solved.iter_mut().enumerate() {
                 done.record.stages.extend(damping.clone());
                 if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {
@@ -361,7 +361,7 @@ impl Flow<'_> {
         let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
         let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
             let options = SolverOptions { damping, shrinkage, ..quick(options) };
-            let solved = solve_targets(targets, goals, (&learnt, 0), method, &options)?;
+            let solved = solve_targets(targets, goals, (&learnt, 0, seen.largest()), method, &options)?;
             let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
                 let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
                 let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
@@ -411,11 +411,12 @@ pub(crate) fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
     Ok(t.flatten_all()?.to_vec1()?)
 }
 
-/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of).
+/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of, and the largest
+/// magnitude among them).
 pub(crate) fn solve_targets(
     targets: &[&Target<'_>],
     weights: &[Vec<f32>],
-    (h, tokens): (&[f32], u64),
+    (h, tokens, input): (&[f32], u64, f32),
     method: &dyn Method,
     options: &SolverOptions,
 ) -> Result<Vec<(Role, Done)>, Error> {
@@ -424,8 +425,8 @@ pub(crate) fn solve_targets(
         .map(|(t, weight)| {
             let partners = targets.iter().zip(weights).filter(|(other, _)| together(t.role, other.role));
             let amax = || partners.flat_map(|(_, w)| w).fold(0.0f32, |a, w| a.max(w.abs()));
-            let amax = t.scheme.has_divisor().then(amax);
-            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax }
+            let amax = t.scheme.shares_scale().then(amax);
+            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax, input }
         })
         .collect();
     let solved = method.solve(&linears, Some(h), options)?;

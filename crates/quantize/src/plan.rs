@@ -100,15 +100,21 @@ impl Plan {
             known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
         })?;
         let transforms = transforms(&settings.transforms)?;
+        let sees_inputs = settings.schemes().find(|scheme| scheme.activations.is_calibrated());
         let calibrated = method.needs(&settings.solver) == Needs::Hessian
             || settings.tuning.is_some()
             || settings.reconstruction.is_some()
-            || transforms.iter().any(|t| t.needs_statistics());
+            || transforms.iter().any(|t| t.needs_statistics())
+            || sees_inputs.is_some();
         let mut notes = Vec::new();
         let mut spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
             Err(e) if calibrated => {
-                return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
+                let reason = e.to_string();
+                return Err(match sees_inputs {
+                    Some(&scheme) => Error::NeedsInputs { scheme, reason },
+                    None => Error::NeedsForward { method: method.name().into(), reason },
+                });
             }
             Err(e) => {
                 notes.push(format!("{e}; linear layers are found by name and shape"));

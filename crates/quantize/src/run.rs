@@ -302,8 +302,8 @@ impl Worker<'_, '_> {
             let started = Instant::now();
             let (method, solver) = self.plain_method()?;
             let amax = || largest(self.input, self.plan.spec.as_ref(), module);
-            let amax = scheme.has_divisor().then(amax).transpose()?;
-            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax };
+            let amax = scheme.shares_scale().then(amax).transpose()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax, input: 0.0 };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;

@@ -282,12 +282,17 @@ impl Settings {
         self.observation.two_streams() || self.reconstruction.is_some()
     }
 
+    /// Every scheme there is.
+    pub(crate) fn schemes(&self) -> impl Iterator<Item = &Scheme> {
+        std::iter::once(&self.scheme).chain(self.layers.values())
+    }
+
     /// Whether `method`, and what moves its codes afterwards, can do so on the grid of every scheme.
     ///
     /// # Errors
     /// What is refused, and the remedy.
     pub(crate) fn check_schemes(&self, method: &dyn Method) -> Result<(), Error> {
-        for scheme in std::iter::once(&self.scheme).chain(self.layers.values()) {
+        for scheme in self.schemes() {
             if let Some(reason) = method.refuses(scheme) {
                 return Err(Error::MethodScheme { method: method.name(), scheme: *scheme, reason });
             }

@@ -7,7 +7,7 @@
 use super::{Format, floats, format, mixed_precision, unsupported};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Dialect, Error};
-use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, SCHEMES, ScaleType, Scheme};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -25,8 +25,6 @@ const FAMILY: [&str; 7] = [
     "mxfp4-pack-quantized",
     "mxfp8-quantized",
 ];
-/// Inputs that share a scale where activations are rounded in groups.
-const ACTIVATION_GROUP: u32 = 128;
 
 /// The configuration of `layers` in `format`, one group per distinct scheme.
 pub(super) fn config(
@@ -61,7 +59,7 @@ pub(super) fn config(
         let group = json!({
             "targets": targets,
             "weights": weight_args(scheme),
-            "input_activations": activation_args(scheme),
+            "input_activations": activation_args(scheme.activations),
             "output_activations": null,
             "format": stored(scheme).name(),
         });
@@ -111,19 +109,27 @@ fn weight_args(scheme: &Scheme) -> Value {
     args
 }
 
-fn activation_args(scheme: &Scheme) -> Value {
-    match scheme.activations {
+fn activation_args(activations: Activations) -> Value {
+    let args = |bits: u32, kind: &str, strategy: &str, dynamic: Value| {
+        json!({"num_bits": bits, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic})
+    };
+    let groups = |mut args: Value, scale: Option<&str>| {
+        args["group_size"] = json!(activations.group(0));
+        if let Some(scale) = scale {
+            args["scale_dtype"] = json!(scale);
+        }
+        args
+    };
+    match activations {
         Activations::Full => Value::Null,
-        Activations::DynamicInt8 => {
-            json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})
-        }
-        Activations::DynamicFp8 => {
-            json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true})
-        }
-        Activations::DynamicFp8Groups => json!({
-            "num_bits": 8, "type": "float", "symmetric": true, "strategy": "group", "group_size": ACTIVATION_GROUP,
-            "dynamic": true,
-        }),
+        Activations::DynamicInt8 => args(8, "int", "token", json!(true)),
+        Activations::DynamicFp8 => args(8, "float", "token", json!(true)),
+        Activations::DynamicFp8Groups => groups(args(8, "float", "group", json!(true)), None),
+        Activations::StaticFp8 => args(8, "float", "tensor", json!(false)),
+        // Its scales are made at run time, what they are divided by is not.
+        Activations::Nvfp4 => groups(args(4, "float", "tensor_group", json!("local")), Some("torch.float8_e4m3fn")),
+        Activations::Mxfp4 => groups(args(4, "float", "group", json!(true)), Some("torch.uint8")),
+        Activations::Mxfp8 => groups(args(8, "float", "group", json!(true)), Some("torch.uint8")),
     }
 }
 
@@ -291,43 +297,41 @@ fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
     let Some(input) = group.get("input_activations").filter(|v| !v.is_null()) else {
         return Ok(Activations::Full);
     };
-    let is = |key: &str, wanted: Value, default: Value| {
-        *input.get(key).filter(|v| !v.is_null()).unwrap_or(&default) == wanted
+    let get = |key: &str| input.get(key).filter(|v| !v.is_null());
+    let scale = get("scale_dtype").and_then(Value::as_str).map(|name| name.trim_start_matches("torch."));
+    let is = |activations: &Activations| {
+        let args = activation_args(*activations);
+        let same = |key: &str, default: Value| get(key).unwrap_or(&default) == args.get(key).unwrap_or(&Value::Null);
+        let meant = args["scale_dtype"].as_str().map(|name| name.trim_start_matches("torch."));
+        same("num_bits", json!(8))
+            && same("type", json!("int"))
+            && same("symmetric", json!(true))
+            && same("strategy", Value::Null)
+            && same("dynamic", json!(false))
+            && (args["group_size"].is_null() || same("group_size", Value::Null))
+            // Before releases had the key, NVFP4 alone had scales of another type.
+            && (scale == meant || (scale.is_none() && *activations == Activations::Nvfp4))
     };
-    let int8 = is("num_bits", json!(8), json!(8)) && is("type", json!("int"), json!("int"));
-    let token = is("strategy", json!("token"), Value::Null) && is("dynamic", json!(true), json!(false));
-    if int8 && token && is("symmetric", json!(true), json!(true)) {
-        return Ok(Activations::DynamicInt8);
-    }
-    let fp8 = is("num_bits", json!(8), json!(8)) && is("type", json!("float"), json!("int"));
-    let dynamic = is("dynamic", json!(true), json!(false)) && is("symmetric", json!(true), json!(true));
-    if fp8 && dynamic && is("strategy", json!("token"), Value::Null) {
-        return Ok(Activations::DynamicFp8);
-    }
-    if fp8
-        && dynamic
-        && is("strategy", json!("group"), Value::Null)
-        && is("group_size", json!(ACTIVATION_GROUP), Value::Null)
-    {
-        return Ok(Activations::DynamicFp8Groups);
-    }
-    let reason = "only symmetric 8-bit numbers, dynamic per token or (floats) per 128 inputs, are read yet";
-    Err(wrong(&format!("{path}.input_activations"), Some(input), reason))
+    let reason = "symmetric numbers are read: 8-bit ones, dynamic per token or (floats) per 128 inputs, or floats static per \
+                  tensor; NVFP4's and the MX types' groups";
+    let known = Activations::ROUNDING.into_iter().find(is);
+    known.ok_or_else(|| wrong(&format!("{path}.input_activations"), Some(input), reason))
 }
 
 /// The scheme a bare list of targets stands for; `None` for UNQUANTIZED.
 fn preset(name: &str) -> Result<Option<Scheme>, Error> {
     let unknown = || {
         let known =
-            "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, FP8_DYNAMIC, FP8_BLOCK, NVFP4A16, MXFP4A16, \
-                     MXFP8A16, UNQUANTIZED"
+            "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, FP8, FP8_DYNAMIC, FP8_BLOCK, NVFP4, NVFP4A16, MXFP4, \
+                     MXFP4A16, MXFP8, MXFP8A16, UNQUANTIZED"
                 .to_owned();
         Error::UnknownFormat { key: "config_groups", got: name.to_owned(), known }
     };
     let upper = name.to_uppercase();
-    if let "FP8_DYNAMIC" | "FP8_BLOCK" | "NVFP4A16" | "MXFP4A16" | "MXFP8A16" = upper.as_str() {
-        // Ours are named after these.
-        return Ok(bitmill_scheme::scheme(&name.to_lowercase()));
+    // Ours are named after the library's.
+    let float = SCHEMES.iter().find(|p| matches!(p.scheme.grid, GridKind::Float(_)) && p.name == name.to_lowercase());
+    if let Some(float) = float {
+        return Ok(Some(float.scheme));
     }
     let (bits, activations, symmetric) = match upper.as_str() {
         "UNQUANTIZED" => return Ok(None),

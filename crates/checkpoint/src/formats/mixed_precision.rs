@@ -65,6 +65,10 @@ impl Format for MixedPrecision {
         }
     }
 
+    fn input(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Option<f32>, Error> {
+        format_of(scheme).map_or(Ok(None), |format| format.input(module, scheme, source))
+    }
+
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {
         compressed_tensors::config(self, layers, ignored)
     }

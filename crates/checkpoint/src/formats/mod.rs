@@ -77,6 +77,14 @@ pub trait Format: Sync {
     /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
 
+    /// What calibration stored for the rounding of the inputs of `module`; `None` where `scheme` asks for nothing.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    fn input(&self, _module: &str, _scheme: &Scheme, _source: &Checkpoint) -> Result<Option<f32>, Error> {
+        Ok(None)
+    }
+
     /// The `quantization_config` object of a model whose `layers` are quantized under their schemes and whose linears
     /// `ignored` are not.
     ///

@@ -2,9 +2,12 @@
 
 use super::*;
 use crate::{Absorb, Ends, spec};
+use bitmill_scheme::Activations;
 use candle_core::Device;
 use serde_json::json;
 use std::collections::BTreeMap;
+
+const INT8: Inputs = Inputs { activations: Activations::DynamicInt8, stored: 1.0 };
 
 fn tiny() -> ModelSpec {
     let config = json!({
@@ -57,10 +60,10 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
     let rope = RopeTable::new(&spec.ropes, 9).unwrap();
     let random = |width: usize| Tensor::randn(0f32, 1.0, (9, width), &Device::Cpu).unwrap();
     let (hidden, attended, gated) = (random(32), random(32), random(40));
-    let round = |x: &Tensor| ops::round_int8(x).unwrap();
+    let round = |x: &Tensor| ops::round_inputs(x, INT8).unwrap();
     let mut int8 = full.clone();
     for (role, _) in spec.block_linears(0) {
-        int8.set_activations(role, Activations::DynamicInt8);
+        int8.set_inputs(role, INT8);
     }
     let same = |a: &Tensor, b: &Tensor| values(a) == values(b);
     assert!(same(&int8.attn_out(&hidden, &rope).unwrap(), &full.attn_out(&round(&hidden), &rope).unwrap()));
@@ -70,7 +73,7 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
     assert!(!same(&int8.mlp_out(&hidden).unwrap(), &full.mlp_out(&hidden).unwrap()));
 
     let mut mixed = full.clone();
-    mixed.set_activations(Role::Up, Activations::DynamicInt8);
+    mixed.set_inputs(Role::Up, INT8);
     let input = Input::new(&hidden, &[mixed.at(Role::Gate), mixed.at(Role::Up)]).unwrap();
     let (gate, up) = (mixed.at(Role::Gate).read(&input).unwrap(), mixed.at(Role::Up).read(&input).unwrap());
     assert!(same(&gate, &full.at(Role::Gate).forward(&hidden).unwrap()));

@@ -303,10 +303,12 @@ pub(super) fn requantized(module: &str, q: &Quantized, scheme: Scheme, how: How)
         }
         How::Nearest => {
             let weight = q.dequantize();
-            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None };
+            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None, input: 0.0 };
             let options = SolverOptions { scale_search: Some(ScaleSearch::Mse), ..SolverOptions::default() };
             let mut solved = method("rtn")?.solve(&[linear], None, &options)?;
-            Ok(solved.remove(0).quantized)
+            let input = q.input.filter(|_| scheme.activations == q.scheme.activations);
+            let rounded = solved.remove(0).quantized;
+            Ok(Quantized { input: input.or(rounded.input), ..rounded })
         }
     }
 }
