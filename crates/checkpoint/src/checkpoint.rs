@@ -14,6 +14,8 @@ use std::path::{Component, Path, PathBuf};
 const CONFIG: &str = "config.json";
 /// The only shard of a small model.
 pub(crate) const SINGLE: &str = "model.safetensors";
+/// Suffixes of the scales of keys and values.
+pub const CACHE_SCALES: [&str; 2] = ["k_scale", "v_scale"];
 /// Maps tensor names to shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
@@ -275,6 +277,25 @@ impl Checkpoint {
             return Err(Error::Damaged { module, dir: self.dir.clone(), source });
         }
         Ok(Inputs { activations: scheme.activations, stored: input.unwrap_or(1.0) })
+    }
+
+    /// The scales that keys and values of the module `attention` are rounded with, as E4M3 numbers times a scale; `None` where
+    /// they are left as they are.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] where one is missing (loaders would take 1); [`Error::Shape`] where it is no number above zero.
+    pub fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        if !self.dialect.as_ref().is_some_and(Dialect::rounds_cache) {
+            return Ok(None);
+        }
+        let [k, v] = CACHE_SCALES.map(|suffix| {
+            let view = self.tensor(&format!("{attention}.{suffix}"))?;
+            match view.to_f32()?[..] {
+                [scale] if scale.is_finite() && scale > 0.0 => Ok(scale),
+                _ => Err(view.wrong_shape("[1], a number above zero,")),
+            }
+        });
+        Ok(Some([k?, v?]))
     }
 
     /// The weight of the linear `module`, for example `model.layers.0.self_attn.q_proj`. What is stored decides: a

@@ -57,7 +57,7 @@ pub(crate) struct Args {
 pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
-          "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "transforms", "format", "kv_cache", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search",
           "reconstruction_passes", "reconstruction_depth",
           "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
@@ -93,6 +93,9 @@ pub(crate) struct How {
     /// How the result is stored [default: what compressed-tensors uses for the scheme]
     #[arg(long, value_name = "FORMAT", value_parser = format_names(), hide_possible_values = true, long_help = format_help())]
     format: Option<String>,
+    /// Keep keys and values as 8-bit floats, under scales from calibration (compressed-tensors formats)
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_cache: Option<Cache>,
     /// Number type of the stored scales [default: the model's own, or f16 for f32 models and for GPTQ files]
     #[arg(long, value_enum, value_name = "TYPE")]
     scale_type: Option<Scales>,
@@ -148,6 +151,13 @@ enum Scales {
     Bf16,
     /// Single precision
     F32,
+}
+
+/// What keys and values are kept as.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Cache {
+    /// E4M3 numbers with one scale for the keys of a layer, and one for its values
+    Fp8,
 }
 
 fn preset_names() -> PossibleValuesParser {
@@ -291,6 +301,7 @@ impl How {
             },
             observation: self.goal.observation(shift),
             reconstruction: self.goal.reconstruction(scheme.bits().get()),
+            kv_cache: self.kv_cache.is_some(),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,

@@ -85,7 +85,7 @@ pub(crate) fn capped(x: &Tensor, cap: f32) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&Capped { cap })
 }
 
-/// Every row of `x [tokens, width]` rounded as the input of a linear is at run time, and back.
+/// Every row of `x [.., width]` rounded as the input of a linear is at run time, and back.
 pub(crate) fn round_inputs(x: &Tensor, inputs: Inputs) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&RoundInputs { inputs })
 }
@@ -241,7 +241,7 @@ impl CustomOp1 for RoundInputs {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, width) = layout.shape().dims2()?;
+        let width = layout.shape().dims().last().copied().unwrap_or(1).max(1);
         let mut out = floats(x, layout)?.to_vec();
         each_block(&mut out, width, |_, block| {
             block.chunks_exact_mut(width).for_each(|row| self.inputs.round(row));

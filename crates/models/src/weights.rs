@@ -33,6 +33,14 @@ pub trait Weights: Sync {
     /// When calibration had to say it and what it said is missing or unreadable.
     fn inputs(&self, module: &str) -> Result<Inputs, Error>;
 
+    /// The scales of keys and values of an attention layer, where they are rounded to 8-bit floats.
+    ///
+    /// # Errors
+    /// When they are missing or unreadable.
+    fn cache_scales(&self, _attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Ok(None)
+    }
+
     /// The weight of a linear or an embedding in the size it is stored in, where the source offers that.
     ///
     /// # Errors
@@ -96,6 +104,10 @@ impl Weights for Checkpoint {
         }
         Ok(Checkpoint::inputs(self, module)?)
     }
+
+    fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Ok(Checkpoint::cache_scales(self, attention)?)
+    }
 }
 
 /// A folder for running: its weights stay in the size they are stored in wherever a kernel reads them so.
@@ -126,6 +138,10 @@ impl Weights for AsStored<'_> {
 
     fn inputs(&self, module: &str) -> Result<Inputs, Error> {
         Weights::inputs(self.folder, module)
+    }
+
+    fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Weights::cache_scales(self.folder, attention)
     }
 
     fn packed(&self, module: &str) -> Result<Option<PackedWeight>, Error> {

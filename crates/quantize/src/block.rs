@@ -16,7 +16,7 @@ use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
 use bitmill_calibrate::{Stream, StreamKind, in_order};
 use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
-use bitmill_scheme::Scheme;
+use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::path::Path;
 use std::time::Instant;
@@ -39,6 +39,8 @@ pub(crate) struct Flow<'a> {
     /// The same of the full-precision model, where it runs beside the rounded one.
     pub(crate) full: Option<&'a Stream>,
     pub(crate) observation: Observation,
+    /// The type of the scales of keys and values, where these are to be kept as 8-bit floats.
+    pub(crate) cache: Option<ScaleType>,
     /// How a block is refined once its linears are rounded, if it is.
     pub(crate) rebuild: Option<Rebuild<'a>>,
 }
@@ -73,6 +75,8 @@ pub(crate) enum Moment<'a> {
     Seen(SiteRecord),
     /// A linear is finished.
     Finished(Box<Done>),
+    /// The scales of keys and values are known.
+    Cache([f32; 2]),
     /// The block is being reconstructed: steps done, and their number.
     Rebuilding(usize, usize),
     /// It is, and some of what was finished is replaced.
@@ -133,6 +137,11 @@ impl Flow<'_> {
             };
             if i == 0 && !targets.is_empty() {
                 weights = self.token_weights(&block)?;
+            }
+            if let (1, Some(scale), Some(x)) = (i, self.cache, &x) {
+                let scales = self.cache_scales(&block, &x.rounded, scale)?;
+                block.set_cache(Some(scales));
+                on(Moment::Cache(scales))?;
             }
             let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
             self.windows(glimpse, &mut |first, glimpses| {
@@ -198,6 +207,16 @@ impl Flow<'_> {
             on(Moment::Finished(Box::new(done)))?;
         }
         Ok(())
+    }
+
+    /// Scales of type `scale` that cover the keys and values of all windows.
+    fn cache_scales(&self, block: &Block, x: &Stream, scale: ScaleType) -> Result<[f32; 2], Error> {
+        let mut most = [0.0f32; 2];
+        let one = |w: usize| Ok(block.cache_range(&self.tensor(x, w)?, self.rope)?);
+        self.windows(one, &mut |_, ranges| {
+            ranges.iter().for_each(|range| most.iter_mut().zip(range).for_each(|(m, r)| *m = m.max(*r)));
+        })?;
+        Ok(most.map(|amax| Activations::StaticFp8.calibrated(amax, scale).unwrap_or(1.0)))
     }
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {

@@ -172,6 +172,12 @@ pub enum Error {
         /// Why they are not seen.
         reason: String,
     },
+    /// Keys and values that are to be rounded where they cannot be.
+    #[error("--kv-cache: {reason}")]
+    Cache {
+        /// Why, and what would do.
+        reason: String,
+    },
     /// A method that needs all of H where only its diagonal is known.
     #[error(
         "method `{method}` feeds errors back through all of H, and an importance matrix holds its diagonal only; use --method \

@@ -14,6 +14,7 @@ use crate::block::{Flow, Moment, Target};
 use crate::fused::largest;
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
+use crate::plan::{cache_scales, model_scale_type};
 use crate::reconstruction::{Rebuild, RebuiltBlock};
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
@@ -21,6 +22,7 @@ use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptio
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
+use bitmill_scheme::ScaleType;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -385,6 +387,11 @@ impl Worker<'_, '_> {
                 }
                 Moment::Rebuilding(done, total) => (self.observe)(Event::Rebuilding { done, total }),
                 Moment::Rebuilt(rebuilt) => self.rebuilt(*rebuilt, &mut tensors)?,
+                Moment::Cache(scales) => {
+                    for (spec, scale) in cache_scales(flow.spec, index).iter().zip(scales) {
+                        self.output.write(&spec.name, &scale.to_le_bytes())?;
+                    }
+                }
                 Moment::Site(site) => (self.observe)(Event::Site { name: site.name }),
                 Moment::Seen(site) => sites.push(site),
                 Moment::Finished(finished) => {
@@ -520,6 +527,7 @@ struct Calibrated<'a> {
     hidden: Stream,
     full: Option<Stream>,
     observation: Observation,
+    cache: Option<ScaleType>,
     rebuild: Option<Rebuild<'a>>,
 }
 
@@ -575,15 +583,16 @@ impl<'a> Calibrated<'a> {
             }
         }
         let spill = journal.dir().to_owned();
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }))
+        let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild } = self;
-        let (budget, full, observation, rebuild) = (*budget, full.as_ref(), *observation, *rebuild);
-        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild } = self;
+        let (budget, full, observation, cache, rebuild) = (*budget, full.as_ref(), *observation, *cache, *rebuild);
+        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }
     }
 }
 

@@ -260,6 +260,9 @@ pub struct Settings {
     pub reconstruction: Option<Reconstruction>,
     /// Refinement of the whole model by gradients, if any.
     pub tuning: Option<Tuning>,
+    /// Whether keys and values are kept as 8-bit floats, under scales from calibration.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kv_cache: bool,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.
     pub ignore: Vec<String>,
     /// Calibration windows; of an encoder, sentences.

@@ -168,15 +168,12 @@ pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Diale
     let ignored = config.get("ignore").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let ignored = read_targets("ignore", ignored)?.into_iter().map(|target| Rule { target, outcome: None });
     let rules = ignored.chain(names).chain(patterns).chain(classes).collect();
-    Ok(Some(Dialect::new(format, rules)))
+    Ok(Some(Dialect::new(format, rules).with_cache(read_cache(config)?)))
 }
 
 /// Refuses what would change the function of the model and is not applied here.
 fn refuse_extras(config: &Value) -> Result<(), Error> {
     let refuse = |key: &str, reason: &str| Err(wrong(key, config.get(key), reason));
-    if config.get("kv_cache_scheme").is_some_and(|v| !v.is_null()) {
-        return refuse("kv_cache_scheme", "quantized key-value caches are not read yet");
-    }
     let transforms = config.get("transform_config").and_then(|t| t.get("config_groups")).and_then(Value::as_object);
     if transforms.is_some_and(|t| !t.is_empty()) {
         return refuse("transform_config", "rotations applied at run time are not read yet");
@@ -297,25 +294,48 @@ fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
     let Some(input) = group.get("input_activations").filter(|v| !v.is_null()) else {
         return Ok(Activations::Full);
     };
-    let get = |key: &str| input.get(key).filter(|v| !v.is_null());
-    let scale = get("scale_dtype").and_then(Value::as_str).map(|name| name.trim_start_matches("torch."));
-    let is = |activations: &Activations| {
-        let args = activation_args(*activations);
-        let same = |key: &str, default: Value| get(key).unwrap_or(&default) == args.get(key).unwrap_or(&Value::Null);
-        let meant = args["scale_dtype"].as_str().map(|name| name.trim_start_matches("torch."));
-        same("num_bits", json!(8))
-            && same("type", json!("int"))
-            && same("symmetric", json!(true))
-            && same("strategy", Value::Null)
-            && same("dynamic", json!(false))
-            && (args["group_size"].is_null() || same("group_size", Value::Null))
-            // Before releases had the key, NVFP4 alone had scales of another type.
-            && (scale == meant || (scale.is_none() && *activations == Activations::Nvfp4))
-    };
     let reason = "symmetric numbers are read: 8-bit ones, dynamic per token or (floats) per 128 inputs, or floats static per \
                   tensor; NVFP4's and the MX types' groups";
-    let known = Activations::ROUNDING.into_iter().find(is);
+    let known = Activations::ROUNDING.into_iter().find(|activations| describes(input, *activations));
     known.ok_or_else(|| wrong(&format!("{path}.input_activations"), Some(input), reason))
+}
+
+/// Whether the arguments `given` are those of `activations`, keys that are left out being at their defaults.
+fn describes(given: &Value, activations: Activations) -> bool {
+    let args = activation_args(activations);
+    let get = |key: &str| given.get(key).filter(|v| !v.is_null());
+    let same = |key: &str, default: Value| get(key).unwrap_or(&default) == args.get(key).unwrap_or(&Value::Null);
+    let name = |value: Option<&Value>| {
+        value.and_then(Value::as_str).map_or_else(String::new, |name| name.trim_start_matches("torch.").to_owned())
+    };
+    let (scale, meant) = (name(get("scale_dtype")), name(args.get("scale_dtype")));
+    same("num_bits", json!(8))
+        && same("type", json!("int"))
+        && same("symmetric", json!(true))
+        && same("strategy", Value::Null)
+        && same("dynamic", json!(false))
+        && (args["group_size"].is_null() || same("group_size", Value::Null))
+        // Before releases had the key, NVFP4 alone had scales of another type.
+        && (scale == meant || (scale.is_empty() && activations == Activations::Nvfp4))
+}
+
+/// How keys and values are kept: 8-bit floats under one scale each, from calibration.
+const CACHE: Activations = Activations::StaticFp8;
+
+/// The `kv_cache_scheme` of a configuration in the format called `format`, whose attention layers have a `k_scale` and a
+/// `v_scale`, F32 `[1]`; `None` where it has no place for them.
+#[must_use]
+pub fn cache_scheme(format: &str) -> Option<Value> {
+    (FAMILY.contains(&format) || format == mixed_precision::NAME).then(|| activation_args(CACHE))
+}
+
+/// Whether keys and values are rounded.
+fn read_cache(config: &Value) -> Result<bool, Error> {
+    match config.get("kv_cache_scheme").filter(|v| !v.is_null()) {
+        None => Ok(false),
+        Some(scheme) if describes(scheme, CACHE) => Ok(true),
+        other => Err(wrong("kv_cache_scheme", other, "8-bit floats with one static scale per layer are read")),
+    }
 }
 
 /// The scheme a bare list of targets stands for; `None` for UNQUANTIZED.

@@ -13,6 +13,8 @@ mod modelopt;
 mod naive_quantized;
 mod pack_quantized;
 
+pub use compressed_tensors::cache_scheme;
+
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_byte};

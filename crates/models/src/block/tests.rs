@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::{Absorb, Ends, spec};
-use bitmill_scheme::Activations;
 use candle_core::Device;
 use serde_json::json;
 use std::collections::BTreeMap;

@@ -5,7 +5,9 @@ use crate::methods::{Linear, method};
 use crate::plan::{is_embedding, is_end, model_scale_type, natural_key};
 use crate::weight::is_transposed;
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, Order, TensorView, Weight};
+use bitmill_checkpoint::{
+    CACHE_SCALES, Checkpoint, Dialect, Dtype, Format, GGUF, Order, TensorView, Weight, cache_scheme,
+};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType, Scheme};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +53,8 @@ pub(super) struct Decider<'a> {
     lossy: bool,
     /// Whether zero points are all in the middle of the grid, so that they need not be stored.
     middle: bool,
+    /// Whether scales of keys and values, if there are any, are kept; without a cache that is rounded nothing is called so.
+    keeps_cache: bool,
     spec: Option<&'a ModelSpec>,
     rounded: Vec<Rounded>,
     notes: Vec<String>,
@@ -66,7 +70,10 @@ impl<'a> Decider<'a> {
         target: Target,
         lossy: bool,
     ) -> Result<Self, Error> {
-        let mut decider = Decider { input, target, lossy, middle: true, spec, rounded: Vec::new(), notes: Vec::new() };
+        let held = matches!(target, Target::Format(format) if cache_scheme(format.name()).is_some());
+        let keeps_cache = held || !input.dialect().is_some_and(Dialect::rounds_cache);
+        let (middle, rounded, notes) = (true, Vec::new(), Vec::new());
+        let mut decider = Decider { input, target, lossy, middle, keeps_cache, spec, rounded, notes };
         for module in decider.modules() {
             if !decider.middle || input.gguf().is_some() {
                 break;
@@ -96,7 +103,12 @@ impl<'a> Decider<'a> {
         };
         // A module stands where its first tensor does.
         let mut fates: BTreeMap<String, Option<usize>> = BTreeMap::new();
+        let mut dropped = false;
         for name in self.input.names().filter(|n| *n != ROPE_FACTORS || self.input.gguf().is_none()) {
+            if !self.keeps_cache && CACHE_SCALES.iter().any(|suffix| name.ends_with(&format!(".{suffix}"))) {
+                dropped = true;
+                continue;
+            }
             match owner(name) {
                 Some(i) => fates.insert(format!("{}.weight", modules[i]), Some(i)),
                 None => fates.insert(name.to_owned(), None),
@@ -115,6 +127,9 @@ impl<'a> Decider<'a> {
             });
         }
         self.note_activations(&items);
+        if dropped {
+            self.notes.push("keys and values are no longer rounded at run time: their scales have no place there".into());
+        }
         Ok((items, self.rounded, self.notes))
     }
 

@@ -15,6 +15,11 @@ use bitmill_models::SITES;
 pub(super) fn check(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<(), Error> {
     let experts = plan.spec.as_ref().is_some_and(|spec| spec.routing.is_some());
     match calibration {
+        Some(Calibration::Statistics(_) | Calibration::Importance(_)) if plan.settings.kv_cache => {
+            let reason = "the scales of keys and values are seen in text that flows through the model; give --calibration \
+                          rather than statistics";
+            Err(Error::Cache { reason: reason.into() })
+        }
         Some(Calibration::Statistics(_) | Calibration::Importance(_)) if experts => {
             Err(Error::Experts { what: "a file of statistics".into(), dir: input.dir().into() })
         }
