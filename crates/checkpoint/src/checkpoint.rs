@@ -298,6 +298,17 @@ impl Checkpoint {
         Ok(Some([k?, v?]))
     }
 
+    /// The quantized module that the tensor `name` is a part of, its bias aside; `None` for other tensors.
+    #[must_use]
+    pub fn module_of<'n>(&self, name: &'n str) -> Option<&'n str> {
+        // The parts of bitsandbytes hang below `weight`.
+        let module = match name.split_once(".weight.") {
+            Some((module, _)) => module,
+            None => name.rsplit_once('.').filter(|(_, part)| *part != "bias")?.0,
+        };
+        self.scheme_of(module).map(|_| module)
+    }
+
     /// The weight of the linear `module`, for example `model.layers.0.self_attn.q_proj`. What is stored decides: a
     /// floating-point `weight` is dense whatever the configuration claims.
     ///

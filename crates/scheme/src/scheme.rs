@@ -331,6 +331,7 @@ impl std::fmt::Display for Scheme {
             (GridKind::Float(FloatType::E2m1), ScaleType::E4m3) => write!(f, "nvfp4")?,
             (GridKind::Float(FloatType::E4m3), _) => write!(f, "fp8")?,
             (GridKind::Float(FloatType::E2m1), _) => write!(f, "fp4")?,
+            (GridKind::Float(FloatType::Nf4), _) => write!(f, "nf4")?,
             _ => write!(f, "w{}", self.bits().get())?,
         }
         match self.activations {
@@ -473,6 +474,11 @@ pub static SCHEMES: &[Preset] = &[
         name: "mxfp8a16",
         summary: "8-bit floats (E4M3) with a power of two per 32, 8.25 bits per weight",
         scheme: Scheme::float(FloatType::E4m3, Granularity::Group(32), ScaleType::E8m0),
+    },
+    Preset {
+        name: "nf4",
+        summary: "4-bit normal quantiles with an f32 per 64, of bitsandbytes; 4.5 bits per weight",
+        scheme: Scheme::float(FloatType::Nf4, Granularity::Group(64), ScaleType::F32),
     },
 ];
 

@@ -16,7 +16,7 @@ const METHOD: &str = "compressed-tensors";
 const VERSION: &str = "0.18.0";
 
 /// The formats that share the configuration.
-const FAMILY: [&str; 7] = [
+pub(super) const FAMILY: [&str; 7] = [
     "pack-quantized",
     "int-quantized",
     "naive-quantized",

@@ -1,6 +1,7 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
 mod awq;
+mod bitsandbytes;
 mod compressed_tensors;
 mod fine_grained;
 mod floats;
@@ -125,6 +126,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,
+    &bitsandbytes::BitsAndBytes,
 ];
 
 /// The format called `name`: a row of [`FORMATS`], or [`GGUF`].
@@ -138,6 +140,7 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 pub fn default_format(scheme: &Scheme) -> &'static str {
     match (scheme.grid, scheme.activations) {
         (GridKind::Block(_), _) => GGUF.name(),
+        (GridKind::Float(FloatType::Nf4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
         (GridKind::Int { .. }, Activations::Full) => "pack-quantized",
         (GridKind::Int { .. }, _) => "int-quantized",

@@ -98,8 +98,8 @@ impl<'a> Decider<'a> {
     pub(super) fn decide(mut self) -> Result<Decided, Error> {
         let modules = self.modules();
         let owner = |name: &str| {
-            let (module, part) = name.rsplit_once('.')?;
-            (part != "bias").then(|| modules.binary_search_by(|m| m.as_str().cmp(module)).ok()).flatten()
+            let module = self.input.module_of(name)?;
+            modules.binary_search_by(|m| m.as_str().cmp(module)).ok()
         };
         // A module stands where its first tensor does.
         let mut fates: BTreeMap<String, Option<usize>> = BTreeMap::new();
