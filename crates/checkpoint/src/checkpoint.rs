@@ -28,6 +28,8 @@ pub struct Checkpoint {
     /// Shard of every tensor.
     place: BTreeMap<String, usize>,
     dialect: Option<Dialect>,
+    /// Experts in the matrices that hold several, one below the other.
+    stacks: BTreeMap<String, usize>,
     /// Header of the GGUF file it is, where it is one.
     gguf: Option<Gguf>,
 }
@@ -164,6 +166,7 @@ impl Checkpoint {
 
     fn assemble(dir: PathBuf, config: Value, mut shards: Vec<Shard>) -> Result<Self, Error> {
         crate::experts::unstack(&config, &mut shards);
+        let stacks = crate::experts::stacked_blocks(&config, &mut shards);
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for name in shard.tensors.keys() {
@@ -174,7 +177,7 @@ impl Checkpoint {
             }
         }
         let dialect = Dialect::of(&config)?;
-        Ok(Checkpoint { dir, config, shards, place, dialect, gguf: None })
+        Ok(Checkpoint { dir, config, shards, place, dialect, stacks, gguf: None })
     }
 
     /// The header of the GGUF file this is; `None` for a folder.
@@ -259,8 +262,7 @@ impl Checkpoint {
             return dialect.scheme_of(module);
         }
         let scales = self.spec(&format!("{module}.{}", format.scales()))?;
-        let scheme = dialect.scheme_of(module)?;
-        Some(scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale)))
+        Some(format.seen(dialect.scheme_of(module)?, codes, scales))
     }
 
     /// How the input of the linear `module` is rounded at run time.
@@ -296,6 +298,13 @@ impl Checkpoint {
             }
         });
         Ok(Some([k?, v?]))
+    }
+
+    /// The experts that the quantized matrix of `module` holds, one below the other, as those of gpt-oss do; plain numbers are
+    /// stored as `module` `[experts, in, out]` there. `None` for other matrices.
+    #[must_use]
+    pub fn stacked(&self, module: &str) -> Option<usize> {
+        self.stacks.get(module).copied()
     }
 
     /// The quantized module that the tensor `name` is a part of, its bias aside; `None` for other tensors.

@@ -58,7 +58,7 @@ impl Dialect {
                 return Ok(Some(dialect));
             }
         }
-        let known = "compressed-tensors, gptq, awq, modelopt, fp8, bitsandbytes".to_owned();
+        let known = "compressed-tensors, gptq, awq, modelopt, fp8, mxfp4, bitsandbytes".to_owned();
         Err(Error::UnknownFormat { key: "quant_method", got: method.to_owned(), known })
     }
 

@@ -18,7 +18,15 @@ fn row(bits: u32, signed: &[i32]) -> Quantized {
     let half = 1 << (bits - 1);
     let codes = signed.iter().map(|q| (q + half) as u8).collect();
     let scheme = scheme(bits, true, Granularity::Channel);
-    Quantized { scheme, shape: [1, signed.len()], codes, scales: vec![1.0], zeros: vec![], group_of: vec![], input: None }
+    Quantized {
+        scheme,
+        shape: [1, signed.len()],
+        codes,
+        scales: vec![1.0],
+        zeros: vec![],
+        group_of: vec![],
+        input: None,
+    }
 }
 
 fn read(checkpoint: &Checkpoint, module: &str) -> Quantized {
@@ -42,7 +50,15 @@ fn compressed_tensors_words() {
     }
     let zeros = [-8i32, -4, 0, 3, 7, -1, 1, 2].map(|z| (z + 8) as u8).to_vec();
     let scheme = scheme(4, false, Granularity::Channel);
-    let q = Quantized { scheme, shape: [8, 8], codes: vec![0; 64], scales: vec![1.0; 8], zeros, group_of: vec![], input: None };
+    let q = Quantized {
+        scheme,
+        shape: [8, 8],
+        codes: vec![0; 64],
+        scales: vec![1.0; 8],
+        zeros,
+        group_of: vec![],
+        input: None,
+    };
     assert_eq!(as_words(&pack.encode("m", &q)[3]), [0xa97fb840]);
 }
 
@@ -52,7 +68,15 @@ fn float_bytes() {
     let codes = [0u8, 1, 10, 3, 4, 13, 6, 15].repeat(2);
     let bytes = [0x10u8, 0x3a, 0xd4, 0xf6].repeat(2);
     let scheme = bitmill_scheme::scheme("nvfp4a16").unwrap();
-    let q = Quantized { scheme, shape: [1, 16], codes, scales: vec![224.0, 896.0], zeros: vec![], group_of: vec![], input: None };
+    let q = Quantized {
+        scheme,
+        shape: [1, 16],
+        codes,
+        scales: vec![224.0, 896.0],
+        zeros: vec![],
+        group_of: vec![],
+        input: None,
+    };
     q.validate().unwrap();
     let payloads = format("nvfp4-pack-quantized").unwrap().encode("m", &q);
     assert_eq!(payloads, [bytes.clone(), vec![0x76], 896.0f32.to_le_bytes().to_vec()]);
@@ -74,7 +98,8 @@ fn float_bytes() {
 
     let scheme = bitmill_scheme::scheme("mxfp4a16").unwrap();
     let (codes, bytes) = (q.codes.repeat(2), bytes.repeat(2));
-    let q = Quantized { scheme, shape: [1, 32], codes, scales: vec![0.25], zeros: vec![], group_of: vec![], input: None };
+    let q =
+        Quantized { scheme, shape: [1, 32], codes, scales: vec![0.25], zeros: vec![], group_of: vec![], input: None };
     q.validate().unwrap();
     assert_eq!(format("mxfp4-pack-quantized").unwrap().encode("m", &q), [bytes, vec![125]]);
 
@@ -158,7 +183,15 @@ fn gptq_words() {
         let mut codes = vec![0u8; 32 * 32];
         (0..32).for_each(|i| codes[32 + i] = (i as u32 % max) as u8);
         let scheme = scheme(bits, true, Granularity::Channel).with_scale(ScaleType::F16);
-        let q = Quantized { scheme, shape: [32, 32], codes, scales: vec![1.0; 32], zeros: vec![], group_of: vec![], input: None };
+        let q = Quantized {
+            scheme,
+            shape: [32, 32],
+            codes,
+            scales: vec![1.0; 32],
+            zeros: vec![],
+            group_of: vec![],
+            input: None,
+        };
         let payloads = gptq.encode("m", &q);
         let packed = as_words(&payloads[0]);
         let column: Vec<u32> = packed.iter().skip(1).step_by(32).copied().collect();

@@ -185,7 +185,7 @@ impl Block {
     /// As [`Block::attn_out`].
     pub fn cache_range(&self, x: &Tensor, rope: &RopeTable) -> Result<[f32; 2], Error> {
         let Heads { k, v, .. } = self.heads(x, rope)?;
-        let most = |t: &Tensor| Ok::<_, Error>(values(t)?.into_iter().fold(0.0f32, |most, v| most.max(v.abs())));
+        let most = |t: &Tensor| Ok::<_, Error>(values(t)?.iter().fold(0.0f32, |most, v| most.max(v.abs())));
         Ok([most(&k)?, most(&v)?])
     }
 

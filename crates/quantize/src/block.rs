@@ -340,7 +340,8 @@ impl Flow<'_> {
             let moments = seen.all(centred);
             let means = if centred { Some(seen.means()) } else { None };
             let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
-            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens(), seen.largest()), method, &options)?;
+            let mut solved =
+                solve_targets(&group, &goals, (&moments.h, seen.tokens(), seen.largest()), method, &options)?;
             for (i, (role, done)) in solved.iter_mut().enumerate() {
                 done.record.stages.extend(damping.clone());
                 if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {

@@ -178,7 +178,8 @@ impl Plan {
                 }
                 let mut outputs = outputs(input, untied.as_ref(), &units, format);
                 let kept = spec.as_ref().filter(|_| settings.kv_cache);
-                outputs.extend(kept.iter().flat_map(|spec| (0..spec.layers).flat_map(|block| cache_scales(spec, block))));
+                outputs
+                    .extend(kept.iter().flat_map(|spec| (0..spec.layers).flat_map(|block| cache_scales(spec, block))));
                 (None, config, OutputPlan::new(outputs, settings.shard_bytes)?)
             }
         };

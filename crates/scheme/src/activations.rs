@@ -147,10 +147,9 @@ mod tests {
 
     #[test]
     fn every_kind_by_hand() {
-        // 1 is 127.5 steps, which is clamped on one side and goes to even on the other; 0.1 is 12.75 of them.
-        let step = 1.0f32 / 127.5;
-        let int8 = rounded(Activations::DynamicInt8, 1.0, &[1.0, 0.1, -1.0]);
-        assert_eq!(int8, [127.0 * step, 13.0 * step, -128.0 * step]);
+        // A largest magnitude of 127.5 makes steps of 1: ties go to even, and what lies beyond the codes is clamped.
+        let int8 = rounded(Activations::DynamicInt8, 1.0, &[127.5, 0.5, -2.5, 12.75, -127.5]);
+        assert_eq!(int8, [127.0, 0.0, -2.0, 13.0, -128.0]);
         // Beside 448 E4M3 numbers lie 32 apart, and what calibration did not see is clamped.
         assert_eq!(rounded(Activations::DynamicFp8, 1.0, &[448.0, 430.0, -17.5]), [448.0, 416.0, -18.0]);
         assert_eq!(rounded(Activations::StaticFp8, 0.5, &[224.0, 300.0, 1.0]), [224.0, 224.0, 1.0]);

@@ -1,7 +1,8 @@
 //! Schemes: grid × granularity × scale encoding, and what they cost in bits.
 
 use crate::{
-    Activations, BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte, exponent_value,
+    Activations, BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte,
+    exponent_value,
 };
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};

@@ -29,6 +29,7 @@ pub(super) const NAME: &str = "bitsandbytes";
 const BLOCK: usize = 64;
 /// The only type of number that is read and written.
 const FLOAT: FloatType = FloatType::Nf4;
+const ABSMAX: &str = "weight.absmax";
 const STATE: &str = "weight.quant_state.bitsandbytes__nf4";
 
 /// The scheme for blocks of `block`.
@@ -75,20 +76,20 @@ impl State {
 
     /// The scale of every block.
     fn scales(&self, module: &str, source: &Checkpoint) -> Result<Vec<f32>, Error> {
-        let view = part(source, module, "weight.absmax")?;
-        let blocks = self.blocks();
-        if view.shape.iter().product::<usize>() != blocks {
-            return Err(view.wrong_shape(format!("[{blocks}]")));
-        }
-        let Some((size, offset)) = self.nested else { return view.to_f32() };
-        if view.dtype != Dtype::U8 {
-            return Err(view.wrong_dtype("U8"));
-        }
         let numbers = |suffix: &str, count: usize| {
             let view = part(source, module, suffix)?;
             let values = view.to_f32()?;
             if values.len() == count { Ok(values) } else { Err(view.wrong_shape(format!("[{count}]"))) }
         };
+        let blocks = self.blocks();
+        let Some((size, offset)) = self.nested else { return numbers(ABSMAX, blocks) };
+        let view = part(source, module, ABSMAX)?;
+        if view.dtype != Dtype::U8 {
+            return Err(view.wrong_dtype("U8"));
+        }
+        if view.bytes.len() != blocks {
+            return Err(view.wrong_shape(format!("[{blocks}]")));
+        }
         let map = numbers("weight.nested_quant_map", 256)?;
         let outer = numbers("weight.nested_absmax", blocks.div_ceil(size))?;
         let scale = |(i, &code): (usize, &u8)| map[usize::from(code)] * outer[i / size] + offset;
@@ -110,7 +111,13 @@ impl Format for BitsAndBytes {
     }
 
     fn scales(&self) -> &'static str {
-        "weight.absmax"
+        ABSMAX
+    }
+
+    fn seen(&self, own: Scheme, codes: &TensorSpec, scales: &TensorSpec) -> Scheme {
+        // The configuration does not say how large blocks are; there are two codes to a byte.
+        let blocks = scales.bytes() / if scales.dtype == Dtype::U8 { 1 } else { 4 };
+        codes.bytes().saturating_mul(2).checked_div(blocks).filter(|&block| block > 0).map_or(own, scheme)
     }
 
     fn scale_type(&self, _: ScaleType) -> ScaleType {
@@ -144,7 +151,7 @@ impl Format for BitsAndBytes {
         let block = scheme.group_len(shape[1]);
         vec![
             spec("weight", Dtype::U8, vec![shape[0] * shape[1] / 2, 1]),
-            spec("weight.absmax", Dtype::F32, vec![scheme.scales(shape)]),
+            spec(ABSMAX, Dtype::F32, vec![scheme.scales(shape)]),
             spec("weight.quant_map", Dtype::F32, vec![16]),
             spec(STATE, Dtype::U8, vec![state(block, shape).len()]),
         ]

@@ -110,9 +110,7 @@ fn weight_args(scheme: &Scheme) -> Value {
 }
 
 fn activation_args(activations: Activations) -> Value {
-    let args = |bits: u32, kind: &str, strategy: &str, dynamic: Value| {
-        json!({"num_bits": bits, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic})
-    };
+    let args = |bits: u32, kind: &str, strategy: &str, dynamic: Value| json!({"num_bits": bits, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic});
     let groups = |mut args: Value, scale: Option<&str>| {
         args["group_size"] = json!(activations.group(0));
         if let Some(scale) = scale {

@@ -18,8 +18,8 @@
 
 use super::pack_quantized::{check_scale_shape, scale_shape};
 use super::{
-    Format, assert_encodable, check_shape, compressed_tensors, fine_grained, modelopt, part, read_scales, scale_bytes,
-    scale_dtype, unsupported, validated,
+    Format, assert_encodable, check_shape, compressed_tensors, default_format, fine_grained, gpt_oss, modelopt, part,
+    read_scales, scale_bytes, scale_dtype, unsupported, validated,
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_value};
@@ -98,13 +98,17 @@ pub(super) static NVFP4: Floats = compressed(
     &[Activations::Full, Activations::Nvfp4],
 );
 
-pub(super) static MXFP4: Floats = compressed(
-    "mxfp4-pack-quantized",
-    "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
-    FloatType::E2m1,
-    Some((ScaleType::E8m0, Granularity::Group(32))),
-    &[Activations::Full, Activations::Mxfp4],
-);
+pub(super) static MXFP4: Floats = Floats {
+    // gpt-oss is published in the same bytes.
+    recognise: gpt_oss::recognise,
+    ..compressed(
+        "mxfp4-pack-quantized",
+        "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
+        FloatType::E2m1,
+        Some((ScaleType::E8m0, Granularity::Group(32))),
+        &[Activations::Full, Activations::Mxfp4],
+    )
+};
 
 pub(super) static MXFP8: Floats = compressed(
     "mxfp8-quantized",
@@ -233,9 +237,9 @@ impl Format for Floats {
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
         let refuse = |reason: String| Err(unsupported(self, module, scheme, reason));
         if !self.grid_matches(scheme) {
-            let own = match name_for(scheme) {
-                Some(name) => format!("use {name}"),
-                None => "its numbers are floats: choose a scheme like fp8_dynamic, nvfp4a16 or mxfp4a16".into(),
+            let own = match (scheme.grid, default_format(scheme)) {
+                (GridKind::Float(_), name) if name != self.name => format!("use {name}"),
+                _ => "its numbers are floats: choose a scheme like fp8_dynamic, nvfp4a16 or mxfp4a16".into(),
             };
             return refuse(own);
         }
@@ -244,9 +248,7 @@ impl Format for Floats {
         let runs = self.inputs.contains(&scheme.activations)
             && match scheme.activations {
                 Activations::DynamicFp8Groups => tiles,
-                Activations::DynamicFp8 | Activations::StaticFp8 => {
-                    !matches!(scheme.granularity, Granularity::Tile(_))
-                }
+                Activations::DynamicFp8 | Activations::StaticFp8 => !matches!(scheme.granularity, Granularity::Tile(_)),
                 _ => true,
             };
         if !runs {

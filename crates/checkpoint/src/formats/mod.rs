@@ -6,6 +6,7 @@ mod compressed_tensors;
 mod fine_grained;
 mod floats;
 mod gguf;
+pub(crate) mod gpt_oss;
 mod gptq;
 mod int8;
 mod int_quantized;
@@ -79,6 +80,11 @@ pub trait Format: Sync {
     /// # Errors
     /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
+
+    /// What headers say of `scheme`, which is that of the configuration: `codes` and `scales` are a module's tensors.
+    fn seen(&self, scheme: Scheme, _codes: &TensorSpec, scales: &TensorSpec) -> Scheme {
+        scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale))
+    }
 
     /// What calibration stored for the rounding of the inputs of `module`; `None` where `scheme` asks for nothing.
     ///

@@ -70,8 +70,7 @@ pub(super) fn recognise(_: &dyn Format, config: &Value) -> Result<Option<Dialect
         let pattern = fancy_regex::escape(name).replace(r"\*", ".*").replace(r"\?", ".");
         rules.push(Rule { target: Target::pattern("ignore", &format!("{pattern}$"))?, outcome: None });
     }
-    let scheme =
-        Scheme { activations, ..Scheme::float(FloatType::E2m1, Granularity::Group(GROUP), ScaleType::E4m3) };
+    let scheme = Scheme { activations, ..Scheme::float(FloatType::E2m1, Granularity::Group(GROUP), ScaleType::E4m3) };
     rules.push(Rule { target: Target::Linear, outcome: Some((&floats::MODELOPT, scheme)) });
     Ok(Some(Dialect::new(&floats::MODELOPT, rules)))
 }

@@ -80,6 +80,29 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
 }
 
 #[test]
+fn keys_and_values_are_rounded_where_they_are_kept() {
+    let spec = tiny();
+    let full = Block::load(&spec, 0, &weights(&spec)).unwrap();
+    let rope = RopeTable::new(&spec.ropes, 9).unwrap();
+    let x = Tensor::randn(0f32, 1.0, (9, 32), &Device::Cpu).unwrap();
+    let scales = full.cache_range(&x, &rope).unwrap().map(|most| most / 448.0);
+    let mut kept = full.clone();
+    kept.set_cache(Some(scales));
+    let heads = full.heads(&x, &rope).unwrap();
+    let round = |t: &Tensor, stored| {
+        let inputs = Inputs { activations: Activations::StaticFp8, stored };
+        ops::round_inputs(t, inputs).unwrap()
+    };
+    let rounded = Heads { k: round(&heads.k, scales[0]), v: round(&heads.v, scales[1]), ..heads };
+    let got = values(&kept.attn_out(&x, &rope).unwrap());
+    assert_eq!(got, values(&full.attend(&rounded).unwrap()));
+    let plain = values(&full.attn_out(&x, &rope).unwrap());
+    let error: f32 = got.iter().zip(&plain).map(|(a, b)| (a - b).powi(2)).sum();
+    let energy: f32 = plain.iter().map(|v| v * v).sum();
+    assert!(error > 0.0 && error < 0.01 * energy, "{error} of {energy}");
+}
+
+#[test]
 fn pieces_leave_their_inputs_alone() {
     for spec in [tiny(), encoder()] {
         let block = Block::load(&spec, 0, &weights(&spec)).unwrap();

@@ -128,7 +128,8 @@ impl<'a> Decider<'a> {
         }
         self.note_activations(&items);
         if dropped {
-            self.notes.push("keys and values are no longer rounded at run time: their scales have no place there".into());
+            self.notes
+                .push("keys and values are no longer rounded at run time: their scales have no place there".into());
         }
         Ok((items, self.rounded, self.notes))
     }
@@ -176,6 +177,9 @@ impl<'a> Decider<'a> {
         let Weight::Quantized(q) = self.input.weight(module)? else {
             return self.tensor(name);
         };
+        if let Some(experts) = self.input.stacked(module) {
+            return self.stack(module, &q, experts);
+        }
         let fate = match self.target {
             Target::Dense(dtype) => {
                 self.dense(module, &q.dequantize(), dtype)?;
@@ -196,6 +200,18 @@ impl<'a> Decider<'a> {
         let [rows, cols] = q.shape;
         let shape = if matches!(fate, Fate::Dense { turned: true, .. }) { vec![cols, rows] } else { vec![rows, cols] };
         Ok(Item { name, fate, shape })
+    }
+
+    /// The fate of a matrix of `experts`, which become plain numbers in one tensor, as their model has it.
+    fn stack(&mut self, module: &str, q: &Quantized, experts: usize) -> Result<Item, Error> {
+        let Target::Dense(dtype) = self.target else {
+            let reason = "the experts of its model are stacked, and stacks are written as plain numbers alone".into();
+            return Err(self.refusal(module, reason, "choose bf16, which holds every number"));
+        };
+        self.dense(module, &q.dequantize(), dtype)?;
+        let [rows, cols] = q.shape;
+        let fate = Fate::Dense { dtype, quantized: true, turned: true };
+        Ok(Item { name: module.to_owned(), fate, shape: vec![experts, cols, rows / experts] })
     }
 
     /// Refuses numbers that `dtype` does not hold, or records that they are rounded.

@@ -181,7 +181,9 @@ impl<'a> Conversion<'a> {
         let dense = self.items.iter().filter(|i| !matches!(i.fate, Fate::Quantized { .. }) && i.shape.len() == 2);
         let ignored = plan::left_dense(self.input, spec, dense.map(|i| i.name.as_str()));
         config["quantization_config"] = format.config(&layers, &ignored)?;
-        if let (true, Some(scheme)) = (self.input.dialect().is_some_and(Dialect::rounds_cache), cache_scheme(format.name())) {
+        if let (true, Some(scheme)) =
+            (self.input.dialect().is_some_and(Dialect::rounds_cache), cache_scheme(format.name()))
+        {
             config["quantization_config"]["kv_cache_scheme"] = scheme;
         }
         Ok(config)

@@ -31,7 +31,12 @@ pub(super) static RULES: &[Rule] = &[
         asked: ALWAYS,
     },
     Rule { name: "listed", about: "config.json says of every linear what is stored", broken: listed, asked: ALWAYS },
-    Rule { name: "cache", about: "keys and values that are rounded have scales in every block", broken: cache, asked: ALWAYS },
+    Rule {
+        name: "cache",
+        about: "keys and values that are rounded have scales in every block",
+        broken: cache,
+        asked: ALWAYS,
+    },
     Rule { name: "head", about: "the output matrix is found and read", broken: head, asked: ALWAYS },
     Rule {
         name: "tied",

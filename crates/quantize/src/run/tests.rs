@@ -7,8 +7,8 @@ use crate::{
 };
 use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
 use bitmill_checkpoint::Dtype;
-use bitmill_models::spec_of;
 use bitmill_models::Role;
+use bitmill_models::spec_of;
 use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, Scheme};
 
 fn model(case: &str) -> Checkpoint {
@@ -217,7 +217,10 @@ fn inputs_are_rounded_by_what_calibration_saw() {
             let weight = input.weight(&spec.module(0, role)).unwrap().to_f32().unwrap();
             weight.into_iter().fold(0.0f32, |most, w| most.max(w.abs()))
         };
-        let scale = scheme.with_scale(read(Role::Q).scheme.scale).scale.round(roles.map(amax).into_iter().fold(0.0, f32::max) / 448.0);
+        let scale = scheme
+            .with_scale(read(Role::Q).scheme.scale)
+            .scale
+            .round(roles.map(amax).into_iter().fold(0.0, f32::max) / 448.0);
         assert!(roles.iter().all(|&r| read(r).scales == [scale]), "{case}: {scale}");
         // The first site sees what the model as it is computes, in the 16 bits that the stream has.
         let windows = tiny::windows(&spec, 10, 24);
@@ -242,7 +245,7 @@ fn inputs_are_rounded_by_what_calibration_saw() {
         let (rounded, full) = (run(&back), run(&input));
         let error: f32 = rounded.iter().zip(&full).map(|(a, b)| (a - b).powi(2)).sum();
         let energy: f32 = full.iter().map(|v| v * v).sum();
-        assert!(error > 0.0 && error < 0.01 * energy, "{case}: {error} of {energy}");
+        assert!(error > 0.0 && error < 0.03 * energy, "{case}: {error} of {energy}");
     }
     let unknown = Settings { scheme: bitmill_scheme::scheme("fp8").unwrap(), ..tiny::settings(&[]) };
     let mut config = model("llama-gqa").config().clone();
@@ -251,4 +254,37 @@ fn inputs_are_rounded_by_what_calibration_saw() {
     let input = Checkpoint::in_memory(config, bytes).unwrap();
     let said = Plan::new(&input, &Settings { method: "rtn".into(), ..unknown }).err().unwrap().to_string();
     assert!(said.contains("rounds inputs by what calibration says"), "{said}");
+}
+
+#[test]
+fn scales_of_keys_and_values_come_from_calibration() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, three, stopped] = ["one", "three", "stopped"].map(|name| dir.path().join(name));
+    let kept = Settings { kv_cache: true, observation: everything(TargetShift::Outputs), ..tiny::settings(&[]) };
+    go("phi3", &kept, &one, 1, None).unwrap();
+    go("phi3", &kept, &three, 3, None).unwrap();
+    assert!(go("phi3", &kept, &stopped, 2, Some(6)).is_err());
+    go("phi3", &kept, &stopped, 2, None).unwrap();
+    assert!(weights(&one) == weights(&three) && weights(&one) == weights(&stopped));
+    let back = Checkpoint::open(&one).unwrap();
+    let spec = spec_of(&back).unwrap();
+    let windows = tiny::windows(&spec, 10, 24);
+    let (embedding, rope) =
+        (Embedding::load(&spec, &back).unwrap(), RopeTable::new(&spec.ropes, windows.length).unwrap());
+    // Of the first block's rounded weights, on the text itself.
+    let mut block = Block::load(&spec, 0, &back).unwrap();
+    let [k, v] = back.cache_scales("model.layers.0.self_attn").unwrap().unwrap();
+    block.set_cache(None);
+    let [mut most_k, mut most_v] = [0.0f32; 2];
+    for tokens in &windows.tokens {
+        let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
+        let [k, v] = block.cache_range(&x, &rope).unwrap();
+        (most_k, most_v) = (most_k.max(k), most_v.max(v));
+    }
+    assert!((k * 448.0 / most_k - 1.0).abs() < 0.02 && (v * 448.0 / most_v - 1.0).abs() < 0.02, "{k} {v}");
+    assert_eq!(back.names().filter(|n| n.ends_with(".k_scale") || n.ends_with(".v_scale")).count(), 2 * spec.layers);
+    for (format, case) in [("gptq", "llama-gqa"), ("gguf", "llama-gqa"), ("pack-quantized", "bert")] {
+        let refused = Settings { format: format.into(), ..kept.clone() };
+        assert!(matches!(Plan::new(&model(case), &refused), Err(Error::Cache { .. })), "{format} {case}");
+    }
 }
