@@ -74,7 +74,7 @@ fn main() {
     let seconds = time(|| drop(black_box(sweep(&w, &plain))));
     row("sweep without", seconds, (out * n * n) as f64 / 2.0, "GMAC/s", macs);
 
-    let linear = Linear { name: "x", weight: &w, shape: [out, n], scheme, amax: None };
+    let linear = Linear { name: "x", weight: &w, shape: [out, n], scheme, amax: None, input: 0.0 };
     let options = SolverOptions { descent_sweeps: 0, scale_refits: 0, ..SolverOptions::default() };
     let solve = |o: &SolverOptions| method("gptq").and_then(|m| m.solve(&[linear], Some(&h), o)).expect("solvable");
     let start = solve(&options).remove(0).quantized;

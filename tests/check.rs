@@ -6,7 +6,7 @@ mod support;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use support::{bitmill, books, copy_of_books, edit, failure, json, success};
+use support::{QUICK, bitmill, books, copy_of_books, edit, failure, json, success};
 
 fn quantized(dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
     let out = dir.join(name);
@@ -65,6 +65,26 @@ fn sound_outputs_pass() {
     let text = success(bitmill(["check"]).arg(dir.path().join("gptq")).args(["--loader", "transformers"]));
     assert!(text.contains("takes it, with the package gptqmodel"), "{text}");
     assert_eq!(broken(&dir.path().join("w4"), "vllm", &["--tensor-parallel", "2"]), []);
+}
+
+#[test]
+fn rounded_keys_and_values_need_scales() {
+    let dir = tempfile::tempdir().unwrap();
+    let out =
+        quantized(dir.path(), "kv", &["--scheme", "fp8", "--kv-cache", "fp8", QUICK[0], QUICK[1], QUICK[2], QUICK[3]]);
+    let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+    let cache = config["quantization_config"]["kv_cache_scheme"].clone();
+    assert_eq!((&cache["num_bits"], &cache["strategy"]), (&8.into(), &"tensor".into()));
+    for loader in ["vllm", "sglang", "transformers"] {
+        assert_eq!(broken(&out, loader, &[]), [], "{loader}");
+    }
+    // As plain numbers nothing is left of it; another folder that claims it lacks the scales.
+    let plain = dir.path().join("plain");
+    success(bitmill(["dequantize"]).arg(&out).arg("-o").arg(&plain));
+    assert_eq!(broken(&plain, "vllm", &["--original", books().to_str().unwrap()]), []);
+    let other = quantized(dir.path(), "other", &["--bits", "4"]);
+    edit(&other.join("config.json"), |config| config["quantization_config"]["kv_cache_scheme"] = cache);
+    breaks(&other, "vllm", &[], "cache", "model.layers.0.self_attn.k_scale is missing");
 }
 
 #[test]

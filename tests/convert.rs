@@ -8,7 +8,7 @@ use bitmill::checkpoint::{Checkpoint, Weight};
 use bitmill::scheme::Quantized;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use support::{assert_same, bitmill, books, contents, edit, failure, json, success};
+use support::{QUICK, assert_same, bitmill, books, contents, edit, failure, json, success};
 
 /// The repository's model, rounded with `flags`.
 fn quantized(dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
@@ -63,6 +63,12 @@ fn folders_return_byte_for_byte() {
         ("three", &["--bits", "3", "--group-size", "64"], &["gptq", "pack-quantized"]),
         ("nvfp4", &["--scheme", "nvfp4a16"], &["modelopt", "nvfp4-pack-quantized"]),
         ("fp8", &["--scheme", "fp8_block"], &["fp8", "float-quantized"]),
+        (
+            "inputs",
+            &["--scheme", "nvfp4", QUICK[0], QUICK[1], QUICK[2], QUICK[3]],
+            &["modelopt", "nvfp4-pack-quantized"],
+        ),
+        ("nf4", &["--scheme", "nf4"], &["bitsandbytes"]),
     ] {
         let from = quantized(dir.path(), name, flags);
         let steps = dir.path().join(format!("{name}-steps"));
@@ -252,4 +258,35 @@ fn places_and_previews() {
     assert!(!dir.path().join("third/quantize_config.json").exists());
     assert!(dir.path().join("third/model.safetensors.index.json").exists());
     assert_eq!(matrices(&dir.path().join("third")).len(), matrices(&from).len());
+}
+
+#[test]
+fn gpt_oss_becomes_plain_numbers_as_its_model_has_them() {
+    // transformers' own numbers of random blocks, by rows of the experts.
+    let dir = tempfile::tempdir().unwrap();
+    let (model, plain) = (dir.path().join("model"), dir.path().join("plain"));
+    std::fs::create_dir(&model).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/checkpoint/tests/golden/gpt_oss.safetensors");
+    std::fs::copy(golden, model.join("model.safetensors")).unwrap();
+    let config = serde_json::json!({
+        "model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    });
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    success(bitmill(["dequantize"]).arg(&model).arg("-o").arg(&plain).args(["--dtype", "bf16"]));
+    let (stored, back) = (Checkpoint::open(&model).unwrap(), Checkpoint::open(&plain).unwrap());
+    assert!(back.dialect().is_none());
+    for (stack, [experts, cols, rows]) in [("gate_up_proj", [3, 64, 8]), ("down_proj", [3, 32, 6])] {
+        let module = format!("model.layers.0.mlp.experts.{stack}");
+        assert_eq!(back.shape_of(&module).unwrap(), [experts, cols, rows]);
+        let values = |folder: &Checkpoint, name: &str| folder.tensor(name).unwrap().to_f32().unwrap();
+        let (got, by_rows) = (values(&back, &module), values(&stored, &format!("{module}.dequantized")));
+        let at = |e: usize, r: usize, c: usize| (got[(e * cols + c) * rows + r], by_rows[(e * rows + r) * cols + c]);
+        let all = (0..experts).flat_map(|e| (0..rows).flat_map(move |r| (0..cols).map(move |c| (e, r, c))));
+        assert!({ all }.all(|(e, r, c)| at(e, r, c).0 == at(e, r, c).1), "{stack}");
+    }
+    let said = failure(&mut convert(&model, &dir.path().join("packed"), "mxfp4-pack-quantized"), 1);
+    assert!(said.contains("stacks are written as plain numbers alone"), "{said}");
+    let text = books().join("evaluation.txt");
+    let said = failure(bitmill(["eval"]).arg(&model).arg("--text").arg(text), 1);
+    assert!(said.contains("gpt_oss") && said.contains("llama"), "{said}");
 }

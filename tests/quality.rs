@@ -77,7 +77,8 @@ fn a_packed_file_runs_as_the_codes_it_holds() {
             let weight = dense.weight(&module).unwrap();
             let scheme = packed.scheme_of(&module).unwrap();
             let values = weight.to_f32().unwrap();
-            let linear = Linear { name: &module, weight: &values, shape: weight.shape(), scheme, amax: None };
+            let linear =
+                Linear { name: &module, weight: &values, shape: weight.shape(), scheme, amax: None, input: 0.0 };
             let solved = method("rtn").unwrap().solve(&[linear], None, &SolverOptions::default()).unwrap();
             let [rows, cols] = weight.shape();
             let fake = Tensor::from_vec(solved[0].quantized.dequantize(), (rows, cols), &Device::Cpu).unwrap();
@@ -114,7 +115,7 @@ fn more_bits_lose_less() {
     let (values, h) = (weight.to_f32().unwrap(), stats.hessian());
     let loss = |name: &str, bits: u32, symmetric: bool| -> f64 {
         let scheme = Scheme::int(Bits::new(bits).unwrap(), symmetric, Granularity::Group(128));
-        let linear = Linear { name: module, weight: &values, shape: weight.shape(), scheme, amax: None };
+        let linear = Linear { name: module, weight: &values, shape: weight.shape(), scheme, amax: None, input: 0.0 };
         let solved = method(name).unwrap().solve(&[linear], Some(&h), &SolverOptions::default()).unwrap();
         bitmill::quantize::loss(&values, &solved[0].quantized.dequantize(), &h).iter().sum()
     };

@@ -13,7 +13,7 @@ class Case:
     format: str
     method: str = "--method rtn"
     rounds: bool = False
-    """Whether the folder asks for rounded activations."""
+    """Whether the folder asks for rounded activations, or keys and values."""
     by_way_of: tuple[str, ...] = ()
     """Formats that `bitmill convert` takes the folder through, one after the other, before `format`."""
 
@@ -23,11 +23,16 @@ GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": -1}
 
 
 FLOATS = {
+    "fp8": "float-quantized",
     "fp8_dynamic": "float-quantized",
     "fp8_block": "float-quantized",
     "nvfp4a16": "nvfp4-pack-quantized",
     "mxfp4a16": "mxfp4-pack-quantized",
     "mxfp8a16": "mxfp8-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "nf4": "bitsandbytes",
 }
 """Named schemes of floats, and the format each is written in."""
 
@@ -47,8 +52,12 @@ def table() -> list[Case]:
     calibrated = "--samples 16 --sequence-length 512"
     for scheme, format_ in FLOATS.items():
         for method in ("--method rtn", f"--method gptq {calibrated}"):
-            rounds = scheme in ("fp8_dynamic", "fp8_block")
+            rounds = not scheme.endswith("a16") and scheme != "nf4"
+            # What calibration says of inputs is needed whatever the method.
+            method = f"{method} {calibrated}" if scheme in ("fp8", "nvfp4") and calibrated not in method else method
             cases.append(Case(f"{scheme}, {method.split()[1]}", f"--scheme {scheme}", format_, method, rounds))
+    cache = f"--method rtn {calibrated}"
+    cases.append(Case("fp8 keys and values", "--scheme w8a16 --kv-cache fp8", "pack-quantized", cache, rounds=True))
     for bits, group in itertools.product((2, 3, 4, 8), GROUPS):
         options = f"--bits {bits} --group-size {GROUPS[group]} --format gptq"
         cases.append(Case(f"gptq w{bits} sym {group}", options, "gptq"))

@@ -42,7 +42,7 @@ START = 8
 """Positions of a window at whose logits few roundings have a part: without ties by construction chaos begins behind them."""
 START_CORRELATION = 0.99
 """Median at the start that FP8 must reach (it does to the eighth digit) where later positions are chaotic."""
-PEERS = ("torch", "transformers", "compressed-tensors", "gptqmodel")
+PEERS = ("torch", "transformers", "compressed-tensors", "gptqmodel", "bitsandbytes")
 
 
 @dataclass
@@ -136,6 +136,8 @@ def peer_logits(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> tor
         model, half = peers.load_gptq(folder)
         exact = all(torch.equal(half[m], w.half()) for m, w in meaning.items())
         outcome.expect(exact, "GPTQModel's f16 weights are not the definition rounded to f16")
+    elif case.format == "bitsandbytes":
+        model = peers.load_bitsandbytes(folder)
     elif peers.has_experts(tensors):
         model = peers.load_compressed_tensors(folder, dequantize=True)
     else:
@@ -181,10 +183,12 @@ def strip_rounding(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> 
     other = peers.logits(peers.load_compressed_tensors(folder, attention="eager"), bench.input_ids)
     rounded = Rounded(bench.ours(folder), theirs, other)
     config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
     for group in config["quantization_config"]["config_groups"].values():
         group["input_activations"] = None
         group["format"] = case.format
     (folder / "config.json").write_text(json.dumps(config))
+    peers.without_calibration(folder)
     return rounded
 
 

@@ -1,7 +1,8 @@
-"""Writes the golden files of crates/checkpoint: tensors packed by compressed-tensors, GPTQModel and AutoRound (for AWQ)
-themselves, and the weights those libraries read back from them. Every file records the versions that made it.
+"""Writes the golden files of crates/checkpoint: tensors packed by compressed-tensors, GPTQModel, AutoRound (for AWQ) and
+bitsandbytes themselves, and the weights those libraries (of gpt-oss's blocks, transformers) read back from them. Every file
+records the versions that made it.
 
-    python tools/reference/golden_formats.py [FOLDER, by default crates/checkpoint/tests/golden]
+    python tools/reference/golden_formats.py [FOLDER, by default crates/checkpoint/tests/golden] [PREFIX of the files wanted]
 """
 
 import json
@@ -135,6 +136,46 @@ def awq(cases, path):
     write(path, tensors, config, ("torch", "auto-round"))
 
 
+def bitsandbytes(nested, cases, path):
+    """Weights rounded to NF4 on the CPU, and what the library itself makes of the codes."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    generator = torch.Generator().manual_seed(13)
+    tensors = {}
+    for i, (block, (rows, cols)) in enumerate(cases):
+        weight = torch.randn((rows, cols), generator=generator) * 0.02
+        weight[0, :block] = 0.0
+        packed, state = quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type="nf4")
+        tensors[f"m{i}.weight"] = packed
+        for key, value in state.as_dict(packed=True).items():
+            tensors[f"m{i}.weight.{key}"] = value.contiguous()
+        tensors[f"m{i}.dequantized"] = dequantize_4bit(packed, state).contiguous()
+        if not nested:
+            tensors[f"m{i}.original"] = weight
+    config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
+    }
+    write(path, tensors, config, ("torch", "bitsandbytes"))
+
+
+def gpt_oss(path):
+    """Random blocks of two stacks of experts; transformers' numbers, with each expert the other way round, as it is stored."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(17)
+    tensors = {}
+    for name, (experts, rows, groups) in {"gate_up_proj": (3, 8, 2), "down_proj": (3, 6, 1)}.items():
+        module = f"model.layers.0.mlp.experts.{name}"
+        blocks = torch.randint(0, 256, (experts, rows, groups, 16), generator=generator, dtype=torch.uint8)
+        powers = torch.randint(115, 125, (experts, rows, groups), generator=generator, dtype=torch.uint8)
+        dense = convert_moe_packed_tensors(blocks, powers, dtype=torch.bfloat16)
+        tensors |= {f"{module}_blocks": blocks, f"{module}_scales": powers}
+        tensors[f"{module}.dequantized"] = dense.transpose(1, 2).reshape(experts * rows, groups * 32).contiguous()
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
+    write(path, tensors, config, ("torch", "transformers"))
+
+
 def write(path, tensors, quantization, libraries=LIBRARIES):
     versions = {name: version(name) for name in libraries}
     metadata = {"versions": json.dumps(versions), "config": json.dumps({"quantization_config": quantization})}
@@ -144,8 +185,19 @@ def write(path, tensors, quantization, libraries=LIBRARIES):
 
 def main():
     here = Path(__file__).resolve().parent
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parents[1] / "crates/checkpoint/tests/golden"
     out.mkdir(parents=True, exist_ok=True)
+    small = {
+        "bitsandbytes": lambda path: bitsandbytes(False, [(64, (6, 128)), (32, (3, 64))], path),
+        "bitsandbytes_nested": lambda path: bitsandbytes(True, [(32, (20, 512))], path),
+        "gpt_oss": gpt_oss,
+    }
+    for name, make in small.items():
+        if name.startswith(wanted):
+            make(out / f"{name}.safetensors")
+    if wanted:
+        return
     # Widths that fill no word, in both directions.
     pack = [(bits, sym, strategy, group, (5, 24) if bits % 2 else (9, 16))
             for bits in range(1, 9)

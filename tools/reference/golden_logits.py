@@ -1,4 +1,4 @@
-"""Golden logits of tiny random checkpoints (of encoders: hidden states), of models/books-10m, and the int8 rounding of
+"""Golden logits of tiny random checkpoints (of encoders: hidden states), of models/books-10m, and the rounding of
 activations.
 
 Writes crates/models/tests/golden/<case>/{config.json,model.safetensors,golden.safetensors}: the tests of bitmill-models
@@ -850,6 +850,44 @@ def write_int8():
     print(f"{'int8-activations':28} changed by at most {(x - output).abs().max():.3f}")
 
 
+FLOATS = {
+    "fp8": {"num_bits": 8, "strategy": "token", "dynamic": True},
+    "fp8-groups": {"num_bits": 8, "strategy": "group", "group_size": 128, "dynamic": True},
+    "fp8-static": {"num_bits": 8, "strategy": "tensor"},
+    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
+    "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+    "mxfp8": {"num_bits": 8, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+}
+"""How activations are rounded to floats."""
+STATIC_SCALE = 0.03125
+"""What calibration would say of the input of `fp8-static`, a part of which it clamps."""
+DIVISOR = 128.0
+"""The same of `nvfp4`."""
+
+
+def write_floats():
+    """Every rounding to floats, with zeros, ties, numbers so small that scales round to zero, and outliers."""
+    x = torch.randn((7, 256), generator=torch.Generator().manual_seed(8)) * 3
+    x[2] = 0.0
+    x[3] = torch.arange(256) * 0.25 - 32.0
+    x[4, :32] *= 1e-6
+    x[5, 3] = 1e3
+    outputs = {}
+    for name, fields in FLOATS.items():
+        args = QuantizationArgs(type="float", symmetric=True, **fields)
+        whole = torch.tensor([DIVISOR]) if name == "nvfp4" else None
+        scale, zero = torch.tensor([STATIC_SCALE]), None
+        if args.dynamic:
+            scale, zero = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module(), global_scale=whole)
+        outputs[name] = fake_quantize(x[None], scale, zero, args, global_scale=whole)[0].contiguous()
+    folder = GOLDEN / "float-activations"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = {"source": "tools/reference/golden_logits.py", "scale": str(STATIC_SCALE), "divisor": str(DIVISOR)}
+    save_file({"input": x, **outputs}, folder / "golden.safetensors", metadata=VERSIONS | source)
+    changes = ", ".join(f"{name} {(x - output).abs().max():.3f}" for name, output in outputs.items())
+    print(f"{'float-activations':28} changed by at most {changes}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -867,4 +905,5 @@ if __name__ == "__main__":
         write_books()
         write_int8()
         write_vit()
+        write_floats()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

@@ -1,12 +1,13 @@
 """How other tools read a quantized folder, and what its tensors mean by definition.
 
-Two loaders, each the peer's own, on the CPU and in f32:
+Three loaders, each the peer's own, on the CPU and in f32:
 
 * compressed-tensors folders go through transformers' `AutoModelForCausalLM.from_pretrained`. Modules hold the stored
   tensors until the first forward pass, which decompresses them; `f32` there means that scales are widened first. 4-bit
   floats and powers of two as scales become bf16 whatever is asked for, which holds them exactly: see `logits`.
 * GPTQ folders go through GPTQModel, whose kernels take only 16-bit activations. Every linear's weight is therefore asked
   from GPTQModel's own `dequantize_weight` with the scales widened to f32, and runs in a plain f32 transformers model.
+* bitsandbytes folders go through transformers as well, whose linears are bitsandbytes' own, computing in f32.
 
 `definition` is a third, independent reading: bits straight from the file, as the formats' documents describe them.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 FLOATS = ("float-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -71,6 +72,8 @@ def modules(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
             found[module] = "pack-quantized"
         elif kind == "qweight":
             found[module] = "gptq"
+        elif kind == "weight" and f"{name}.absmax" in tensors:
+            found[module] = "bitsandbytes"
         elif kind == "weight" and tensor.dtype == torch.int8:
             found[module] = "naive-quantized"
         elif kind == "weight" and tensor.dtype == torch.float8_e4m3fn:
@@ -117,6 +120,12 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
         zeros = unpack(part("qzeros"), bits, out).T + 1
         scales, group_of = part("scales").T.float(), part("g_idx").long()
         return (scales[:, group_of] * (codes - zeros[:, group_of]).float()).contiguous()
+    if (absmax := part("weight.absmax")) is not None:
+        state = json.loads(part("weight.quant_state.bitsandbytes__nf4").numpy().tobytes())
+        packed = part("weight").flatten()
+        codes = torch.stack((packed >> 4, packed & 15), dim=-1).long()
+        values = part("weight.quant_map")[codes].reshape(-1, state["blocksize"]) * absmax[:, None]
+        return values.reshape(state["shape"])
     weights = next(iter(config["config_groups"].values()))["weights"]
     if weights["type"] == "float":
         return float_definition(tensors, module, weights)
@@ -139,14 +148,15 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
 
 def flip_code(folder: Path, copy: Path) -> str:
     """Copies the folder and flips one bit, the highest of the first code of one matrix (of a float, the one behind the
-    sign, which a zero would hide); returns the tensor's name.
+    sign, which a zero would hide; of bitsandbytes, whose first code is the high half of a byte, the byte's); returns the
+    tensor's name.
 
     The matrix is the last quantized one that writes to the residual stream, where one weight is sure to be seen.
     """
     shutil.copytree(folder, copy)
     config = quantization_config(folder)
-    weights = {} if "bits" in config else next(iter(config["config_groups"].values()))["weights"]
-    bits = config.get("bits") or weights["num_bits"]
+    weights = next(iter(config["config_groups"].values()))["weights"] if "config_groups" in config else {}
+    bits = config.get("bits") or weights.get("num_bits", 8)
     bit = bits - 2 if weights.get("type") == "float" else bits - 1
     for shard in sorted(copy.glob("*.safetensors"), reverse=True):
         with safe_open(shard, "pt") as file:
@@ -208,6 +218,16 @@ def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: b
     return model.eval()
 
 
+def load_bitsandbytes(folder: Path) -> PreTrainedModel:
+    """The folder as transformers and bitsandbytes load it; the linears compute in f32."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+    for linear in (module for module in model.modules() if isinstance(module, Linear4bit)):
+        linear.compute_dtype = torch.float32
+    return model
+
+
 def load_gptq(folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """An f32 model on the weights that GPTQModel's kernels hold, and those kernels' own 16-bit weights by module."""
     from gptqmodel import BACKEND, GPTQModel
@@ -241,7 +261,12 @@ def parameter(model: PreTrainedModel, module: str) -> torch.Tensor:
     """The weight that a model in memory has for a module of the folder: itself, or a part of stacked experts."""
     block, experts, rest = module.partition(".block_sparse_moe.experts.")
     if not experts:
-        return model.get_submodule(module).weight
+        weight = model.get_submodule(module).weight
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, state)
+        return weight
     expert, _, part = rest.partition(".")
     stacks = model.get_submodule(f"{block}.mlp.experts")
     if part == "w2":
@@ -254,6 +279,8 @@ def load(folder: Path) -> PreTrainedModel:
     method = quantization_config(folder).get("quant_method")
     if method == "gptq":
         return load_gptq(folder)[0]
+    if method == "bitsandbytes":
+        return load_bitsandbytes(folder)
     if method is not None:
         return load_compressed_tensors(folder, dequantize=has_experts(stored(folder)))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -269,3 +296,11 @@ def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
             model(input_ids[:1, :1])
             torch.nn.Module.float(model)  # transformers refuses its own for quantized models
         return torch.cat([model(window[None]).logits.float() for window in input_ids])
+
+
+def without_calibration(folder: Path) -> None:
+    """Takes what calibration says of inputs, keys and values out of a folder: loaders refuse what they have no place for."""
+    spare = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({name: t for name, t in tensors.items() if not name.endswith(spare)}, shard, metadata={"format": "pt"})

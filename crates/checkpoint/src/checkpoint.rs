@@ -5,7 +5,7 @@ use crate::gguf::{self, Gguf, Storage};
 use crate::shard::Shard;
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
-use bitmill_scheme::{Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Inputs, Quantized, ScaleType, Scheme};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -14,6 +14,8 @@ use std::path::{Component, Path, PathBuf};
 const CONFIG: &str = "config.json";
 /// The only shard of a small model.
 pub(crate) const SINGLE: &str = "model.safetensors";
+/// Suffixes of the scales of keys and values.
+pub const CACHE_SCALES: [&str; 2] = ["k_scale", "v_scale"];
 /// Maps tensor names to shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
@@ -26,6 +28,8 @@ pub struct Checkpoint {
     /// Shard of every tensor.
     place: BTreeMap<String, usize>,
     dialect: Option<Dialect>,
+    /// Experts in the matrices that hold several, one below the other.
+    stacks: BTreeMap<String, usize>,
     /// Header of the GGUF file it is, where it is one.
     gguf: Option<Gguf>,
 }
@@ -162,6 +166,7 @@ impl Checkpoint {
 
     fn assemble(dir: PathBuf, config: Value, mut shards: Vec<Shard>) -> Result<Self, Error> {
         crate::experts::unstack(&config, &mut shards);
+        let stacks = crate::experts::stacked_blocks(&config, &mut shards);
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             for name in shard.tensors.keys() {
@@ -172,7 +177,7 @@ impl Checkpoint {
             }
         }
         let dialect = Dialect::of(&config)?;
-        Ok(Checkpoint { dir, config, shards, place, dialect, gguf: None })
+        Ok(Checkpoint { dir, config, shards, place, dialect, stacks, gguf: None })
     }
 
     /// The header of the GGUF file this is; `None` for a folder.
@@ -257,8 +262,60 @@ impl Checkpoint {
             return dialect.scheme_of(module);
         }
         let scales = self.spec(&format!("{module}.{}", format.scales()))?;
-        let scheme = dialect.scheme_of(module)?;
-        Some(scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale)))
+        Some(format.seen(dialect.scheme_of(module)?, codes, scales))
+    }
+
+    /// How the input of the linear `module` is rounded at run time.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] where a number of calibration's is asked for and missing; [`Error::Damaged`] where it is no number
+    /// that can be divided by.
+    pub fn inputs(&self, module: &str) -> Result<Inputs, Error> {
+        let rule = self.dialect.as_ref().and_then(|d| Some((d.format_of(module)?, d.scheme_of(module)?)));
+        let Some((format, scheme)) = rule else { return Ok(Inputs::FULL) };
+        let input = format.input(module, &scheme, self)?;
+        if input.is_some_and(|input| !(input.is_finite() && input > 0.0)) {
+            let (module, source) = (module.to_owned(), bitmill_scheme::Error::Input(input));
+            return Err(Error::Damaged { module, dir: self.dir.clone(), source });
+        }
+        Ok(Inputs { activations: scheme.activations, stored: input.unwrap_or(1.0) })
+    }
+
+    /// The scales that keys and values of the module `attention` are rounded with, as E4M3 numbers times a scale; `None` where
+    /// they are left as they are.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] where one is missing (loaders would take 1); [`Error::Shape`] where it is no number above zero.
+    pub fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        if !self.dialect.as_ref().is_some_and(Dialect::rounds_cache) {
+            return Ok(None);
+        }
+        let [k, v] = CACHE_SCALES.map(|suffix| {
+            let view = self.tensor(&format!("{attention}.{suffix}"))?;
+            match view.to_f32()?[..] {
+                [scale] if scale.is_finite() && scale > 0.0 => Ok(scale),
+                _ => Err(view.wrong_shape("[1], a number above zero,")),
+            }
+        });
+        Ok(Some([k?, v?]))
+    }
+
+    /// The experts that the quantized matrix of `module` holds, one below the other, as those of gpt-oss do; plain numbers are
+    /// stored as `module` `[experts, in, out]` there. `None` for other matrices.
+    #[must_use]
+    pub fn stacked(&self, module: &str) -> Option<usize> {
+        self.stacks.get(module).copied()
+    }
+
+    /// The quantized module that the tensor `name` is a part of, its bias aside; `None` for other tensors.
+    #[must_use]
+    pub fn module_of<'n>(&self, name: &'n str) -> Option<&'n str> {
+        // The parts of bitsandbytes hang below `weight`.
+        let module = match name.split_once(".weight.") {
+            Some((module, _)) => module,
+            None => name.rsplit_once('.').filter(|(_, part)| *part != "bias")?.0,
+        };
+        self.scheme_of(module).map(|_| module)
     }
 
     /// The weight of the linear `module`, for example `model.layers.0.self_attn.q_proj`. What is stored decides: a

@@ -15,6 +15,8 @@ use serde_json::Value;
 pub struct Dialect {
     format: &'static dyn Format,
     rules: Vec<Rule>,
+    /// Whether keys and values are rounded, too.
+    cache: bool,
 }
 
 /// What holds for the modules that match a target; the first rule that matches decides.
@@ -56,18 +58,29 @@ impl Dialect {
                 return Ok(Some(dialect));
             }
         }
-        let known = "compressed-tensors, gptq, awq, modelopt, fp8".to_owned();
+        let known = "compressed-tensors, gptq, awq, modelopt, fp8, mxfp4, bitsandbytes".to_owned();
         Err(Error::UnknownFormat { key: "quant_method", got: method.to_owned(), known })
     }
 
     pub(crate) fn new(format: &'static dyn Format, rules: Vec<Rule>) -> Self {
-        Dialect { format, rules }
+        Dialect { format, rules, cache: false }
+    }
+
+    /// The same where keys and values are rounded to 8-bit floats, or are not.
+    pub(crate) fn with_cache(self, cache: bool) -> Self {
+        Dialect { cache, ..self }
+    }
+
+    /// Whether keys and values are kept as 8-bit floats, under scales that [`crate::Checkpoint::cache_scales`] reads.
+    #[must_use]
+    pub fn rounds_cache(&self) -> bool {
+        self.cache
     }
 
     /// The dialect in which each module of `rules` has its own scheme under `format`, and others are dense.
     pub(crate) fn by_name(format: &'static dyn Format, rules: Vec<(String, Scheme)>) -> Self {
         let rule = |(name, scheme)| Rule { target: Target::Name(name), outcome: Some((format, scheme)) };
-        Dialect { format, rules: rules.into_iter().map(rule).collect() }
+        Dialect::new(format, rules.into_iter().map(rule).collect())
     }
 
     /// The format of the folder; of its first group where groups differ.

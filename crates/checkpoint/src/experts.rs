@@ -6,9 +6,11 @@
 //! other way round, `[experts, hidden, 2 · width]` and `[experts, width, hidden]`: their matrices are read from columns.
 //! Those of other architectures that lie so are left as they are, since it is not known how their columns are dealt out.
 
+use crate::formats::gpt_oss;
 use crate::shard::Shard;
 use crate::tensor::is_dense;
 use crate::{Order, TensorSpec};
+use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -20,6 +22,10 @@ const DOWN: &str = ".experts.down_proj";
 
 /// Architectures whose stacks lie in columns.
 const LLAMA4: [&str; 2] = ["llama4", "llama4_text"];
+
+/// Suffixes of stacks of 4-bit numbers.
+const BLOCKS: &str = "_blocks";
+const SCALES: &str = "_scales";
 
 /// What stands before the experts of a block and before its router in memory, and on the hub.
 const MIXTRAL: [&str; 2] = [".mlp", ".block_sparse_moe"];
@@ -51,6 +57,38 @@ pub(crate) fn unstack(config: &Value, shards: &mut [Shard]) {
             }
         }
     }
+}
+
+/// Gives the experts of gpt-oss, `X_blocks` U8 `[experts, out, in/32, 16]` and `X_scales` U8 `[experts, out, in/32]`, the
+/// names and shapes of one matrix `[experts · out, in]` of compressed-tensors' `mxfp4-pack-quantized`, `X.weight_packed` and
+/// `X.weight_scale`, whose bytes they are. Returns the number of experts of every `X`.
+pub(crate) fn stacked_blocks(config: &Value, shards: &mut [Shard]) -> BTreeMap<String, usize> {
+    if config["quantization_config"]["quant_method"] != gpt_oss::METHOD {
+        return BTreeMap::new();
+    }
+    let specs = || shards.iter().flat_map(|shard| shard.tensors.values()).map(|(spec, _)| spec);
+    let scales: BTreeMap<&str, &[usize]> = specs()
+        .filter(|spec| spec.dtype == Dtype::U8)
+        .filter_map(|spec| Some((spec.name.strip_suffix(SCALES)?, &spec.shape[..])))
+        .collect();
+    let stack = |spec: &TensorSpec| {
+        let module = spec.name.strip_suffix(BLOCKS).filter(|_| spec.dtype == Dtype::U8)?;
+        let &[experts, out, groups, 16] = &spec.shape[..] else { return None };
+        let whole = scales.get(module) == Some(&&[experts, out, groups][..]) && ![experts, out, groups].contains(&0);
+        whole.then(|| (module.to_owned(), experts))
+    };
+    let stacks: BTreeMap<String, usize> = specs().filter_map(stack).collect();
+    for shard in shards {
+        for module in stacks.keys() {
+            for (suffix, part) in [(BLOCKS, "weight_packed"), (SCALES, "weight_scale")] {
+                let Some((spec, range)) = shard.tensors.remove(&format!("{module}{suffix}")) else { continue };
+                let (name, row) = (format!("{module}.{part}"), spec.shape[2..].iter().product());
+                let spec = TensorSpec::new(name.clone(), spec.dtype, vec![spec.shape[0] * spec.shape[1], row]);
+                shard.tensors.insert(name, (spec, range));
+            }
+        }
+    }
+    stacks
 }
 
 /// The blocks whose experts are stacked as is understood, by rows or by columns.

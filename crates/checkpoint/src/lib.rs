@@ -21,10 +21,10 @@ mod shard;
 mod space;
 mod tensor;
 
-pub use checkpoint::{Checkpoint, Weight};
+pub use checkpoint::{CACHE_SCALES, Checkpoint, Weight};
 pub use dialect::Dialect;
 pub use error::Error;
-pub use formats::{FORMATS, Format, GGUF, default_format, format};
+pub use formats::{FORMATS, Format, GGUF, cache_scheme, default_format, format};
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;

@@ -102,6 +102,31 @@ fn exceptions_of_awq_are_parts_of_names() {
 }
 
 #[test]
+fn presets_and_arguments_say_how_inputs_are_rounded() {
+    for (preset, name) in [("FP8", "fp8"), ("NVFP4", "nvfp4"), ("MXFP4", "mxfp4"), ("MXFP8", "mxfp8")] {
+        let scheme = bitmill_scheme::scheme(name).unwrap();
+        let own = bitmill_checkpoint::format(bitmill_checkpoint::default_format(&scheme)).unwrap();
+        let config = own.config(&[("x".to_owned(), scheme)].into(), &[]).unwrap();
+        assert_eq!(read(config.clone()).unwrap().unwrap().scheme_of("x"), Some(scheme), "{name}");
+        let short =
+            json!({"quant_method": "compressed-tensors", "format": own.name(), "config_groups": {preset: ["Linear"]}});
+        assert_eq!(read(short).unwrap().unwrap().scheme_of("x"), Some(scheme), "{preset}");
+        // As the library writes it out, with what it leaves at its defaults.
+        let mut full = config.clone();
+        let inputs = &mut full["config_groups"]["group_0"]["input_activations"];
+        inputs["observer"] = json!("static_minmax");
+        inputs["zp_dtype"] = json!(null);
+        inputs["actorder"] = json!(null);
+        assert_eq!(read(full.clone()).unwrap().unwrap().scheme_of("x"), Some(scheme), "{name}");
+        full["config_groups"]["group_0"]["input_activations"]["num_bits"] = json!(3);
+        let refused = read(full).unwrap_err().to_string();
+        assert!(refused.contains("config_groups.group_0.input_activations"), "{refused}");
+    }
+    let modelopt = json!({"quant_method": "modelopt", "quant_algo": "NVFP4"});
+    assert_eq!(read(modelopt).unwrap().unwrap().scheme_of("x"), bitmill_scheme::scheme("nvfp4"));
+}
+
+#[test]
 fn exceptions_of_modelopt_and_fine_grained_fp8() {
     let modelopt =
         json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head", "*self_attn*"]});
@@ -188,7 +213,7 @@ fn what_is_not_read_is_named() {
         (awq(json!({"zero_point": false})), "zero_point is false"),
         (awq(json!({"group_size": 0})), "group_size is 0"),
         (awq(json!({"modules_to_not_convert": [7]})), "modules_to_not_convert is 7"),
-        (json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}), "rounding inputs to 4-bit floats"),
+        (json!({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}), "NVFP4 and W4A16_NVFP4 are read"),
         (json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "kv_cache_scheme": {}}), "kv_cache_scheme"),
         (json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": 32}), "groups of 16"),
         (json!({"quant_method": "fp8", "activation_scheme": "static"}), "activation_scheme is \"static\""),
@@ -205,7 +230,10 @@ fn what_is_not_read_is_named() {
         (ct(json!({"format": null})), "format is null"),
         (ct(json!({"config_groups": []})), "config_groups is []"),
         (ct(json!({"config_groups": {}})), "no group quantizes weights"),
-        (ct(json!({"config_groups": {"NVFP4": ["Linear"]}})), "config_groups \"NVFP4\""),
+        (ct(json!({"config_groups": {"MXFP6": ["Linear"]}})), "config_groups \"MXFP6\""),
+        (json!({"quant_method": "bitsandbytes", "load_in_4bit": true}), "bnb_4bit_quant_type is missing"),
+        (json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "load_in_4bit is missing"),
+        (json!({"quant_method": "mxfp4", "modules_to_not_convert": [7]}), "modules_to_not_convert is 7"),
         (ct(json!({"config_groups": {"W9A16": ["Linear"]}})), "config_groups \"W9A16\""),
         (ct(json!({"kv_cache_scheme": {"num_bits": 8}})), "kv_cache_scheme"),
         (ct(json!({"transform_config": {"config_groups": {"r": {}}}})), "transform_config"),

@@ -64,6 +64,7 @@ fn random(kind: BlockType, shape: [usize; 2], random: &mut Random) -> Quantized 
             .map(|i| random.below(u32::from(form.max_integer(i % form.integers())) + 1) as u8)
             .collect(),
         group_of: vec![],
+        input: None,
     };
     q.validate().unwrap();
     q

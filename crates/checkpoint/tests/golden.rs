@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
 use bitmill_checkpoint::{Checkpoint, Weight, format};
+use bitmill_scheme::{Fit, Grid, Quantized};
 use serde_json::Value;
 use std::path::Path;
 
@@ -29,9 +30,13 @@ fn libraries_agree_on_every_byte() {
             let expected = checkpoint.tensor(&format!("{module}.dequantized")).unwrap().to_f32().unwrap();
             assert_eq!(q.dequantize(), expected, "{} {module} {}", file.display(), q.scheme);
 
-            // What is only read (zero points of 0 in version 1 of GPTQ) is not encoded.
+            if let Ok(original) = checkpoint.tensor(&format!("{module}.original")) {
+                rounds_alike(&q, &original.to_f32().unwrap());
+            }
+            // What is only read (zero points of 0 in version 1 of GPTQ, scales that are rounded themselves) is not encoded.
             let format = checkpoint.dialect().unwrap().format_of(module).unwrap();
-            if format.holds(module, &q).is_ok() {
+            let nested = checkpoint.contains(&format!("{module}.weight.nested_absmax"));
+            if !nested && format.holds(module, &q).is_ok() {
                 for (spec, payload) in format.layout(module, &q.scheme, q.shape).iter().zip(format.encode(module, &q)) {
                     let tensor = checkpoint.tensor(&spec.name).unwrap();
                     assert_eq!((tensor.dtype, tensor.shape), (spec.dtype, &spec.shape[..]), "{}", spec.name);
@@ -41,4 +46,21 @@ fn libraries_agree_on_every_byte() {
         }
     }
     assert!(format("gptq").is_some());
+}
+
+/// The library's codes are those of our grid under its scale, which is that of the range.
+fn rounds_alike(q: &Quantized, original: &[f32]) {
+    let grid = q.scheme.float_grid(1.0).unwrap();
+    let len = q.scheme.group_len(q.shape[1]);
+    for (i, (w, codes)) in original.chunks(len).zip(q.codes.chunks(len)).enumerate() {
+        let params = grid.fit(w, Fit::MinMax);
+        // Of nothing but zeros any scale will do; the library has 0.
+        assert!(
+            params.scale == q.scales[i] || w.iter().all(|&w| w == 0.0),
+            "block {i}: {} {}",
+            params.scale,
+            q.scales[i]
+        );
+        assert!(w.iter().zip(codes).all(|(&w, &code)| grid.nearest(w, params) == code), "block {i}");
+    }
 }

@@ -123,6 +123,14 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                 "gptq_v2" if !scheme.symmetric() => shape[1] as f64 * 4.0,
                 // Constant zero points as well.
                 "gptq" | "gptq_v2" => groups * shape[0] as f64 * bits / 8.0 + shape[1] as f64 * 4.0,
+                // The table of numbers, and what is said in words.
+                "bitsandbytes" => {
+                    let block = scheme.group_len(shape[1]);
+                    let said = format!(
+                        r#"{{"quant_type": "nf4", "blocksize": {block}, "dtype": "float32", "shape": [64, 128]}}"#
+                    );
+                    64.0 + said.len() as f64
+                }
                 other => panic!("what {other} adds is not known"),
             };
             let mapped = matches!(scheme.granularity, Granularity::Mapped(_)) && !format.name().starts_with("gptq");
@@ -144,6 +152,8 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
     let gptq = w4.with_scale(ScaleType::F16);
     let fp8 = Scheme { activations: Activations::Full, ..bitmill_scheme::scheme("fp8_dynamic").unwrap() };
     let nvfp4 = bitmill_scheme::scheme("nvfp4a16").unwrap();
+    let named = |name: &str| bitmill_scheme::scheme(name).unwrap();
+    let (nf4, mxfp4) = (named("nf4"), named("mxfp4"));
     let five = Scheme::int(Bits::new(5).unwrap(), true, Granularity::Channel).with_scale(ScaleType::F16);
     for (name, scheme, shape, words) in [
         (
@@ -183,6 +193,19 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
         ("nvfp4-pack-quantized", Scheme { granularity: Granularity::Group(32), ..nvfp4 }, [128, 32], "per 16 inputs"),
         ("mixed-precision", Scheme::block(BlockType::Q4K), [128, 256], "write a .gguf file"),
         ("gptq", fp8, [128, 128], "gptq cannot store fp8 channel"),
+        ("bitsandbytes", w4, [128, 128], "choose --scheme nf4"),
+        ("bitsandbytes", nf4, [128, 96], "group size 64 does not divide the input width 96"),
+        ("bitsandbytes", Scheme { granularity: Granularity::Group(16), ..nf4 }, [128, 32], "blocks are of 32 to 4096"),
+        ("float-quantized", nf4, [128, 128], "use bitsandbytes"),
+        ("pack-quantized", nf4, [128, 128], "use bitsandbytes for floats"),
+        ("mixed-precision", nf4, [128, 128], "compressed-tensors does not store such numbers"),
+        ("nvfp4-pack-quantized", mxfp4, [128, 128], "use mxfp4-pack-quantized"),
+        (
+            "mxfp4-pack-quantized",
+            Scheme { activations: Activations::Nvfp4, ..mxfp4 },
+            [128, 128],
+            "no kernel for such inputs",
+        ),
         ("awq", fp8, [128, 128], "awq cannot store fp8 channel"),
     ] {
         let error = format(name).unwrap().check("down", &scheme, shape).unwrap_err();

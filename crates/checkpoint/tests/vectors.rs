@@ -5,7 +5,7 @@
 mod support;
 
 use bitmill_checkpoint::{Checkpoint, Dtype, Error, Weight, format};
-use bitmill_scheme::{Activations, Bits, Granularity, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, Granularity, Inputs, Quantized, ScaleType, Scheme};
 use serde_json::{Value, json};
 use support::{as_words, open, words};
 
@@ -18,7 +18,15 @@ fn row(bits: u32, signed: &[i32]) -> Quantized {
     let half = 1 << (bits - 1);
     let codes = signed.iter().map(|q| (q + half) as u8).collect();
     let scheme = scheme(bits, true, Granularity::Channel);
-    Quantized { scheme, shape: [1, signed.len()], codes, scales: vec![1.0], zeros: vec![], group_of: vec![] }
+    Quantized {
+        scheme,
+        shape: [1, signed.len()],
+        codes,
+        scales: vec![1.0],
+        zeros: vec![],
+        group_of: vec![],
+        input: None,
+    }
 }
 
 fn read(checkpoint: &Checkpoint, module: &str) -> Quantized {
@@ -42,7 +50,15 @@ fn compressed_tensors_words() {
     }
     let zeros = [-8i32, -4, 0, 3, 7, -1, 1, 2].map(|z| (z + 8) as u8).to_vec();
     let scheme = scheme(4, false, Granularity::Channel);
-    let q = Quantized { scheme, shape: [8, 8], codes: vec![0; 64], scales: vec![1.0; 8], zeros, group_of: vec![] };
+    let q = Quantized {
+        scheme,
+        shape: [8, 8],
+        codes: vec![0; 64],
+        scales: vec![1.0; 8],
+        zeros,
+        group_of: vec![],
+        input: None,
+    };
     assert_eq!(as_words(&pack.encode("m", &q)[3]), [0xa97fb840]);
 }
 
@@ -52,7 +68,15 @@ fn float_bytes() {
     let codes = [0u8, 1, 10, 3, 4, 13, 6, 15].repeat(2);
     let bytes = [0x10u8, 0x3a, 0xd4, 0xf6].repeat(2);
     let scheme = bitmill_scheme::scheme("nvfp4a16").unwrap();
-    let q = Quantized { scheme, shape: [1, 16], codes, scales: vec![224.0, 896.0], zeros: vec![], group_of: vec![] };
+    let q = Quantized {
+        scheme,
+        shape: [1, 16],
+        codes,
+        scales: vec![224.0, 896.0],
+        zeros: vec![],
+        group_of: vec![],
+        input: None,
+    };
     q.validate().unwrap();
     let payloads = format("nvfp4-pack-quantized").unwrap().encode("m", &q);
     assert_eq!(payloads, [bytes.clone(), vec![0x76], 896.0f32.to_le_bytes().to_vec()]);
@@ -74,16 +98,61 @@ fn float_bytes() {
 
     let scheme = bitmill_scheme::scheme("mxfp4a16").unwrap();
     let (codes, bytes) = (q.codes.repeat(2), bytes.repeat(2));
-    let q = Quantized { scheme, shape: [1, 32], codes, scales: vec![0.25], zeros: vec![], group_of: vec![] };
+    let q =
+        Quantized { scheme, shape: [1, 32], codes, scales: vec![0.25], zeros: vec![], group_of: vec![], input: None };
     q.validate().unwrap();
     assert_eq!(format("mxfp4-pack-quantized").unwrap().encode("m", &q), [bytes, vec![125]]);
 
     let scheme = Scheme { activations: Activations::Full, ..bitmill_scheme::scheme("fp8_dynamic").unwrap() };
     // −448, 1, 2^−9 and −0 are the bytes fe, 38, 01 and 80.
     let codes = vec![0xfe, 0x38, 0x01, 0x80];
-    let q = Quantized { scheme, shape: [1, 4], codes, scales: vec![2.0], zeros: vec![], group_of: vec![] };
+    let q = Quantized { scheme, shape: [1, 4], codes, scales: vec![2.0], zeros: vec![], group_of: vec![], input: None };
     assert_eq!(format("float-quantized").unwrap().encode("m", &q), [q.codes.clone(), vec![0x00, 0x40]]);
     assert_eq!(q.dequantize(), [-896.0, 2.0, 2.0f32.powi(-8), -0.0]);
+}
+
+#[test]
+fn what_calibration_says_of_inputs() {
+    let number = |value: f32| value.to_le_bytes().to_vec();
+    let of = |name: &str, shape, codes, scales, input| {
+        let scheme = bitmill_scheme::scheme(name).unwrap();
+        let q = Quantized { scheme, shape, codes, scales, zeros: vec![], group_of: vec![], input: Some(input) };
+        q.validate().unwrap();
+        q
+    };
+    // A scale per tensor, and the scale of inputs, which the library multiplies by, too.
+    let fp8 = of("fp8", [1, 4], vec![0xfe, 0x38, 0x01, 0x80], vec![2.0], 0.03125);
+    let format_of = |name: &str| format(name).unwrap();
+    let payloads = format_of("float-quantized").encode("m", &fp8);
+    assert_eq!(payloads, [fp8.codes.clone(), vec![0x00, 0x40], number(0.03125)]);
+    // NVFP4 divides by it, ModelOpt multiplies.
+    let nvfp4 = of("nvfp4", [1, 16], vec![1; 16], vec![128.0, 512.0], 64.0);
+    let payloads = format_of("nvfp4-pack-quantized").encode("m", &nvfp4);
+    assert_eq!(payloads[2..], [number(512.0), number(64.0)]);
+    let names: Vec<String> = format_of("nvfp4-pack-quantized")
+        .layout("m", &nvfp4.scheme, nvfp4.shape)
+        .into_iter()
+        .map(|spec| format!("{} {:?}", spec.name, spec.shape))
+        .collect();
+    assert_eq!(names[2..], ["m.weight_global_scale [1]", "m.input_global_scale [1]"]);
+    let modelopt = format_of("modelopt");
+    assert_eq!(modelopt.encode("m", &nvfp4)[2..], [number(1.0 / 512.0), number(1.0 / 64.0)]);
+    assert_eq!(modelopt.layout("m", &nvfp4.scheme, nvfp4.shape)[3].name, "m.input_scale");
+    let odd = Quantized { input: Some(896.0), ..nvfp4.clone() };
+    assert!(modelopt.holds("m", &odd).unwrap_err().to_string().contains("the reciprocal of 896"));
+    // Without it there is nothing to round by, and zero is nothing either.
+    let config = format_of("float-quantized").config(&[("m".to_owned(), fp8.scheme)].into(), &[]).unwrap();
+    let weight: [(&str, Dtype, &[usize], Vec<u8>); 2] = [
+        ("m.weight", Dtype::F8_E4M3, &[1, 4], fp8.codes.clone()),
+        ("m.weight_scale", Dtype::BF16, &[1], vec![0x00, 0x40]),
+    ];
+    let lacking = open(config.clone(), &weight);
+    assert!(matches!(lacking.inputs("m"), Err(Error::NoTensor { tensor, .. }) if tensor == "m.input_scale"));
+    let with = |scale| [weight[0].clone(), weight[1].clone(), ("m.input_scale", Dtype::F32, &[1][..], number(scale))];
+    let stored = open(config.clone(), &with(0.5));
+    assert_eq!(stored.inputs("m").unwrap(), Inputs { activations: Activations::StaticFp8, stored: 0.5 });
+    let nothing = open(config, &with(0.0)).inputs("m").unwrap_err().to_string();
+    assert!(nothing.contains("the scale of its inputs is 0"), "{nothing}");
 }
 
 #[test]
@@ -92,7 +161,7 @@ fn awq_words() {
     // Output o of input 0 is o, of input 1 all zeros; zero points count down.
     let codes = (0..8).flat_map(|o| [o, 0]).collect();
     let zeros = (8..16).rev().collect();
-    let q = Quantized { scheme, shape: [8, 2], codes, scales: vec![1.0; 8], zeros, group_of: vec![] };
+    let q = Quantized { scheme, shape: [8, 2], codes, scales: vec![1.0; 8], zeros, group_of: vec![], input: None };
     let payloads = format("awq").unwrap().encode("m", &q);
     assert_eq!(as_words(&payloads[0]), [0x75316420, 0]);
     assert_eq!(as_words(&payloads[1]), [0x8ace9bdf]);
@@ -114,7 +183,15 @@ fn gptq_words() {
         let mut codes = vec![0u8; 32 * 32];
         (0..32).for_each(|i| codes[32 + i] = (i as u32 % max) as u8);
         let scheme = scheme(bits, true, Granularity::Channel).with_scale(ScaleType::F16);
-        let q = Quantized { scheme, shape: [32, 32], codes, scales: vec![1.0; 32], zeros: vec![], group_of: vec![] };
+        let q = Quantized {
+            scheme,
+            shape: [32, 32],
+            codes,
+            scales: vec![1.0; 32],
+            zeros: vec![],
+            group_of: vec![],
+            input: None,
+        };
         let payloads = gptq.encode("m", &q);
         let packed = as_words(&payloads[0]);
         let column: Vec<u32> = packed.iter().skip(1).step_by(32).copied().collect();

@@ -109,9 +109,7 @@ fn folder_kinds(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, Kind
         add(&mut kinds, scheme.clone(), *weights, bytes);
     }
     for name in checkpoint.names() {
-        let owned =
-            name.rsplit_once('.').is_some_and(|(m, part)| part != "bias" && modules.iter().any(|(n, ..)| n == m));
-        if let (false, Some(spec)) = (owned, checkpoint.spec(name)) {
+        if let (None, Some(spec)) = (checkpoint.module_of(name), checkpoint.spec(name)) {
             add(
                 &mut kinds,
                 format!("{:?}", spec.dtype),
@@ -136,9 +134,7 @@ fn add(kinds: &mut BTreeMap<String, Kind>, name: String, weights: u64, bytes: u6
 
 /// Names of the stored tensors of a module, its bias excepted.
 fn parts<'a>(checkpoint: &'a Checkpoint, module: &'a str) -> impl Iterator<Item = &'a str> {
-    checkpoint.names().filter(move |n| {
-        n.strip_prefix(module).is_some_and(|r| r.starts_with('.') && r != ".bias" && !r[1..].contains('.'))
-    })
+    checkpoint.names().filter(move |name| checkpoint.module_of(name) == Some(module))
 }
 
 /// Quantized modules with the name of their scheme and their number of weights.

@@ -15,7 +15,7 @@ use bitmill_quantize::{
     Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS, TargetShift,
     read_plan,
 };
-use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme};
+use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme, block_scheme};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgAction, ValueEnum};
 use serde_json::json;
@@ -57,7 +57,7 @@ pub(crate) struct Args {
 pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
-          "transforms", "format", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
+          "transforms", "format", "kv_cache", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search",
           "reconstruction_passes", "reconstruction_depth",
           "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
@@ -93,6 +93,9 @@ pub(crate) struct How {
     /// How the result is stored [default: what compressed-tensors uses for the scheme]
     #[arg(long, value_name = "FORMAT", value_parser = format_names(), hide_possible_values = true, long_help = format_help())]
     format: Option<String>,
+    /// Keep keys and values as 8-bit floats, under scales from calibration (compressed-tensors formats)
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_cache: Option<Cache>,
     /// Number type of the stored scales [default: the model's own, or f16 for f32 models and for GPTQ files]
     #[arg(long, value_enum, value_name = "TYPE")]
     scale_type: Option<Scales>,
@@ -150,8 +153,17 @@ enum Scales {
     F32,
 }
 
+/// What keys and values are kept as.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Cache {
+    /// E4M3 numbers with one scale for the keys of a layer, and one for its values
+    Fp8,
+}
+
 fn preset_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(SCHEMES.iter().map(|p| p.name).chain(BLOCKS.iter().map(|b| b.name)).chain(scheme_mixes()))
+    let folders = || SCHEMES.iter().map(|p| p.name);
+    let blocks = BLOCKS.iter().map(|b| b.name).filter(|name| !folders().any(|own| own == *name));
+    PossibleValuesParser::new(folders().chain(blocks).chain(scheme_mixes()))
 }
 
 fn method_names() -> PossibleValuesParser {
@@ -206,7 +218,9 @@ impl How {
             return Ok(base);
         }
         if let Some(name) = &self.scheme {
-            return bitmill_scheme::scheme(name).context("no such scheme");
+            // Some names are of a type of GGUF and of a scheme of folders: what is written decides.
+            let block = block_scheme(name).filter(|_| named_gguf);
+            return block.or_else(|| bitmill_scheme::scheme(name)).context("no such scheme");
         }
         // Of a mixture this scheme gives all but the widths; in a GGUF file, nothing but a frame that fits every shape.
         if named_gguf && self.mixed.goal(self.bits)?.is_some() {
@@ -287,6 +301,7 @@ impl How {
             },
             observation: self.goal.observation(shift),
             reconstruction: self.goal.reconstruction(scheme.bits().get()),
+            kv_cache: self.kv_cache.is_some(),
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,

@@ -1,12 +1,12 @@
 //! One block: its weights, and its execution in five pieces that meet at the sites.
 
 use crate::attention::{Scoring, Sight};
-use crate::backward::Heads;
+use crate::backward::{Heads, values};
 use crate::experts::{Experts, gated};
 use crate::linear::{Input, Linear, Matrix};
 use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Pairs, QkNorm, Role, RopeTable, Tempering, Weights, attention, ops};
-use bitmill_scheme::Activations;
+use bitmill_scheme::{Activations, Inputs};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
 use std::ops::Range;
@@ -52,6 +52,8 @@ pub struct Block {
     pub(crate) parallel: bool,
     /// Factor of what attention and MLP add to the residual stream.
     pub(crate) residual: f32,
+    /// Scales of keys and values, where they are kept as 8-bit floats.
+    pub(crate) cache: Option<[f32; 2]>,
     /// Which block of the model it is.
     pub(crate) index: usize,
 }
@@ -118,6 +120,7 @@ impl Block {
             eps: spec.norm_eps as f32,
             parallel: spec.parallel,
             residual: spec.factors.residual as f32,
+            cache: weights.cache_scales(&spec.attention(index))?,
             index,
         })
     }
@@ -165,7 +168,30 @@ impl Block {
             }
             None => (self.by_head(&q, self.group)?, self.by_head(&k, 1)?),
         };
-        Ok(Heads { raw, q, k, v: v.contiguous()? })
+        let (k, v) = self.kept(k, v.contiguous()?)?;
+        Ok(Heads { raw, q, k, v })
+    }
+
+    /// Keys, as they are rotated, and values as they are kept for later queries.
+    pub(crate) fn kept(&self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor), Error> {
+        let Some(scales) = self.cache else { return Ok((k, v)) };
+        let [k_scale, v_scale] = scales.map(|stored| Inputs { activations: Activations::StaticFp8, stored });
+        Ok((ops::round_inputs(&k, k_scale)?, ops::round_inputs(&v, v_scale)?))
+    }
+
+    /// The largest magnitudes of the keys and the values at the site `attn_in`.
+    ///
+    /// # Errors
+    /// As [`Block::attn_out`].
+    pub fn cache_range(&self, x: &Tensor, rope: &RopeTable) -> Result<[f32; 2], Error> {
+        let Heads { k, v, .. } = self.heads(x, rope)?;
+        let most = |t: &Tensor| Ok::<_, Error>(values(t)?.iter().fold(0.0f32, |most, v| most.max(v.abs())));
+        Ok([most(&k)?, most(&v)?])
+    }
+
+    /// Has keys and values rounded to 8-bit floats under these scales, or leaves them as they are.
+    pub fn set_cache(&mut self, scales: Option<[f32; 2]>) {
+        self.cache = scales;
     }
 
     /// The factors of the queries of the first `tokens` positions, where any is not 1.
@@ -331,13 +357,13 @@ impl Block {
 
     /// How the input of a linear is rounded.
     #[must_use]
-    pub fn activations(&self, role: Role) -> Activations {
-        self.at(role).activations
+    pub fn inputs(&self, role: Role) -> Inputs {
+        self.at(role).inputs
     }
 
     /// Changes how the input of a linear is rounded.
-    pub fn set_activations(&mut self, role: Role, activations: Activations) {
-        self.at_mut(role).activations = activations;
+    pub fn set_inputs(&mut self, role: Role, inputs: Inputs) {
+        self.at_mut(role).inputs = inputs;
     }
 
     /// The weight of a norm, `[hidden]`.

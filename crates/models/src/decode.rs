@@ -141,6 +141,7 @@ impl Block {
             }
             None => (self.by_head(&q, group)?, self.by_head(&k, 1)?),
         };
+        let (k, v) = self.kept(k, v)?;
         let [q, k, v] = [q, k, v].map(|t| t.flatten_all()?.to_vec1::<f32>());
         let (q, k, v) = (q?, k?, v?);
         let first = self.scoring.sight.of(at, at + 1).start;

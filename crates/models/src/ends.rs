@@ -5,7 +5,7 @@ use crate::linear::{Linear, Matrix};
 use crate::norm::Norm;
 use crate::weights::shaped;
 use crate::{Error, ModelSpec, Weights, ops};
-use bitmill_scheme::Activations;
+use bitmill_scheme::Inputs;
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
 
@@ -145,7 +145,7 @@ impl Head {
     ) -> Result<Self, Error> {
         let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
         let linear = match spec.tied {
-            true => Linear { matrix: embedding()?, bias: None, activations: Activations::Full },
+            true => Linear { matrix: embedding()?, bias: None, inputs: Inputs::FULL },
             false => Linear::load(weights, &head, [spec.vocab, spec.hidden], (false, false))?,
         };
         let load = |module| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(module)));

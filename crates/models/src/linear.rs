@@ -3,11 +3,8 @@
 use crate::backward::values;
 use crate::weights::{check, shaped};
 use crate::{Error, PackedInput, PackedWeight, Weights, ops};
-use bitmill_scheme::Activations;
+use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
-
-/// Inputs that share a scale under [`Activations::DynamicFp8Groups`].
-const FP8_GROUP: usize = 128;
 
 /// `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
@@ -16,7 +13,7 @@ pub(crate) struct Linear {
     /// `[out]`.
     pub(crate) bias: Option<Tensor>,
     /// Rounding of `x`.
-    pub(crate) activations: Activations,
+    pub(crate) inputs: Inputs,
 }
 
 /// A matrix `[out, in]`.
@@ -93,7 +90,7 @@ impl Linear {
     ) -> Result<Self, Error> {
         let matrix = Matrix::load(weights, module, shape, transposed)?;
         let bias = bias.then(|| shaped(weights, &format!("{module}.bias"), &shape[..1])).transpose()?;
-        Ok(Linear { matrix, bias, activations: weights.activations(module) })
+        Ok(Linear { matrix, bias, inputs: weights.inputs(module)? })
     }
 
     /// The weight, `[out, in]`.
@@ -114,14 +111,8 @@ impl Linear {
 
     /// The output `[tokens, out]` for an input shared with other linears.
     pub(crate) fn read(&self, input: &Input<'_>) -> Result<Tensor, Error> {
-        let x = match (self.activations, &input.int8) {
-            (Activations::DynamicInt8, Some(rounded)) => rounded,
-            (Activations::DynamicFp8 | Activations::DynamicFp8Groups, _) => {
-                let rounded = input.fp8.iter().find(|(activations, _)| *activations == self.activations);
-                rounded.map_or(input.full, |(_, rounded)| rounded)
-            }
-            _ => input.full,
-        };
+        let rounded = input.rounded.iter().find(|(inputs, _)| *inputs == self.inputs);
+        let x = rounded.map_or(input.full, |(_, rounded)| rounded);
         let y = match &self.matrix {
             Matrix::Dense(weight) => ops::product(x, weight)?,
             Matrix::Packed(packed) => {
@@ -143,8 +134,7 @@ impl Linear {
 /// An activation `[tokens, in]` as the linears of one site read it: rounded once for all that want it so.
 pub(crate) struct Input<'a> {
     full: &'a Tensor,
-    int8: Option<Tensor>,
-    fp8: Vec<(Activations, Tensor)>,
+    rounded: Vec<(Inputs, Tensor)>,
     /// For packed weights that read alike, and one of them.
     packed: Option<(PackedWeight, PackedInput<'static>)>,
 }
@@ -152,12 +142,10 @@ pub(crate) struct Input<'a> {
 impl<'a> Input<'a> {
     /// Prepares `x` for `linears`.
     pub(crate) fn new(x: &'a Tensor, linears: &[&Linear]) -> Result<Self, Error> {
-        let wanted = |activations| linears.iter().any(|linear| linear.activations == activations);
-        let int8 = if wanted(Activations::DynamicInt8) { Some(ops::round_int8(x)?) } else { None };
-        let mut fp8 = Vec::new();
-        for (activations, group) in [(Activations::DynamicFp8, x.dim(1)?), (Activations::DynamicFp8Groups, FP8_GROUP)] {
-            if wanted(activations) {
-                fp8.push((activations, ops::round_fp8(x, group)?));
+        let mut rounded: Vec<(Inputs, Tensor)> = Vec::new();
+        for inputs in linears.iter().map(|linear| linear.inputs).filter(|i| i.activations != Activations::Full) {
+            if !rounded.iter().any(|(done, _)| *done == inputs) {
+                rounded.push((inputs, ops::round_inputs(x, inputs)?));
             }
         }
         // One linear alone rounds its input by itself.
@@ -173,6 +161,6 @@ impl<'a> Input<'a> {
             },
             None => None,
         };
-        Ok(Input { full: x, int8, fp8, packed })
+        Ok(Input { full: x, rounded, packed })
     }
 }

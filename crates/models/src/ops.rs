@@ -7,7 +7,7 @@
 
 use crate::{Act, Pairs};
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::FloatType;
+use bitmill_scheme::Inputs;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::f64::consts::PI;
@@ -85,15 +85,9 @@ pub(crate) fn capped(x: &Tensor, cap: f32) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&Capped { cap })
 }
 
-/// Rounds every row of `x [tokens, width]` to symmetric 8-bit integers with a scale of its own, and back, exactly as
-/// compressed-tensors does for dynamic per-token activations: `scale = amax / 127.5`, ties to even, codes −128 to 127.
-pub(crate) fn round_int8(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1_no_bwd(&RoundInt8)
-}
-
-/// Rounds every `group` inputs of a row to E4M3 numbers with a scale of their own, as loaders do at run time for FP8.
-pub(crate) fn round_fp8(x: &Tensor, group: usize) -> Result<Tensor> {
-    x.contiguous()?.apply_op1_no_bwd(&RoundFp8 { group })
+/// Every row of `x [.., width]` rounded as the input of a linear is at run time, and back.
+pub(crate) fn round_inputs(x: &Tensor, inputs: Inputs) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&RoundInputs { inputs })
 }
 
 /// Layer norm of every row of `x [rows, width]`: `(x − mean) / √(var + eps) · weight + bias`, variance over `width`.
@@ -237,57 +231,20 @@ impl CustomOp1 for Capped {
     }
 }
 
-struct RoundFp8 {
-    group: usize,
+struct RoundInputs {
+    inputs: Inputs,
 }
 
-impl CustomOp1 for RoundFp8 {
+impl CustomOp1 for RoundInputs {
     fn name(&self) -> &'static str {
-        "round-fp8"
+        "round-inputs"
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, width) = layout.shape().dims2()?;
-        let mut out = floats(x, layout)?.to_vec();
-        let float = FloatType::E4m3;
-        each_block(&mut out, width, |_, block| {
-            for group in block.chunks_exact_mut(width).flat_map(|row| row.chunks_mut(self.group)) {
-                let scale = match reduce(group, 0.0, |a, v| a.max(v.abs()), f32::max) / float.max() {
-                    // The library's guard for zeros alone.
-                    0.0 => f32::EPSILON,
-                    scale => scale,
-                };
-                group.iter_mut().for_each(|v| *v = float.value(float.nearest(*v / scale)) * scale);
-            }
-        });
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-}
-
-struct RoundInt8;
-
-impl CustomOp1 for RoundInt8 {
-    fn name(&self) -> &'static str {
-        "round-int8"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        /// Adding and subtracting 1.5 · 2^23 rounds a small number to an integer, ties to even.
-        const TO_INTEGER: f32 = 12_582_912.0;
-        let (_, width) = layout.shape().dims2()?;
+        let width = layout.shape().dims().last().copied().unwrap_or(1).max(1);
         let mut out = floats(x, layout)?.to_vec();
         each_block(&mut out, width, |_, block| {
-            for row in block.chunks_exact_mut(width) {
-                let scale = match reduce(row, 0.0, |a, v| a.max(v.abs()), f32::max) / 127.5 {
-                    // The library's guard for a row of zeros.
-                    0.0 => f32::EPSILON,
-                    scale => scale,
-                };
-                for v in row {
-                    let code = ((*v / scale).clamp(-128.0, 127.0) + TO_INTEGER) - TO_INTEGER;
-                    *v = code * scale;
-                }
-            }
+            block.chunks_exact_mut(width).for_each(|row| self.inputs.round(row));
         });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }

@@ -266,6 +266,13 @@ impl ModelSpec {
         }
     }
 
+    /// The module of the attention of block `block`, which keys and values are made in.
+    #[must_use]
+    pub fn attention(&self, block: usize) -> String {
+        let module = self.module(block, if self.has(Role::Qkv) { Role::Qkv } else { Role::K });
+        module.rsplit_once('.').map_or_else(String::new, |(attention, _)| attention.to_owned())
+    }
+
     /// Modules of the linears that stay out of [`ModelSpec::block_linears`] where block `block` has experts: the router,
     /// `[experts, hidden]`, and what says how much of the shared expert counts, `[1, hidden]`.
     #[must_use]

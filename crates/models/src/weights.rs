@@ -3,7 +3,7 @@
 use crate::packed::packed;
 use crate::{Error, PackedWeight, Precision};
 use bitmill_checkpoint::Checkpoint;
-use bitmill_scheme::Activations;
+use bitmill_scheme::Inputs;
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 
@@ -28,7 +28,18 @@ pub trait Weights: Sync {
     fn quantized(&self, module: &str) -> bool;
 
     /// How the input of a linear is rounded at run time.
-    fn activations(&self, module: &str) -> Activations;
+    ///
+    /// # Errors
+    /// When calibration had to say it and what it said is missing or unreadable.
+    fn inputs(&self, module: &str) -> Result<Inputs, Error>;
+
+    /// The scales of keys and values of an attention layer, where they are rounded to 8-bit floats.
+    ///
+    /// # Errors
+    /// When they are missing or unreadable.
+    fn cache_scales(&self, _attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Ok(None)
+    }
 
     /// The weight of a linear or an embedding in the size it is stored in, where the source offers that.
     ///
@@ -57,8 +68,8 @@ impl Weights for BTreeMap<String, Tensor> {
         false
     }
 
-    fn activations(&self, _module: &str) -> Activations {
-        Activations::Full
+    fn inputs(&self, _module: &str) -> Result<Inputs, Error> {
+        Ok(Inputs::FULL)
     }
 }
 
@@ -86,9 +97,16 @@ impl Weights for Checkpoint {
         self.scheme_of(module).is_some()
     }
 
-    fn activations(&self, module: &str) -> Activations {
-        let scheme = self.dialect().and_then(|dialect| dialect.scheme_of(module));
-        scheme.map_or(Activations::Full, |scheme| scheme.activations)
+    fn inputs(&self, module: &str) -> Result<Inputs, Error> {
+        // A linear that is stored as plain numbers is one, whatever the configuration claims.
+        if self.scheme_of(module).is_none() {
+            return Ok(Inputs::FULL);
+        }
+        Ok(Checkpoint::inputs(self, module)?)
+    }
+
+    fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Ok(Checkpoint::cache_scales(self, attention)?)
     }
 }
 
@@ -118,8 +136,12 @@ impl Weights for AsStored<'_> {
         self.folder.quantized(module)
     }
 
-    fn activations(&self, module: &str) -> Activations {
-        self.folder.activations(module)
+    fn inputs(&self, module: &str) -> Result<Inputs, Error> {
+        Weights::inputs(self.folder, module)
+    }
+
+    fn cache_scales(&self, attention: &str) -> Result<Option<[f32; 2]>, Error> {
+        Weights::cache_scales(self.folder, attention)
     }
 
     fn packed(&self, module: &str) -> Result<Option<PackedWeight>, Error> {

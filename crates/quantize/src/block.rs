@@ -16,7 +16,7 @@ use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
 use bitmill_calibrate::{Stream, StreamKind, in_order};
 use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
-use bitmill_scheme::Scheme;
+use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::path::Path;
 use std::time::Instant;
@@ -39,6 +39,8 @@ pub(crate) struct Flow<'a> {
     /// The same of the full-precision model, where it runs beside the rounded one.
     pub(crate) full: Option<&'a Stream>,
     pub(crate) observation: Observation,
+    /// The type of the scales of keys and values, where these are to be kept as 8-bit floats.
+    pub(crate) cache: Option<ScaleType>,
     /// How a block is refined once its linears are rounded, if it is.
     pub(crate) rebuild: Option<Rebuild<'a>>,
 }
@@ -73,6 +75,8 @@ pub(crate) enum Moment<'a> {
     Seen(SiteRecord),
     /// A linear is finished.
     Finished(Box<Done>),
+    /// The scales of keys and values are known.
+    Cache([f32; 2]),
     /// The block is being reconstructed: steps done, and their number.
     Rebuilding(usize, usize),
     /// It is, and some of what was finished is replaced.
@@ -134,6 +138,11 @@ impl Flow<'_> {
             if i == 0 && !targets.is_empty() {
                 weights = self.token_weights(&block)?;
             }
+            if let (1, Some(scale), Some(x)) = (i, self.cache, &x) {
+                let scales = self.cache_scales(&block, &x.rounded, scale)?;
+                block.set_cache(Some(scales));
+                on(Moment::Cache(scales))?;
+            }
             let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
             self.windows(glimpse, &mut |first, glimpses| {
                 if let Some(seen) = &mut seen {
@@ -188,7 +197,7 @@ impl Flow<'_> {
             let [rows, cols] = done.solved.quantized.shape;
             let weight = done.solved.quantized.dequantize();
             block.set_linear(role, Tensor::from_vec(weight, (rows, cols), &Device::Cpu)?);
-            block.set_activations(role, done.solved.quantized.scheme.activations);
+            block.set_inputs(role, done.solved.quantized.inputs());
             if let Some(bias) = &done.bias {
                 block.set_bias(role, Some(Tensor::from_vec(bias.clone(), rows, &Device::Cpu)?));
             }
@@ -198,6 +207,16 @@ impl Flow<'_> {
             on(Moment::Finished(Box::new(done)))?;
         }
         Ok(())
+    }
+
+    /// Scales of type `scale` that cover the keys and values of all windows.
+    fn cache_scales(&self, block: &Block, x: &Stream, scale: ScaleType) -> Result<[f32; 2], Error> {
+        let mut most = [0.0f32; 2];
+        let one = |w: usize| Ok(block.cache_range(&self.tensor(x, w)?, self.rope)?);
+        self.windows(one, &mut |_, ranges| {
+            ranges.iter().for_each(|range| most.iter_mut().zip(range).for_each(|(m, r)| *m = m.max(*r)));
+        })?;
+        Ok(most.map(|amax| Activations::StaticFp8.calibrated(amax, scale).unwrap_or(1.0)))
     }
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {
@@ -321,7 +340,8 @@ impl Flow<'_> {
             let moments = seen.all(centred);
             let means = if centred { Some(seen.means()) } else { None };
             let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
-            let mut solved = solve_targets(&group, &goals, (&moments.h, seen.tokens()), method, &options)?;
+            let mut solved =
+                solve_targets(&group, &goals, (&moments.h, seen.tokens(), seen.largest()), method, &options)?;
             for (i, (role, done)) in solved.iter_mut().enumerate() {
                 done.record.stages.extend(damping.clone());
                 if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {
@@ -361,7 +381,7 @@ impl Flow<'_> {
         let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
         let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
             let options = SolverOptions { damping, shrinkage, ..quick(options) };
-            let solved = solve_targets(targets, goals, (&learnt, 0), method, &options)?;
+            let solved = solve_targets(targets, goals, (&learnt, 0, seen.largest()), method, &options)?;
             let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
                 let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
                 let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
@@ -411,11 +431,12 @@ pub(crate) fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
     Ok(t.flatten_all()?.to_vec1()?)
 }
 
-/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of).
+/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of, and the largest
+/// magnitude among them).
 pub(crate) fn solve_targets(
     targets: &[&Target<'_>],
     weights: &[Vec<f32>],
-    (h, tokens): (&[f32], u64),
+    (h, tokens, input): (&[f32], u64, f32),
     method: &dyn Method,
     options: &SolverOptions,
 ) -> Result<Vec<(Role, Done)>, Error> {
@@ -424,8 +445,8 @@ pub(crate) fn solve_targets(
         .map(|(t, weight)| {
             let partners = targets.iter().zip(weights).filter(|(other, _)| together(t.role, other.role));
             let amax = || partners.flat_map(|(_, w)| w).fold(0.0f32, |a, w| a.max(w.abs()));
-            let amax = t.scheme.has_divisor().then(amax);
-            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax }
+            let amax = t.scheme.shares_scale().then(amax);
+            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax, input }
         })
         .collect();
     let solved = method.solve(&linears, Some(h), options)?;

@@ -161,6 +161,23 @@ pub enum Error {
         /// Why there is no forward pass.
         reason: String,
     },
+    /// Inputs whose rounding calibration has to say, where it cannot see them.
+    #[error(
+        "{scheme} rounds inputs by what calibration says of them, but {reason}; other schemes round them as they come, or not \
+         at all (--scheme fp8_dynamic, nvfp4a16)"
+    )]
+    NeedsInputs {
+        /// The scheme.
+        scheme: bitmill_scheme::Scheme,
+        /// Why they are not seen.
+        reason: String,
+    },
+    /// Keys and values that are to be rounded where they cannot be.
+    #[error("--kv-cache: {reason}")]
+    Cache {
+        /// Why, and what would do.
+        reason: String,
+    },
     /// A method that needs all of H where only its diagonal is known.
     #[error(
         "method `{method}` feeds errors back through all of H, and an importance matrix holds its diagonal only; use --method \

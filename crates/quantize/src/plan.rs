@@ -4,7 +4,7 @@ use crate::gguf::TensorTypes;
 use crate::weight::is_transposed;
 use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, Transform, gguf, method, transforms};
 use bitmill_checkpoint::gguf::Storage;
-use bitmill_checkpoint::{Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
+use bitmill_checkpoint::{CACHE_SCALES, Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
 use bitmill_scheme::{ScaleType, Scheme};
 use fancy_regex::Regex;
@@ -100,15 +100,22 @@ impl Plan {
             known: FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "),
         })?;
         let transforms = transforms(&settings.transforms)?;
+        let sees_inputs = settings.schemes().find(|scheme| scheme.activations.is_calibrated());
         let calibrated = method.needs(&settings.solver) == Needs::Hessian
             || settings.tuning.is_some()
             || settings.reconstruction.is_some()
-            || transforms.iter().any(|t| t.needs_statistics());
+            || transforms.iter().any(|t| t.needs_statistics())
+            || sees_inputs.is_some()
+            || settings.kv_cache;
         let mut notes = Vec::new();
         let mut spec = match bitmill_models::spec_of(input) {
             Ok(spec) => Some(spec),
             Err(e) if calibrated => {
-                return Err(Error::NeedsForward { method: method.name().into(), reason: e.to_string() });
+                let reason = e.to_string();
+                return Err(match sees_inputs {
+                    Some(&scheme) => Error::NeedsInputs { scheme, reason },
+                    None => Error::NeedsForward { method: method.name().into(), reason },
+                });
             }
             Err(e) => {
                 notes.push(format!("{e}; linear layers are found by name and shape"));
@@ -130,6 +137,7 @@ impl Plan {
             }
         }
         settings.check_schemes(method)?;
+        let cache = settings.kv_cache.then(|| cache_scheme(input, spec.as_ref(), format)).transpose()?;
         let as_gguf = format.name() == GGUF.name();
         if as_gguf {
             gguf::check(input, spec.as_ref(), &mut notes)?;
@@ -162,10 +170,16 @@ impl Plan {
                 let copied = copied.filter(|t| input.spec(&t.name).is_some_and(|s| s.shape.len() == 2));
                 let left = left_dense(input, spec.as_ref(), copied.map(|t| t.name.as_str()));
                 config["quantization_config"] = format.config(&layers, &left)?;
+                if let Some(scheme) = cache {
+                    config["quantization_config"]["kv_cache_scheme"] = scheme;
+                }
                 if tied && spec.as_ref().is_some_and(|spec| !spec.tied) {
                     config["tie_word_embeddings"] = false.into();
                 }
-                let outputs = outputs(input, untied.as_ref(), &units, format);
+                let mut outputs = outputs(input, untied.as_ref(), &units, format);
+                let kept = spec.as_ref().filter(|_| settings.kv_cache);
+                outputs
+                    .extend(kept.iter().flat_map(|spec| (0..spec.layers).flat_map(|block| cache_scales(spec, block))));
                 (None, config, OutputPlan::new(outputs, settings.shard_bytes)?)
             }
         };
@@ -263,6 +277,28 @@ fn taken(input: &Checkpoint, settings: &Settings) -> Result<(), Error> {
         Some(_) => return Ok(()),
     };
     Err(Error::Gguf { dir: input.dir().into(), reason: reason.into() })
+}
+
+/// What the configuration says of a cache of 8-bit floats.
+fn cache_scheme(input: &Checkpoint, spec: Option<&ModelSpec>, format: &dyn Format) -> Result<serde_json::Value, Error> {
+    let refuse = |reason: String| Err(Error::Cache { reason });
+    if spec.is_some_and(|spec| !spec.causal) {
+        return refuse(format!("{} is an encoder, which keeps no keys and values", input.dir().display()));
+    }
+    match bitmill_checkpoint::cache_scheme(format.name()) {
+        Some(scheme) => Ok(scheme),
+        None => refuse(format!(
+            "format {} has no place for the scales of keys and values; those of compressed-tensors do (pack-quantized, \
+             float-quantized, …)",
+            format.name()
+        )),
+    }
+}
+
+/// The tensors of the scales of keys and values of a block.
+pub(crate) fn cache_scales(spec: &ModelSpec, block: usize) -> [TensorSpec; 2] {
+    let attention = spec.attention(block);
+    CACHE_SCALES.map(|suffix| TensorSpec::new(format!("{attention}.{suffix}"), Dtype::F32, vec![1]))
 }
 
 /// Every tensor the architecture needs is stored, in its shape.

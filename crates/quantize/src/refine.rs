@@ -312,7 +312,7 @@ mod tests {
             w.chunks(n).flat_map(|r| r.chunks(len).map(|g| grid.fit(g, Fit::MinMax))).collect();
         let codes = w.iter().enumerate().map(|(i, &x)| grid.nearest(x, params[i / len])).collect();
         let scales = params.iter().map(|p| p.scale).collect();
-        Quantized { scheme, shape: [w.len() / n, n], codes, scales, zeros: vec![], group_of: vec![] }
+        Quantized { scheme, shape: [w.len() / n, n], codes, scales, zeros: vec![], group_of: vec![], input: None }
     }
 
     #[test]
@@ -383,6 +383,7 @@ mod tests {
                 scales: vec![1.0],
                 zeros: vec![],
                 group_of: vec![],
+                input: None,
             };
             let value = |q: &Quantized| loss(&w, &q.dequantize(), &h)[0];
             let mut swept = of(sweep(&w, &what).0);

@@ -303,6 +303,7 @@ mod tests {
             scales: blocks.iter().flat_map(|p| p.reals[..form.reals()].to_vec()).collect(),
             zeros: blocks.iter().flat_map(|p| p.integers[..form.integers()].to_vec()).collect(),
             group_of: vec![],
+            input: None,
         }
     }
 

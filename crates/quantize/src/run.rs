@@ -4,6 +4,7 @@ mod card;
 mod measured;
 mod publish;
 mod slabs;
+mod tensors;
 
 #[cfg(test)]
 mod tests;
@@ -14,16 +15,19 @@ use crate::block::{Flow, Moment, Target};
 use crate::fused::largest;
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
+use crate::plan::model_scale_type;
 use crate::reconstruction::{Rebuild, RebuiltBlock};
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, TensorView, Weight, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
+use bitmill_scheme::ScaleType;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+use tensors::{write_cache_scales, write_quantized, write_values};
 
 /// What a run tells while it goes.
 #[derive(Debug)]
@@ -302,8 +306,8 @@ impl Worker<'_, '_> {
             let started = Instant::now();
             let (method, solver) = self.plain_method()?;
             let amax = || largest(self.input, self.plan.spec.as_ref(), module);
-            let amax = scheme.has_divisor().then(amax).transpose()?;
-            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax };
+            let amax = scheme.shares_scale().then(amax).transpose()?;
+            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax, input: 0.0 };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;
@@ -385,6 +389,7 @@ impl Worker<'_, '_> {
                 }
                 Moment::Rebuilding(done, total) => (self.observe)(Event::Rebuilding { done, total }),
                 Moment::Rebuilt(rebuilt) => self.rebuilt(*rebuilt, &mut tensors)?,
+                Moment::Cache(scales) => write_cache_scales(&self.output, flow.spec, index, scales)?,
                 Moment::Site(site) => (self.observe)(Event::Site { name: site.name }),
                 Moment::Seen(site) => sites.push(site),
                 Moment::Finished(finished) => {
@@ -485,31 +490,6 @@ impl Worker<'_, '_> {
     }
 }
 
-/// Writes a tensor that is not quantized with other numbers in it.
-fn write_values(plan: &Plan, output: &Output, view: &TensorView<'_>, values: &[f32]) -> Result<(), Error> {
-    let bytes = match &plan.gguf {
-        Some(gguf) => gguf.with_values(view, values)?,
-        None => view.with_values(values)?,
-    };
-    Ok(output.write(view.name, &bytes)?)
-}
-
-fn write_quantized(
-    plan: &Plan,
-    output: &Output,
-    module: &str,
-    quantized: &bitmill_scheme::Quantized,
-) -> Result<(), Error> {
-    let specs = plan.format.layout(module, &quantized.scheme, quantized.shape);
-    for (spec, bytes) in specs.iter().zip(plan.format.encode(module, quantized)) {
-        match &plan.gguf {
-            Some(gguf) => output.write(&spec.name, &gguf.ordered(&spec.name, quantized.shape[0], bytes))?,
-            None => output.write(&spec.name, &bytes)?,
-        }
-    }
-    Ok(())
-}
-
 /// The state that a calibrated run carries from block to block.
 struct Calibrated<'a> {
     spec: &'a ModelSpec,
@@ -520,6 +500,7 @@ struct Calibrated<'a> {
     hidden: Stream,
     full: Option<Stream>,
     observation: Observation,
+    cache: Option<ScaleType>,
     rebuild: Option<Rebuild<'a>>,
 }
 
@@ -575,15 +556,16 @@ impl<'a> Calibrated<'a> {
             }
         }
         let spill = journal.dir().to_owned();
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }))
+        let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
+        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild } = self;
-        let (budget, full, observation, rebuild) = (*budget, full.as_ref(), *observation, *rebuild);
-        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, rebuild }
+        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild } = self;
+        let (budget, full, observation, cache, rebuild) = (*budget, full.as_ref(), *observation, *cache, *rebuild);
+        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }
     }
 }
 

@@ -26,6 +26,8 @@ pub(crate) struct Seen {
     windows: usize,
     /// Learnt from, and held out; without a shift all windows are in the first.
     parts: [(SiteStats, Option<CrossStats>); 2],
+    /// Over all tokens, those that do not count included: who sees few of its own may see others later.
+    largest: f32,
 }
 
 /// Second moments of a site, and what they are used for.
@@ -43,7 +45,7 @@ impl Seen {
     pub(crate) fn new(observation: Observation, n: usize, hidden: usize, windows: usize) -> Self {
         let rows = if observation.shift == TargetShift::Outputs { hidden } else { 0 };
         let cross = || observation.two_streams().then(|| CrossStats::new(n, rows));
-        Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n), cross())) }
+        Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n), cross())), largest: 0.0 }
     }
 
     /// Adds windows from `first` on, with the `weights` of their tokens.
@@ -67,6 +69,7 @@ impl Seen {
             if seen.is_empty() {
                 continue;
             }
+            self.largest = seen.iter().fold(self.largest, |most, v| most.max(v.abs()));
             let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
             let r: Option<Vec<f32>> = weights.map(|weights| {
                 (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
@@ -102,6 +105,11 @@ impl Seen {
     /// Tokens seen.
     pub(crate) fn tokens(&self) -> u64 {
         self.parts.iter().map(|(stats, _)| stats.tokens()).sum()
+    }
+
+    /// The largest magnitude.
+    pub(crate) fn largest(&self) -> f32 {
+        self.largest
     }
 
     /// How far the activation is from evenly spread numbers, over all tokens.

@@ -260,6 +260,9 @@ pub struct Settings {
     pub reconstruction: Option<Reconstruction>,
     /// Refinement of the whole model by gradients, if any.
     pub tuning: Option<Tuning>,
+    /// Whether keys and values are kept as 8-bit floats, under scales from calibration.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kv_cache: bool,
     /// Regular expressions (Python's `re.match`) of modules that stay as they are.
     pub ignore: Vec<String>,
     /// Calibration windows; of an encoder, sentences.
@@ -282,12 +285,17 @@ impl Settings {
         self.observation.two_streams() || self.reconstruction.is_some()
     }
 
+    /// Every scheme there is.
+    pub(crate) fn schemes(&self) -> impl Iterator<Item = &Scheme> {
+        std::iter::once(&self.scheme).chain(self.layers.values())
+    }
+
     /// Whether `method`, and what moves its codes afterwards, can do so on the grid of every scheme.
     ///
     /// # Errors
     /// What is refused, and the remedy.
     pub(crate) fn check_schemes(&self, method: &dyn Method) -> Result<(), Error> {
-        for scheme in std::iter::once(&self.scheme).chain(self.layers.values()) {
+        for scheme in self.schemes() {
             if let Some(reason) = method.refuses(scheme) {
                 return Err(Error::MethodScheme { method: method.name(), scheme: *scheme, reason });
             }

@@ -28,6 +28,7 @@ pub(crate) fn settings(transforms: &[&str]) -> Settings {
         transforms: transforms.iter().map(ToString::to_string).collect(),
         reconstruction: None,
         tuning: None,
+        kv_cache: false,
         ignore: Vec::new(),
         samples: 10,
         sequence_length: 32,

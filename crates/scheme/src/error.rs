@@ -64,6 +64,9 @@ pub enum Error {
     /// A divisor of scales that cannot be divided by.
     #[error("the scale of the whole matrix is {0}, where a number above zero is needed")]
     Divisor(f32),
+    /// A scale of inputs that calibration has to store and that is not there, or cannot be divided by.
+    #[error("the scale of its inputs is {}, where a number above zero is needed", .0.map_or("missing".to_owned(), |v| v.to_string()))]
+    Input(Option<f32>),
     /// A scale that is NaN or infinite.
     #[error("the scale of row {row}, group {group} is {value}")]
     Scale {

@@ -6,12 +6,14 @@
 //!
 //! There is no I/O here, no thread and no `unsafe`; arithmetic on a valid scheme cannot fail.
 
+mod activations;
 mod error;
 mod grids;
 mod quantized;
 mod recast;
 mod scheme;
 
+pub use activations::{Activations, Inputs};
 pub use error::Error;
 pub use grids::block::{
     Affine, BLOCKS, BlockForm, BlockParams, BlockType, Codebook, Flags, LANES, Metric, Shift, Step, UNIT,
@@ -20,4 +22,4 @@ pub use grids::float::{FloatGrid, FloatType, exponent_byte, exponent_value};
 pub use grids::{Fit, Grid, GroupParams, int::IntGrid};
 pub use quantized::Quantized;
 pub use recast::Loss;
-pub use scheme::{Activations, Bits, Granularity, GridKind, Preset, SCHEMES, ScaleType, Scheme, scheme};
+pub use scheme::{Bits, Granularity, GridKind, Preset, SCHEMES, ScaleType, Scheme, block_scheme, scheme};

@@ -1,6 +1,6 @@
 //! Codes and parameters of one matrix, and the weights they stand for.
 
-use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GridKind, GroupParams, Scheme};
+use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GridKind, GroupParams, Inputs, Scheme};
 
 /// A weight matrix `[out, in]` under a [`Scheme`]: the only thing that passes from a method to a format.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,8 @@ pub struct Quantized {
     pub zeros: Vec<u8>,
     /// The group of every input column where they are [`Granularity::Mapped`], else empty.
     pub group_of: Vec<u32>,
+    /// What calibration stored for the rounding of inputs, where it does (see [`crate::Activations::calibrated`]).
+    pub input: Option<f32>,
 }
 
 impl Quantized {
@@ -81,6 +83,11 @@ impl Quantized {
         } else if let Some(&z) = self.zeros.iter().max() {
             range("zero point", u32::from(z), u32::from(bits.max_code()))?;
         }
+        match self.input {
+            Some(input) if !(input.is_finite() && input > 0.0) => return Err(Error::Input(Some(input))),
+            None if self.scheme.activations.is_calibrated() => return Err(Error::Input(None)),
+            _ => {}
+        }
         let groups = self.scheme.groups(cols);
         if let Some(&g) = self.group_of.iter().max() {
             range("group", g, groups as u32 - 1)?;
@@ -119,6 +126,12 @@ impl Quantized {
     #[must_use]
     pub fn divisor(&self) -> f32 {
         if self.scheme.has_divisor() { self.scales.last().copied().unwrap_or(1.0) } else { 1.0 }
+    }
+
+    /// How the input of the matrix is rounded.
+    #[must_use]
+    pub fn inputs(&self) -> Inputs {
+        Inputs { activations: self.scheme.activations, stored: self.input.unwrap_or(1.0) }
     }
 
     /// Parameters of block `group` of output `row`, under a GGUF type of form `form`.
@@ -192,6 +205,7 @@ mod tests {
             scales: vec![0.5, 1.0, 2.0, -0.25],
             zeros: vec![0, 7, 15, 4],
             group_of: vec![],
+            input: None,
         }
     }
 
@@ -209,10 +223,14 @@ mod tests {
     #[test]
     fn contradictions_are_named() {
         type Breakage = fn(&mut Quantized);
-        let broken: [(Breakage, &str); 7] = [
+        let broken: [(Breakage, &str); 8] = [
             (|q| q.codes.truncate(7), "codes: 7 entries where the shape asks for 8"),
             (|q| q.codes[0] = 16, "code 16 lies beyond a 4-bit grid"),
             (|q| q.zeros[1] = 200, "zero point 200 lies beyond a 4-bit grid"),
+            (
+                |q| q.scheme.activations = crate::Activations::StaticFp8,
+                "the scale of its inputs is missing, where a number above zero is needed",
+            ),
             (|q| q.scales[3] = f32::NAN, "the scale of row 1, group 1 is NaN"),
             (
                 |q| (q.group_of, q.scheme.granularity) = (vec![0, 0, 0, 2], Granularity::Mapped(2)),

@@ -50,6 +50,9 @@ pub enum Loss {
     /// Groups that are no consecutive columns, for a target whose groups are.
     #[error("its columns are grouped out of order (desc_act), and groups there are consecutive columns")]
     Order,
+    /// Inputs rounded by what calibration says, where there is none.
+    #[error("its inputs have no scales from calibration")]
+    Inputs,
     /// Levels that are not evenly spaced.
     #[error("its levels are not evenly spaced")]
     Levels,
@@ -63,17 +66,21 @@ struct Step32 {
 }
 
 impl Quantized {
-    /// The same weights under `to`, in all but the rounding of inputs, which is no matter of numbers stored. It is of the
-    /// same shape, and valid.
+    /// The same weights under `to`, in all but the rounding of inputs, of which no more than what calibration says is
+    /// a matter of numbers stored. It is of the same shape, and valid.
     ///
     /// # Errors
     /// The first number that `to` does not hold.
     pub fn recast(&self, to: Scheme) -> Result<Quantized, Loss> {
+        if to.activations.is_calibrated() && to.activations != self.scheme.activations {
+            return Err(Loss::Inputs);
+        }
+        let input = self.input.filter(|_| to.activations.is_calibrated());
         if to.grid == self.scheme.grid && to.granularity == self.scheme.granularity && to.scale == self.scheme.scale {
-            return Ok(Quantized { scheme: to, ..self.clone() });
+            return Ok(Quantized { scheme: to, input, ..self.clone() });
         }
         if matches!(self.scheme.grid, GridKind::Float(_)) || matches!(to.grid, GridKind::Float(_)) {
-            return self.recast_floats(to);
+            return Ok(Quantized { input, ..self.recast_floats(to)? });
         }
         let [rows, cols] = self.shape;
         let mapped = !self.group_of.is_empty();
@@ -94,6 +101,7 @@ impl Quantized {
             scales: Vec::new(),
             zeros: Vec::new(),
             group_of: self.group_of.clone(),
+            input,
         };
         let mut moves = vec![0i32; groups];
         let mut zeros = vec![0i32; groups];
@@ -234,6 +242,7 @@ mod tests {
             scales: (0..scales).map(|i| ScaleType::F16.round(0.013 * (i as f32 - 1.7))).collect(),
             zeros: (0..if scheme.symmetric() { 0 } else { scales as u32 }).map(|i| (i * 5 % n) as u8).collect(),
             group_of: Vec::new(),
+            input: None,
         };
         q.validate().unwrap();
         q
@@ -282,6 +291,7 @@ mod tests {
             scales: vec![ScaleType::F16.round(0.0017)],
             zeros: (0..16).map(|i| (i * 16 + 3) as u8).collect(),
             group_of: Vec::new(),
+            input: None,
         };
         let to = int(6, true, Granularity::Group(form.sub));
         assert!(matches!(q.recast(to), Err(Loss::Scale { to: ScaleType::F16, .. })));
@@ -325,6 +335,7 @@ mod tests {
             scales: vec![0.25, m],
             zeros: vec![],
             group_of: vec![],
+            input: None,
         };
         let to = int(4, false, group(32));
         assert_eq!(minimum(-1.25).recast(to).unwrap().zeros, [5]);

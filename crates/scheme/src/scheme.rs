@@ -1,6 +1,9 @@
 //! Schemes: grid × granularity × scale encoding, and what they cost in bits.
 
-use crate::{BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte, exponent_value};
+use crate::{
+    Activations, BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte,
+    exponent_value,
+};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -141,20 +144,6 @@ impl ScaleType {
     }
 }
 
-/// How the input of a quantized linear is rounded at run time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activations {
-    /// Left in the model's own type: weight-only quantization.
-    Full,
-    /// Symmetric 8-bit integers, one scale per token computed from that token's largest magnitude.
-    DynamicInt8,
-    /// E4M3 numbers, one scale per token computed likewise.
-    DynamicFp8,
-    /// E4M3 numbers, one scale per token and 128 inputs.
-    DynamicFp8Groups,
-}
-
 /// How the numbers of a weight matrix are stored.
 ///
 /// ```
@@ -268,6 +257,12 @@ impl Scheme {
         self.scale == ScaleType::E4m3
     }
 
+    /// Whether loaders need one scale, or one divisor, for all matrices that they hold as one.
+    #[must_use]
+    pub fn shares_scale(&self) -> bool {
+        self.has_divisor() || (matches!(self.grid, GridKind::Float(_)) && self.granularity == Granularity::Tensor)
+    }
+
     /// Number of inputs that share one scale in a matrix with `cols` inputs.
     #[must_use]
     pub const fn group_len(&self, cols: usize) -> usize {
@@ -319,7 +314,8 @@ impl Scheme {
         }
         let zero = if self.symmetric() { 0 } else { self.bits().get() };
         let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero)
-            + if self.has_divisor() { 32.0 } else { 0.0 };
+            + if self.has_divisor() { 32.0 } else { 0.0 }
+            + if self.activations.is_calibrated() { 32.0 } else { 0.0 };
         f64::from(self.bits().get()) + side / (shape[0] as f64 * shape[1] as f64)
     }
 }
@@ -336,6 +332,7 @@ impl std::fmt::Display for Scheme {
             (GridKind::Float(FloatType::E2m1), ScaleType::E4m3) => write!(f, "nvfp4")?,
             (GridKind::Float(FloatType::E4m3), _) => write!(f, "fp8")?,
             (GridKind::Float(FloatType::E2m1), _) => write!(f, "fp4")?,
+            (GridKind::Float(FloatType::Nf4), _) => write!(f, "nf4")?,
             _ => write!(f, "w{}", self.bits().get())?,
         }
         match self.activations {
@@ -343,6 +340,9 @@ impl std::fmt::Display for Scheme {
             Activations::DynamicInt8 => write!(f, "a8")?,
             Activations::DynamicFp8 => write!(f, "afp8")?,
             Activations::DynamicFp8Groups => write!(f, "afp8g128")?,
+            Activations::StaticFp8 => write!(f, "afp8static")?,
+            Activations::Nvfp4 | Activations::Mxfp4 => write!(f, "a4")?,
+            Activations::Mxfp8 => write!(f, "a8")?,
         }
         match self.granularity {
             Granularity::Tensor => write!(f, " tensor")?,
@@ -379,11 +379,16 @@ const fn preset(
     Preset { name, summary, scheme: Scheme::int(Bits(bits), symmetric, granularity) }
 }
 
-/// The scheme called `name`: a row of [`SCHEMES`], or a GGUF type of [`BLOCKS`].
+/// The scheme called `name`: a row of [`SCHEMES`], or a GGUF type of [`BLOCKS`], whose name may be that of a row too.
 #[must_use]
 pub fn scheme(name: &str) -> Option<Scheme> {
-    let preset = SCHEMES.iter().find(|p| p.name == name).map(|p| p.scheme);
-    preset.or_else(|| BLOCKS.iter().find(|b| b.name == name).map(|b| Scheme::block(b.kind)))
+    SCHEMES.iter().find(|p| p.name == name).map(|p| p.scheme).or_else(|| block_scheme(name))
+}
+
+/// The scheme of the GGUF type called `name`.
+#[must_use]
+pub fn block_scheme(name: &str) -> Option<Scheme> {
+    BLOCKS.iter().find(|b| b.name == name).map(|b| Scheme::block(b.kind))
 }
 
 /// Every named scheme but the GGUF types, which are the rows of [`BLOCKS`].
@@ -401,6 +406,14 @@ pub static SCHEMES: &[Preset] = &[
             granularity: Granularity::Channel,
             scale: ScaleType::Bf16,
             activations: Activations::DynamicInt8,
+        },
+    },
+    Preset {
+        name: "fp8",
+        summary: "8-bit floats (E4M3) with one scale per matrix, and inputs with one from calibration",
+        scheme: Scheme {
+            activations: Activations::StaticFp8,
+            ..Scheme::float(FloatType::E4m3, Granularity::Tensor, ScaleType::Bf16)
         },
     },
     Preset {
@@ -425,9 +438,25 @@ pub static SCHEMES: &[Preset] = &[
         },
     },
     Preset {
+        name: "nvfp4",
+        summary: "4-bit floats (E2M1) with an 8-bit float per 16, of weights and inputs",
+        scheme: Scheme {
+            activations: Activations::Nvfp4,
+            ..Scheme::float(FloatType::E2m1, Granularity::Group(16), ScaleType::E4m3)
+        },
+    },
+    Preset {
         name: "nvfp4a16",
         summary: "4-bit floats (E2M1) with an 8-bit float per 16, 4.5 bits per weight",
         scheme: Scheme::float(FloatType::E2m1, Granularity::Group(16), ScaleType::E4m3),
+    },
+    Preset {
+        name: "mxfp4",
+        summary: "4-bit floats (E2M1) with a power of two per 32, of weights and inputs",
+        scheme: Scheme {
+            activations: Activations::Mxfp4,
+            ..Scheme::float(FloatType::E2m1, Granularity::Group(32), ScaleType::E8m0)
+        },
     },
     Preset {
         name: "mxfp4a16",
@@ -435,9 +464,22 @@ pub static SCHEMES: &[Preset] = &[
         scheme: Scheme::float(FloatType::E2m1, Granularity::Group(32), ScaleType::E8m0),
     },
     Preset {
+        name: "mxfp8",
+        summary: "8-bit floats (E4M3) with a power of two per 32, of weights and inputs",
+        scheme: Scheme {
+            activations: Activations::Mxfp8,
+            ..Scheme::float(FloatType::E4m3, Granularity::Group(32), ScaleType::E8m0)
+        },
+    },
+    Preset {
         name: "mxfp8a16",
         summary: "8-bit floats (E4M3) with a power of two per 32, 8.25 bits per weight",
         scheme: Scheme::float(FloatType::E4m3, Granularity::Group(32), ScaleType::E8m0),
+    },
+    Preset {
+        name: "nf4",
+        summary: "4-bit normal quantiles with an f32 per 64, of bitsandbytes; 4.5 bits per weight",
+        scheme: Scheme::float(FloatType::Nf4, Granularity::Group(64), ScaleType::F32),
     },
 ];
 

@@ -136,6 +136,7 @@ impl Format for Awq {
             scales: transpose(groups, rows, &by_group),
             zeros: transpose(groups, rows, &unpack(&qzeros)?),
             group_of: Vec::new(),
+            input: None,
         };
         validated(module, source, q)
     }

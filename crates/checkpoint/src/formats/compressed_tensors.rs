@@ -7,7 +7,7 @@
 use super::{Format, floats, format, mixed_precision, unsupported};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Dialect, Error};
-use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, SCHEMES, ScaleType, Scheme};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ const METHOD: &str = "compressed-tensors";
 const VERSION: &str = "0.18.0";
 
 /// The formats that share the configuration.
-const FAMILY: [&str; 7] = [
+pub(super) const FAMILY: [&str; 7] = [
     "pack-quantized",
     "int-quantized",
     "naive-quantized",
@@ -25,8 +25,6 @@ const FAMILY: [&str; 7] = [
     "mxfp4-pack-quantized",
     "mxfp8-quantized",
 ];
-/// Inputs that share a scale where activations are rounded in groups.
-const ACTIVATION_GROUP: u32 = 128;
 
 /// The configuration of `layers` in `format`, one group per distinct scheme.
 pub(super) fn config(
@@ -61,7 +59,7 @@ pub(super) fn config(
         let group = json!({
             "targets": targets,
             "weights": weight_args(scheme),
-            "input_activations": activation_args(scheme),
+            "input_activations": activation_args(scheme.activations),
             "output_activations": null,
             "format": stored(scheme).name(),
         });
@@ -111,19 +109,25 @@ fn weight_args(scheme: &Scheme) -> Value {
     args
 }
 
-fn activation_args(scheme: &Scheme) -> Value {
-    match scheme.activations {
+fn activation_args(activations: Activations) -> Value {
+    let args = |bits: u32, kind: &str, strategy: &str, dynamic: Value| json!({"num_bits": bits, "type": kind, "symmetric": true, "strategy": strategy, "dynamic": dynamic});
+    let groups = |mut args: Value, scale: Option<&str>| {
+        args["group_size"] = json!(activations.group(0));
+        if let Some(scale) = scale {
+            args["scale_dtype"] = json!(scale);
+        }
+        args
+    };
+    match activations {
         Activations::Full => Value::Null,
-        Activations::DynamicInt8 => {
-            json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})
-        }
-        Activations::DynamicFp8 => {
-            json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true})
-        }
-        Activations::DynamicFp8Groups => json!({
-            "num_bits": 8, "type": "float", "symmetric": true, "strategy": "group", "group_size": ACTIVATION_GROUP,
-            "dynamic": true,
-        }),
+        Activations::DynamicInt8 => args(8, "int", "token", json!(true)),
+        Activations::DynamicFp8 => args(8, "float", "token", json!(true)),
+        Activations::DynamicFp8Groups => groups(args(8, "float", "group", json!(true)), None),
+        Activations::StaticFp8 => args(8, "float", "tensor", json!(false)),
+        // Its scales are made at run time, what they are divided by is not.
+        Activations::Nvfp4 => groups(args(4, "float", "tensor_group", json!("local")), Some("torch.float8_e4m3fn")),
+        Activations::Mxfp4 => groups(args(4, "float", "group", json!(true)), Some("torch.uint8")),
+        Activations::Mxfp8 => groups(args(8, "float", "group", json!(true)), Some("torch.uint8")),
     }
 }
 
@@ -162,15 +166,12 @@ pub(super) fn recognise(own: &dyn Format, config: &Value) -> Result<Option<Diale
     let ignored = config.get("ignore").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let ignored = read_targets("ignore", ignored)?.into_iter().map(|target| Rule { target, outcome: None });
     let rules = ignored.chain(names).chain(patterns).chain(classes).collect();
-    Ok(Some(Dialect::new(format, rules)))
+    Ok(Some(Dialect::new(format, rules).with_cache(read_cache(config)?)))
 }
 
 /// Refuses what would change the function of the model and is not applied here.
 fn refuse_extras(config: &Value) -> Result<(), Error> {
     let refuse = |key: &str, reason: &str| Err(wrong(key, config.get(key), reason));
-    if config.get("kv_cache_scheme").is_some_and(|v| !v.is_null()) {
-        return refuse("kv_cache_scheme", "quantized key-value caches are not read yet");
-    }
     let transforms = config.get("transform_config").and_then(|t| t.get("config_groups")).and_then(Value::as_object);
     if transforms.is_some_and(|t| !t.is_empty()) {
         return refuse("transform_config", "rotations applied at run time are not read yet");
@@ -291,43 +292,64 @@ fn read_activations(path: &str, group: &Value) -> Result<Activations, Error> {
     let Some(input) = group.get("input_activations").filter(|v| !v.is_null()) else {
         return Ok(Activations::Full);
     };
-    let is = |key: &str, wanted: Value, default: Value| {
-        *input.get(key).filter(|v| !v.is_null()).unwrap_or(&default) == wanted
+    let reason = "symmetric numbers are read: 8-bit ones, dynamic per token or (floats) per 128 inputs, or floats static per \
+                  tensor; NVFP4's and the MX types' groups";
+    let known = Activations::ROUNDING.into_iter().find(|activations| describes(input, *activations));
+    known.ok_or_else(|| wrong(&format!("{path}.input_activations"), Some(input), reason))
+}
+
+/// Whether the arguments `given` are those of `activations`, keys that are left out being at their defaults.
+fn describes(given: &Value, activations: Activations) -> bool {
+    let args = activation_args(activations);
+    let get = |key: &str| given.get(key).filter(|v| !v.is_null());
+    let same = |key: &str, default: Value| get(key).unwrap_or(&default) == args.get(key).unwrap_or(&Value::Null);
+    let name = |value: Option<&Value>| {
+        value.and_then(Value::as_str).map_or_else(String::new, |name| name.trim_start_matches("torch.").to_owned())
     };
-    let int8 = is("num_bits", json!(8), json!(8)) && is("type", json!("int"), json!("int"));
-    let token = is("strategy", json!("token"), Value::Null) && is("dynamic", json!(true), json!(false));
-    if int8 && token && is("symmetric", json!(true), json!(true)) {
-        return Ok(Activations::DynamicInt8);
+    let (scale, meant) = (name(get("scale_dtype")), name(args.get("scale_dtype")));
+    same("num_bits", json!(8))
+        && same("type", json!("int"))
+        && same("symmetric", json!(true))
+        && same("strategy", Value::Null)
+        && same("dynamic", json!(false))
+        && (args["group_size"].is_null() || same("group_size", Value::Null))
+        // Before releases had the key, NVFP4 alone had scales of another type.
+        && (scale == meant || (scale.is_empty() && activations == Activations::Nvfp4))
+}
+
+/// How keys and values are kept: 8-bit floats under one scale each, from calibration.
+const CACHE: Activations = Activations::StaticFp8;
+
+/// The `kv_cache_scheme` of a configuration in the format called `format`, whose attention layers have a `k_scale` and a
+/// `v_scale`, F32 `[1]`; `None` where it has no place for them.
+#[must_use]
+pub fn cache_scheme(format: &str) -> Option<Value> {
+    (FAMILY.contains(&format) || format == mixed_precision::NAME).then(|| activation_args(CACHE))
+}
+
+/// Whether keys and values are rounded.
+fn read_cache(config: &Value) -> Result<bool, Error> {
+    match config.get("kv_cache_scheme").filter(|v| !v.is_null()) {
+        None => Ok(false),
+        Some(scheme) if describes(scheme, CACHE) => Ok(true),
+        other => Err(wrong("kv_cache_scheme", other, "8-bit floats with one static scale per layer are read")),
     }
-    let fp8 = is("num_bits", json!(8), json!(8)) && is("type", json!("float"), json!("int"));
-    let dynamic = is("dynamic", json!(true), json!(false)) && is("symmetric", json!(true), json!(true));
-    if fp8 && dynamic && is("strategy", json!("token"), Value::Null) {
-        return Ok(Activations::DynamicFp8);
-    }
-    if fp8
-        && dynamic
-        && is("strategy", json!("group"), Value::Null)
-        && is("group_size", json!(ACTIVATION_GROUP), Value::Null)
-    {
-        return Ok(Activations::DynamicFp8Groups);
-    }
-    let reason = "only symmetric 8-bit numbers, dynamic per token or (floats) per 128 inputs, are read yet";
-    Err(wrong(&format!("{path}.input_activations"), Some(input), reason))
 }
 
 /// The scheme a bare list of targets stands for; `None` for UNQUANTIZED.
 fn preset(name: &str) -> Result<Option<Scheme>, Error> {
     let unknown = || {
         let known =
-            "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, FP8_DYNAMIC, FP8_BLOCK, NVFP4A16, MXFP4A16, \
-                     MXFP8A16, UNQUANTIZED"
+            "W2A16 to W8A16, W4A16_ASYM, W2A8 to W7A8, W8A8, INT8, FP8, FP8_DYNAMIC, FP8_BLOCK, NVFP4, NVFP4A16, MXFP4, \
+                     MXFP4A16, MXFP8, MXFP8A16, UNQUANTIZED"
                 .to_owned();
         Error::UnknownFormat { key: "config_groups", got: name.to_owned(), known }
     };
     let upper = name.to_uppercase();
-    if let "FP8_DYNAMIC" | "FP8_BLOCK" | "NVFP4A16" | "MXFP4A16" | "MXFP8A16" = upper.as_str() {
-        // Ours are named after these.
-        return Ok(bitmill_scheme::scheme(&name.to_lowercase()));
+    // Ours are named after the library's.
+    let float = SCHEMES.iter().find(|p| matches!(p.scheme.grid, GridKind::Float(_)) && p.name == name.to_lowercase());
+    if let Some(float) = float {
+        return Ok(Some(float.scheme));
     }
     let (bits, activations, symmetric) = match upper.as_str() {
         "UNQUANTIZED" => return Ok(None),

@@ -11,11 +11,15 @@
 //!
 //! Two 4-bit codes share a byte, that of the even input in its low half. NVFP4 has `weight_global_scale`, F32 `[1]`, which the
 //! scales are divided by; ModelOpt's `weight_scale_2`, F32 `[]`, is its reciprocal.
+//!
+//! What calibration says of inputs is one more number: `input_scale`, F32 `[1]`, what 8-bit floats are multiplied by, or
+//! `input_global_scale`, F32 `[1]`, what NVFP4's scales are divided by, of which ModelOpt's `input_scale`, F32 `[]`, is the
+//! reciprocal.
 
 use super::pack_quantized::{check_scale_shape, scale_shape};
 use super::{
-    Format, assert_encodable, check_shape, compressed_tensors, fine_grained, modelopt, part, read_scales, scale_bytes,
-    scale_dtype, unsupported, validated,
+    Format, assert_encodable, check_shape, compressed_tensors, default_format, fine_grained, gpt_oss, modelopt, part,
+    read_scales, scale_bytes, scale_dtype, unsupported, validated,
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_value};
@@ -38,8 +42,8 @@ pub(super) struct Floats {
     /// The type of the scales and what shares one, where the format fixes them.
     scales: Option<(ScaleType, Granularity)>,
     parts: Parts,
-    /// What loaders do with inputs, where the configuration does not say it.
-    inputs: Option<Activations>,
+    /// What loaders can do with inputs beside such weights; where it is one thing, the configuration does not say it.
+    inputs: &'static [Activations],
     config: WriteConfig,
     recognise: fn(&dyn Format, &Value) -> Result<Option<Dialect>, Error>,
 }
@@ -49,14 +53,19 @@ pub(super) struct Floats {
 struct Parts {
     codes: &'static str,
     scales: &'static str,
-    /// That of what all scales are divided or multiplied by, and whether it is a factor.
-    whole: (&'static str, bool),
+    /// That of what all scales are divided by, or that of its reciprocal, by which they are multiplied.
+    whole: &'static str,
+    /// The same for the scales of inputs.
+    input: &'static str,
+    /// Whether the two are reciprocals.
+    factors: bool,
 }
 
 impl Parts {
     /// Those of compressed-tensors for codes under `codes`.
     const fn plain(codes: &'static str) -> Self {
-        Parts { codes, scales: "weight_scale", whole: ("weight_global_scale", false) }
+        let (scales, whole, input) = ("weight_scale", "weight_global_scale", "input_global_scale");
+        Parts { codes, scales, whole, input, factors: false }
     }
 }
 
@@ -66,10 +75,11 @@ const fn compressed(
     summary: &'static str,
     float: FloatType,
     scales: Option<(ScaleType, Granularity)>,
+    inputs: &'static [Activations],
 ) -> Floats {
     let parts = Parts::plain(if matches!(float, FloatType::E2m1) { "weight_packed" } else { "weight" });
     let (config, recognise) = (compressed_tensors::config, compressed_tensors::recognise);
-    Floats { name, summary, float, scales, parts, inputs: None, config, recognise }
+    Floats { name, summary, float, scales, parts, inputs, config, recognise }
 }
 
 pub(super) static FP8: Floats = compressed(
@@ -77,6 +87,7 @@ pub(super) static FP8: Floats = compressed(
     "compressed-tensors, 8-bit floats: vLLM, SGLang, transformers",
     FloatType::E4m3,
     None,
+    &[Activations::Full, Activations::DynamicFp8, Activations::DynamicFp8Groups, Activations::StaticFp8],
 );
 
 pub(super) static NVFP4: Floats = compressed(
@@ -84,29 +95,42 @@ pub(super) static NVFP4: Floats = compressed(
     "compressed-tensors, 4-bit floats with 8-bit floats per 16: vLLM, SGLang, transformers",
     FloatType::E2m1,
     Some((ScaleType::E4m3, Granularity::Group(16))),
+    &[Activations::Full, Activations::Nvfp4],
 );
 
-pub(super) static MXFP4: Floats = compressed(
-    "mxfp4-pack-quantized",
-    "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
-    FloatType::E2m1,
-    Some((ScaleType::E8m0, Granularity::Group(32))),
-);
+pub(super) static MXFP4: Floats = Floats {
+    // gpt-oss is published in the same bytes.
+    recognise: gpt_oss::recognise,
+    ..compressed(
+        "mxfp4-pack-quantized",
+        "compressed-tensors, 4-bit floats with powers of two per 32: vLLM, transformers",
+        FloatType::E2m1,
+        Some((ScaleType::E8m0, Granularity::Group(32))),
+        &[Activations::Full, Activations::Mxfp4],
+    )
+};
 
 pub(super) static MXFP8: Floats = compressed(
     "mxfp8-quantized",
     "compressed-tensors, 8-bit floats with powers of two per 32: vLLM, transformers",
     FloatType::E4m3,
     Some((ScaleType::E8m0, Granularity::Group(32))),
+    &[Activations::Full, Activations::Mxfp8],
 );
 
 pub(super) static MODELOPT: Floats = Floats {
     name: "modelopt",
-    summary: "NVIDIA's ModelOpt, NVFP4 weights: vLLM, SGLang, TensorRT-LLM",
+    summary: "NVIDIA's ModelOpt, NVFP4: vLLM, SGLang, TensorRT-LLM",
     float: FloatType::E2m1,
     scales: Some((ScaleType::E4m3, Granularity::Group(16))),
-    parts: Parts { codes: "weight", scales: "weight_scale", whole: ("weight_scale_2", true) },
-    inputs: Some(Activations::Full),
+    parts: Parts {
+        codes: "weight",
+        scales: "weight_scale",
+        whole: "weight_scale_2",
+        input: "input_scale",
+        factors: true,
+    },
+    inputs: &[Activations::Full, Activations::Nvfp4],
     config: modelopt::config,
     recognise: modelopt::recognise,
 };
@@ -116,8 +140,8 @@ pub(super) static FINE_GRAINED: Floats = Floats {
     summary: "fine-grained FP8, as DeepSeek's models come: vLLM, SGLang, transformers",
     float: FloatType::E4m3,
     scales: Some((ScaleType::F32, Granularity::Tile(TILE))),
-    parts: Parts { codes: "weight", scales: "weight_scale_inv", whole: ("", false) },
-    inputs: Some(Activations::DynamicFp8Groups),
+    parts: Parts { scales: "weight_scale_inv", ..Parts::plain("weight") },
+    inputs: &[Activations::DynamicFp8Groups],
     config: fine_grained::config,
     recognise: fine_grained::recognise,
 };
@@ -160,6 +184,25 @@ impl Floats {
     fn packed(&self) -> bool {
         self.float == FloatType::E2m1
     }
+
+    /// The suffix of what calibration says of inputs.
+    fn input_part(&self, scheme: &Scheme) -> &'static str {
+        if scheme.activations == Activations::StaticFp8 { "input_scale" } else { self.parts.input }
+    }
+
+    /// A number of a whole matrix as it is stored, or as it is meant.
+    fn either_way(&self, whole: f32) -> f32 {
+        if self.parts.factors { whole.recip() } else { whole }
+    }
+
+    /// The number of a whole matrix that is stored as `suffix`.
+    fn whole(&self, module: &str, suffix: &str, source: &Checkpoint) -> Result<f32, Error> {
+        let view = part(source, module, suffix)?;
+        match view.to_f32()?[..] {
+            [whole] => Ok(self.either_way(whole)),
+            _ => Err(view.wrong_shape("[1]")),
+        }
+    }
 }
 
 impl Format for Floats {
@@ -184,28 +227,30 @@ impl Format for Floats {
     }
 
     fn candidates(&self, scheme: &Scheme) -> Vec<Scheme> {
-        let activations = self.inputs.unwrap_or(scheme.activations);
+        let activations = match self.inputs {
+            [only] => *only,
+            _ => scheme.activations,
+        };
         vec![Scheme { activations, ..*scheme }.with_scale(self.scale_type(scheme.scale))]
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
         let refuse = |reason: String| Err(unsupported(self, module, scheme, reason));
         if !self.grid_matches(scheme) {
-            let own = match name_for(scheme) {
-                Some(name) => format!("use {name}"),
-                None => "its numbers are floats: choose a scheme like fp8_dynamic, nvfp4a16 or mxfp4a16".into(),
+            let own = match (scheme.grid, default_format(scheme)) {
+                (GridKind::Float(_), name) if name != self.name => format!("use {name}"),
+                _ => "its numbers are floats: choose a scheme like fp8_dynamic, nvfp4a16 or mxfp4a16".into(),
             };
             return refuse(own);
         }
-        let runs = match scheme.activations {
-            other if self.inputs.is_some_and(|own| own != other) => false,
-            Activations::Full => true,
-            Activations::DynamicInt8 => false,
-            Activations::DynamicFp8 => self.scales.is_none() && !matches!(scheme.granularity, Granularity::Tile(_)),
-            Activations::DynamicFp8Groups => {
-                self.scales.is_none_or(|(own, _)| own.is_wide()) && scheme.granularity == Granularity::Tile(TILE)
-            }
-        };
+        // Tiles of weights go with groups of inputs, and with them alone.
+        let tiles = scheme.granularity == Granularity::Tile(TILE);
+        let runs = self.inputs.contains(&scheme.activations)
+            && match scheme.activations {
+                Activations::DynamicFp8Groups => tiles,
+                Activations::DynamicFp8 | Activations::StaticFp8 => !matches!(scheme.granularity, Granularity::Tile(_)),
+                _ => true,
+            };
         if !runs {
             return refuse("loaders have no kernel for such inputs beside such weights".into());
         }
@@ -223,8 +268,9 @@ impl Format for Floats {
     }
 
     fn holds(&self, module: &str, q: &Quantized) -> Result<(), Error> {
-        let (divisor, (_, factor)) = (q.divisor(), self.parts.whole);
-        if factor && divisor.recip().recip() != divisor {
+        let rounded = |divisor: &f32| divisor.recip().recip() != *divisor;
+        let divisors = std::iter::once(q.divisor()).chain(q.input);
+        if let Some(divisor) = { divisors }.find(|d| self.parts.factors && rounded(d)) {
             let reason =
                 format!("it stores the reciprocal of {divisor}, which all scales are divided by, and that is rounded");
             return Err(unsupported(self, module, &q.scheme, reason));
@@ -239,9 +285,12 @@ impl Format for Floats {
             false => spec(self.parts.codes, Dtype::F8_E4M3, shape.to_vec()),
         };
         let mut specs = vec![codes, spec(self.parts.scales, scale_dtype(scheme.scale), scale_shape(scheme, shape))];
+        let whole = || if self.parts.factors { Vec::new() } else { vec![1] };
         if scheme.has_divisor() {
-            let (name, factor) = self.parts.whole;
-            specs.push(spec(name, Dtype::F32, if factor { Vec::new() } else { vec![1] }));
+            specs.push(spec(self.parts.whole, Dtype::F32, whole()));
+        }
+        if scheme.activations.is_calibrated() {
+            specs.push(spec(self.input_part(scheme), Dtype::F32, whole()));
         }
         specs
     }
@@ -254,10 +303,9 @@ impl Format for Floats {
         };
         let count = q.scheme.scales(q.shape);
         let mut payloads = vec![codes, scale_bytes(q.scales[..count].iter().copied(), q.scheme.scale)];
-        if q.scheme.has_divisor() {
-            let (_, factor) = self.parts.whole;
-            let whole = if factor { q.divisor().recip() } else { q.divisor() };
-            payloads.push(whole.to_le_bytes().to_vec());
+        let divisor = q.scheme.has_divisor().then(|| q.divisor());
+        for whole in divisor.into_iter().chain(q.input) {
+            payloads.push(self.either_way(whole).to_le_bytes().to_vec());
         }
         payloads
     }
@@ -290,15 +338,16 @@ impl Format for Floats {
         let scheme = Scheme { scale: stored, ..*scheme };
         check_scale_shape(&scale, &scheme, shape)?;
         if scheme.has_divisor() {
-            let (name, factor) = self.parts.whole;
-            let global = part(source, module, name)?;
-            let values = global.to_f32()?;
-            match values[..] {
-                [whole] => scales.push(if factor { whole.recip() } else { whole }),
-                _ => return Err(global.wrong_shape("[1]")),
-            }
+            scales.push(self.whole(module, self.parts.whole, source)?);
         }
-        validated(module, source, Quantized { scheme, shape, codes, scales, zeros: Vec::new(), group_of: Vec::new() })
+        let input = self.input(module, &scheme, source)?;
+        let (zeros, group_of) = (Vec::new(), Vec::new());
+        validated(module, source, Quantized { scheme, shape, codes, scales, zeros, group_of, input })
+    }
+
+    fn input(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Option<f32>, Error> {
+        let stored = || self.whole(module, self.input_part(scheme), source);
+        scheme.activations.is_calibrated().then(stored).transpose()
     }
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {

@@ -170,7 +170,11 @@ impl Format for Gptq {
         let zeros = if scheme.symmetric() { Vec::new() } else { zeros };
 
         let group_of = read_group_map(source, module, "g_idx", &mut scheme, cols)?;
-        validated(module, source, Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of })
+        validated(
+            module,
+            source,
+            Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of, input: None },
+        )
     }
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {

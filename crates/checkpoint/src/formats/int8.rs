@@ -54,7 +54,7 @@ pub(super) fn decode(module: &str, scheme: &Scheme, source: &Checkpoint) -> Resu
     };
     let codes = unsigned(weight.bytes, scheme.bits());
     let group_of = read_group_map(source, module, "weight_g_idx", &mut scheme, shape[1])?;
-    validated(module, source, Quantized { scheme, shape, codes, scales, zeros, group_of })
+    validated(module, source, Quantized { scheme, shape, codes, scales, zeros, group_of, input: None })
 }
 
 /// Zero points that lie as the scales do, one signed byte each.

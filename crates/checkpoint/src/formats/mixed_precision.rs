@@ -13,9 +13,9 @@ pub(super) struct MixedPrecision;
 /// What the configuration calls it.
 pub(super) const NAME: &str = "mixed-precision";
 
-/// The format of a matrix under `scheme`; `None` for GGUF's.
+/// The format of a matrix under `scheme`; `None` for what compressed-tensors does not store.
 pub(super) fn format_of(scheme: &Scheme) -> Option<&'static dyn Format> {
-    if scheme.form().is_some() { None } else { format(default_format(scheme)) }
+    format(default_format(scheme)).filter(|format| compressed_tensors::FAMILY.contains(&format.name()))
 }
 
 impl Format for MixedPrecision {
@@ -43,7 +43,10 @@ impl Format for MixedPrecision {
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
         match format_of(scheme) {
             Some(format) => format.check(module, scheme, shape),
-            None => Err(unsupported(self, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)")),
+            None if scheme.form().is_some() => {
+                Err(unsupported(self, module, scheme, "it is a type of GGUF; write a .gguf file (--format gguf)"))
+            }
+            None => Err(unsupported(self, module, scheme, "compressed-tensors does not store such numbers")),
         }
     }
 
@@ -61,8 +64,12 @@ impl Format for MixedPrecision {
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         match format_of(scheme) {
             Some(format) => format.decode(module, scheme, source),
-            None => Err(unsupported(self, module, scheme, "it is a type of GGUF")),
+            None => Err(unsupported(self, module, scheme, "compressed-tensors does not store such numbers")),
         }
+    }
+
+    fn input(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Option<f32>, Error> {
+        format_of(scheme).map_or(Ok(None), |format| format.input(module, scheme, source))
     }
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {

@@ -1,10 +1,12 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
 mod awq;
+mod bitsandbytes;
 mod compressed_tensors;
 mod fine_grained;
 mod floats;
 mod gguf;
+pub(crate) mod gpt_oss;
 mod gptq;
 mod int8;
 mod int_quantized;
@@ -12,6 +14,8 @@ mod mixed_precision;
 mod modelopt;
 mod naive_quantized;
 mod pack_quantized;
+
+pub use compressed_tensors::cache_scheme;
 
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
@@ -77,6 +81,19 @@ pub trait Format: Sync {
     /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
 
+    /// What headers say of `scheme`, which is that of the configuration: `codes` and `scales` are a module's tensors.
+    fn seen(&self, scheme: Scheme, _codes: &TensorSpec, scales: &TensorSpec) -> Scheme {
+        scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale))
+    }
+
+    /// What calibration stored for the rounding of the inputs of `module`; `None` where `scheme` asks for nothing.
+    ///
+    /// # Errors
+    /// A missing tensor, or one of another shape.
+    fn input(&self, _module: &str, _scheme: &Scheme, _source: &Checkpoint) -> Result<Option<f32>, Error> {
+        Ok(None)
+    }
+
     /// The `quantization_config` object of a model whose `layers` are quantized under their schemes and whose linears
     /// `ignored` are not.
     ///
@@ -115,6 +132,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,
+    &bitsandbytes::BitsAndBytes,
 ];
 
 /// The format called `name`: a row of [`FORMATS`], or [`GGUF`].
@@ -128,6 +146,7 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 pub fn default_format(scheme: &Scheme) -> &'static str {
     match (scheme.grid, scheme.activations) {
         (GridKind::Block(_), _) => GGUF.name(),
+        (GridKind::Float(FloatType::Nf4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
         (GridKind::Int { .. }, Activations::Full) => "pack-quantized",
         (GridKind::Int { .. }, _) => "int-quantized",

@@ -114,7 +114,11 @@ impl Format for PackQuantized {
             false => read_zeros(&part(source, module, "weight_zero_point")?, &scheme, [rows, cols], layout)?,
         };
         let group_of = read_group_map(source, module, "weight_g_idx", &mut scheme, cols)?;
-        validated(module, source, Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of })
+        validated(
+            module,
+            source,
+            Quantized { scheme, shape: [rows, cols], codes, scales, zeros, group_of, input: None },
+        )
     }
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {

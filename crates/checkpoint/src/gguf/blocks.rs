@@ -344,6 +344,7 @@ pub(crate) fn decode(form: &BlockForm, shape: [usize; 2], bytes: &[u8]) -> Quant
         scales: vec![0.0; blocks * reals],
         zeros: vec![0; blocks * integers],
         group_of: Vec::new(),
+        input: None,
     };
     // Types without integers (or reals) still need one slice per block to walk beside the others.
     let mut scales: Vec<&mut [f32]> = split(&mut q.scales, reals, blocks);

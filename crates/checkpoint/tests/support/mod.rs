@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test panics")]
 
 use bitmill_checkpoint::{Checkpoint, Format, OutputPlan};
-use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme};
+use bitmill_scheme::{Activations, Bits, FloatType, Granularity, GridKind, Quantized, SCHEMES, ScaleType, Scheme};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,6 +40,8 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
             Granularity::Mapped(_) => (0..shape[1]).map(|i| ((i + 1) % scheme.groups(shape[1])) as u32).collect(),
             _ => vec![],
         },
+        // Of which the reciprocal is exact, too.
+        input: scheme.activations.is_calibrated().then_some(0.25),
     };
     if scheme.has_divisor() {
         // Of which the reciprocal is exact.
@@ -74,9 +76,8 @@ pub(crate) fn schemes() -> Vec<Scheme> {
             }
         }
     }
-    for (name, granularity) in [("fp8_dynamic", Granularity::Channel), ("fp8_block", Granularity::Tile(128))] {
-        all.push(Scheme { granularity, ..bitmill_scheme::scheme(name).unwrap() });
-    }
+    let presets = SCHEMES.iter().map(|p| p.scheme).filter(|s| matches!(s.grid, GridKind::Float(_)));
+    all.extend(presets.filter(|s| s.activations != Activations::Full));
     // Channels come last: a row less of them does not go unnoticed.
     let groups = [Granularity::Tensor, Granularity::Tile(16), Granularity::Group(8), Granularity::Channel];
     let mut floats = |float, scales: &[ScaleType], granularities: &[Granularity]| {
@@ -87,6 +88,7 @@ pub(crate) fn schemes() -> Vec<Scheme> {
     floats(FloatType::E4m3, &[ScaleType::F16, ScaleType::Bf16, ScaleType::F32], &groups);
     floats(FloatType::E4m3, &[ScaleType::E8m0], &[Granularity::Group(32)]);
     floats(FloatType::E2m1, &[ScaleType::E8m0], &[Granularity::Group(32)]);
+    floats(FloatType::Nf4, &[ScaleType::F32], &[Granularity::Group(64), Granularity::Group(32)]);
     floats(FloatType::E2m1, &[ScaleType::E4m3], &[Granularity::Group(16), Granularity::Group(8)]);
     all
 }

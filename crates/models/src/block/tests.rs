@@ -6,6 +6,8 @@ use candle_core::Device;
 use serde_json::json;
 use std::collections::BTreeMap;
 
+const INT8: Inputs = Inputs { activations: Activations::DynamicInt8, stored: 1.0 };
+
 fn tiny() -> ModelSpec {
     let config = json!({
         "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -57,10 +59,10 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
     let rope = RopeTable::new(&spec.ropes, 9).unwrap();
     let random = |width: usize| Tensor::randn(0f32, 1.0, (9, width), &Device::Cpu).unwrap();
     let (hidden, attended, gated) = (random(32), random(32), random(40));
-    let round = |x: &Tensor| ops::round_int8(x).unwrap();
+    let round = |x: &Tensor| ops::round_inputs(x, INT8).unwrap();
     let mut int8 = full.clone();
     for (role, _) in spec.block_linears(0) {
-        int8.set_activations(role, Activations::DynamicInt8);
+        int8.set_inputs(role, INT8);
     }
     let same = |a: &Tensor, b: &Tensor| values(a) == values(b);
     assert!(same(&int8.attn_out(&hidden, &rope).unwrap(), &full.attn_out(&round(&hidden), &rope).unwrap()));
@@ -70,11 +72,34 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
     assert!(!same(&int8.mlp_out(&hidden).unwrap(), &full.mlp_out(&hidden).unwrap()));
 
     let mut mixed = full.clone();
-    mixed.set_activations(Role::Up, Activations::DynamicInt8);
+    mixed.set_inputs(Role::Up, INT8);
     let input = Input::new(&hidden, &[mixed.at(Role::Gate), mixed.at(Role::Up)]).unwrap();
     let (gate, up) = (mixed.at(Role::Gate).read(&input).unwrap(), mixed.at(Role::Up).read(&input).unwrap());
     assert!(same(&gate, &full.at(Role::Gate).forward(&hidden).unwrap()));
     assert!(same(&up, &full.at(Role::Up).forward(&round(&hidden)).unwrap()));
+}
+
+#[test]
+fn keys_and_values_are_rounded_where_they_are_kept() {
+    let spec = tiny();
+    let full = Block::load(&spec, 0, &weights(&spec)).unwrap();
+    let rope = RopeTable::new(&spec.ropes, 9).unwrap();
+    let x = Tensor::randn(0f32, 1.0, (9, 32), &Device::Cpu).unwrap();
+    let scales = full.cache_range(&x, &rope).unwrap().map(|most| most / 448.0);
+    let mut kept = full.clone();
+    kept.set_cache(Some(scales));
+    let heads = full.heads(&x, &rope).unwrap();
+    let round = |t: &Tensor, stored| {
+        let inputs = Inputs { activations: Activations::StaticFp8, stored };
+        ops::round_inputs(t, inputs).unwrap()
+    };
+    let rounded = Heads { k: round(&heads.k, scales[0]), v: round(&heads.v, scales[1]), ..heads };
+    let got = values(&kept.attn_out(&x, &rope).unwrap());
+    assert_eq!(got, values(&full.attend(&rounded).unwrap()));
+    let plain = values(&full.attn_out(&x, &rope).unwrap());
+    let error: f32 = got.iter().zip(&plain).map(|(a, b)| (a - b).powi(2)).sum();
+    let energy: f32 = plain.iter().map(|v| v * v).sum();
+    assert!(error > 0.0 && error < 0.01 * energy, "{error} of {energy}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Each operation against its definition, candle or a golden file.
 
 use super::*;
+use bitmill_scheme::Activations;
 use candle_core::{Device, IndexOp};
 use std::path::Path;
 
@@ -20,14 +21,28 @@ fn exp_is_within_two_units_in_the_last_place() {
 }
 
 #[test]
-fn int8_rounding_equals_compressed_tensors() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/int8-activations/golden.safetensors");
-    let golden = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
-    let got = round_int8(&golden["input"]).unwrap().to_vec2::<f32>().unwrap();
-    let expected = golden["output"].to_vec2::<f32>().unwrap();
-    for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
-        // Bit for bit, but for the sign of zero.
-        assert!(got.iter().zip(expected).all(|(a, b)| a == b), "row {row}: {got:?} {expected:?}");
+fn rounding_of_inputs_equals_compressed_tensors() {
+    let golden = |case: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case).join("golden.safetensors");
+        candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+    };
+    let (int8, floats) = (golden("int8-activations"), golden("float-activations"));
+    for (golden, name, activations, stored) in [
+        (&int8, "output", Activations::DynamicInt8, 1.0),
+        (&floats, "fp8", Activations::DynamicFp8, 1.0),
+        (&floats, "fp8-groups", Activations::DynamicFp8Groups, 1.0),
+        (&floats, "fp8-static", Activations::StaticFp8, 0.03125),
+        (&floats, "nvfp4", Activations::Nvfp4, 128.0),
+        (&floats, "mxfp4", Activations::Mxfp4, 1.0),
+        (&floats, "mxfp8", Activations::Mxfp8, 1.0),
+    ] {
+        let got = round_inputs(&golden["input"], Inputs { activations, stored }).unwrap().to_vec2::<f32>().unwrap();
+        let expected = golden[name].to_vec2::<f32>().unwrap();
+        for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            // Bit for bit, but for the sign of zero.
+            let different = got.iter().zip(expected).position(|(a, b)| a != b);
+            assert_eq!(different, None, "{name}, row {row}: {got:?} {expected:?}");
+        }
     }
 }
 

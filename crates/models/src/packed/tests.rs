@@ -26,6 +26,7 @@ fn quantized(bits: usize, symmetric: bool, granularity: Granularity, [rows, cols
             Granularity::Mapped(_) => (0..cols).map(|i| (i % groups) as u32).collect(),
             _ => Vec::new(),
         },
+        input: None,
     }
 }
 

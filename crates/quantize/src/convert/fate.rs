@@ -5,7 +5,9 @@ use crate::methods::{Linear, method};
 use crate::plan::{is_embedding, is_end, model_scale_type, natural_key};
 use crate::weight::is_transposed;
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, Order, TensorView, Weight};
+use bitmill_checkpoint::{
+    CACHE_SCALES, Checkpoint, Dialect, Dtype, Format, GGUF, Order, TensorView, Weight, cache_scheme,
+};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType, Scheme};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +53,8 @@ pub(super) struct Decider<'a> {
     lossy: bool,
     /// Whether zero points are all in the middle of the grid, so that they need not be stored.
     middle: bool,
+    /// Whether scales of keys and values, if there are any, are kept; without a cache that is rounded nothing is called so.
+    keeps_cache: bool,
     spec: Option<&'a ModelSpec>,
     rounded: Vec<Rounded>,
     notes: Vec<String>,
@@ -66,7 +70,10 @@ impl<'a> Decider<'a> {
         target: Target,
         lossy: bool,
     ) -> Result<Self, Error> {
-        let mut decider = Decider { input, target, lossy, middle: true, spec, rounded: Vec::new(), notes: Vec::new() };
+        let held = matches!(target, Target::Format(format) if cache_scheme(format.name()).is_some());
+        let keeps_cache = held || !input.dialect().is_some_and(Dialect::rounds_cache);
+        let (middle, rounded, notes) = (true, Vec::new(), Vec::new());
+        let mut decider = Decider { input, target, lossy, middle, keeps_cache, spec, rounded, notes };
         for module in decider.modules() {
             if !decider.middle || input.gguf().is_some() {
                 break;
@@ -91,12 +98,17 @@ impl<'a> Decider<'a> {
     pub(super) fn decide(mut self) -> Result<Decided, Error> {
         let modules = self.modules();
         let owner = |name: &str| {
-            let (module, part) = name.rsplit_once('.')?;
-            (part != "bias").then(|| modules.binary_search_by(|m| m.as_str().cmp(module)).ok()).flatten()
+            let module = self.input.module_of(name)?;
+            modules.binary_search_by(|m| m.as_str().cmp(module)).ok()
         };
         // A module stands where its first tensor does.
         let mut fates: BTreeMap<String, Option<usize>> = BTreeMap::new();
+        let mut dropped = false;
         for name in self.input.names().filter(|n| *n != ROPE_FACTORS || self.input.gguf().is_none()) {
+            if !self.keeps_cache && CACHE_SCALES.iter().any(|suffix| name.ends_with(&format!(".{suffix}"))) {
+                dropped = true;
+                continue;
+            }
             match owner(name) {
                 Some(i) => fates.insert(format!("{}.weight", modules[i]), Some(i)),
                 None => fates.insert(name.to_owned(), None),
@@ -115,6 +127,10 @@ impl<'a> Decider<'a> {
             });
         }
         self.note_activations(&items);
+        if dropped {
+            self.notes
+                .push("keys and values are no longer rounded at run time: their scales have no place there".into());
+        }
         Ok((items, self.rounded, self.notes))
     }
 
@@ -161,6 +177,9 @@ impl<'a> Decider<'a> {
         let Weight::Quantized(q) = self.input.weight(module)? else {
             return self.tensor(name);
         };
+        if let Some(experts) = self.input.stacked(module) {
+            return self.stack(module, &q, experts);
+        }
         let fate = match self.target {
             Target::Dense(dtype) => {
                 self.dense(module, &q.dequantize(), dtype)?;
@@ -181,6 +200,18 @@ impl<'a> Decider<'a> {
         let [rows, cols] = q.shape;
         let shape = if matches!(fate, Fate::Dense { turned: true, .. }) { vec![cols, rows] } else { vec![rows, cols] };
         Ok(Item { name, fate, shape })
+    }
+
+    /// The fate of a matrix of `experts`, which become plain numbers in one tensor, as their model has it.
+    fn stack(&mut self, module: &str, q: &Quantized, experts: usize) -> Result<Item, Error> {
+        let Target::Dense(dtype) = self.target else {
+            let reason = "the experts of its model are stacked, and stacks are written as plain numbers alone".into();
+            return Err(self.refusal(module, reason, "choose bf16, which holds every number"));
+        };
+        self.dense(module, &q.dequantize(), dtype)?;
+        let [rows, cols] = q.shape;
+        let fate = Fate::Dense { dtype, quantized: true, turned: true };
+        Ok(Item { name: module.to_owned(), fate, shape: vec![experts, cols, rows / experts] })
     }
 
     /// Refuses numbers that `dtype` does not hold, or records that they are rounded.
@@ -303,10 +334,12 @@ pub(super) fn requantized(module: &str, q: &Quantized, scheme: Scheme, how: How)
         }
         How::Nearest => {
             let weight = q.dequantize();
-            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None };
+            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None, input: 0.0 };
             let options = SolverOptions { scale_search: Some(ScaleSearch::Mse), ..SolverOptions::default() };
             let mut solved = method("rtn")?.solve(&[linear], None, &options)?;
-            Ok(solved.remove(0).quantized)
+            let input = q.input.filter(|_| scheme.activations == q.scheme.activations);
+            let rounded = solved.remove(0).quantized;
+            Ok(Quantized { input: input.or(rounded.input), ..rounded })
         }
     }
 }

@@ -12,7 +12,7 @@ pub use write::Converted;
 use crate::{
     Action, Error, GgufOutput, GgufSettings, Observation, PlannedTensor, Settings, SolverOptions, Unit, gguf, plan,
 };
-use bitmill_checkpoint::{Checkpoint, Dtype, Format, GGUF, OutputPlan, TensorSpec};
+use bitmill_checkpoint::{Checkpoint, Dialect, Dtype, Format, GGUF, OutputPlan, TensorSpec, cache_scheme};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Bits, Granularity, ScaleType, Scheme};
 use fate::Fate;
@@ -181,6 +181,11 @@ impl<'a> Conversion<'a> {
         let dense = self.items.iter().filter(|i| !matches!(i.fate, Fate::Quantized { .. }) && i.shape.len() == 2);
         let ignored = plan::left_dense(self.input, spec, dense.map(|i| i.name.as_str()));
         config["quantization_config"] = format.config(&layers, &ignored)?;
+        if let (true, Some(scheme)) =
+            (self.input.dialect().is_some_and(Dialect::rounds_cache), cache_scheme(format.name()))
+        {
+            config["quantization_config"]["kv_cache_scheme"] = scheme;
+        }
         Ok(config)
     }
 
@@ -262,6 +267,7 @@ impl<'a> Conversion<'a> {
             transforms: Vec::new(),
             reconstruction: None,
             tuning: None,
+            kv_cache: false,
             ignore: Vec::new(),
             samples: 0,
             sequence_length: 0,

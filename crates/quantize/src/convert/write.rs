@@ -95,8 +95,8 @@ impl Conversion<'_> {
                     true => self.input.weight(item.module())?.to_f32()?,
                     false => self.input.tensor(name)?.to_f32()?,
                 };
-                if turned {
-                    values = transpose(&values, [item.shape[1], item.shape[0]]);
+                if turned && let &[.., rows, cols] = &item.shape[..] {
+                    values = values.chunks(rows * cols).flat_map(|matrix| transpose(matrix, [cols, rows])).collect();
                 }
                 let bytes = payload(&values, dtype)?;
                 output.write(name, &self.ordered(name, item.shape.first().copied().unwrap_or(1), bytes))?;

@@ -28,7 +28,7 @@ impl Pupil {
         let mut trained = Vec::with_capacity(linears.len());
         for (role, quantized) in linears {
             let weight: Vec<f32> = block.linear(role).flatten_all()?.to_vec1()?;
-            block.set_activations(role, quantized.scheme.activations);
+            block.set_inputs(role, quantized.inputs());
             trained.push((role, Rounding::new(quantized, &weight)));
         }
         let norm = |(role, round)| Ok::<_, Error>((role, Dense::with_offset(block.norm(role), round, norm_offset)?));

@@ -255,6 +255,7 @@ fn packages(format: &str) -> Option<&'static str> {
         | "mxfp4-pack-quantized"
         | "mxfp8-quantized"
         | "mixed-precision" => Some("the package compressed-tensors"),
+        "bitsandbytes" => Some("the package bitsandbytes"),
         "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
         _ => None,
     }

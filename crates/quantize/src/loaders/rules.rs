@@ -31,6 +31,12 @@ pub(super) static RULES: &[Rule] = &[
         asked: ALWAYS,
     },
     Rule { name: "listed", about: "config.json says of every linear what is stored", broken: listed, asked: ALWAYS },
+    Rule {
+        name: "cache",
+        about: "keys and values that are rounded have scales in every block",
+        broken: cache,
+        asked: ALWAYS,
+    },
     Rule { name: "head", about: "the output matrix is found and read", broken: head, asked: ALWAYS },
     Rule {
         name: "tied",
@@ -254,6 +260,18 @@ fn listed(subject: &Subject, _: &Loader, _: &Demands) -> Vec<String> {
         }
     }
     broken
+}
+
+/// Scales of keys and values that are missing, for which loaders take 1.
+fn cache(subject: &Subject, _: &Loader, _: &Demands) -> Vec<String> {
+    let (Some(dialect), Some(spec)) = (&subject.dialect, &subject.spec) else { return Vec::new() };
+    // What is planned has them.
+    if !dialect.rounds_cache() || subject.stored.is_empty() {
+        return Vec::new();
+    }
+    let names = (0..spec.layers).flat_map(|block| crate::plan::cache_scales(spec, block)).map(|spec| spec.name);
+    let lacking = names.filter(|name| !subject.stored.contains(name));
+    lacking.map(|name| format!("{name} is missing, and config.json rounds keys and values")).collect()
 }
 
 /// A quantized head is found by loaders that are told of it by name.

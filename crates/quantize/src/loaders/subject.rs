@@ -50,8 +50,7 @@ impl Subject {
         let mut layers = BTreeMap::new();
         let mut dense = BTreeMap::new();
         for name in checkpoint.names() {
-            let (module, part) = name.rsplit_once('.').unwrap_or((name, ""));
-            if part != "bias" && checkpoint.scheme_of(module).is_some() {
+            if let Some(module) = checkpoint.module_of(name) {
                 if !layers.contains_key(module)
                     && let Weight::Quantized(q) = checkpoint.weight(module)?
                 {

@@ -53,7 +53,7 @@ fn assemble(linear: &Linear<'_>, form: &BlockForm, codes: Vec<u8>, params: &[Blo
         scales.extend_from_slice(&p.reals[..form.reals()]);
         zeros.extend_from_slice(&p.integers[..form.integers()]);
     }
-    Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new() }
+    Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new(), input: None }
 }
 
 /// A block type as the sweep sees it: d and dmin are fitted with all integers when the sweep reaches a block, and the
@@ -125,7 +125,14 @@ mod tests {
         for form in BLOCKS.iter().filter(|f| f.unit() > 1) {
             let order = Order::nested(&importance, &[form.len, form.sub, form.unit()]);
             let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
-            let linear = Linear { name: "x", weight: &w, shape: [2, n], scheme: Scheme::block(form.kind), amax: None };
+            let linear = Linear {
+                name: "x",
+                weight: &w,
+                shape: [2, n],
+                scheme: Scheme::block(form.kind),
+                amax: None,
+                input: 0.0,
+            };
             let q = swept(&linear, form, &order, &factor, ScaleSearch::Hessian);
             q.validate().unwrap();
             let column = |k: usize| order.columns[k] as usize;

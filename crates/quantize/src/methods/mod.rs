@@ -27,8 +27,10 @@ pub struct Linear<'a> {
     /// What it becomes; it fits the shape.
     pub scheme: Scheme,
     /// The largest magnitude over all linears that loaders hold as one matrix with it; its own where it is alone. What
-    /// NVFP4 divides scales by follows from it.
+    /// NVFP4 divides scales by follows from it, and the one scale of a matrix of floats.
     pub amax: Option<f32>,
+    /// The largest magnitude of its input, where calibration has something to say of that; else 0.
+    pub input: f32,
 }
 
 /// What a method needs besides weights.
@@ -137,7 +139,8 @@ fn assemble(linear: &Linear<'_>, codes: Vec<u8>, mut params: Vec<GroupParams>) -
     if linear.scheme.has_divisor() {
         scales.push(divisor);
     }
-    Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new() }
+    let input = linear.scheme.activations.calibrated(linear.input, linear.scheme.scale);
+    Quantized { scheme: linear.scheme, shape: linear.shape, codes, scales, zeros, group_of: Vec::new(), input }
 }
 
 /// Parameters `[out, groups]`, each what `fit` makes of the weights that share them and of their range of inputs.
@@ -201,7 +204,7 @@ mod tests {
         scheme: Scheme,
         options: &SolverOptions,
     ) -> Quantized {
-        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme, amax: None };
+        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme, amax: None, input: 0.0 };
         let h = (method.needs(options) == Needs::Hessian).then_some(h);
         method.solve(&[linear], h, options).unwrap().remove(0).quantized
     }

@@ -2,7 +2,7 @@
 
 use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_scheme::{Grid, GroupParams};
+use bitmill_scheme::{Fit, Granularity, Grid, GroupParams};
 use std::borrow::Cow;
 
 pub(super) struct Rtn;
@@ -77,6 +77,10 @@ pub(super) fn fit(
     importance: &[f32],
     grid: impl Grid + Sync,
 ) -> Vec<GroupParams> {
+    // One scale for matrices that are rounded one after the other: it covers them all.
+    if let (Granularity::Tensor, Some(amax)) = (linear.scheme.granularity, linear.amax) {
+        return vec![grid.fit(&[amax], Fit::MinMax); linear.shape[0]];
+    }
     fitted(linear, |w, cols| {
         let own = &importance[cols];
         // Rows that share a scale weigh their inputs alike.

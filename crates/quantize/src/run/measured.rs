@@ -15,6 +15,11 @@ use bitmill_models::SITES;
 pub(super) fn check(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<(), Error> {
     let experts = plan.spec.as_ref().is_some_and(|spec| spec.routing.is_some());
     match calibration {
+        Some(Calibration::Statistics(_) | Calibration::Importance(_)) if plan.settings.kv_cache => {
+            let reason = "the scales of keys and values are seen in text that flows through the model; give --calibration \
+                          rather than statistics";
+            Err(Error::Cache { reason: reason.into() })
+        }
         Some(Calibration::Statistics(_) | Calibration::Importance(_)) if experts => {
             Err(Error::Experts { what: "a file of statistics".into(), dir: input.dir().into() })
         }
@@ -29,7 +34,11 @@ fn weighed(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
     }
     let blocks = plan.units.iter().filter(|unit| unit.block.is_some());
     for tensor in blocks.flat_map(|unit| &unit.tensors) {
-        let Action::Quantize { module, shape, .. } = &tensor.action else { continue };
+        let Action::Quantize { module, shape, scheme, .. } = &tensor.action else { continue };
+        if scheme.activations.is_calibrated() {
+            let reason = "an importance matrix does not hold the largest".into();
+            return Err(Error::NeedsInputs { scheme: *scheme, reason });
+        }
         let got = imatrix.importance(module).map(<[f32]>::len);
         if got != Some(shape[1]) {
             return Err(Error::Importance { module: module.clone(), inputs: shape[1], got: got.unwrap_or(0) });
@@ -63,10 +72,11 @@ impl Worker<'_, '_> {
             let h = statistics.hessian(block, site)?;
             let (name, tokens, spread) = (site.name.into(), statistics.tokens(), statistics.spread(block, site, &h)?);
             sites.push(SiteRecord { block, site: name, tokens, prior: None, spread });
+            let largest = statistics.abs_max(block, site)?.into_iter().fold(0.0, f32::max);
             let weight = |t: &&Target<'_>| weight(self.input, self.plan.spec.as_ref(), t.module);
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
-            for (_, done) in solve_targets(&wanted, &weights, (&h, statistics.tokens()), method, solver)? {
+            for (_, done) in solve_targets(&wanted, &weights, (&h, tokens, largest), method, solver)? {
                 write_quantized(self.plan, &self.output, &done.module, &done.solved.quantized)?;
                 (self.observe)(Event::Tensor(&done.record));
                 tensors.push(done.record);
@@ -84,8 +94,14 @@ impl Worker<'_, '_> {
         for target in unit.tensors.iter().filter_map(Target::of) {
             // Checked before the run began.
             let Some(h) = imatrix.importance(target.module) else { continue };
-            let linear =
-                Linear { name: target.module, weight: &[], shape: target.shape, scheme: target.scheme, amax: None };
+            let linear = Linear {
+                name: target.module,
+                weight: &[],
+                shape: target.shape,
+                scheme: target.scheme,
+                amax: None,
+                input: 0.0,
+            };
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
         }

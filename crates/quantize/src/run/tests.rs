@@ -7,8 +7,9 @@ use crate::{
 };
 use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
 use bitmill_checkpoint::Dtype;
+use bitmill_models::Role;
 use bitmill_models::spec_of;
-use bitmill_scheme::{BLOCKS, Bits, Granularity, Scheme};
+use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, Scheme};
 
 fn model(case: &str) -> Checkpoint {
     Checkpoint::open(&tiny::folder().join(case)).unwrap()
@@ -194,4 +195,96 @@ fn what_an_architecture_does_not_allow_is_refused_before_work_starts() {
     }
     let error = Plan::new(&model("opt"), &settings(&["rotate"], Observation::default())).err().unwrap().to_string();
     assert!(error.contains("it has layer norms"), "{error}");
+}
+
+#[test]
+fn inputs_are_rounded_by_what_calibration_saw() {
+    for (case, method) in [("llama-gqa", "gptq"), ("llama-gqa", "rtn"), ("qwen2-moe", "rtn")] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let scheme = bitmill_scheme::scheme("fp8").unwrap();
+        let fp8 = Settings { method: method.into(), format: "float-quantized".into(), scheme, ..tiny::settings(&[]) };
+        go(case, &fp8, &out, 2, None).unwrap();
+        let (input, back) = (model(case), Checkpoint::open(&out).unwrap());
+        let spec = spec_of(&back).unwrap();
+        let read = |role| match back.weight(&spec.module(0, role)).unwrap() {
+            Weight::Quantized(q) => q,
+            Weight::Dense(_) => panic!("{role:?} is dense"),
+        };
+        // One scale for what loaders hold as one matrix, that of its largest weight.
+        let roles = [Role::Q, Role::K, Role::V];
+        let amax = |role| {
+            let weight = input.weight(&spec.module(0, role)).unwrap().to_f32().unwrap();
+            weight.into_iter().fold(0.0f32, |most, w| most.max(w.abs()))
+        };
+        let scale = scheme
+            .with_scale(read(Role::Q).scheme.scale)
+            .scale
+            .round(roles.map(amax).into_iter().fold(0.0, f32::max) / 448.0);
+        assert!(roles.iter().all(|&r| read(r).scales == [scale]), "{case}: {scale}");
+        // The first site sees what the model as it is computes, in the 16 bits that the stream has.
+        let windows = tiny::windows(&spec, 10, 24);
+        let (embedding, block) = (Embedding::load(&spec, &input).unwrap(), Block::load(&spec, 0, &input).unwrap());
+        let most = windows.tokens.iter().fold(0.0f32, |most, tokens| {
+            let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
+            x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().fold(most, |most, v| most.max(v.abs()))
+        });
+        let stored: Vec<f32> = roles.iter().map(|&r| read(r).input.unwrap()).collect();
+        assert!(stored.iter().all(|&s| s == stored[0] && (s * 448.0 / most - 1.0).abs() < 0.02), "{case}: {stored:?}");
+        // Every linear has its own, experts that few tokens went to included, and the model runs with them.
+        for (_, module) in (0..spec.layers).flat_map(|b| spec.block_linears(b)) {
+            let inputs = back.inputs(&module).unwrap();
+            assert!(inputs.activations == Activations::StaticFp8 && inputs.stored != 1.0, "{module}: {inputs:?}");
+        }
+        let rope = RopeTable::new(&spec.ropes, windows.length).unwrap();
+        let h = embedding.embed(&windows.tokens[0]).unwrap();
+        let run = |checkpoint: &Checkpoint| {
+            let block = Block::load(&spec, 0, checkpoint).unwrap();
+            block.forward(&h, &rope).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let (rounded, full) = (run(&back), run(&input));
+        let error: f32 = rounded.iter().zip(&full).map(|(a, b)| (a - b).powi(2)).sum();
+        let energy: f32 = full.iter().map(|v| v * v).sum();
+        assert!(error > 0.0 && error < 0.03 * energy, "{case}: {error} of {energy}");
+    }
+    let unknown = Settings { scheme: bitmill_scheme::scheme("fp8").unwrap(), ..tiny::settings(&[]) };
+    let mut config = model("llama-gqa").config().clone();
+    config["model_type"] = "unheard-of".into();
+    let bytes = std::fs::read(tiny::folder().join("llama-gqa/model.safetensors")).unwrap();
+    let input = Checkpoint::in_memory(config, bytes).unwrap();
+    let said = Plan::new(&input, &Settings { method: "rtn".into(), ..unknown }).err().unwrap().to_string();
+    assert!(said.contains("rounds inputs by what calibration says"), "{said}");
+}
+
+#[test]
+fn scales_of_keys_and_values_come_from_calibration() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, three, stopped] = ["one", "three", "stopped"].map(|name| dir.path().join(name));
+    let kept = Settings { kv_cache: true, observation: everything(TargetShift::Outputs), ..tiny::settings(&[]) };
+    go("phi3", &kept, &one, 1, None).unwrap();
+    go("phi3", &kept, &three, 3, None).unwrap();
+    assert!(go("phi3", &kept, &stopped, 2, Some(6)).is_err());
+    go("phi3", &kept, &stopped, 2, None).unwrap();
+    assert!(weights(&one) == weights(&three) && weights(&one) == weights(&stopped));
+    let back = Checkpoint::open(&one).unwrap();
+    let spec = spec_of(&back).unwrap();
+    let windows = tiny::windows(&spec, 10, 24);
+    let (embedding, rope) =
+        (Embedding::load(&spec, &back).unwrap(), RopeTable::new(&spec.ropes, windows.length).unwrap());
+    // Of the first block's rounded weights, on the text itself.
+    let mut block = Block::load(&spec, 0, &back).unwrap();
+    let [k, v] = back.cache_scales("model.layers.0.self_attn").unwrap().unwrap();
+    block.set_cache(None);
+    let [mut most_k, mut most_v] = [0.0f32; 2];
+    for tokens in &windows.tokens {
+        let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
+        let [k, v] = block.cache_range(&x, &rope).unwrap();
+        (most_k, most_v) = (most_k.max(k), most_v.max(v));
+    }
+    assert!((k * 448.0 / most_k - 1.0).abs() < 0.02 && (v * 448.0 / most_v - 1.0).abs() < 0.02, "{k} {v}");
+    assert_eq!(back.names().filter(|n| n.ends_with(".k_scale") || n.ends_with(".v_scale")).count(), 2 * spec.layers);
+    for (format, case) in [("gptq", "llama-gqa"), ("gguf", "llama-gqa"), ("pack-quantized", "bert")] {
+        let refused = Settings { format: format.into(), ..kept.clone() };
+        assert!(matches!(Plan::new(&model(case), &refused), Err(Error::Cache { .. })), "{format} {case}");
+    }
 }

@@ -4,8 +4,10 @@
 //! | --- | --- | --- |
 //! | E4M3 | 1, 4, 3 | ±0 to ±448, the last code of either sign is NaN |
 //! | E2M1 | 1, 2, 1 | ±0, 0.5, 1, 1.5, 2, 3, 4, 6 |
+//! | NF4 | – | sixteen from −1 to 1, closer to each other about 0 |
 //!
-//! Codes are the bit patterns themselves, which grow with the magnitude. What a scale may be is [`ScaleType`]'s matter:
+//! Codes are the bit patterns themselves, which grow with the magnitude; those of NF4 (Dettmers et al. 2023), whose numbers
+//! split a normal distribution into parts of equal weight, are places in its table. What a scale may be is [`ScaleType`]'s matter:
 //! FP8 has 16 or 32 bits for it, the MX types of the Open Compute Project a power of two, NVFP4 an E4M3 number over a
 //! divisor that the whole matrix shares.
 
@@ -22,6 +24,8 @@ pub enum FloatType {
     E4m3,
     /// 4 bits.
     E2m1,
+    /// 4 bits, places in a table of normal quantiles.
+    Nf4,
 }
 
 /// The arithmetic of `GridKind::Float`.
@@ -39,6 +43,26 @@ pub struct FloatGrid {
 static E4M3: [f32; 256] = values(FloatType::E4m3);
 /// Every value of E2M1, by code.
 static E2M1: [f32; 16] = values(FloatType::E2m1);
+
+/// Every value of NF4, by code.
+static NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
 
 const fn values<const N: usize>(float: FloatType) -> [f32; N] {
     let mut all = [0.0; N];
@@ -64,14 +88,16 @@ impl FloatType {
     pub const fn bits(self) -> u32 {
         match self {
             FloatType::E4m3 => 8,
-            FloatType::E2m1 => 4,
+            FloatType::E2m1 | FloatType::Nf4 => 4,
         }
     }
 
+    /// Bits of the mantissa; none in a table.
     const fn mantissa(self) -> u32 {
         match self {
             FloatType::E4m3 => 3,
             FloatType::E2m1 => 1,
+            FloatType::Nf4 => 0,
         }
     }
 
@@ -79,6 +105,7 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 7,
             FloatType::E2m1 => 1,
+            FloatType::Nf4 => 0,
         }
     }
 
@@ -87,6 +114,7 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 0x7e,
             FloatType::E2m1 => 7,
+            FloatType::Nf4 => 15,
         }
     }
 
@@ -96,6 +124,7 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 448.0,
             FloatType::E2m1 => 6.0,
+            FloatType::Nf4 => 1.0,
         }
     }
 
@@ -112,13 +141,17 @@ impl FloatType {
         match self {
             FloatType::E4m3 => E4M3[usize::from(code)],
             FloatType::E2m1 => E2M1[usize::from(code & 15)],
+            FloatType::Nf4 => NF4[usize::from(code & 15)],
         }
     }
 
-    /// The code nearest to `x`, ties to even codes, what lies beyond the largest number to that. Zeros keep their sign.
+    /// The code nearest to `x`, ties to even codes (in a table, as bitsandbytes has it, to the lower), what lies beyond the largest number to that. Zeros keep their sign.
     #[must_use]
     #[inline]
     pub fn nearest(self, x: f32) -> u8 {
+        if self == FloatType::Nf4 {
+            return NF4.windows(2).map(|pair| u8::from(x > (pair[0] + pair[1]) / 2.0)).sum();
+        }
         let (m, bias) = (self.mantissa(), self.bias());
         // NaN, of which nothing here is made, becomes the largest number.
         let a = x.abs().min(self.max());
@@ -277,7 +310,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const TYPES: [FloatType; 2] = [FloatType::E4m3, FloatType::E2m1];
+    const TYPES: [FloatType; 3] = [FloatType::E4m3, FloatType::E2m1, FloatType::Nf4];
 
     fn grid(float: FloatType, scale: ScaleType) -> FloatGrid {
         FloatGrid { float, scale, divisor: 1.0 }
@@ -314,6 +347,9 @@ mod tests {
         let ties = [0.25f32, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0].map(|x| E2M1[usize::from(FloatType::E2m1.nearest(x))]);
         assert_eq!(ties, [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]);
         assert_eq!(FloatType::E2m1.nearest(-0.1), 8);
+        // Halfway between 0 and the number above it lies 0.03979, and all of it belongs to 0.
+        let table = [-2.0f32, -1.0, -0.0455, 0.0397, 0.039_790_15, 0.0398, 0.86, 0.87, 9.0];
+        assert_eq!(table.map(|x| FloatType::Nf4.nearest(x)), [0, 0, 7, 7, 7, 8, 14, 15, 15]);
     }
 
     #[test]
