@@ -5,29 +5,13 @@
 //!
 //! ```no_run
 //! use bitmill::checkpoint::Checkpoint;
-//! use bitmill::quantize::{Plan, RunOptions, Settings, SolverOptions, run};
+//! use bitmill::quantize::{Plan, RunOptions, Settings, run};
 //! use bitmill::scheme::{Bits, Granularity, Scheme};
 //! use std::path::Path;
 //!
 //! let input = Checkpoint::open(Path::new("models/books-10m"))?;
-//! let settings = Settings {
-//!     method: "rtn".into(),
-//!     format: "pack-quantized".into(),
-//!     scheme: Scheme::int(Bits::new(4)?, true, Granularity::Group(128)),
-//!     layers: Default::default(),
-//!     scale_type: None,
-//!     solver: SolverOptions::default(),
-//!     observation: Default::default(),
-//!     transforms: Vec::new(),
-//!     tuning: None,
-//!     reconstruction: None,
-//!     ignore: vec![],
-//!     samples: 128,
-//!     sequence_length: 512,
-//!     seed: 0,
-//!     gguf: None,
-//!     shard_bytes: 5_000_000_000,
-//! };
+//! let scheme = Scheme::int(Bits::new(4)?, true, Granularity::Group(128));
+//! let settings = Settings { sequence_length: 512, ..Settings::new("rtn", "pack-quantized", scheme) };
 //! let plan = Plan::new(&input, &settings)?;
 //! let stop = std::sync::atomic::AtomicBool::new(false);
 //! let options = RunOptions { force: false, stream_memory: 1 << 30, stop: &stop };

@@ -279,6 +279,31 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// `scheme` for every linear by the method and in the format of these names, calibrated (where the method wants that) on 128
+    /// windows of 2048 tokens, without transforms, target shift or tuning, in files of 5 GB at most.
+    #[must_use]
+    pub fn new(method: &str, format: &str, scheme: Scheme) -> Self {
+        Settings {
+            method: method.into(),
+            format: format.into(),
+            scheme,
+            layers: BTreeMap::new(),
+            scale_type: None,
+            solver: SolverOptions::default(),
+            observation: Observation::default(),
+            transforms: Vec::new(),
+            reconstruction: None,
+            tuning: None,
+            kv_cache: false,
+            ignore: Vec::new(),
+            samples: 128,
+            sequence_length: 2048,
+            seed: 0,
+            gguf: None,
+            shard_bytes: 5_000_000_000,
+        }
+    }
+
     /// Whether the full-precision model runs beside the rounded one.
     #[must_use]
     pub fn two_streams(&self) -> bool {

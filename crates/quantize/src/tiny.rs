@@ -1,7 +1,7 @@
 //! Tiny models as inputs of tests: the golden checkpoints of `models`, one of every architecture, with settings and text; and
 //! one of random weights.
 
-use crate::{Observation, Settings, SolverOptions};
+use crate::Settings;
 use bitmill_calibrate::{Windows, splitmix};
 use bitmill_models::{ModelSpec, spec};
 use bitmill_scheme::{Bits, Granularity, Scheme};
@@ -17,25 +17,10 @@ pub(crate) fn folder() -> PathBuf {
 
 /// Three bits per channel by gptq, after `transforms`.
 pub(crate) fn settings(transforms: &[&str]) -> Settings {
-    Settings {
-        method: "gptq".into(),
-        format: "pack-quantized".into(),
-        scheme: Scheme::int(Bits::ALL[2], true, Granularity::Channel),
-        layers: BTreeMap::new(),
-        scale_type: None,
-        solver: SolverOptions::default(),
-        observation: Observation::default(),
-        transforms: transforms.iter().map(ToString::to_string).collect(),
-        reconstruction: None,
-        tuning: None,
-        kv_cache: false,
-        ignore: Vec::new(),
-        samples: 10,
-        sequence_length: 32,
-        seed: 0,
-        gguf: None,
-        shard_bytes: u64::MAX,
-    }
+    let transforms = transforms.iter().map(ToString::to_string).collect();
+    let scheme = Scheme::int(Bits::ALL[2], true, Granularity::Channel);
+    let (samples, sequence_length, shard_bytes) = (10, 32, u64::MAX);
+    Settings { transforms, samples, sequence_length, shard_bytes, ..Settings::new("gptq", "pack-quantized", scheme) }
 }
 
 /// `count` windows of random tokens, at most `length` long.

@@ -9,9 +9,7 @@ mod write;
 
 pub use write::Converted;
 
-use crate::{
-    Action, Error, GgufOutput, GgufSettings, Observation, PlannedTensor, Settings, SolverOptions, Unit, gguf, plan,
-};
+use crate::{Action, Error, GgufOutput, GgufSettings, PlannedTensor, Settings, Unit, gguf, plan};
 use bitmill_checkpoint::{Checkpoint, Dialect, Dtype, Format, GGUF, OutputPlan, TensorSpec, cache_scheme};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Bits, Granularity, ScaleType, Scheme};
@@ -256,25 +254,9 @@ impl<'a> Conversion<'a> {
             }
         }
         let most = counts.iter().max_by_key(|(_, n)| *n).map(|(s, _)| *s);
-        Settings {
-            method: "convert".into(),
-            format: GGUF.name().into(),
-            scheme: most.unwrap_or(Scheme::int(Bits::ALL[7], true, Granularity::Channel)),
-            layers: BTreeMap::new(),
-            scale_type: None,
-            solver: SolverOptions::default(),
-            observation: Observation::default(),
-            transforms: Vec::new(),
-            reconstruction: None,
-            tuning: None,
-            kv_cache: false,
-            ignore: Vec::new(),
-            samples: 0,
-            sequence_length: 0,
-            seed: 0,
-            gguf: Some(GgufSettings::default()),
-            shard_bytes,
-        }
+        let scheme = most.unwrap_or(Scheme::int(Bits::ALL[7], true, Granularity::Channel));
+        let gguf = Some(GgufSettings::default());
+        Settings { samples: 0, sequence_length: 0, gguf, shard_bytes, ..Settings::new("convert", GGUF.name(), scheme) }
     }
 }
 
