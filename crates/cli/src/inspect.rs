@@ -103,20 +103,19 @@ fn gguf_kinds(gguf: &Gguf) -> BTreeMap<String, Kind> {
 /// What a folder holds, by scheme or type.
 fn folder_kinds(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, Kind>> {
     let mut kinds: BTreeMap<String, Kind> = BTreeMap::new();
-    let modules = quantized_modules(checkpoint)?;
-    for (name, scheme, weights) in &modules {
-        let bytes = parts(checkpoint, name).filter_map(|n| checkpoint.spec(n)).map(|s| s.bytes() as u64).sum::<u64>();
-        add(&mut kinds, scheme.clone(), *weights, bytes);
-    }
-    for name in checkpoint.names() {
-        if let (None, Some(spec)) = (checkpoint.module_of(name), checkpoint.spec(name)) {
-            add(
-                &mut kinds,
-                format!("{:?}", spec.dtype),
-                spec.shape.iter().product::<usize>() as u64,
-                spec.bytes() as u64,
-            );
+    // A module's tensors do not always follow one another.
+    let mut modules: BTreeMap<&str, u64> = BTreeMap::new();
+    for spec in checkpoint.names().filter_map(|name| checkpoint.spec(name)) {
+        let (weights, bytes) = (spec.shape.iter().product::<usize>() as u64, spec.bytes() as u64);
+        match checkpoint.module_of(&spec.name) {
+            Some(module) => *modules.entry(module).or_default() += bytes,
+            None => add(&mut kinds, format!("{:?}", spec.dtype), weights, bytes),
         }
+    }
+    for (module, bytes) in modules {
+        let Some(scheme) = checkpoint.scheme_of(module) else { continue };
+        let [rows, cols] = checkpoint.weight(module)?.shape();
+        add(&mut kinds, scheme.to_string(), (rows * cols) as u64, bytes);
     }
     Ok(kinds)
 }
@@ -130,23 +129,4 @@ fn add(kinds: &mut BTreeMap<String, Kind>, name: String, weights: u64, bytes: u6
     kind.tensors += 1;
     kind.weights += weights;
     kind.bytes += bytes;
-}
-
-/// Names of the stored tensors of a module, its bias excepted.
-fn parts<'a>(checkpoint: &'a Checkpoint, module: &'a str) -> impl Iterator<Item = &'a str> {
-    checkpoint.names().filter(move |name| checkpoint.module_of(name) == Some(module))
-}
-
-/// Quantized modules with the name of their scheme and their number of weights.
-fn quantized_modules(checkpoint: &Checkpoint) -> anyhow::Result<Vec<(String, String, u64)>> {
-    let mut modules: Vec<&str> = checkpoint.names().filter_map(|n| n.rsplit_once('.')).map(|(m, _)| m).collect();
-    modules.dedup();
-    let mut found = Vec::new();
-    for module in modules {
-        if let Some(scheme) = checkpoint.scheme_of(module) {
-            let [rows, cols] = checkpoint.weight(module)?.shape();
-            found.push((module.to_owned(), scheme.to_string(), (rows * cols) as u64));
-        }
-    }
-    Ok(found)
 }

@@ -2,8 +2,8 @@
 //!
 //! The router's scores go through a soft-max; a token goes to the experts with the largest, each weighted by its
 //! probability, or by its share of theirs. Or the sigmoids of the scores weigh not what the chosen put out but what they read.
-//! An expert that every token goes to may stand beside them, weighted by a sigmoid of its own or not at all. This is the one definition of it: the sum over experts runs in the order of their indices, so that no result
-//! depends on who computed what first.
+//! An expert that every token goes to may stand beside them, weighted by a sigmoid of its own or not at all. This is the one
+//! definition of it: the sum over experts runs in the order of their indices, so that no result depends on who computed what first.
 
 use crate::backward::{accumulate, backward_linear, values};
 use crate::linear::{Input, Linear};

@@ -93,7 +93,7 @@ impl Plan {
         /// Operations that one element takes, which is read and written several times and goes through transcendental functions.
         const ELEMENT: f64 = 250.0;
         let Some(spec) = &self.spec else { return 0.0 };
-        let length = self.settings.sequence_length as f64;
+        let length = self.settings.sequence_length.min(spec.max_positions) as f64;
         let attention = (spec.heads as f64) * length;
         let products = 2.0 * attention * spec.head_dim as f64;
         products + ELEMENT * (10.0 * spec.hidden as f64 + 3.0 * spec.intermediate as f64 + 2.0 * attention)

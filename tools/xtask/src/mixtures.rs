@@ -1,8 +1,8 @@
 //! `cargo xtask mixtures`: mixed widths against every uniform scheme of the same size, and mixtures of GGUF types against
 //! llama.cpp's named ones of the same size, on the model of the repository.
 //!
-//! Each output is made by gptq alone, without target shift or tuning, from the same text, and measured on the same windows of another. What is
-//! done stays in the work folder, one JSON file an output; delete it to measure anew.
+//! Each output is made by gptq alone, without target shift or tuning, from the same text, and measured on the same windows of
+//! another. What is done stays in the work folder, one JSON file an output; delete it to measure anew.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};

@@ -1,5 +1,5 @@
-//! Gemma 1 to 3 (of the third with a vision tower, what reads tokens): scaled embeddings, norms stored as differences from one, tanh-GELU; from 2 on norms around
-//! attention and MLP, windows in most layers and an attention scale of its own; 2 bounds scores and logits, 3 norms
+//! Gemma 1 to 3 (of the third with a vision tower, what reads tokens): scaled embeddings, norms stored as differences from
+//! one, tanh-GELU; from 2 on norms around attention and MLP, windows in most layers and an attention scale of its own; 2 bounds scores and logits, 3 norms
 //! queries and keys and gives windowed layers a rotary base of their own.
 
 use super::{Arch, Defaults, act, cap, decoder, listed_windows, nested, unsupported};
@@ -106,8 +106,10 @@ impl Arch for Gemma3Nested {
         ];
         let spec = nested(config, "gemma3", true, |text| {
             let mut text = text.clone();
-            for (key, size) in sizes.into_iter().filter(|(key, _)| text[*key].is_null()).collect::<Vec<_>>() {
-                text[key] = size.into();
+            for (key, size) in sizes {
+                if text[key].is_null() {
+                    text[key] = size.into();
+                }
             }
             Gemma3.spec(&text)
         })?;
