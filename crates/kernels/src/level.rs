@@ -19,6 +19,31 @@ impl Avx2 {
     }
 }
 
+/// Proof that the CPU has AVX-512 with VNNI (Cascade Lake, Zen 4 and later), and what [`Avx2`] proves.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Avx512(Avx2);
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512 {
+    /// The token, where the features are there.
+    #[must_use]
+    pub fn here() -> Option<Self> {
+        let all = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni");
+        Avx2::here().filter(|_| all).map(Avx512)
+    }
+
+    /// What it proves besides.
+    #[must_use]
+    pub fn avx2(self) -> Avx2 {
+        self.0
+    }
+}
+
 /// What a kernel may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -28,6 +53,9 @@ pub enum Level {
     /// x86-64 with AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// x86-64 with AVX-512 and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 impl Level {
@@ -35,7 +63,9 @@ impl Level {
     #[must_use]
     pub fn best() -> Level {
         #[cfg(target_arch = "x86_64")]
-        if let Some(token) = Avx2::here() {
+        if let Some(token) = Avx512::here() {
+            return Level::Avx512(token);
+        } else if let Some(token) = Avx2::here() {
             return Level::Avx2(token);
         }
         Level::Scalar
@@ -45,8 +75,10 @@ impl Level {
     #[must_use]
     pub fn all() -> Vec<Level> {
         let mut all = vec![Level::Scalar];
-        if Level::best() != Level::Scalar {
-            all.push(Level::best());
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx2::here().map(Level::Avx2));
+            all.extend(Avx512::here().map(Level::Avx512));
         }
         all
     }

@@ -20,6 +20,15 @@ pub fn axpy(level: Level, a: f32, x: &[f32], y: &mut [f32]) {
             // SAFETY: the level's token proves AVX2 and FMA.
             unsafe { compiled(a, x, y) }
         }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(_) => {
+            #[target_feature(enable = "avx512f,fma")]
+            fn compiled(a: f32, x: &[f32], y: &mut [f32]) {
+                add(a, x, y);
+            }
+            // SAFETY: the level's token proves AVX-512 and FMA.
+            unsafe { compiled(a, x, y) }
+        }
     }
 }
 

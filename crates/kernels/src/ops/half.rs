@@ -47,6 +47,11 @@ pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &m
             Halves::F16(bits) => avx2::strip::<false>(token, bits, cols, x, strip),
             Halves::Bf16(bits) => avx2::strip::<true>(token, bits, cols, x, strip),
         },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(token) => match w {
+            Halves::F16(bits) => avx2::strip::<false>(token.avx2(), bits, cols, x, strip),
+            Halves::Bf16(bits) => avx2::strip::<true>(token.avx2(), bits, cols, x, strip),
+        },
     });
 }
 

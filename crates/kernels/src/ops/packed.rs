@@ -239,6 +239,8 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
         Level::Scalar => round(x, cols, values, scales),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(token) => avx2::round(token.avx2(), x, cols, values, scales),
     }
 }
 
@@ -287,6 +289,8 @@ pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &
         Level::Scalar => scalar::int8(w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::int8(token, w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(token) => avx2::int8(token.avx2(), w, x, &sums, strip),
     });
 }
 
@@ -315,5 +319,7 @@ pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) 
         Level::Scalar => scalar::full(w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::full(token, w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(token) => avx2::full(token.avx2(), w, x, &sums, strip),
     });
 }
