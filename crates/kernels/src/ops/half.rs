@@ -49,8 +49,8 @@ pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &m
         },
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => match w {
-            Halves::F16(bits) => avx2::strip::<false>(token.avx2(), bits, cols, x, strip),
-            Halves::Bf16(bits) => avx2::strip::<true>(token.avx2(), bits, cols, x, strip),
+            Halves::F16(bits) => avx512::strip::<false>(token, bits, cols, x, strip),
+            Halves::Bf16(bits) => avx512::strip::<true>(token, bits, cols, x, strip),
         },
     });
 }
@@ -155,6 +155,71 @@ mod avx2 {
         } else {
             _mm256_cvtph_ps(bits)
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{LANES, Strip, total};
+    use crate::level::Avx512;
+    use std::arch::x86_64::*;
+
+    /// Rows that share a load of the input: as many multiply-adds under way as two units with a latency of four take.
+    const ROWS: usize = 8;
+
+    /// [`super::scalar`]; `BF` tells bfloat16 from half precision.
+    pub(super) fn strip<const BF: bool>(_: Avx512, w: &[u16], cols: usize, x: &[f32], strip: &mut Strip<'_>) {
+        // SAFETY: the token proves AVX-512.
+        unsafe { compiled::<BF>(w, cols, x, strip) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn compiled<const BF: bool>(w: &[u16], cols: usize, x: &[f32], strip: &mut Strip<'_>) {
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            let mut row = strip.rows.start;
+            while row < strip.rows.end {
+                if strip.rows.end - row >= ROWS {
+                    strip.put(token, row, &rows::<BF, ROWS>(&w[row * cols..][..ROWS * cols], x));
+                    row += ROWS;
+                } else {
+                    strip.put(token, row, &rows::<BF, 1>(&w[row * cols..][..cols], x));
+                    row += 1;
+                }
+            }
+        }
+    }
+
+    /// A register holds the sixteen sums of a row.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn rows<const BF: bool, const N: usize>(w: &[u16], x: &[f32]) -> [f32; N] {
+        let cols = x.len();
+        let mut sums = [_mm512_setzero_ps(); N];
+        for at in (0..cols).step_by(LANES) {
+            let here = x[at..].len().min(LANES);
+            let mask = (0xffffu32 >> (LANES - here)) as u16;
+            // SAFETY: the mask leaves out what lies beyond the slice, and the load needs no alignment.
+            let x = unsafe { _mm512_maskz_loadu_ps(mask, x[at..].as_ptr()) };
+            for n in 0..N {
+                let w = &w[n * cols + at..][..here];
+                // SAFETY: as above.
+                let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.as_ptr().cast()) };
+                let w = if BF {
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+                } else {
+                    _mm512_cvtph_ps(bits)
+                };
+                sums[n] = _mm512_fmadd_ps(w, x, sums[n]);
+            }
+        }
+        let mut out = [0.0; N];
+        for n in 0..N {
+            let mut lanes = [0.0f32; LANES];
+            // SAFETY: 64 bytes are there, and the store needs no alignment.
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums[n]) };
+            out[n] = total(lanes);
+        }
+        out
     }
 }
 

@@ -6,8 +6,40 @@
 //!
 //! The scalar functions here define every number, in the order in which lanes fold it; a level gives the same bits.
 
+/// The instance of `$strip` for the two parts of codes of `$bits` bits.
+macro_rules! by_parts {
+    ($bits:expr, $strip:ident) => {
+        match crate::ops::packed::parts($bits) {
+            (1, _) => $strip::<1, 0>,
+            (2, _) => $strip::<2, 0>,
+            (3, _) => $strip::<3, 0>,
+            (_, 0) => $strip::<4, 0>,
+            (_, 1) => $strip::<4, 1>,
+            (_, 2) => $strip::<4, 2>,
+            (_, 3) => $strip::<4, 3>,
+            _ => $strip::<4, 4>,
+        }
+    };
+}
+
+/// Calls `$step` for every vector of a chunk, each with its number as a constant: shifts take theirs in the instruction.
+macro_rules! each_vector {
+    ($step:ident::<$($c:ident),*>($($arg:expr),*)) => {
+        $step::<$($c,)* 0>($($arg),*);
+        $step::<$($c,)* 1>($($arg),*);
+        $step::<$($c,)* 2>($($arg),*);
+        $step::<$($c,)* 3>($($arg),*);
+        $step::<$($c,)* 4>($($arg),*);
+        $step::<$($c,)* 5>($($arg),*);
+        $step::<$($c,)* 6>($($arg),*);
+        $step::<$($c,)* 7>($($arg),*);
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -240,7 +272,7 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx2::round(token.avx2(), x, cols, values, scales),
+        Level::Avx512(token) => avx512::round(token, x, cols, values, scales),
     }
 }
 
@@ -290,7 +322,7 @@ pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::int8(token, w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx2::int8(token.avx2(), w, x, &sums, strip),
+        Level::Avx512(token) => avx512::int8(token, w, x, &sums, strip),
     });
 }
 
@@ -320,6 +352,6 @@ pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) 
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::full(token, w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx2::full(token.avx2(), w, x, &sums, strip),
+        Level::Avx512(token) => avx512::full(token, w, x, &sums, strip),
     });
 }

@@ -47,6 +47,13 @@ impl Strip<'_> {
         self.of.tokens
     }
 
+    /// Its columns before `row`, and the others.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn split(&mut self, row: usize) -> (Strip<'_>, Strip<'_>) {
+        let row = row.clamp(self.rows.start, self.rows.end);
+        (Strip { of: self.of, rows: self.rows.start..row }, Strip { of: self.of, rows: row..self.rows.end })
+    }
+
     /// Writes `values` at `token` from column `row` on; what lies beyond the strip is dropped.
     pub(super) fn put(&mut self, token: usize, row: usize, values: &[f32]) {
         assert!(token < self.of.tokens && self.rows.contains(&row), "inside of the strip");

@@ -5,7 +5,7 @@
 //! is folded in 16-bit lanes and widened once. Codes wider than four bits are two such sums.
 
 use super::super::strips::Strip;
-use super::{CHUNK, LANES, Packed, Rounded, Scales, parts};
+use super::{CHUNK, LANES, Packed, Rounded, Scales};
 use crate::level::Avx2;
 use std::arch::x86_64::*;
 
@@ -24,32 +24,16 @@ pub(super) fn round(_: Avx2, x: &[f32], cols: usize, values: &mut [i8], scales: 
     unsafe { compiled(x, cols, values, scales) }
 }
 
-/// The instance of `$strip` for the two parts of the codes of `$w`.
-macro_rules! by_parts {
-    ($w:expr, $strip:ident) => {
-        match parts($w.form.bits) {
-            (1, _) => $strip::<1, 0>,
-            (2, _) => $strip::<2, 0>,
-            (3, _) => $strip::<3, 0>,
-            (_, 0) => $strip::<4, 0>,
-            (_, 1) => $strip::<4, 1>,
-            (_, 2) => $strip::<4, 2>,
-            (_, 3) => $strip::<4, 3>,
-            _ => $strip::<4, 4>,
-        }
-    };
-}
-
 /// [`super::scalar::int8`].
 pub(super) fn int8(_: Avx2, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
-    let run = by_parts!(w, strip_int8);
+    let run = by_parts!(w.form.bits, strip_int8);
     // SAFETY: the token proves AVX2, FMA and F16C.
     unsafe { run(w, x, sums, strip) }
 }
 
 /// [`super::scalar::full`].
 pub(super) fn full(_: Avx2, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
-    let run = by_parts!(w, strip_full);
+    let run = by_parts!(w.form.bits, strip_full);
     // SAFETY: the token proves AVX2, FMA and F16C.
     unsafe { run(w, x, sums, strip) }
 }
@@ -165,20 +149,6 @@ fn chunk_int8<const LOW: u32, const HIGH: u32, const T: usize>(codes: &[u8], x: 
         }
     }
     sum
-}
-
-/// Calls `$step` for every vector of a chunk, each with its number as a constant: shifts take theirs in the instruction.
-macro_rules! each_vector {
-    ($step:ident::<$($c:ident),*>($($arg:expr),*)) => {
-        $step::<$($c,)* 0>($($arg),*);
-        $step::<$($c,)* 1>($($arg),*);
-        $step::<$($c,)* 2>($($arg),*);
-        $step::<$($c,)* 3>($($arg),*);
-        $step::<$($c,)* 4>($($arg),*);
-        $step::<$($c,)* 5>($($arg),*);
-        $step::<$($c,)* 6>($($arg),*);
-        $step::<$($c,)* 7>($($arg),*);
-    };
 }
 
 /// Sums of pairs of columns of one chunk, over codes of `B` bits.
@@ -311,7 +281,7 @@ fn low_bits<const B: u32>(bytes: &[u8], i: usize, from: usize) -> __m256i {
 /// The `i`th 32 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load(bytes: &[u8], i: usize) -> __m256i {
+pub(super) fn load(bytes: &[u8], i: usize) -> __m256i {
     let bytes = &bytes[32 * i..][..32];
     // SAFETY: 32 bytes are there, and the load needs no alignment.
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
@@ -320,7 +290,7 @@ fn load(bytes: &[u8], i: usize) -> __m256i {
 /// Scales and zero points of eight rows.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn params(w: &Packed<'_>, at: usize) -> (__m256, __m256) {
+pub(super) fn params(w: &Packed<'_>, at: usize) -> (__m256, __m256) {
     let halves = |s: &[u16]| {
         let s = &s[at..][..LANES];
         // SAFETY: 16 bytes are there, and the load needs no alignment.
