@@ -1,6 +1,6 @@
 //! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
 
-use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
 use rayon::prelude::*;
 
 /// Rows of a product that one task computes. It depends on nothing, so sums are folded the same way at any thread count.
@@ -12,6 +12,7 @@ const BAND: usize = 64;
 pub struct CrossStats {
     n: usize,
     rows: usize,
+    brain: Option<Brain>,
     weight: f64,
     /// Σ r·(x − x̂)·x̂ᵀ, `[n, n]`.
     drift: Vec<f32>,
@@ -42,7 +43,13 @@ impl CrossStats {
     pub fn new(n: usize, rows: usize) -> Self {
         let (drift, residual) = (vec![0.0; n * n], vec![0.0; rows * n]);
         let (drift_sum, residual_sum) = (vec![0.0; n], vec![0.0; rows]);
-        CrossStats { n, rows, weight: 0.0, drift, residual, drift_sum, residual_sum }
+        CrossStats { n, rows, brain: None, weight: 0.0, drift, residual, drift_sum, residual_sum }
+    }
+
+    /// The same, with activations rounded to bfloat16 in products, or as they are with `None`.
+    #[must_use]
+    pub fn by(self, brain: Option<Brain>) -> Self {
+        CrossStats { brain, ..self }
     }
 
     /// Adds tokens. Sums are folded in the order of the calls.
@@ -58,9 +65,13 @@ impl CrossStats {
             }
         };
         self.weight += part.weights.map_or(tokens as f64, |r| r.iter().map(|&r| f64::from(r)).sum());
-        product(part.drift, self.n, seen, self.n, &mut self.drift);
+        let by_seen = |a: &[f32], rows: usize, out: &mut [f32]| match self.brain {
+            Some(brain) => brain_product(brain, (a, rows), (seen, self.n), out),
+            None => product(a, rows, seen, self.n, out),
+        };
+        by_seen(part.drift, self.n, &mut self.drift);
         if self.rows > 0 {
-            product(part.residual, self.rows, seen, self.n, &mut self.residual);
+            by_seen(part.residual, self.rows, &mut self.residual);
         }
         for (sums, values, width) in
             [(&mut self.drift_sum, part.drift, self.n), (&mut self.residual_sum, part.residual, self.rows)]
@@ -124,6 +135,26 @@ fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
         let a = View::new(&a[band * BAND..], tokens, height, rows).t();
         gemm(1.0, a, View::new(b, tokens, n, n), 1.0, &mut ViewMut::new(out, height, n, n));
     });
+}
+
+/// Tokens that are rounded at a time.
+const TOKENS: usize = 1024;
+
+/// [`product`] of both rounded to bfloat16.
+fn brain_product(brain: Brain, (a, rows): (&[f32], usize), (b, n): (&[f32], usize), out: &mut [f32]) {
+    let (mut left, mut right) = (Vec::new(), Vec::new());
+    for (a, b) in a.chunks(TOKENS * rows).zip(b.chunks(TOKENS * n)) {
+        let tokens = b.len() / n;
+        left.resize(Brained::pairs(rows, tokens), 0);
+        right.resize(Brained::pairs(n, tokens), 0);
+        let a = Brained::round(brain, View::new(a, tokens, rows, rows).t(), &mut left);
+        let b = Brained::round(brain, View::new(b, tokens, n, n).t(), &mut right);
+        out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
+            let height = out.len() / n;
+            let a = a.between(band * BAND, band * BAND + height);
+            brain_gemm(brain, a, b, &mut ViewMut::new(out, height, n, n));
+        });
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::syrk;
+use bitmill_kernels::{Brain, Level, Moments, add_moments, brain_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq)]
 pub struct SiteStats {
     n: usize,
+    brain: Option<Brain>,
     tokens: u64,
     /// Σ r, the weights of the tokens.
     weight: f64,
@@ -28,6 +29,7 @@ impl SiteStats {
     pub fn new(n: usize) -> Self {
         SiteStats {
             n,
+            brain: None,
             tokens: 0,
             weight: 0.0,
             gram: vec![0.0; n * n],
@@ -39,13 +41,25 @@ impl SiteStats {
         }
     }
 
+    /// The same, with activations rounded to bfloat16 where H is concerned, or as they are with `None`.
+    #[must_use]
+    pub fn by(self, brain: Option<Brain>) -> Self {
+        SiteStats { brain, ..self }
+    }
+
     /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
     /// tokens.
     pub fn add(&mut self, x: &[f32]) {
         self.weight += (x.len() / self.n) as f64;
-        syrk(x, self.n, &mut self.gram);
-        self.weigh(x, None);
+        self.add_products(x);
+        // As long as no token was weighted, both sums are of the same terms.
+        let alike = self.weighted_sum == self.sum;
         self.add_moments(x);
+        if alike {
+            self.weighted_sum.copy_from_slice(&self.sum);
+        } else {
+            self.weigh(x, None);
+        }
     }
 
     /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0
@@ -60,8 +74,15 @@ impl SiteStats {
         let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
         let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
         self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
-        syrk(&scaled, self.n, &mut self.gram);
+        self.add_products(&scaled);
         self.weigh(x, Some(weights));
+    }
+
+    fn add_products(&mut self, x: &[f32]) {
+        match self.brain {
+            Some(brain) => brain_syrk(brain, x, self.n, &mut self.gram),
+            None => syrk(x, self.n, &mut self.gram),
+        }
     }
 
     fn weigh(&mut self, x: &[f32], weights: Option<&[f32]>) {
@@ -78,15 +99,8 @@ impl SiteStats {
         let sums = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
         let rest = self.abs_max.par_chunks_mut(COLUMNS).zip(self.fourth_sum.par_chunks_mut(COLUMNS));
         sums.zip(rest).enumerate().for_each(|(band, ((sum, abs_sum), (abs_max, fourth)))| {
-            for row in x.chunks_exact(n) {
-                let row = &row[band * COLUMNS..band * COLUMNS + sum.len()];
-                for (j, &v) in row.iter().enumerate() {
-                    sum[j] += f64::from(v);
-                    abs_sum[j] += f64::from(v.abs());
-                    fourth[j] += f64::from(v * v).powi(2);
-                    abs_max[j] = abs_max[j].max(v.abs());
-                }
-            }
+            let mut moments = Moments { sum, abs_sum, fourth_sum: fourth, abs_max };
+            add_moments(Level::best(), &x[(band * COLUMNS).min(x.len())..], n, &mut moments);
         });
     }
 

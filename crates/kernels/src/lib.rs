@@ -7,14 +7,16 @@
 mod level;
 mod ops;
 
-pub use level::Level;
+pub use level::{Brain, Level};
 pub use ops::axpy::axpy;
 pub use ops::blocks::{StoredBlocks, fit_blocks, rounding_error};
+pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
+pub use ops::moments::{Moments, add_moments};
 pub use ops::pack::{pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
     CHUNK, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,

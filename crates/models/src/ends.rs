@@ -145,7 +145,7 @@ impl Head {
     ) -> Result<Self, Error> {
         let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
         let linear = match spec.tied {
-            true => Linear { matrix: embedding()?, bias: None, inputs: Inputs::FULL },
+            true => Linear { matrix: embedding()?, bias: None, inputs: Inputs::FULL, brain: None },
             false => Linear::load(weights, &head, [spec.vocab, spec.hidden], (false, false))?,
         };
         let load = |module| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(module)));

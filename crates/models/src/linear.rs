@@ -3,6 +3,7 @@
 use crate::backward::values;
 use crate::weights::{check, shaped};
 use crate::{Error, PackedInput, PackedWeight, Weights, ops};
+use bitmill_kernels::Brain;
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
 
@@ -14,6 +15,8 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Tensor>,
     /// Rounding of `x`.
     pub(crate) inputs: Inputs,
+    /// Whether a dense matrix and what it meets are rounded to bfloat16 to be multiplied.
+    pub(crate) brain: Option<Brain>,
 }
 
 /// A matrix `[out, in]`.
@@ -90,7 +93,7 @@ impl Linear {
     ) -> Result<Self, Error> {
         let matrix = Matrix::load(weights, module, shape, transposed)?;
         let bias = bias.then(|| shaped(weights, &format!("{module}.bias"), &shape[..1])).transpose()?;
-        Ok(Linear { matrix, bias, inputs: weights.inputs(module)? })
+        Ok(Linear { matrix, bias, inputs: weights.inputs(module)?, brain: None })
     }
 
     /// The weight, `[out, in]`.
@@ -114,7 +117,10 @@ impl Linear {
         let rounded = input.rounded.iter().find(|(inputs, _)| *inputs == self.inputs);
         let x = rounded.map_or(input.full, |(_, rounded)| rounded);
         let y = match &self.matrix {
-            Matrix::Dense(weight) => ops::product(x, weight)?,
+            Matrix::Dense(weight) => match self.brain {
+                Some(brain) => ops::brain_product(x, weight, brain)?,
+                None => ops::product(x, weight)?,
+            },
             Matrix::Packed(packed) => {
                 let mut y = vec![0.0; x.dim(0)? * packed.shape()[0]];
                 match &input.packed {

@@ -6,7 +6,7 @@
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
 use crate::{Act, Pairs};
-use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
 use bitmill_scheme::Inputs;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -62,7 +62,12 @@ pub(crate) fn scale(x: &Tensor, factor: f32) -> Result<()> {
 
 /// `x [tokens, in]` times the transpose of `weight [out, in]`.
 pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product)
+    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product { brain: None })
+}
+
+/// [`product`] of both rounded to bfloat16, with sums in f32.
+pub(crate) fn brain_product(x: &Tensor, weight: &Tensor, brain: Brain) -> Result<Tensor> {
+    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product { brain: Some(brain) })
 }
 
 /// `gate ← silu(gate) · up`, in place.
@@ -157,7 +162,9 @@ fn neighbours(src: &[f32], cos: &[f32], sin: &[f32], direction: f32, dst: &mut [
     }
 }
 
-struct Product;
+struct Product {
+    brain: Option<Brain>,
+}
 
 impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
@@ -175,13 +182,34 @@ impl CustomOp2 for Product {
         if inner != w_inner || inner == 0 || out == 0 {
             bail!("product: an input of {inner} channels, a weight of {out} x {w_inner}");
         }
-        let weight = View::new(floats(w, w_layout)?, out, inner, inner).t();
+        let weight = floats(w, w_layout)?;
         let mut y = vec![0.0f32; tokens * out];
         y.par_chunks_mut(BAND * out).zip(floats(x, x_layout)?.par_chunks(BAND * inner)).for_each(|(y, x)| {
             let tokens = y.len() / out;
-            gemm(1.0, View::new(x, tokens, inner, inner), weight, 0.0, &mut ViewMut::new(y, tokens, out, out));
+            let (x, weight) = (View::new(x, tokens, inner, inner), View::new(weight, out, inner, inner));
+            match self.brain {
+                Some(brain) => brain_band(brain, x, weight, y),
+                None => gemm(1.0, x, weight.t(), 0.0, &mut ViewMut::new(y, tokens, out, out)),
+            }
         });
         Ok((CpuStorage::F32(y), (tokens, out).into()))
+    }
+}
+
+/// Rows of a weight that are rounded at a time: a few panels, in the second cache.
+const STRIP: usize = 240;
+
+/// `y = x·Wᵀ` for zeroed `y`, both rounded to bfloat16: the weight strip by strip, so that no thread holds a copy of it.
+fn brain_band(brain: Brain, x: View<'_, f32>, weight: View<'_, f32>, y: &mut [f32]) {
+    let (tokens, inner, out) = (x.rows(), x.cols(), weight.rows());
+    let (mut left, mut right) =
+        (vec![0; Brained::pairs(tokens, inner)], vec![0; Brained::pairs(STRIP.min(out), inner)]);
+    let x = Brained::round(brain, x, &mut left);
+    for from in (0..out).step_by(STRIP) {
+        let rows = STRIP.min(out - from);
+        let strip =
+            Brained::round(brain, weight.some_rows(from..from + rows), &mut right[..Brained::pairs(rows, inner)]);
+        brain_gemm(brain, x, strip, &mut ViewMut::new(&mut y[from..], tokens, rows, out));
     }
 }
 

@@ -54,7 +54,7 @@ pub use refine::{descend, loss, refit_scales};
 pub use run::{Calibration, Event, Finished, RunOptions, run};
 pub use sensitivity::{Sensitivity, probe_sites, rank_correlation, sensitivities};
 pub use settings::{
-    Observation, Reconstruction, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift,
+    Arithmetic, Observation, Reconstruction, ScaleSearch, Settings, SoftKind, SoftRounding, SolverOptions, TargetShift,
     TokenWeights, Tuning,
 };
 pub use sweep::{Order, Part, Sweep, SweepGrid, sweep};

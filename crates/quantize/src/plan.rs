@@ -2,7 +2,9 @@
 
 use crate::gguf::TensorTypes;
 use crate::weight::is_transposed;
-use crate::{Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, Transform, gguf, method, transforms};
+use crate::{
+    Arithmetic, Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, Transform, gguf, method, transforms,
+};
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{CACHE_SCALES, Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
 use bitmill_models::{ModelSpec, Role};
@@ -126,6 +128,10 @@ impl Plan {
             complete(input, spec)?;
             if settings.observation.shift == TargetShift::Outputs && !spec.adds_plainly() {
                 return Err(Error::TargetShift { dir: input.dir().into() });
+            }
+            if settings.observation.arithmetic == Arithmetic::Bf16 && settings.observation.arithmetic.brain().is_none()
+            {
+                return Err(Error::Arithmetic);
             }
             if spec.routing.is_some() && !settings.transforms.is_empty() {
                 return Err(Error::Experts { what: "--transforms".into(), dir: input.dir().into() });

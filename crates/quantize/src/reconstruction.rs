@@ -53,6 +53,7 @@ impl Flow<'_> {
         let (Some(Rebuild { how, model, seed }), Some(after)) = (self.rebuild, self.full) else { return Ok(()) };
         let spec = self.spec;
         let mut block = rounded;
+        block.multiply_by(None);
         if !start.is_empty() {
             let last = spec.layers.min(index + how.depth as usize);
             let behind = (index + 1..last).map(|i| Block::load(spec, i, model)).collect::<Result<Vec<_>, _>>()?;
@@ -68,6 +69,7 @@ impl Flow<'_> {
                 seed: seed ^ (index as u64) << 32,
             };
             let mut from = full;
+            from.multiply_by(None);
             for (role, _) in spec.block_linears(index) {
                 if let Some(bias) = block.bias(role) {
                     from.set_bias(role, Some(bias.clone()));

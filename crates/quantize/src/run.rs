@@ -372,7 +372,8 @@ impl Worker<'_, '_> {
         for tensor in unit.tensors.iter().filter(|t| t.action == Action::Copy) {
             self.copy(&tensor.name)?;
         }
-        let block = Block::load(flow.spec, index, self.input)?;
+        let mut block = Block::load(flow.spec, index, self.input)?;
+        block.multiply_by(flow.observation.arithmetic.brain());
         let target = |tensor| {
             let target = Target::of(tensor)?;
             let stored = self.input.spec(&format!("{}.bias", target.module)).map(|t| t.dtype);

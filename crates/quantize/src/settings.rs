@@ -2,6 +2,7 @@
 
 use crate::learn::Rates;
 use crate::{Error, Method};
+use bitmill_kernels::Brain;
 use bitmill_scheme::{Fit, GridKind, ScaleType, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -106,6 +107,40 @@ pub struct Observation {
     pub biases: bool,
     /// Whether damping and shrinkage of each H are those that lose least on held-out tokens.
     pub damping_search: bool,
+    /// What calibration multiplies in.
+    #[serde(skip_serializing_if = "Arithmetic::is_f32")]
+    pub arithmetic: Arithmetic,
+}
+
+/// What calibration multiplies in: weights by activations, and activations by activations for H.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arithmetic {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// Inputs rounded to bfloat16, sums in 32 bits. For CPUs with such an instruction, which takes half the time.
+    Bf16,
+}
+
+impl Arithmetic {
+    /// The faster one of this CPU.
+    #[must_use]
+    pub fn best() -> Self {
+        if Brain::here().is_some() { Arithmetic::Bf16 } else { Arithmetic::F32 }
+    }
+
+    /// What the kernels of bfloat16 ask for; `None` for 32 bits.
+    pub(crate) fn brain(self) -> Option<Brain> {
+        match self {
+            Arithmetic::F32 => None,
+            Arithmetic::Bf16 => Brain::here(),
+        }
+    }
+
+    fn is_f32(&self) -> bool {
+        *self == Arithmetic::F32
+    }
 }
 
 impl Default for Observation {
@@ -116,6 +151,7 @@ impl Default for Observation {
             full_share: 0.0,
             biases: false,
             damping_search: false,
+            arithmetic: Arithmetic::F32,
         }
     }
 }

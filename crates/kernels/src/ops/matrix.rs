@@ -5,6 +5,7 @@
 //! thread count.
 
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// A number the products are compiled for.
 pub trait Element: Copy + PartialEq + Send + Sync + 'static {
@@ -25,11 +26,11 @@ impl Element for f64 {
 }
 
 /// Tokens multiplied at a time: 1024 of width 1024 are 4 MB.
-const TOKENS: usize = 1024;
+pub(super) const TOKENS: usize = 1024;
 
 /// Rows of H that one task computes: enough for the product to run near its peak, few enough to share among threads.
 /// It depends on the shape alone, so the sums are folded the same way at any thread count.
-fn band(n: usize) -> usize {
+pub(super) fn band(n: usize) -> usize {
     (n / 16).next_multiple_of(16).clamp(64, 512)
 }
 
@@ -66,6 +67,40 @@ impl<'a, T: Element> View<'a, T> {
         self.rows
     }
 
+    /// Number of columns.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Whether the entries of a row lie in one piece.
+    pub(super) fn has_whole_rows(&self) -> bool {
+        self.col_stride == 1
+    }
+
+    /// The entries of row `i`, where they lie in one piece.
+    pub(super) fn row(&self, i: usize) -> &'a [T] {
+        assert!(self.col_stride == 1 && i < self.rows, "a row in one piece");
+        &self.data[i * self.row_stride..][..self.cols]
+    }
+
+    /// The entries of column `j`, where they lie in one piece.
+    pub(super) fn column(&self, j: usize) -> &'a [T] {
+        assert!(self.row_stride == 1 && j < self.cols, "a column in one piece");
+        &self.data[j * self.col_stride..][..self.rows]
+    }
+
+    /// The rows `which`.
+    ///
+    /// # Panics
+    /// Where the matrix has no such rows: a caller's bug.
+    #[must_use]
+    pub fn some_rows(self, which: Range<usize>) -> Self {
+        assert!(which.start <= which.end && which.end <= self.rows, "rows of the matrix");
+        let from = (which.start * self.row_stride).min(self.data.len());
+        View { data: &self.data[from..], rows: which.len(), ..self }
+    }
+
     /// Columns `from..to`.
     fn columns(self, from: usize, to: usize) -> Self {
         View { data: &self.data[(from * self.col_stride).min(self.data.len())..], cols: to - from, ..self }
@@ -90,6 +125,17 @@ impl<'a, T: Element> ViewMut<'a, T> {
     pub fn new(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(cols <= stride && (rows == 0 || (rows - 1) * stride + cols <= data.len()), "view beyond its slice");
         ViewMut { data, rows, cols, stride }
+    }
+
+    /// Rows and columns.
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// Up to `count` entries of row `i` from column `j` on; `None` outside of the matrix.
+    pub(super) fn part(&mut self, i: usize, j: usize, count: usize) -> Option<&mut [T]> {
+        let inside = i < self.rows && j < self.cols;
+        inside.then(|| &mut self.data[i * self.stride + j..][..count.min(self.cols - j)])
     }
 }
 
@@ -154,11 +200,21 @@ pub fn syrk<T: Element>(x: &[T], n: usize, h: &mut [T]) {
             );
         });
     }
-    for i in 0..n {
-        for j in 0..i {
-            h[j * n + i] = h[i * n + j];
+    mirror(h, n);
+}
+
+/// Makes `h: [n, n]` exactly symmetric by what lies below its diagonal: of a diagonal tile both halves were multiplied.
+pub(super) fn mirror<T: Element>(h: &mut [T], n: usize) {
+    // By tiles, since a column of a large matrix has every entry in another line of the cache.
+    const TILE: usize = 32;
+    for row in (0..n).step_by(TILE) {
+        for col in (0..=row).step_by(TILE) {
+            for i in row..n.min(row + TILE) {
+                for j in col..i.min(col + TILE) {
+                    h[j * n + i] = h[i * n + j];
+                }
+            }
         }
-        // Inside a diagonal tile both halves were multiplied; the copy above makes them equal to the bit.
     }
 }
 

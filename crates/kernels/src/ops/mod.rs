@@ -2,11 +2,13 @@
 
 pub(crate) mod axpy;
 pub(crate) mod blocks;
+pub(crate) mod brain;
 pub(crate) mod cholesky;
 pub(crate) mod eigen;
 pub(crate) mod hadamard;
 pub(crate) mod half;
 pub(crate) mod matrix;
+pub(crate) mod moments;
 pub(crate) mod pack;
 pub(crate) mod packed;
 pub(crate) mod solve;

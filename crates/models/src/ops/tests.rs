@@ -2,7 +2,7 @@
 
 use super::*;
 use bitmill_scheme::Activations;
-use candle_core::{Device, IndexOp};
+use candle_core::{DType, Device, IndexOp};
 use std::path::Path;
 
 #[test]
@@ -78,6 +78,22 @@ fn products_agree_with_candle_and_with_any_split() {
         Tensor::zeros((4, 5), candle_core::DType::F32, &Device::Cpu).unwrap(),
     );
     assert!(product(&x, &w).unwrap_err().to_string().contains("3 channels"));
+}
+
+#[test]
+fn products_of_bfloat16_are_those_of_rounded_numbers() {
+    let Some(brain) = Brain::here() else { return println!("this CPU does not multiply bfloat16: nothing was tested") };
+    for (tokens, inner, out) in [(1, 3, 5), (BAND + 3, 40, STRIP + 17)] {
+        let x = Tensor::randn(0f32, 1.0, (tokens, inner), &Device::Cpu).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (out, inner), &Device::Cpu).unwrap();
+        let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        let (got, expected) = (brain_product(&x, &w, brain).unwrap(), product(&rounded(&x), &rounded(&w)).unwrap());
+        let difference = (&got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-5, "{tokens} {inner} {out}: {difference}");
+        let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let alone = alone.install(|| brain_product(&x, &w, brain).unwrap());
+        assert_eq!(got.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
+    }
 }
 
 #[test]

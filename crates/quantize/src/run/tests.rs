@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    Conversion, Observation, Reconstruction, Settings, SoftKind, SoftRounding, Target, TargetShift, TokenWeights,
-    Tuning, tiny,
+    Arithmetic, Conversion, Observation, Reconstruction, Settings, SoftKind, SoftRounding, Target, TargetShift,
+    TokenWeights, Tuning, tiny,
 };
 use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
 use bitmill_checkpoint::Dtype;
@@ -22,7 +22,7 @@ fn settings(transforms: &[&str], observation: Observation) -> Settings {
 
 fn everything(shift: TargetShift) -> Observation {
     let tokens = TokenWeights::Attention;
-    Observation { shift, tokens, full_share: 0.2, biases: true, damping_search: true }
+    Observation { shift, tokens, full_share: 0.2, biases: true, damping_search: true, arithmetic: Arithmetic::best() }
 }
 
 /// Runs to `out` on `threads` threads; stops at the `stop`-th site, if that is given.

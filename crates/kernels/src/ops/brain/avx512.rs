@@ -1,0 +1,187 @@
+//! Panels rounded and multiplied by AVX-512 with BF16.
+//!
+//! A tile of C is eight rows by three panels, 24 registers: eleven loads feed 24 products of a pair, so the two units that
+//! multiply are what it waits for. The depth is cut so that three panels of B stay in the first cache while A passes.
+
+use super::super::matrix::{View, ViewMut};
+use super::{Brained, LANES};
+use crate::level::Brain;
+use std::arch::x86_64::*;
+
+/// Rows of a tile: half a panel.
+const ROWS: usize = LANES / 2;
+/// Panels of a tile, at most.
+const PANELS: usize = 3;
+/// Pairs of a row that are multiplied before the next rows are: 24 KB of B.
+const DEPTH: usize = 128;
+
+/// [`super::round_panel`].
+pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
+    // SAFETY: the token proves AVX-512 with BF16.
+    unsafe {
+        if matrix.has_whole_rows() {
+            along_rows(matrix, first, out);
+        } else {
+            along_columns(matrix, first, out);
+        }
+    }
+}
+
+/// A mask of the first `count` of sixteen lanes, all of them where there are more.
+fn first_lanes(count: usize) -> u16 {
+    (0xffffu32 >> (LANES - count.min(LANES))) as u16
+}
+
+/// Up to sixteen numbers, and zeros.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(values: &[f32]) -> __m512 {
+    // SAFETY: the mask leaves out what lies beyond the slice, and the load needs no alignment.
+    unsafe { _mm512_maskz_loadu_ps(first_lanes(values.len()), values.as_ptr()) }
+}
+
+/// Rows lie in one piece: sixteen pairs of sixteen rows are turned at a time.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn along_rows(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
+    let (depth, rows) = (matrix.cols(), (matrix.rows() - first).min(LANES));
+    for (i, out) in out.chunks_mut(LANES * LANES).enumerate() {
+        let from = 2 * LANES * i;
+        let mut pairs = [_mm512_setzero_si512(); LANES];
+        for (r, pairs) in pairs.iter_mut().enumerate().take(rows) {
+            let row = &matrix.row(first + r)[from..depth.min(from + 2 * LANES)];
+            let (low, high) = row.split_at(row.len().min(LANES));
+            *pairs = as_bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
+        }
+        let turned = turn(pairs);
+        for (out, v) in out.chunks_exact_mut(LANES).zip(turned) {
+            // SAFETY: 64 bytes are there, and the store needs no alignment.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
+        }
+    }
+}
+
+/// Columns lie in one piece, as those of a transpose do: two of them are laid into each other.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn along_columns(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
+    let (depth, end) = (matrix.cols(), matrix.rows().min(first + LANES));
+    let mut order = [0u16; 2 * LANES];
+    for i in 0..LANES {
+        (order[2 * i], order[2 * i + 1]) = (i as u16, (LANES + i) as u16);
+    }
+    // SAFETY: 64 bytes are there, and the load needs no alignment.
+    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    for (p, out) in out.chunks_exact_mut(LANES).enumerate() {
+        let low = load(&matrix.column(2 * p)[first..end]);
+        let high = if 2 * p + 1 < depth { load(&matrix.column(2 * p + 1)[first..end]) } else { _mm512_setzero_ps() };
+        let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(high, low)));
+        // SAFETY: 64 bytes are there, and the store needs no alignment.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_bits(v: __m512bh) -> __m512i {
+    // SAFETY: both are 64 bytes of which any are a value.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_pairs(v: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes of which any are a value.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(v) }
+}
+
+/// The transpose of sixteen rows of sixteen.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    // Four by four within every quarter of a register, then quarters among registers.
+    let mut fours = rows;
+    for i in (0..LANES).step_by(4) {
+        let (ab, cd) = (_mm512_unpacklo_epi32(rows[i], rows[i + 1]), _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]));
+        let (ef, gh) = (_mm512_unpackhi_epi32(rows[i], rows[i + 1]), _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]));
+        fours[i] = _mm512_unpacklo_epi64(ab, cd);
+        fours[i + 1] = _mm512_unpackhi_epi64(ab, cd);
+        fours[i + 2] = _mm512_unpacklo_epi64(ef, gh);
+        fours[i + 3] = _mm512_unpackhi_epi64(ef, gh);
+    }
+    let mut turned = rows;
+    for i in 0..4 {
+        let (a, b) = (
+            _mm512_shuffle_i32x4::<0x88>(fours[i], fours[4 + i]),
+            _mm512_shuffle_i32x4::<0x88>(fours[8 + i], fours[12 + i]),
+        );
+        let (c, d) = (
+            _mm512_shuffle_i32x4::<0xdd>(fours[i], fours[4 + i]),
+            _mm512_shuffle_i32x4::<0xdd>(fours[8 + i], fours[12 + i]),
+        );
+        turned[i] = _mm512_shuffle_i32x4::<0x88>(a, b);
+        turned[8 + i] = _mm512_shuffle_i32x4::<0xdd>(a, b);
+        turned[4 + i] = _mm512_shuffle_i32x4::<0x88>(c, d);
+        turned[12 + i] = _mm512_shuffle_i32x4::<0xdd>(c, d);
+    }
+    turned
+}
+
+/// [`super::brain_gemm`].
+pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
+    // SAFETY: the token proves AVX-512 with BF16.
+    unsafe { blocks(a, b, c) }
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn blocks(a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
+    let pairs = a.depth.div_ceil(2);
+    for from in (0..pairs).step_by(DEPTH) {
+        let deep = from..pairs.min(from + DEPTH);
+        for col in (0..b.rows).step_by(PANELS * LANES) {
+            for row in (0..a.rows).step_by(ROWS) {
+                let panel = |i: usize| (i * pairs + deep.start) * LANES..(i * pairs + deep.end) * LANES;
+                let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
+                let side = &a.pairs[panel(row / LANES)];
+                let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
+                let at = [row, col];
+                match left {
+                    1 => tile(side, [of(0)], at, c),
+                    2 => tile(side, [of(0), of(1)], at, c),
+                    _ => tile(side, [of(0), of(1), of(2)], at, c),
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of eight rows of a panel of A with `N` panels of B to C, from row and column `at` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], [row, col]: [usize; 2], c: &mut ViewMut<'_, f32>) {
+    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+    let a = a.as_chunks::<ROWS>().0.iter().skip(row % LANES / ROWS).step_by(2);
+    for (p, a) in a.enumerate() {
+        let mut columns = [_mm512_setzero_si512(); N];
+        for n in 0..N {
+            let b = &b[n][p * LANES..][..LANES];
+            // SAFETY: 64 bytes are there, and the load needs no alignment.
+            columns[n] = unsafe { _mm512_loadu_si512(b.as_ptr().cast()) };
+        }
+        for r in 0..ROWS {
+            let pair = as_pairs(_mm512_set1_epi32(a[r] as i32));
+            for n in 0..N {
+                sums[r][n] = _mm512_dpbf16_ps(sums[r][n], pair, as_pairs(columns[n]));
+            }
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        for (n, sum) in sums.iter().enumerate() {
+            let Some(c) = c.part(row + r, col + n * LANES, LANES) else { continue };
+            let mask = first_lanes(c.len());
+            // SAFETY: the mask leaves out what lies beyond the slice, and neither needs alignment.
+            unsafe {
+                let old = _mm512_maskz_loadu_ps(mask, c.as_ptr());
+                _mm512_mask_storeu_ps(c.as_mut_ptr(), mask, _mm512_add_ps(old, *sum));
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Products equal the f64 sums of rounded entries, at every awkward shape and any thread count.
+
+use super::*;
+use half::bf16;
+
+fn sample(count: usize, seed: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 7919 + seed * 131 + 13) % 10_007) as f32 / 5003.0 - 1.0).collect()
+}
+
+fn rounded(x: f32) -> f64 {
+    f64::from(bf16::from_f32(x).to_f32())
+}
+
+/// A CPU without the instructions has nothing to test.
+fn brain() -> Option<Brain> {
+    let brain = Brain::here();
+    if brain.is_none() {
+        println!("this CPU does not multiply bfloat16: nothing was tested");
+    }
+    brain
+}
+
+#[test]
+fn products_are_sums_of_rounded_entries() {
+    let Some(brain) = brain() else { return };
+    for (m, n, depth) in [(1, 1, 1), (8, 48, 2), (5, 17, 3), (16, 16, 32), (37, 70, 65), (33, 100, 600), (20, 49, 257)]
+    {
+        let (a, b, c0) = (sample(m * depth, 1), sample(n * depth, 2), sample(m * n, 3));
+        // The second layout of each is its transpose, stored the other way round.
+        let other =
+            |x: &[f32], rows: usize| (0..depth * rows).map(|i| x[i % rows * depth + i / rows]).collect::<Vec<_>>();
+        let (at, bt) = (other(&a, m), other(&b, n));
+        let a_views = [View::new(&a, m, depth, depth), View::new(&at, depth, m, m).t()];
+        let b_views = [View::new(&b, n, depth, depth), View::new(&bt, depth, n, n).t()];
+        for (a_view, b_view) in a_views.into_iter().zip(b_views) {
+            let (mut a_pairs, mut b_pairs) = (vec![7; Brained::pairs(m, depth)], vec![7; Brained::pairs(n, depth)]);
+            let (left, right) =
+                (Brained::round(brain, a_view, &mut a_pairs), Brained::round(brain, b_view, &mut b_pairs));
+            let mut c = c0.clone();
+            brain_gemm(brain, left, right, &mut ViewMut::new(&mut c, m, n, n));
+            for (i, found) in c.iter().enumerate() {
+                let terms = (0..depth).map(|k| rounded(a[i / n * depth + k]) * rounded(b[i % n * depth + k]));
+                let (sum, size) = terms.fold((f64::from(c0[i]), 1.0), |(sum, size), t| (sum + t, size + t.abs()));
+                assert!((f64::from(*found) - sum).abs() < 1e-6 * size, "{m} {n} {depth} {i}: {found} {sum}");
+            }
+        }
+    }
+}
+
+#[test]
+fn syrk_is_the_product_and_ignores_the_thread_count() {
+    let Some(brain) = brain() else { return };
+    let (tokens, n) = (1500, 210);
+    let x = sample(tokens * n, 5);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut h = vec![0.5; n * n];
+        pool.install(|| brain_syrk(brain, &x, n, &mut h));
+        h
+    };
+    let h = run(1);
+    assert!([2, 3].iter().all(|&t| run(t) == h));
+    for i in 0..n {
+        for j in 0..n {
+            let sum: f64 = (0..tokens).map(|t| rounded(x[t * n + i]) * rounded(x[t * n + j])).sum::<f64>() + 0.5;
+            assert!((f64::from(h[i * n + j]) - sum).abs() < 1e-3 && h[i * n + j] == h[j * n + i], "{i} {j}");
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Moments of every column of a matrix, added to what came before: Σ x, Σ |x|, Σ x⁴ in f64 and the largest magnitude.
+//!
+//! A column's sums are folded from the first row to the last, whichever columns lie beside it in a register, so every level
+//! gives the same bits.
+
+use crate::Level;
+
+/// Running moments of some columns.
+#[derive(Debug)]
+pub struct Moments<'a> {
+    /// Σ x.
+    pub sum: &'a mut [f64],
+    /// Σ |x|.
+    pub abs_sum: &'a mut [f64],
+    /// Σ x⁴, squares being rounded to f32.
+    pub fourth_sum: &'a mut [f64],
+    /// max |x|.
+    pub abs_max: &'a mut [f32],
+}
+
+/// Adds the rows of `x`, which start `stride` entries apart and whose first entries are the columns of `moments`.
+///
+/// # Panics
+/// When lengths do not fit: a caller's bug.
+pub fn add_moments(level: Level, x: &[f32], stride: usize, moments: &mut Moments<'_>) {
+    let n = moments.sum.len();
+    let others = [moments.abs_sum.len(), moments.fourth_sum.len(), moments.abs_max.len()];
+    assert!(n <= stride && others == [n; 3], "a moment for each column");
+    match level {
+        Level::Scalar => add(x, stride, moments),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(_) => {
+            #[target_feature(enable = "avx2")]
+            fn compiled(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
+                add(x, stride, moments);
+            }
+            // SAFETY: the level's token proves AVX2.
+            unsafe { compiled(x, stride, moments) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(_) => {
+            #[target_feature(enable = "avx512f,avx512vl,avx512dq")]
+            fn compiled(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
+                add(x, stride, moments);
+            }
+            // SAFETY: the level's token proves AVX-512.
+            unsafe { compiled(x, stride, moments) }
+        }
+    }
+}
+
+#[inline(always)]
+fn add(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
+    let n = moments.sum.len();
+    for row in x.chunks(stride) {
+        let (row, sum, abs_sum) = (&row[..n], &mut moments.sum[..n], &mut moments.abs_sum[..n]);
+        let (fourth, abs_max) = (&mut moments.fourth_sum[..n], &mut moments.abs_max[..n]);
+        for j in 0..n {
+            let (v, size) = (row[j], row[j].abs());
+            sum[j] += f64::from(v);
+            abs_sum[j] += f64::from(size);
+            let square = f64::from(v * v);
+            fourth[j] += square * square;
+            abs_max[j] = if size > abs_max[j] { size } else { abs_max[j] };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_gives_the_bits_of_the_definition() {
+        for (rows, stride, n) in [(1, 1, 1), (7, 40, 33), (100, 64, 64), (3, 20, 7)] {
+            let x: Vec<f32> = (0..rows * stride).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+            // What lies beyond the last column of the last row need not be there.
+            let x = &x[..(rows - 1) * stride + n];
+            let run = |level| {
+                let (mut a, mut b, mut c, mut d) = (vec![0.5; n], vec![0.5; n], vec![0.5; n], vec![0.5f32; n]);
+                let mut moments = Moments { sum: &mut a, abs_sum: &mut b, fourth_sum: &mut c, abs_max: &mut d };
+                add_moments(level, x, stride, &mut moments);
+                (a, b, c, d)
+            };
+            let found = run(Level::Scalar);
+            assert!(Level::all().into_iter().all(|level| run(level) == found));
+            for j in 0..n {
+                let column = || x.iter().skip(j).step_by(stride).map(|&v| f64::from(v));
+                assert!((found.0[j] - 0.5 - column().sum::<f64>()).abs() < 1e-9);
+                assert!((found.1[j] - 0.5 - column().map(f64::abs).sum::<f64>()).abs() < 1e-9);
+                assert!((found.2[j] - 0.5 - column().map(|v| v.powi(4)).sum::<f64>()).abs() < 1e-3);
+                assert!(f64::from(found.3[j]) == column().map(f64::abs).fold(0.5, f64::max));
+            }
+        }
+    }
+}
