@@ -219,12 +219,17 @@ def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: b
 
 
 def load_bitsandbytes(folder: Path) -> PreTrainedModel:
-    """The folder as transformers and bitsandbytes load it; the linears compute in f32."""
+    """The folder as transformers and bitsandbytes load it; the linears compute in f32, by the path that every CPU has.
+
+    Where the CPU multiplies bf16 (AVX512-BF16), the library lays weights out anew at the first pass and rounds their scales to
+    bf16.
+    """
     from bitsandbytes.nn import Linear4bit
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
     for linear in (module for module in model.modules() if isinstance(module, Linear4bit)):
         linear.compute_dtype = torch.float32
+        linear.support_avx512bf16_for_cpu = False
     return model
 
 

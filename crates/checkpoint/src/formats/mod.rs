@@ -16,6 +16,7 @@ mod naive_quantized;
 mod pack_quantized;
 
 pub use compressed_tensors::cache_scheme;
+pub use mixed_precision::NAME as MIXED;
 
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
