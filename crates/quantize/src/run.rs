@@ -21,7 +21,7 @@ use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use bitmill_scheme::ScaleType;
 use std::path::{Path, PathBuf};
@@ -274,9 +274,18 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
     std::fs::create_dir_all(&dir).map_err(io(&dir, "creating"))?;
     if plan.gguf.is_none() {
         // From the start, so that what is written so far can be read back.
-        write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+        write_config(&dir, Some(plan.format), &plan.config)?;
     }
     Ok(plan.output.create(&dir)?)
+}
+
+/// Writes `config.json`, and what a format has some loaders find beside it.
+pub(crate) fn write_config(dir: &Path, format: Option<&dyn Format>, config: &serde_json::Value) -> Result<(), Error> {
+    write_durably(&dir.join("config.json"), &pretty(config))?;
+    match format.and_then(|format| format.sidecar(&config["quantization_config"])) {
+        Some((name, value)) => write_durably(&dir.join(name), &pretty(&value)),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {

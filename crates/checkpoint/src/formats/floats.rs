@@ -46,6 +46,7 @@ pub(super) struct Floats {
     inputs: &'static [Activations],
     config: WriteConfig,
     recognise: fn(&dyn Format, &Value) -> Result<Option<Dialect>, Error>,
+    sidecar: fn(&Value) -> Option<(&'static str, Value)>,
 }
 
 /// The suffixes of a module's tensors.
@@ -79,7 +80,7 @@ const fn compressed(
 ) -> Floats {
     let parts = Parts::plain(if matches!(float, FloatType::E2m1) { "weight_packed" } else { "weight" });
     let (config, recognise) = (compressed_tensors::config, compressed_tensors::recognise);
-    Floats { name, summary, float, scales, parts, inputs, config, recognise }
+    Floats { name, summary, float, scales, parts, inputs, config, recognise, sidecar: |_| None }
 }
 
 pub(super) static FP8: Floats = compressed(
@@ -133,6 +134,7 @@ pub(super) static MODELOPT: Floats = Floats {
     inputs: &[Activations::Full, Activations::Nvfp4],
     config: modelopt::config,
     recognise: modelopt::recognise,
+    sidecar: modelopt::sidecar,
 };
 
 pub(super) static FINE_GRAINED: Floats = Floats {
@@ -144,6 +146,7 @@ pub(super) static FINE_GRAINED: Floats = Floats {
     inputs: &[Activations::DynamicFp8Groups],
     config: fine_grained::config,
     recognise: fine_grained::recognise,
+    sidecar: |_| None,
 };
 
 /// Those of compressed-tensors.
@@ -352,6 +355,10 @@ impl Format for Floats {
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {
         (self.config)(self, layers, ignored)
+    }
+
+    fn sidecar(&self, config: &Value) -> Option<(&'static str, Value)> {
+        (self.sidecar)(config)
     }
 
     fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error> {

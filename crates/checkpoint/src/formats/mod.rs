@@ -11,7 +11,7 @@ mod gptq;
 mod int8;
 mod int_quantized;
 mod mixed_precision;
-mod modelopt;
+pub(crate) mod modelopt;
 mod naive_quantized;
 mod pack_quantized;
 
@@ -102,6 +102,11 @@ pub trait Format: Sync {
     /// [`Error::Unsupported`] for a mixture the configuration cannot express.
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error>;
 
+    /// A file beside `config.json` that says what `config`, its `quantization_config`, says, for loaders that look there first.
+    fn sidecar(&self, _config: &Value) -> Option<(&'static str, Value)> {
+        None
+    }
+
     /// Reads a `quantization_config` object; `None` where it is of another format.
     ///
     /// # Errors
@@ -114,6 +119,9 @@ impl std::fmt::Debug for dyn Format {
         f.write_str(self.name())
     }
 }
+
+/// Files beside `config.json` that say how a folder is quantized, too: AutoGPTQ's, AutoAWQ's and ModelOpt's.
+pub const SIDECARS: [&str; 3] = ["quantize_config.json", "quant_config.json", modelopt::SIDECAR];
 
 /// The format of GGUF files. It is no row of [`FORMATS`], which are dialects of one container: GGUF is another.
 pub static GGUF: &dyn Format = &gguf::Gguf;

@@ -1,7 +1,7 @@
 //! What a loader sees of a model, be it planned or written.
 
 use crate::{Action, Error, Plan};
-use bitmill_checkpoint::{Checkpoint, Dialect, MIXED, Weight, default_format};
+use bitmill_checkpoint::{Checkpoint, Dialect, MIXED, SIDECARS, Weight, default_format};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::Scheme;
 use serde_json::Value;
@@ -17,9 +17,6 @@ pub(super) struct Layer {
     pub(super) divisors: Option<(f32, Option<f32>)>,
 }
 
-/// Files beside config.json that say how a folder is quantized, too, and which some loaders read in its place.
-const SIDECARS: [&str; 3] = ["quantize_config.json", "quant_config.json", "hf_quant_config.json"];
-
 /// A model as a loader sees it.
 #[derive(Debug)]
 pub struct Subject {
@@ -34,7 +31,7 @@ pub struct Subject {
     pub(super) config: Value,
     /// What config.json says of each module.
     pub(super) dialect: Option<Dialect>,
-    /// What [`SIDECARS`] say, where there are any.
+    /// What [`SIDECARS`] say, where there are any: some loaders read them in the place of config.json.
     pub(super) sidecars: Vec<(&'static str, Value)>,
 }
 
