@@ -231,7 +231,10 @@ fn what_is_not_read_is_named() {
         (ct(json!({"config_groups": []})), "config_groups is []"),
         (ct(json!({"config_groups": {}})), "no group quantizes weights"),
         (ct(json!({"config_groups": {"MXFP6": ["Linear"]}})), "config_groups \"MXFP6\""),
-        (json!({"quant_method": "bitsandbytes", "load_in_4bit": true}), "bnb_4bit_quant_type is missing"),
+        (
+            json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "int4"}),
+            "bnb_4bit_quant_type is \"int4\"",
+        ),
         (json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "load_in_4bit is missing"),
         (json!({"quant_method": "mxfp4", "modules_to_not_convert": [7]}), "modules_to_not_convert is 7"),
         (ct(json!({"config_groups": {"W9A16": ["Linear"]}})), "config_groups \"W9A16\""),

@@ -126,6 +126,7 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                 // The table of numbers, and what is said in words.
                 "bitsandbytes" => {
                     let block = scheme.group_len(shape[1]);
+                    // Both names of tables are as long.
                     let said = format!(
                         r#"{{"quant_type": "nf4", "blocksize": {block}, "dtype": "float32", "shape": [64, 128]}}"#
                     );

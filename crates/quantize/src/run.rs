@@ -316,7 +316,7 @@ impl Worker<'_, '_> {
             let (method, solver) = self.plain_method()?;
             let amax = || largest(self.input, self.plan.spec.as_ref(), module);
             let amax = scheme.shares_scale().then(amax).transpose()?;
-            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax, input: 0.0 };
+            let linear = Linear { amax, ..Linear::new(module, &[], *shape, *scheme) };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;

@@ -155,10 +155,10 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 pub fn default_format(scheme: &Scheme) -> &'static str {
     match (scheme.grid, scheme.activations) {
         (GridKind::Block(_), _) => GGUF.name(),
-        (GridKind::Float(FloatType::Nf4), _) => bitsandbytes::NAME,
+        (GridKind::Float(FloatType::Nf4 | FloatType::Fp4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
-        (GridKind::Int { .. }, Activations::Full) => "pack-quantized",
-        (GridKind::Int { .. }, _) => "int-quantized",
+        (GridKind::Int { bits, .. }, Activations::DynamicInt8) if bits.get() == 8 => "int-quantized",
+        (GridKind::Int { .. }, _) => "pack-quantized",
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
 use bitmill_kernels::{pack_bits, packed_words, unpack_bits};
-use bitmill_scheme::{Activations, Granularity, Quantized, Scheme};
+use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, Scheme};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
@@ -45,8 +45,15 @@ impl Format for PackQuantized {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
-        if scheme.activations != Activations::Full {
-            let reason = "loaders run packed weights with full activations; use int-quantized for 8-bit activations";
+        let narrow = matches!(scheme.grid, GridKind::Int { bits, symmetric: true } if bits.get() == 4);
+        let runs = match scheme.activations {
+            Activations::Full => true,
+            Activations::DynamicInt8 | Activations::DynamicFp8 => narrow,
+            _ => false,
+        };
+        if !runs {
+            let reason = "loaders run packed weights with full activations, or of 4 bits with those of 8 bits per token; use \
+                          int-quantized for 8-bit weights";
             return Err(unsupported(self, module, scheme, reason));
         }
         check_matrix(self, module, scheme, shape)

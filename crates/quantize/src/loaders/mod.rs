@@ -13,7 +13,7 @@ pub use subject::Subject;
 
 use crate::{Error, Plan};
 use bitmill_checkpoint::{Checkpoint, MIXED, default_format};
-use bitmill_scheme::{BlockType, Granularity, GridKind, Scheme};
+use bitmill_scheme::{Activations, BlockType, Granularity, GridKind, Scheme};
 
 /// A program that loads quantized checkpoints.
 struct Loader {
@@ -187,6 +187,10 @@ fn usual_group(scheme: &Scheme) -> bool {
 fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
+        // Beside 8-bit activations, groups of 128 or whole rows; 8-bit integers beside packed weights on Arm alone.
+        "pack-quantized" if scheme.activations != Activations::Full => {
+            matches!(scheme.granularity, Granularity::Group(128) | Granularity::Channel)
+        }
         "pack-quantized" => bits > 1 && (scheme.symmetric() || matches!(bits, 4 | 8)),
         "int-quantized" => true,
         "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
@@ -234,7 +238,7 @@ fn sglang_experts(format: &str, scheme: &Scheme) -> Option<String> {
 fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
-        "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric(),
+        "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric() && scheme.activations == Activations::Full,
         "int-quantized" => true,
         "gptq" => scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
