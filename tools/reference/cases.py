@@ -65,7 +65,7 @@ def table() -> list[Case]:
         name = method.split()[1]
         cases.append(Case(f"fine-grained fp8, {name}", "--scheme fp8_block --format fp8", "fp8", method, plain=True))
         cases.append(Case(f"modelopt nvfp4a16, {name}", "--scheme nvfp4a16 --format modelopt", "modelopt", method))
-    for options in ("--bits 5.5 --options 4,fp8a16", "--bits 5.5 --options 3,4g32,8", "--bits 6 --options mxfp8a16,nvfp4a16"):
+    for options in ("--bits 5.5 --options 4,fp8a16", "--bits 5.5 --options 3,4g32,8", "--bits 6.0 --options mxfp8a16,nvfp4a16"):
         form = "pack-quantized" if "fp" not in options else "mixed-precision"
         cases.append(Case(f"mixed {options.split()[-1]}", options, form, f"--method rtn {calibrated}"))
     cache = f"--method rtn {calibrated}"

@@ -28,7 +28,10 @@ def to_compressed_tensors(folder: Path, out: Path) -> Path:
     for shard in sorted(folder.glob("*.safetensors")):
         tensors = load_file(shard)
         own.validate(dict(tensors))
-        save_file({name: t.contiguous() for name, t in own.process(tensors).items()}, out / shard.name, metadata={"format": "pt"})
+        made = {name: t.contiguous() for name, t in own.process(tensors).items()}
+        # ModelOpt stores a number, and the library's files an array of one.
+        made = {name: t.reshape(1) if name.endswith("global_scale") else t for name, t in made.items()}
+        save_file(made, out / shard.name, metadata={"format": "pt"})
     quantization = json.loads(own.update_config(None).model_dump_json(exclude_none=True))
     for group in quantization["config_groups"].values():
         # Weights alone: the converter says of every model that it rounds inputs.

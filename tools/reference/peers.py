@@ -268,7 +268,9 @@ def load_fine_grained(folder: Path) -> PreTrainedModel:
     from transformers import FineGrainedFP8Config
 
     plain = FineGrainedFP8Config(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain).eval()
+    # What is not quantized it leaves in the type of the folder.
+    return torch.nn.Module.float(model)
 
 
 def load_gptq(folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
