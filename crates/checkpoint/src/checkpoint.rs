@@ -342,6 +342,18 @@ impl Checkpoint {
         }
     }
 
+    /// The shape `[out, in]` of the linear `module`, from headers where they say it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::weight`].
+    pub fn matrix_shape(&self, module: &str) -> Result<[usize; 2], Error> {
+        let rule = self.dialect.as_ref().and_then(|d| Some((d.format_of(module)?, d.scheme_of(module)?)));
+        match rule.filter(|_| self.scheme_of(module).is_some()) {
+            Some((format, scheme)) => format.shape(module, &scheme, self),
+            None => self.weight(module).map(|weight| weight.shape()),
+        }
+    }
+
     /// The shards, in name order.
     pub fn shard_paths(&self) -> impl Iterator<Item = &Path> {
         self.shards.iter().map(Shard::file)

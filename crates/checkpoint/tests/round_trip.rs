@@ -46,6 +46,7 @@ fn what_is_written_is_what_is_read() {
             for (module, q) in layers {
                 let Weight::Quantized(read) = checkpoint.weight(module).unwrap() else { panic!("{module} is dense") };
                 assert_eq!(&read, q, "{} {module} {}", format.name(), q.scheme);
+                assert_eq!(checkpoint.matrix_shape(module).unwrap(), q.shape);
                 // Headers do not say what a map holds.
                 if q.group_of.is_empty() {
                     assert_eq!(checkpoint.scheme_of(module), Some(q.scheme));

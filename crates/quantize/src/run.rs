@@ -12,7 +12,7 @@ mod tests;
 pub(crate) use publish::gguf_names;
 
 use crate::block::{Flow, Moment, Target};
-use crate::fused::largest;
+use crate::fused::Magnitudes;
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::plan::model_scale_type;
@@ -307,6 +307,7 @@ impl Worker<'_, '_> {
     /// A unit without activations: copies, and methods that need no data.
     fn plain_unit(&mut self, unit: &Unit) -> Result<Vec<TensorRecord>, Error> {
         let mut records = Vec::new();
+        let mut magnitudes = Magnitudes::new(self.input, self.plan.spec.as_ref());
         for tensor in &unit.tensors {
             let Action::Quantize { module, scheme, shape, .. } = &tensor.action else {
                 self.copy(&tensor.name)?;
@@ -314,8 +315,7 @@ impl Worker<'_, '_> {
             };
             let started = Instant::now();
             let (method, solver) = self.plain_method()?;
-            let amax = || largest(self.input, self.plan.spec.as_ref(), module);
-            let amax = scheme.shares_scale().then(amax).transpose()?;
+            let amax = scheme.shares_scale().then(|| magnitudes.largest(module)).transpose()?;
             let linear = Linear { amax, ..Linear::new(module, &[], *shape, *scheme) };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);

@@ -112,13 +112,19 @@ impl Format for Awq {
         ]
     }
 
-    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
         let qweight = part(source, module, "qweight")?;
         let [cols, words] = qweight.matrix()?;
-        let rows = words * WORD;
-        if rows == 0 || cols == 0 || scheme.check(cols).is_err() {
+        if words == 0 || cols == 0 || scheme.check(cols).is_err() {
             return Err(qweight.wrong_shape("[in, out/8], not empty and in whole groups,"));
         }
+        Ok([words * WORD, cols])
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let qweight = part(source, module, "qweight")?;
+        let [rows, cols] = self.shape(module, scheme, source)?;
+        let words = rows / WORD;
         let groups = scheme.groups(cols);
         let scales = part(source, module, "scales")?;
         if scales.shape != [groups, rows] {

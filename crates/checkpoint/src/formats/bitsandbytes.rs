@@ -84,6 +84,13 @@ impl State {
         Ok(State { block, shape: [rows, cols], nested: nested.map(|n| (n, offset)) })
     }
 
+    /// The one of `module`, and its table: readers go by what lies beside the codes, whatever config.json says.
+    fn of(module: &str, own: &Scheme, source: &Checkpoint) -> Result<(Self, (&'static str, FloatType)), Error> {
+        let stored = |(name, _): &(&str, FloatType)| source.contains(&format!("{module}.{}", state_part(name)));
+        let table = TABLES.into_iter().find(stored).unwrap_or(own_table(own));
+        Ok((State::read(table.0, &part(source, module, &state_part(table.0))?)?, table))
+    }
+
     fn blocks(&self) -> usize {
         self.shape[0] * self.shape[1] / self.block
     }
@@ -183,11 +190,12 @@ impl Format for BitsAndBytes {
         ]
     }
 
+    fn shape(&self, module: &str, own: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        State::of(module, own, source).map(|(state, _)| state.shape)
+    }
+
     fn decode(&self, module: &str, own: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
-        // Readers go by what lies beside the codes, whatever config.json says.
-        let stored = |(name, _): &(&str, FloatType)| source.contains(&format!("{module}.{}", state_part(name)));
-        let (name, float) = TABLES.into_iter().find(stored).unwrap_or(own_table(own));
-        let state = State::read(name, &part(source, module, &state_part(name))?)?;
+        let (state, (name, float)) = State::of(module, own, source)?;
         let view = part(source, module, "weight")?;
         if view.dtype != Dtype::U8 {
             return Err(view.wrong_dtype("U8"));

@@ -313,17 +313,23 @@ impl Format for Floats {
         payloads
     }
 
-    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
         let view = part(source, module, self.codes())?;
         let [rows, width] = view.matrix()?;
         if rows == 0 || width == 0 {
             return Err(view.wrong_shape("a matrix that is not empty"));
         }
-        let (shape, codes) = match self.packed() {
+        Ok([rows, if self.packed() { width * 2 } else { width }])
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let view = part(source, module, self.codes())?;
+        let shape = self.shape(module, scheme, source)?;
+        let codes = match self.packed() {
             true if view.dtype != Dtype::U8 => return Err(view.wrong_dtype("U8")),
-            true => ([rows, width * 2], view.bytes.iter().flat_map(|&b| [b & 15, b >> 4]).collect()),
+            true => view.bytes.iter().flat_map(|&b| [b & 15, b >> 4]).collect(),
             false if view.dtype != Dtype::F8_E4M3 => return Err(view.wrong_dtype("F8_E4M3")),
-            false => ([rows, width], view.bytes.to_vec()),
+            false => view.bytes.to_vec(),
         };
         let scale = part(source, module, self.parts.scales)?;
         let (stored, mut scales) = match self.scales {

@@ -61,6 +61,13 @@ impl Format for MixedPrecision {
         }
     }
 
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        match format_of(scheme) {
+            Some(format) => format.shape(module, scheme, source),
+            None => self.decode(module, scheme, source).map(|q| q.shape),
+        }
+    }
+
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         match format_of(scheme) {
             Some(format) => format.decode(module, scheme, source),

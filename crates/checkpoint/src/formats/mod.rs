@@ -82,6 +82,14 @@ pub trait Format: Sync {
     /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
 
+    /// The shape `[out, in]` of `module`, from headers where they say it.
+    ///
+    /// # Errors
+    /// As [`Format::decode`], of what has to be looked at.
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        self.decode(module, scheme, source).map(|q| q.shape)
+    }
+
     /// What headers say of `scheme`, which is that of the configuration: `codes` and `scales` are a module's tensors.
     fn seen(&self, scheme: Scheme, _codes: &TensorSpec, scales: &TensorSpec) -> Scheme {
         scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale))

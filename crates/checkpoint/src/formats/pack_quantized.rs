@@ -98,9 +98,13 @@ impl Format for PackQuantized {
         payloads
     }
 
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        stored_shape(&part(source, module, "weight_shape")?, &part(source, module, "weight_packed")?)
+    }
+
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         let packed = part(source, module, "weight_packed")?;
-        let [rows, cols] = stored_shape(&part(source, module, "weight_shape")?, &packed)?;
+        let [rows, cols] = self.shape(module, scheme, source)?;
         let bits = scheme.bits().get();
         let [_, width] = packed.matrix()?;
         let layout = Layout::of(width, cols, bits)
