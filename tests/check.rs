@@ -112,9 +112,12 @@ fn keys_of_config_json() {
     std::fs::write(&config, &good).unwrap();
     with(&|q| q["quantization_status"] = "initialized".into());
     breaks(&out, "vllm", &[], "config", "quantization_status");
-    // A head that config.json does not leave out is made room for as a quantized one.
+    // A head that config.json does not leave out is made room for as a quantized one, by vLLM if it is named.
     std::fs::write(&config, &good).unwrap();
     with(&|q| q["ignore"] = Value::Array(Vec::new()));
+    breaks(&out, "transformers", &[], "listed", "lm_head is stored as plain numbers");
+    assert_eq!(broken(&out, "vllm", &[]), []);
+    with(&|q| q["config_groups"]["group_0"]["targets"] = serde_json::json!(["Linear", "lm_head"]));
     breaks(&out, "vllm", &[], "listed", "lm_head is stored as plain numbers");
 
     let gptq = quantized(dir.path(), "gptq", &["--bits", "4", "--format", "gptq"]);

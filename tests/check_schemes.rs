@@ -7,8 +7,8 @@ mod support;
 
 use serde_json::{Value, json};
 use std::path::Path;
-use support::loaders::{breaks, broken, of, patch, quantized, resized};
-use support::{QUICK, bitmill, books, edit, failure, json as said};
+use support::loaders::{breaks, broken, of, patch, quantized, resized, rewritten};
+use support::{QUICK, bitmill, books, edit, failure, json as said, success};
 
 /// Changes the `quantization_config` of a folder, after putting back what it was.
 fn with(folder: &Path, good: &[u8], change: impl FnOnce(&mut Value)) {
@@ -176,6 +176,35 @@ fn files_beside_config_json() {
 }
 
 #[test]
+fn folders_of_auto_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let gptq = quantized(dir.path(), "gptq", &["--bits", "4", "--format", "gptq"]);
+    let own = rewritten(&gptq, &dir.path().join("own"), |name| {
+        if name.ends_with("g_idx") { Vec::new() } else { vec![name.to_owned()] }
+    });
+    edit(&own.join("config.json"), |c| {
+        c["quantization_config"] = json!({
+            "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": true, "data_type": "int",
+            "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers",
+        });
+    });
+    for loader in ["vllm", "sglang", "transformers"] {
+        assert_eq!(broken(&own, loader, &["--original", books().to_str().unwrap()]), [], "{loader}");
+    }
+    breaks(&own, "GPTQModel", &[], "format", "it does not read auto-round");
+    let values = |folder: &Path| {
+        let out = dir.path().join("plain");
+        success(bitmill(["dequantize", "--force"]).arg(folder).arg("-o").arg(&out));
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    assert!(values(&own) == values(&gptq), "both are the same numbers");
+    edit(&own.join("config.json"), |c| drop(c["quantization_config"].as_object_mut().unwrap().remove("sym")));
+    breaks(&own, "vllm", &[], "config", "quantization_config lacks sym");
+    edit(&own.join("config.json"), |c| c["quantization_config"]["packing_format"] = "auto_round:triton".into());
+    assert!(failure(bitmill(["check"]).arg(&own), 1).contains("packing_format"));
+}
+
+#[test]
 fn mixtures_are_held_to_the_rules_of_every_format_in_them() {
     let dir = tempfile::tempdir().unwrap();
     let stats = dir.path().join("statistics");
@@ -205,7 +234,6 @@ fn what_is_not_read_is_refused_by_name() {
         (&packed, "kv_cache_scheme", json!({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor"})),
         (&nf4, "bnb_4bit_quant_type", json!("int4")),
         (&nf4, "load_in_4bit", json!(false)),
-        (&awq, "zero_point", json!(false)),
         (&awq, "version", json!("gemv")),
         (&fine, "weight_block_size", json!([64, 64])),
         (&fine, "activation_scheme", json!("static")),

@@ -59,8 +59,8 @@ def table() -> list[Case]:
             # What calibration says of inputs is needed whatever the method.
             method = f"{method} {calibrated}" if scheme in ("fp8", "nvfp4") and calibrated not in method else method
             cases.append(Case(f"{scheme}, {method.split()[1]}", f"--scheme {scheme}", format_, method, rounds))
-    for scheme in ("w4a8", "w4afp8"):
-        cases.append(Case(scheme, f"--scheme {scheme}", "pack-quantized", rounds=True))
+    for scheme, format_ in (("w4a8", "int-quantized"), ("w4afp8", "pack-quantized")):
+        cases.append(Case(scheme, f"--scheme {scheme}", format_, rounds=True))
     for method in ("--method rtn", f"--method gptq {calibrated}"):
         name = method.split()[1]
         cases.append(Case(f"fine-grained fp8, {name}", "--scheme fp8_block --format fp8", "fp8", method, plain=True))

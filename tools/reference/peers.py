@@ -347,6 +347,19 @@ def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(window[None]).logits.float() for window in input_ids])
 
 
+def first_block(folder: Path, out: Path) -> Path:
+    """The folder with its first block alone."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    kept = {n: t for n, t in stored(folder).items() if ".layers." not in n or ".layers.0." in n}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, out / file.name)
+    return out
+
+
 def without_calibration(folder: Path) -> None:
     """Takes what calibration says of inputs, keys and values out of a folder: loaders refuse what they have no place for."""
     spare = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")

@@ -411,7 +411,7 @@ pub static SCHEMES: &[Preset] = &[
     },
     Preset {
         name: "w4a8",
-        summary: "4-bit weights in groups of 128, 8-bit activations per token at run time",
+        summary: "4-bit weights in groups of 128, a byte each, 8-bit activations per token at run time",
         scheme: Scheme { activations: Activations::DynamicInt8, ..Scheme::int(Bits(4), true, Granularity::Group(128)) },
     },
     Preset {

@@ -198,9 +198,7 @@ impl Format for Awq {
             Some(g) if g > 0 => Granularity::Group(g as usize),
             _ => return Err(wrong("group_size", size, "-1 or a size above zero is needed")),
         };
-        if let Some(other) = config.get("zero_point").filter(|z| **z != Value::Bool(true)) {
-            return Err(wrong("zero_point", Some(other), "only files with zero points are read"));
-        }
+        // Some writers say false of symmetric schemes, and store the constant zero points all the same, which are read.
         let scheme = Scheme::int(bits, false, granularity).with_scale(ScaleType::F16);
         let mut rules = Vec::new();
         for skipped in config.get("modules_to_not_convert").and_then(Value::as_array).into_iter().flatten() {

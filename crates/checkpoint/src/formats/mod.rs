@@ -1,5 +1,6 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
+pub(crate) mod auto_round;
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
@@ -165,7 +166,7 @@ pub fn default_format(scheme: &Scheme) -> &'static str {
         (GridKind::Block(_), _) => GGUF.name(),
         (GridKind::Float(FloatType::Nf4 | FloatType::Fp4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
-        (GridKind::Int { bits, .. }, Activations::DynamicInt8) if bits.get() == 8 => "int-quantized",
+        (GridKind::Int { .. }, Activations::DynamicInt8) => "int-quantized",
         (GridKind::Int { .. }, _) => "pack-quantized",
     }
 }

@@ -48,12 +48,12 @@ impl Format for PackQuantized {
         let narrow = matches!(scheme.grid, GridKind::Int { bits, symmetric: true } if bits.get() == 4);
         let runs = match scheme.activations {
             Activations::Full => true,
-            Activations::DynamicInt8 | Activations::DynamicFp8 => narrow,
+            Activations::DynamicFp8 => narrow,
             _ => false,
         };
         if !runs {
-            let reason = "loaders run packed weights with full activations, or of 4 bits with those of 8 bits per token; use \
-                          int-quantized for 8-bit weights";
+            let reason = "loaders run packed weights with full activations, or of 4 bits with 8-bit floats per token; use \
+                          int-quantized for 8-bit integers";
             return Err(unsupported(self, module, scheme, reason));
         }
         check_matrix(self, module, scheme, shape)

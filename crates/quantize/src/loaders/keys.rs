@@ -16,6 +16,7 @@ pub(super) fn config(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<Str
                 if loader.strict { &["bits", "group_size", "desc_act", "sym"] } else { &["bits", "group_size"] };
             broken.extend(missing(block, needed));
         }
+        "auto-round" => broken.extend(missing(block, &["bits", "group_size", "sym"])),
         "awq" => broken.extend(missing(block, if loader.strict { &["zero_point"] } else { &[] })),
         // Readers here need of these what loaders need.
         "gguf" | "dense" | "modelopt" | "fp8" | "bitsandbytes" => {}

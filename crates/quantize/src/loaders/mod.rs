@@ -187,14 +187,16 @@ fn usual_group(scheme: &Scheme) -> bool {
 fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
-        // Beside 8-bit activations, groups of 128 or whole rows; 8-bit integers beside packed weights on Arm alone.
+        // Beside 8-bit floats.
         "pack-quantized" if scheme.activations != Activations::Full => {
             matches!(scheme.granularity, Granularity::Group(128) | Granularity::Channel)
         }
         "pack-quantized" => bits > 1 && (scheme.symmetric() || matches!(bits, 4 | 8)),
+        // Those of 4 bits on Arm alone.
         "int-quantized" => true,
         "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "auto-round" => matches!(bits, 2 | 3 | 4 | 8),
         "float-quantized" => fp8(scheme),
         "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" | "modelopt" | "fp8" => true,
         _ => false,
@@ -239,9 +241,10 @@ fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
         "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric() && scheme.activations == Activations::Full,
-        "int-quantized" => true,
+        "int-quantized" => bits == 8,
         "gptq" => scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "auto-round" => matches!(bits, 2 | 3 | 4 | 8),
         "float-quantized" => fp8(scheme),
         "nvfp4-pack-quantized" | "modelopt" | "fp8" => true,
         _ => false,
@@ -277,6 +280,7 @@ fn packages(format: &str) -> Option<&'static str> {
         | "mxfp8-quantized"
         | "mixed-precision" => Some("the package compressed-tensors"),
         "bitsandbytes" => Some("the package bitsandbytes"),
+        "auto-round" => Some("the package auto-round"),
         "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
         _ => None,
     }

@@ -35,6 +35,9 @@ pub struct Subject {
     pub(super) sidecars: Vec<(&'static str, Value)>,
 }
 
+/// AutoRound's own packing: tensors of other formats, which loaders read by AutoRound's rules.
+const AUTO_ROUND: &str = "auto-round";
+
 impl Subject {
     /// What the output of `plan` will be.
     #[must_use]
@@ -67,12 +70,14 @@ impl Subject {
     pub fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self, Error> {
         let mut layers = BTreeMap::new();
         let mut dense = BTreeMap::new();
+        let own_packing = checkpoint.config()["quantization_config"]["quant_method"] == AUTO_ROUND;
         for name in checkpoint.names() {
             if let Some(module) = checkpoint.module_of(name) {
                 if !layers.contains_key(module)
                     && let Weight::Quantized(q) = checkpoint.weight(module)?
                 {
-                    let format = checkpoint.dialect().and_then(|d| d.format_of(module)).map_or("dense", |f| f.name());
+                    let stored = checkpoint.dialect().and_then(|d| d.format_of(module)).map_or("dense", |f| f.name());
+                    let format = if own_packing { AUTO_ROUND } else { stored };
                     let divisors = q.scheme.has_divisor().then(|| (q.divisor(), q.input));
                     layers.insert(module.to_owned(), Layer { format, scheme: q.scheme, shape: q.shape, divisors });
                 }
@@ -80,7 +85,8 @@ impl Subject {
                 dense.insert(name.to_owned(), spec.shape.clone());
             }
         }
-        let format = checkpoint.dialect().map_or("dense", |d| d.format().name());
+        let stored = checkpoint.dialect().map_or("dense", |d| d.format().name());
+        let format = if own_packing { AUTO_ROUND } else { stored };
         let dialect = if checkpoint.gguf().is_some() { None } else { Dialect::of(checkpoint.config())? };
         Ok(Subject {
             format: format.to_owned(),
