@@ -58,6 +58,10 @@ fn what_fused_matrices_divide_their_scales_by() {
     assert_eq!(broken(&out, "vllm", &[]), []);
     patch(&out, "model.layers.2.mlp.up_proj.input_scale", double);
     breaks(&out, "vllm", &[], "shared", "layers.2.mlp.up_proj divides those of its inputs by");
+    // What an expert without tokens is left with by some tools.
+    patch(&out, "model.layers.2.mlp.up_proj.input_scale", |bytes| bytes.copy_from_slice(&f32::NAN.to_le_bytes()));
+    let text = failure(bitmill(["check"]).arg(&out).args(["--loader", "vllm"]), 1);
+    assert!(text.contains("model.layers.2.mlp.up_proj") && text.contains("inputs"), "{text}");
 }
 
 #[test]
