@@ -5,39 +5,8 @@
 mod support;
 
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use support::loaders::{breaks, broken, quantized, rewritten};
 use support::{QUICK, bitmill, books, copy_of_books, edit, failure, json, success};
-
-fn quantized(dir: &Path, name: &str, flags: &[&str]) -> PathBuf {
-    let out = dir.join(name);
-    let method = ["--method", "rtn", "--no-report"];
-    success(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(method).args(flags));
-    out
-}
-
-/// Rules that `path` breaks, with what breaks them; the exit code says whether there are any.
-fn broken(path: &Path, loader: &str, more: &[&str]) -> Vec<(String, String)> {
-    let mut command = bitmill(["check"]);
-    command.arg(path).args(["--loader", loader, "--json"]).args(more);
-    let output = command.output().unwrap();
-    let said: Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-    let rules = said["loaders"][0]["rules"].as_array().unwrap();
-    let found: Vec<(String, String)> = (rules.iter())
-        .filter(|r| r["met"] == false)
-        .map(|r| (r["rule"].as_str().unwrap().to_owned(), r["broken"].to_string()))
-        .collect();
-    assert_eq!(output.status.code(), Some(if found.is_empty() { 0 } else { 3 }), "{found:?}");
-    assert_eq!(said["loaders"][0]["met"], found.is_empty());
-    found
-}
-
-/// Asserts that exactly `rule` is broken, in these words.
-fn breaks(path: &Path, loader: &str, more: &[&str], rule: &str, words: &str) {
-    let found = broken(path, loader, more);
-    assert_eq!(found.iter().map(|(r, _)| r.as_str()).collect::<Vec<_>>(), [rule], "{found:?}");
-    assert!(found[0].1.contains(words), "`{words}` is missing from: {}", found[0].1);
-}
 
 #[test]
 fn sound_outputs_pass() {
@@ -143,9 +112,12 @@ fn keys_of_config_json() {
     std::fs::write(&config, &good).unwrap();
     with(&|q| q["quantization_status"] = "initialized".into());
     breaks(&out, "vllm", &[], "config", "quantization_status");
-    // A head that config.json does not leave out is made room for as a quantized one.
+    // A head that config.json does not leave out is made room for as a quantized one, by vLLM if it is named.
     std::fs::write(&config, &good).unwrap();
     with(&|q| q["ignore"] = Value::Array(Vec::new()));
+    breaks(&out, "transformers", &[], "listed", "lm_head is stored as plain numbers");
+    assert_eq!(broken(&out, "vllm", &[]), []);
+    with(&|q| q["config_groups"]["group_0"]["targets"] = serde_json::json!(["Linear", "lm_head"]));
     breaks(&out, "vllm", &[], "listed", "lm_head is stored as plain numbers");
 
     let gptq = quantized(dir.path(), "gptq", &["--bits", "4", "--format", "gptq"]);
@@ -154,20 +126,6 @@ fn keys_of_config_json() {
     });
     breaks(&gptq, "vllm", &[], "config", "quantization_config lacks desc_act");
     assert_eq!(broken(&gptq, "GPTQModel", &[]), []);
-}
-
-/// The folder with tensors of its only shard renamed, left out or added.
-fn rewritten(from: &Path, to: &Path, change: impl Fn(&str) -> Vec<String>) -> PathBuf {
-    std::fs::create_dir_all(to).unwrap();
-    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
-    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let views = tensors
-        .tensors()
-        .into_iter()
-        .flat_map(|(name, view)| change(&name).into_iter().map(|n| (n, view.clone())).collect::<Vec<_>>());
-    std::fs::write(to.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    to.to_owned()
 }
 
 #[test]

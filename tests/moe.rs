@@ -9,6 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use support::loaders;
 use support::{bitmill, books, edit, failure, json, success};
 
 /// Rows of the router as multiples of one direction: of five experts two are chosen, and never the last.
@@ -179,4 +180,25 @@ fn check_knows_the_kernels_of_mixtures() {
         c["quantization_config"]["ignore"].as_array_mut().unwrap().retain(|m| m != router);
     });
     breaks(&out, "experts", "gate is quantized, and is read as plain numbers");
+}
+
+#[test]
+fn kernels_for_mixtures_ask_for_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = mixture(dir.path(), false);
+    let nf4 = loaders::of(&model, &dir.path().join("nf4"), &["--scheme", "nf4"]);
+    loaders::breaks(&nf4, "transformers", &[], "experts", "it holds them stacked");
+    let rows = loaders::of(&model, &dir.path().join("rows"), &["--scheme", "w8a16"]);
+    assert_eq!(loaders::broken(&rows, "vllm", &[]), []);
+    edit(&rows.join("config.json"), |c| {
+        c["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = Value::Null;
+    });
+    loaders::breaks(&rows, "vllm", &[], "config", "weights.group_size is not -1");
+    // The two that a token's input is multiplied by are one matrix; another expert's is not part of it.
+    let divided = loaders::of(&model, &dir.path().join("divided"), &["--scheme", "nvfp4a16"]);
+    assert_eq!(loaders::broken(&divided, "vllm", &[]), []);
+    loaders::patch(&divided, "model.layers.1.block_sparse_moe.experts.3.w3.weight_global_scale", |bytes| {
+        bytes.copy_from_slice(&1.0f32.to_le_bytes());
+    });
+    loaders::breaks(&divided, "vllm", &[], "shared", "experts.3.w3 divides its scales by 1,");
 }

@@ -11,8 +11,10 @@ A comparison that cannot fail proves nothing, so every case also shows that
 Rounding activations is chaotic: a difference of 1e-7 decides ties, and with int8 the largest of a token lies on one by
 construction. The peer disagrees with itself between two attention implementations by more than a tenth. Such a folder is
 held to the tolerance on a copy without `input_activations`; as stored, the change that rounding makes to our logits must
-correlate with the change it makes to the peer's, nearly as well as the peer's with its own under other attention, or else be the
-same at the first positions of a window, where few roundings have a part yet (FP8, which has no ties by construction).
+correlate with the change it makes to the peer's, nearly as well as the peer's with its own under other attention, or else both
+sides' logits after the first block alone must agree at the first positions of the windows, where few roundings have a part yet
+(floats, whose ties are rare: both agree to 1e-5 there, until a number that lies on one is rounded, or a later block rounds one
+differently. The evaluation text of books-10m has one such token in its second window, for groups of 128).
 """
 
 import argparse
@@ -39,9 +41,10 @@ SHARE_OF_CORRELATION = 0.85
 """Of the peer's correlation with itself. On books-10m ours reaches 0.90; scales of amax/127 instead of amax/127.5 would
 reach 0.73, a grid without -128 would reach 0.78."""
 START = 8
-"""Positions of a window at whose logits few roundings have a part: without ties by construction chaos begins behind them."""
-START_CORRELATION = 0.99
-"""Median at the start that FP8 must reach (it does to the eighth digit) where later positions are chaotic."""
+"""Positions of a window at whose logits after one block few roundings have a part: chaos begins behind them."""
+START_SHARE = 0.5
+"""Of these positions, at which both sides must agree within the tolerance. For floats it is all of them but those behind a number that
+was rounded differently; where the rounding itself is another, or has ties (int8), it is none."""
 PEERS = ("torch", "transformers", "compressed-tensors", "gptqmodel", "bitsandbytes")
 
 
@@ -126,26 +129,28 @@ def peer_logits(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> tor
     """The peer's logits, after evidence that it holds the stored codes and reads them as defined."""
     tensors, config = peers.stored(folder), peers.quantization_config(folder)
     quantized = peers.modules(tensors)
-    expected = "naive-quantized" if case.format == "int-quantized" else case.format
+    expected = {"int-quantized": "naive-quantized", "gptq_v2": "gptq"}.get(case.format, case.format)
     outcome.expect(set(quantized) == bench.linears, f"{len(quantized)} of {len(bench.linears)} linears are quantized")
-    outcome.expect(set(quantized.values()) == {expected}, f"stored as {set(quantized.values())}")
+    several = case.format == "mixed-precision"
+    found = set(quantized.values())
+    outcome.expect(len(found) > 1 if several else found == {expected}, f"stored as {found}")
     meaning = {m: peers.definition(tensors, m, config) for m in quantized}
     changed = all(not torch.equal(w, bench.original[f"{m}.weight"].float()) for m, w in meaning.items())
     outcome.expect(changed, "a quantized linear equals the original")
-    if case.format == "gptq":
+    if expected == "gptq":
         model, half = peers.load_gptq(folder)
         exact = all(torch.equal(half[m], w.half()) for m, w in meaning.items())
         outcome.expect(exact, "GPTQModel's f16 weights are not the definition rounded to f16")
-    elif case.format == "bitsandbytes":
-        model = peers.load_bitsandbytes(folder)
+    elif case.format in ("bitsandbytes", "awq", "modelopt", "fp8"):
+        model = peers.load(folder)
     elif peers.has_experts(tensors):
         model = peers.load_compressed_tensors(folder, dequantize=True)
     else:
         model = peers.load_compressed_tensors(folder)
-        kind = "weight_packed" if "pack" in case.format else "weight"
-        held = {m: model.get_submodule(m).get_parameter(kind) for m in quantized}
-        holds = all(torch.equal(t.view(torch.uint8), tensors[f"{m}.{kind}"].view(torch.uint8)) for m, t in held.items())
-        outcome.expect(holds, f"transformers does not hold the stored {kind}")
+        kinds = {m: "weight_packed" if f"{m}.weight_packed" in tensors else "weight" for m in quantized}
+        held = {f"{m}.{kind}": model.get_submodule(m).get_parameter(kind) for m, kind in kinds.items()}
+        holds = all(torch.equal(t.view(torch.uint8), tensors[name].view(torch.uint8)) for name, t in held.items())
+        outcome.expect(holds, "transformers does not hold the stored codes")
     result = peers.logits(model, bench.input_ids)
     exact = all(torch.equal(peers.parameter(model, m), w) for m, w in meaning.items())
     outcome.expect(exact, "the peer's f32 weights are not the definition")
@@ -164,16 +169,19 @@ class Rounded:
     ours: torch.Tensor
     theirs: torch.Tensor
     other: torch.Tensor
+    first: tuple[torch.Tensor, torch.Tensor]
+    """Ours and the peer's after the first block alone."""
 
     def judge(self, ours: torch.Tensor, theirs: torch.Tensor, outcome: Outcome) -> None:
         """Compares the changes from the logits without rounding, which are the arguments."""
         change = self.theirs - theirs
         own = self.ours - ours
         itself, us = correlation(change, self.other - theirs), correlation(change, own)
-        start = torch.nn.functional.cosine_similarity(change[:, :START].double(), own[:, :START].double(), dim=-1).median().item()
-        words = f"rounded activations: correlation {us:.2f}, of the peer with itself {itself:.2f}, at the start {start:.4f}"
+        mine, peers_own = (logits[:, :START] for logits in self.first)
+        start = ((mine - peers_own).abs().amax(-1) <= TOLERANCE).float().mean().item()
+        words = f"rounded activations: correlation {us:.2f}, of the peer with itself {itself:.2f}; equal after a block {start:.0%}"
         outcome.notes.append(words)
-        same = us >= SHARE_OF_CORRELATION * itself or start >= START_CORRELATION
+        same = us >= SHARE_OF_CORRELATION * itself or start >= START_SHARE
         outcome.expect(same, f"activations are rounded differently ({words})")
 
 
@@ -181,7 +189,9 @@ def strip_rounding(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> 
     """Both sides' logits of the folder as stored; afterwards its config no longer asks for rounded activations."""
     theirs = peer_logits(bench, folder, case, outcome)
     other = peers.logits(peers.load_compressed_tensors(folder, attention="eager"), bench.input_ids)
-    rounded = Rounded(bench.ours(folder), theirs, other)
+    first = peers.first_block(folder, bench.work / "first")
+    pair = bench.ours(first), peers.logits(peers.load_compressed_tensors(first), bench.input_ids)
+    rounded = Rounded(bench.ours(folder), theirs, other, pair)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = None
     for group in config["quantization_config"]["config_groups"].values():
@@ -190,6 +200,14 @@ def strip_rounding(bench: Bench, folder: Path, case: Case, outcome: Outcome) -> 
     (folder / "config.json").write_text(json.dumps(config))
     peers.without_calibration(folder)
     return rounded
+
+
+def plain(bench: Bench, folder: Path) -> Path:
+    """The folder's weights as plain numbers, by `bitmill dequantize`."""
+    out = bench.work / "plain"
+    shutil.rmtree(out, ignore_errors=True)
+    bench.run("dequantize", str(folder), "-o", str(out), "--dtype", "f32")
+    return out
 
 
 def check(bench: Bench, case: Case) -> Outcome:
@@ -209,7 +227,7 @@ def check(bench: Bench, case: Case) -> Outcome:
             converted.rename(folder)
         with peers.quiet(bench.log):
             rounded = strip_rounding(bench, folder, case, outcome) if case.rounds else None
-            ours, theirs = bench.ours(folder), peer_logits(bench, folder, case, outcome)
+            ours, theirs = bench.ours(plain(bench, folder) if case.plain else folder), peer_logits(bench, folder, case, outcome)
             if rounded:
                 rounded.judge(ours, theirs, outcome)
             flipped = peers.flip_code(folder, control)

@@ -136,8 +136,8 @@ def awq(cases, path):
     write(path, tensors, config, ("torch", "auto-round"))
 
 
-def bitsandbytes(nested, cases, path):
-    """Weights rounded to NF4 on the CPU, and what the library itself makes of the codes."""
+def bitsandbytes(kind, nested, cases, path):
+    """Weights rounded to NF4 or FP4 on the CPU, and what the library itself makes of the codes."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     generator = torch.Generator().manual_seed(13)
@@ -145,7 +145,7 @@ def bitsandbytes(nested, cases, path):
     for i, (block, (rows, cols)) in enumerate(cases):
         weight = torch.randn((rows, cols), generator=generator) * 0.02
         weight[0, :block] = 0.0
-        packed, state = quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type="nf4")
+        packed, state = quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
         tensors[f"m{i}.weight"] = packed
         for key, value in state.as_dict(packed=True).items():
             tensors[f"m{i}.weight.{key}"] = value.contiguous()
@@ -153,7 +153,7 @@ def bitsandbytes(nested, cases, path):
         if not nested:
             tensors[f"m{i}.original"] = weight
     config = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
     }
     write(path, tensors, config, ("torch", "bitsandbytes"))
@@ -189,8 +189,9 @@ def main():
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parents[1] / "crates/checkpoint/tests/golden"
     out.mkdir(parents=True, exist_ok=True)
     small = {
-        "bitsandbytes": lambda path: bitsandbytes(False, [(64, (6, 128)), (32, (3, 64))], path),
-        "bitsandbytes_nested": lambda path: bitsandbytes(True, [(32, (20, 512))], path),
+        "bitsandbytes": lambda path: bitsandbytes("nf4", False, [(64, (6, 128)), (32, (3, 64))], path),
+        "bitsandbytes_nested": lambda path: bitsandbytes("nf4", True, [(32, (20, 512))], path),
+        "bitsandbytes_fp4": lambda path: bitsandbytes("fp4", False, [(64, (6, 128)), (32, (3, 64))], path),
         "gpt_oss": gpt_oss,
     }
     for name, make in small.items():

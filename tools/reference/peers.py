@@ -28,6 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
+from converters import to_compressed_tensors
+
 FLOATS = ("float-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 """Formats whose codes are floats."""
 BF16_ONLY = FLOATS[1:]
@@ -71,7 +73,11 @@ def modules(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         elif kind == "weight_packed":
             found[module] = "pack-quantized"
         elif kind == "qweight":
-            found[module] = "gptq"
+            found[module] = "gptq" if f"{module}.g_idx" in tensors else "awq"
+        elif kind == "weight" and f"{module}.weight_scale_2" in tensors:
+            found[module] = "modelopt"
+        elif kind == "weight" and f"{module}.weight_scale_inv" in tensors:
+            found[module] = "fp8"
         elif kind == "weight" and f"{name}.absmax" in tensors:
             found[module] = "bitsandbytes"
         elif kind == "weight" and tensor.dtype == torch.int8:
@@ -89,11 +95,22 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return torch.from_numpy(codes)
 
 
+def arguments(config: dict, module: str) -> dict:
+    """What a configuration of compressed-tensors says of a module's weights: its name counts more than its class."""
+    groups = list(config["config_groups"].values())
+    named = [group for group in groups if module in group["targets"]]
+    return (named or groups)[0]["weights"]
+
+
 def float_definition(tensors: dict[str, torch.Tensor], module: str, weights: dict) -> torch.Tensor:
-    """The same for floats: `scale · float`, where NVFP4's scales are divided by the global one first."""
-    scales = tensors[f"{module}.weight_scale"]
+    """The same for floats: `scale · float`, where NVFP4's scales are divided by the global one first (ModelOpt's multiplied)."""
+    scales = tensors.get(f"{module}.weight_scale_inv")
+    scales = tensors[f"{module}.weight_scale"] if scales is None else scales
     scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
-    if (packed := tensors.get(f"{module}.weight_packed")) is not None:
+    packed = tensors.get(f"{module}.weight_packed")
+    if (factor := tensors.get(f"{module}.weight_scale_2")) is not None:
+        packed, scales = tensors[f"{module}.weight"], scales * factor
+    if packed is not None:
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
         values = torch.where(codes > 7, -1.0, 1.0) * E2M1[(codes & 7).long()]
         if (whole := tensors.get(f"{module}.weight_global_scale")) is not None:
@@ -113,20 +130,25 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
     def part(kind: str) -> torch.Tensor | None:
         return tensors.get(f"{module}.{kind}")
 
+    if part("qweight") is not None and part("g_idx") is None:
+        return awq_definition(part("qweight"), part("qzeros"), part("scales"))
     if (qweight := part("qweight")) is not None:
         bits, out = config["bits"], qweight.shape[1]
         columns = qweight.shape[0] * 32 // bits
         codes = unpack(qweight.T, bits, columns)
-        zeros = unpack(part("qzeros"), bits, out).T + 1
+        zeros = unpack(part("qzeros"), bits, out).T + (config["checkpoint_format"] != "gptq_v2")
         scales, group_of = part("scales").T.float(), part("g_idx").long()
         return (scales[:, group_of] * (codes - zeros[:, group_of]).float()).contiguous()
     if (absmax := part("weight.absmax")) is not None:
-        state = json.loads(part("weight.quant_state.bitsandbytes__nf4").numpy().tobytes())
+        said = next(t for name, t in tensors.items() if name.startswith(f"{module}.weight.quant_state."))
+        state = json.loads(said.numpy().tobytes())
         packed = part("weight").flatten()
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).long()
         values = part("weight.quant_map")[codes].reshape(-1, state["blocksize"]) * absmax[:, None]
         return values.reshape(state["shape"])
-    weights = next(iter(config["config_groups"].values()))["weights"]
+    if "config_groups" not in config:
+        return float_definition(tensors, module, {"block_structure": config.get("weight_block_size")})
+    weights = arguments(config, module)
     if weights["type"] == "float":
         return float_definition(tensors, module, weights)
     bits, scales = weights["num_bits"], part("weight_scale").float()
@@ -146,18 +168,23 @@ def definition(tensors: dict[str, torch.Tensor], module: str, config: dict) -> t
     return scales[:, group_of] * (codes - zeros[:, group_of]).float()
 
 
+def awq_definition(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """AWQ's: words along the outputs, eight codes of four bits each, of which the odd columns come last."""
+    place = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]) * 4
+    spread = lambda words: (words[:, :, None] >> place & 15).flatten(1)
+    wide = lambda t: t.repeat_interleave(len(qweight) // len(scales), 0)
+    return (wide(scales.float()) * (spread(qweight) - wide(spread(qzeros))).float()).T.contiguous()
+
+
 def flip_code(folder: Path, copy: Path) -> str:
     """Copies the folder and flips one bit, the highest of the first code of one matrix (of a float, the one behind the
-    sign, which a zero would hide; of bitsandbytes, whose first code is the high half of a byte, the byte's); returns the
-    tensor's name.
+    sign, which a zero would hide; of bitsandbytes, whose first code is the high half of a byte, the second of that); returns
+    the tensor's name.
 
     The matrix is the last quantized one that writes to the residual stream, where one weight is sure to be seen.
     """
     shutil.copytree(folder, copy)
     config = quantization_config(folder)
-    weights = next(iter(config["config_groups"].values()))["weights"] if "config_groups" in config else {}
-    bits = config.get("bits") or weights.get("num_bits", 8)
-    bit = bits - 2 if weights.get("type") == "float" else bits - 1
     for shard in sorted(copy.glob("*.safetensors"), reverse=True):
         with safe_open(shard, "pt") as file:
             shapes = {name: None for name in file.keys()}
@@ -166,6 +193,9 @@ def flip_code(folder: Path, copy: Path) -> str:
         if not codes:
             continue
         name = max(codes, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split(".")])
+        weights = arguments(config, name.rpartition(".")[0]) if "config_groups" in config else {}
+        bits = config.get("bits") or weights.get("num_bits", 8)
+        bit = {"modelopt": 2, "fp8": 6, "bitsandbytes": 6}.get(config["quant_method"], bits - 1 - (weights.get("type") == "float"))
         data = bytearray(shard.read_bytes())
         header = int.from_bytes(data[:8], "little")
         begin = json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
@@ -219,13 +249,28 @@ def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: b
 
 
 def load_bitsandbytes(folder: Path) -> PreTrainedModel:
-    """The folder as transformers and bitsandbytes load it; the linears compute in f32."""
+    """The folder as transformers and bitsandbytes load it; the linears compute in f32, by the path that every CPU has.
+
+    Where the CPU multiplies bf16 (AVX512-BF16), the library lays weights out anew at the first pass and rounds their scales to
+    bf16.
+    """
     from bitsandbytes.nn import Linear4bit
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
     for linear in (module for module in model.modules() if isinstance(module, Linear4bit)):
         linear.compute_dtype = torch.float32
+        linear.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_fine_grained(folder: Path) -> PreTrainedModel:
+    """The folder as transformers loads fine-grained FP8 where there is no kernel for it: weights in f32, inputs as they are."""
+    from transformers import FineGrainedFP8Config
+
+    plain = FineGrainedFP8Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain).eval()
+    # What is not quantized it leaves in the type of the folder.
+    return torch.nn.Module.float(model)
 
 
 def load_gptq(folder: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -281,6 +326,10 @@ def load(folder: Path) -> PreTrainedModel:
         return load_gptq(folder)[0]
     if method == "bitsandbytes":
         return load_bitsandbytes(folder)
+    if method == "fp8":
+        return load_fine_grained(folder)
+    if method in ("awq", "modelopt"):
+        folder = to_compressed_tensors(folder, folder.with_name(f"{folder.name}-converted"))
     if method is not None:
         return load_compressed_tensors(folder, dequantize=has_experts(stored(folder)))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -296,6 +345,19 @@ def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
             model(input_ids[:1, :1])
             torch.nn.Module.float(model)  # transformers refuses its own for quantized models
         return torch.cat([model(window[None]).logits.float() for window in input_ids])
+
+
+def first_block(folder: Path, out: Path) -> Path:
+    """The folder with its first block alone."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    kept = {n: t for n, t in stored(folder).items() if ".layers." not in n or ".layers.0." in n}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, out / file.name)
+    return out
 
 
 def without_calibration(folder: Path) -> None:

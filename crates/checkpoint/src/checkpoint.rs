@@ -1,6 +1,7 @@
 //! An opened model folder: config, tensors by name, and how it is quantized. Opening reads headers only.
 
 use crate::error::io;
+use crate::formats::modelopt;
 use crate::gguf::{self, Gguf, Storage};
 use crate::shard::Shard;
 use crate::tensor::is_dense;
@@ -10,6 +11,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+/// Its key that says how the folder is quantized.
+const QUANTIZATION: &str = "quantization_config";
 /// The model's configuration.
 const CONFIG: &str = "config.json";
 /// The only shard of a small model.
@@ -82,10 +85,7 @@ impl Checkpoint {
             let remedy = "give the folder of a model in Hugging Face layout";
             return Err(Error::Missing { path: dir.to_owned(), remedy });
         }
-        let config = read_json(&dir.join(CONFIG), "a model folder needs its config.json")?;
-        if !config.is_object() {
-            return Err(Error::Json { file: dir.join(CONFIG), reason: "not an object".to_owned() });
-        }
+        let config = read_config(dir)?;
         // A whole file wins over an index, as in transformers.
         let single = dir.join(SINGLE);
         if single.exists() {
@@ -342,6 +342,18 @@ impl Checkpoint {
         }
     }
 
+    /// The shape `[out, in]` of the linear `module`, from headers where they say it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::weight`].
+    pub fn matrix_shape(&self, module: &str) -> Result<[usize; 2], Error> {
+        let rule = self.dialect.as_ref().and_then(|d| Some((d.format_of(module)?, d.scheme_of(module)?)));
+        match rule.filter(|_| self.scheme_of(module).is_some()) {
+            Some((format, scheme)) => format.shape(module, &scheme, self),
+            None => self.weight(module).map(|weight| weight.shape()),
+        }
+    }
+
     /// The shards, in name order.
     pub fn shard_paths(&self) -> impl Iterator<Item = &Path> {
         self.shards.iter().map(Shard::file)
@@ -443,6 +455,21 @@ fn read_json(path: &Path, remedy: &'static str) -> Result<Value, Error> {
         other => other.map_err(io("read", path))?,
     };
     serde_json::from_slice(&text).map_err(|e| Error::Json { file: path.to_owned(), reason: e.to_string() })
+}
+
+/// `config.json`, with what ModelOpt says of it beside it.
+fn read_config(dir: &Path) -> Result<Value, Error> {
+    let mut config = read_json(&dir.join(CONFIG), "a model folder needs its config.json")?;
+    let Some(keys) = config.as_object_mut() else {
+        return Err(Error::Json { file: dir.join(CONFIG), reason: "not an object".to_owned() });
+    };
+    let sidecar = dir.join(modelopt::SIDECAR);
+    if keys.get(QUANTIZATION).is_none_or(Value::is_null) && sidecar.exists() {
+        let folded = modelopt::folded(&read_json(&sidecar, "it was there")?);
+        let reason = || Error::Json { file: sidecar.clone(), reason: "no \"quantization\" with keys".to_owned() };
+        keys.insert(QUANTIZATION.to_owned(), folded.ok_or_else(reason)?);
+    }
+    Ok(config)
 }
 
 /// `weight_map` of an index; every value is a plain file name, so that an index cannot point outside its folder.

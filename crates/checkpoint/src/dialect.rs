@@ -5,7 +5,7 @@
 //! module up is the same for all.
 
 use crate::Error;
-use crate::formats::{FORMATS, Format};
+use crate::formats::{FORMATS, Format, auto_round};
 use bitmill_scheme::{ScaleType, Scheme};
 use fancy_regex::Regex;
 use serde_json::Value;
@@ -52,13 +52,15 @@ impl Dialect {
         let Some(method) = block.get("quant_method").and_then(Value::as_str) else {
             return Err(wrong("quant_method", block.get("quant_method"), "a string should name the method"));
         };
+        let translated = auto_round::translated(block)?;
+        let block = translated.as_ref().unwrap_or(block);
         for format in FORMATS {
             if let Some(mut dialect) = format.recognise(block)? {
                 dialect.set_scale(model_type(config));
                 return Ok(Some(dialect));
             }
         }
-        let known = "compressed-tensors, gptq, awq, modelopt, fp8, mxfp4, bitsandbytes".to_owned();
+        let known = "compressed-tensors, gptq, awq, auto-round, modelopt, fp8, mxfp4, bitsandbytes".to_owned();
         Err(Error::UnknownFormat { key: "quant_method", got: method.to_owned(), known })
     }
 

@@ -24,7 +24,7 @@ mod tensor;
 pub use checkpoint::{CACHE_SCALES, Checkpoint, Weight};
 pub use dialect::Dialect;
 pub use error::Error;
-pub use formats::{FORMATS, Format, GGUF, cache_scheme, default_format, format};
+pub use formats::{FORMATS, Format, GGUF, MIXED, SIDECARS, cache_scheme, default_format, format};
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;

@@ -87,6 +87,35 @@ fn dynamic_rules_of_gptq_apply_in_order() {
 }
 
 #[test]
+fn packings_of_auto_round_are_those_of_other_formats() {
+    for (packing, name) in [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_awq", "awq"),
+    ] {
+        let dialect = read(json!({
+            "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": true, "data_type": "int",
+            "packing_format": packing, "extra_config": {"model.layers.1.mlp.up_proj": {"bits": 16}},
+        }));
+        let dialect = dialect.unwrap().unwrap();
+        assert_eq!(dialect.format().name(), name);
+        let found = dialect.scheme_of("model.layers.0.mlp.up_proj").unwrap();
+        assert_eq!((found.bits().get(), found.granularity), (4, Granularity::Group(32)));
+        assert_eq!(dialect.scheme_of("model.layers.1.mlp.up_proj"), None, "{packing}");
+    }
+    let wide = read(json!({
+        "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": true, "packing_format": "auto_round:auto_gptq",
+        "extra_config": {"m.x": {"bits": 8, "group_size": 32}, ".*y": {"bits": 2}},
+    }));
+    let wide = wide.unwrap().unwrap();
+    let of = |module: &str| wide.scheme_of(module).map(|s| (s.bits().get(), s.granularity));
+    assert_eq!(of("m.x"), Some((8, Granularity::Group(32))));
+    assert_eq!(of("a.y"), Some((2, Granularity::Group(128))));
+    assert_eq!(of("mxx"), Some((4, Granularity::Group(128))));
+}
+
+#[test]
 fn exceptions_of_awq_are_parts_of_names() {
     let dialect = read(json!({
         "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": true, "version": "GEMM",
@@ -203,14 +232,24 @@ fn what_is_not_read_is_named() {
         block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         block
     };
+    let round = |extra: Value| {
+        let mut block = json!({"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": true});
+        block.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        block
+    };
     for (block, message) in [
         (
             json!({"quant_method": "hqq"}),
-            "quant_method \"hqq\" is not one this version reads; it reads compressed-tensors, gptq, awq, modelopt, fp8",
+            "quant_method \"hqq\" is not one this version reads; it reads compressed-tensors, gptq, awq, auto-round, modelopt, fp8",
         ),
         (awq(json!({"version": "gemv"})), "version \"gemv\""),
         (awq(json!({"w_bit": 3, "bits": null})), "bits is 3"),
-        (awq(json!({"zero_point": false})), "zero_point is false"),
+        (round(json!({"packing_format": "auto_round:triton"})), "packing_format is \"auto_round:triton\""),
+        (round(json!({"data_type": "mx_fp"})), "data_type is \"mx_fp\""),
+        (
+            round(json!({"packing_format": "auto_round:auto_awq", "extra_config": {"m": {"bits": 8}}})),
+            "extra_config is \"m\"",
+        ),
         (awq(json!({"group_size": 0})), "group_size is 0"),
         (awq(json!({"modules_to_not_convert": [7]})), "modules_to_not_convert is 7"),
         (json!({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}), "NVFP4 and W4A16_NVFP4 are read"),
@@ -231,7 +270,10 @@ fn what_is_not_read_is_named() {
         (ct(json!({"config_groups": []})), "config_groups is []"),
         (ct(json!({"config_groups": {}})), "no group quantizes weights"),
         (ct(json!({"config_groups": {"MXFP6": ["Linear"]}})), "config_groups \"MXFP6\""),
-        (json!({"quant_method": "bitsandbytes", "load_in_4bit": true}), "bnb_4bit_quant_type is missing"),
+        (
+            json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "int4"}),
+            "bnb_4bit_quant_type is \"int4\"",
+        ),
         (json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "load_in_4bit is missing"),
         (json!({"quant_method": "mxfp4", "modules_to_not_convert": [7]}), "modules_to_not_convert is 7"),
         (ct(json!({"config_groups": {"W9A16": ["Linear"]}})), "config_groups \"W9A16\""),

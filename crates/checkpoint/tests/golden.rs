@@ -28,6 +28,7 @@ fn libraries_agree_on_every_byte() {
         for module in modules {
             let Weight::Quantized(q) = checkpoint.weight(module).unwrap() else { panic!("{module} is dense") };
             let expected = checkpoint.tensor(&format!("{module}.dequantized")).unwrap().to_f32().unwrap();
+            assert_eq!(checkpoint.matrix_shape(module).unwrap(), q.shape, "headers say what is decoded");
             assert_eq!(q.dequantize(), expected, "{} {module} {}", file.display(), q.scheme);
 
             if let Ok(original) = checkpoint.tensor(&format!("{module}.original")) {

@@ -46,6 +46,7 @@ fn what_is_written_is_what_is_read() {
             for (module, q) in layers {
                 let Weight::Quantized(read) = checkpoint.weight(module).unwrap() else { panic!("{module} is dense") };
                 assert_eq!(&read, q, "{} {module} {}", format.name(), q.scheme);
+                assert_eq!(checkpoint.matrix_shape(module).unwrap(), q.shape);
                 // Headers do not say what a map holds.
                 if q.group_of.is_empty() {
                     assert_eq!(checkpoint.scheme_of(module), Some(q.scheme));
@@ -126,6 +127,7 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                 // The table of numbers, and what is said in words.
                 "bitsandbytes" => {
                     let block = scheme.group_len(shape[1]);
+                    // Both names of tables are as long.
                     let said = format!(
                         r#"{{"quant_type": "nf4", "blocksize": {block}, "dtype": "float32", "shape": [64, 128]}}"#
                     );
@@ -177,7 +179,13 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
         ("pack-quantized", w4, [0, 128], "empty matrix"),
         ("pack-quantized", w8a8, [128, 128], "use int-quantized"),
         ("int-quantized", w4, [128, 128], "use pack-quantized or naive-quantized"),
-        ("int-quantized", Scheme { activations: Activations::DynamicInt8, ..w4 }, [128, 128], "8-bit weights"),
+        ("int-quantized", Scheme { activations: Activations::DynamicInt8, ..asym }, [128, 128], "8-bit weights"),
+        (
+            "pack-quantized",
+            Scheme { activations: Activations::DynamicFp8, ..asym },
+            [128, 128],
+            "or of 4 bits with 8-bit floats",
+        ),
         ("naive-quantized", w8a8, [128, 128], "use int-quantized"),
         ("naive-quantized", fp8, [128, 128], "use float-quantized for floats"),
         ("pack-quantized", nvfp4, [128, 128], "use nvfp4-pack-quantized for floats"),

@@ -114,7 +114,7 @@ fn folder_kinds(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, Kind
     }
     for (module, bytes) in modules {
         let Some(scheme) = checkpoint.scheme_of(module) else { continue };
-        let [rows, cols] = checkpoint.weight(module)?.shape();
+        let [rows, cols] = checkpoint.matrix_shape(module)?;
         add(&mut kinds, scheme.to_string(), (rows * cols) as u64, bytes);
     }
     Ok(kinds)

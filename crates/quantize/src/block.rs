@@ -446,7 +446,7 @@ pub(crate) fn solve_targets(
             let partners = targets.iter().zip(weights).filter(|(other, _)| together(t.role, other.role));
             let amax = || partners.flat_map(|(_, w)| w).fold(0.0f32, |a, w| a.max(w.abs()));
             let amax = t.scheme.shares_scale().then(amax);
-            Linear { name: t.module, weight, shape: t.shape, scheme: t.scheme, amax, input }
+            Linear { amax, input, ..Linear::new(t.module, weight, t.shape, t.scheme) }
         })
         .collect();
     let solved = method.solve(&linears, Some(h), options)?;

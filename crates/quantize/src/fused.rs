@@ -17,13 +17,32 @@ pub(crate) fn together(a: Role, b: Role) -> bool {
     a == b || (a.expert() == b.expert() && FUSED.iter().any(same))
 }
 
-/// The largest magnitude over all weights of `input` that are loaded as one matrix with those of `module`.
-pub(crate) fn largest(input: &Checkpoint, spec: Option<&ModelSpec>, module: &str) -> Result<f32, Error> {
-    let mut amax = 0.0f32;
-    for name in partners(input, spec, module) {
-        amax = weight(input, spec, &name)?.iter().fold(amax, |a, w| a.max(w.abs()));
+/// The largest magnitudes of matrices, several being one for a loader; each is read once.
+pub(crate) struct Magnitudes<'a> {
+    input: &'a Checkpoint,
+    spec: Option<&'a ModelSpec>,
+    known: Vec<(Vec<String>, f32)>,
+}
+
+impl<'a> Magnitudes<'a> {
+    /// Those of `input`.
+    pub(crate) fn new(input: &'a Checkpoint, spec: Option<&'a ModelSpec>) -> Self {
+        Magnitudes { input, spec, known: Vec::new() }
     }
-    Ok(amax)
+
+    /// The largest magnitude over all weights that are loaded as one matrix with those of `module`.
+    pub(crate) fn largest(&mut self, module: &str) -> Result<f32, Error> {
+        if let Some((_, amax)) = self.known.iter().find(|(names, _)| names.iter().any(|name| name == module)) {
+            return Ok(*amax);
+        }
+        let names = partners(self.input, self.spec, module);
+        let mut amax = 0.0f32;
+        for name in &names {
+            amax = weight(self.input, self.spec, name)?.iter().fold(amax, |a, w| a.max(w.abs()));
+        }
+        self.known.push((names, amax));
+        Ok(amax)
+    }
 }
 
 /// Names of the linears that are one matrix with `module`, itself included.

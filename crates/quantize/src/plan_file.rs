@@ -37,6 +37,7 @@ pub fn parse_scheme(text: &str) -> Result<Scheme, String> {
     let width = width.strip_prefix('w').ok_or_else(wrong)?;
     let (bits, activations) = match width.split_once('a') {
         Some((bits, "8")) => (bits, Activations::DynamicInt8),
+        Some((bits, "fp8")) => (bits, Activations::DynamicFp8),
         Some((bits, "16")) => (bits, Activations::Full),
         Some(_) => return Err(wrong()),
         None => (width, Activations::Full),

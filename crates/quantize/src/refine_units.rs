@@ -138,7 +138,7 @@ pub(crate) mod tests {
         let (h, w) = (random_h(n, 21), random_w(2 * n, 22));
         for form in BLOCKS.iter().filter(|f| f.unit() > 1) {
             let (book, scheme) = (form.codebook().unwrap(), Scheme::block(form.kind));
-            let linear = Linear { name: "x", weight: &w, shape: [2, n], scheme, amax: None, input: 0.0 };
+            let linear = Linear::new("x", &w, [2, n], scheme);
             let mut q = nearest(&linear, form, Some(&vec![1.0; n]));
             let mut last = loss(&w, &q.dequantize(), &h);
             while descend_units(&w, &mut q, form, &h, 1) > 0 {

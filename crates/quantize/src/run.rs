@@ -12,7 +12,7 @@ mod tests;
 pub(crate) use publish::gguf_names;
 
 use crate::block::{Flow, Moment, Target};
-use crate::fused::largest;
+use crate::fused::Magnitudes;
 use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::plan::model_scale_type;
@@ -21,7 +21,7 @@ use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
-use bitmill_checkpoint::{Checkpoint, Output, Weight, ensure_free};
+use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
 use bitmill_scheme::ScaleType;
 use std::path::{Path, PathBuf};
@@ -274,9 +274,18 @@ fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
     std::fs::create_dir_all(&dir).map_err(io(&dir, "creating"))?;
     if plan.gguf.is_none() {
         // From the start, so that what is written so far can be read back.
-        write_durably(&dir.join("config.json"), &pretty(&plan.config))?;
+        write_config(&dir, Some(plan.format), &plan.config)?;
     }
     Ok(plan.output.create(&dir)?)
+}
+
+/// Writes `config.json`, and what a format has some loaders find beside it.
+pub(crate) fn write_config(dir: &Path, format: Option<&dyn Format>, config: &serde_json::Value) -> Result<(), Error> {
+    write_durably(&dir.join("config.json"), &pretty(config))?;
+    match format.and_then(|format| format.sidecar(&config["quantization_config"])) {
+        Some((name, value)) => write_durably(&dir.join(name), &pretty(&value)),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {
@@ -298,6 +307,7 @@ impl Worker<'_, '_> {
     /// A unit without activations: copies, and methods that need no data.
     fn plain_unit(&mut self, unit: &Unit) -> Result<Vec<TensorRecord>, Error> {
         let mut records = Vec::new();
+        let mut magnitudes = Magnitudes::new(self.input, self.plan.spec.as_ref());
         for tensor in &unit.tensors {
             let Action::Quantize { module, scheme, shape, .. } = &tensor.action else {
                 self.copy(&tensor.name)?;
@@ -305,9 +315,8 @@ impl Worker<'_, '_> {
             };
             let started = Instant::now();
             let (method, solver) = self.plain_method()?;
-            let amax = || largest(self.input, self.plan.spec.as_ref(), module);
-            let amax = scheme.shares_scale().then(amax).transpose()?;
-            let linear = Linear { name: module, weight: &[], shape: *shape, scheme: *scheme, amax, input: 0.0 };
+            let amax = scheme.shares_scale().then(|| magnitudes.largest(module)).transpose()?;
+            let linear = Linear { amax, ..Linear::new(module, &[], *shape, *scheme) };
             if slabs::takes(&linear, method) {
                 records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
                 continue;

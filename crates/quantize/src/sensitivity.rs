@@ -112,8 +112,7 @@ fn round_site(
     let mut replacement = Replacement::new();
     for &role in site.linears {
         let (name, weight) = (spec.module(index, role), block.linear(role).flatten_all()?.to_vec1::<f32>()?);
-        let linear =
-            Linear { name: &name, weight: &weight, shape: spec.linear_shape(role), scheme, amax: None, input: 0.0 };
+        let linear = Linear::new(&name, &weight, spec.linear_shape(role), scheme);
         for solved in method("gptq")?.solve(&[linear], Some(&h), &quick)? {
             let values = solved.quantized.dequantize();
             error += loss(&weight, &values, &h).iter().sum::<f64>();
@@ -221,14 +220,7 @@ fn weigh(plan: &Plan, samples: &[Sample], h: &[f32], options: &[Scheme]) -> Resu
     for sample in samples {
         let [_, cols] = sample.shape;
         let shape = [sample.rows.len() / cols, cols];
-        let of = |&scheme| Linear {
-            name: sample.module.as_str(),
-            weight: &sample.rows,
-            shape,
-            scheme,
-            amax: None,
-            input: 0.0,
-        };
+        let of = |&scheme| Linear::new(&sample.module, &sample.rows, shape, scheme);
         linears.extend(options.iter().filter(|s| fits(sample, s)).map(of));
     }
     let h_for = (plan.method.needs(&solver) == Needs::Hessian).then_some(h);
@@ -381,7 +373,7 @@ mod tests {
         let mut factors = Factors { h: &h, importance: diagonal(&h), factored: Vec::new() };
         let (mut predicted, mut measured) = (Vec::new(), Vec::new());
         for scheme in &options {
-            let linear = Linear { name: "x", weight: &w, shape: [rows, n], scheme: *scheme, amax: None, input: 0.0 };
+            let linear = Linear::new("x", &w, [rows, n], *scheme);
             let solved = method("gptq").unwrap().solve(&[linear], Some(&h), &solver).unwrap();
             let (order, factor) = factors.of("x", scheme, &solver).unwrap();
             predicted.push(closed_form(&w, scheme, order, factor));

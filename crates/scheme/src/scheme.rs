@@ -331,7 +331,8 @@ impl std::fmt::Display for Scheme {
             (GridKind::Float(FloatType::E2m1), ScaleType::E8m0) => write!(f, "mxfp4")?,
             (GridKind::Float(FloatType::E2m1), ScaleType::E4m3) => write!(f, "nvfp4")?,
             (GridKind::Float(FloatType::E4m3), _) => write!(f, "fp8")?,
-            (GridKind::Float(FloatType::E2m1), _) => write!(f, "fp4")?,
+            (GridKind::Float(FloatType::E2m1), _) => write!(f, "e2m1")?,
+            (GridKind::Float(FloatType::Fp4), _) => write!(f, "fp4")?,
             (GridKind::Float(FloatType::Nf4), _) => write!(f, "nf4")?,
             _ => write!(f, "w{}", self.bits().get())?,
         }
@@ -409,6 +410,16 @@ pub static SCHEMES: &[Preset] = &[
         },
     },
     Preset {
+        name: "w4a8",
+        summary: "4-bit weights in groups of 128, a byte each, 8-bit activations per token at run time",
+        scheme: Scheme { activations: Activations::DynamicInt8, ..Scheme::int(Bits(4), true, Granularity::Group(128)) },
+    },
+    Preset {
+        name: "w4afp8",
+        summary: "4-bit weights in groups of 128, 8-bit floats per token at run time",
+        scheme: Scheme { activations: Activations::DynamicFp8, ..Scheme::int(Bits(4), true, Granularity::Group(128)) },
+    },
+    Preset {
         name: "fp8",
         summary: "8-bit floats (E4M3) with one scale per matrix, and inputs with one from calibration",
         scheme: Scheme {
@@ -480,6 +491,11 @@ pub static SCHEMES: &[Preset] = &[
         name: "nf4",
         summary: "4-bit normal quantiles with an f32 per 64, of bitsandbytes; 4.5 bits per weight",
         scheme: Scheme::float(FloatType::Nf4, Granularity::Group(64), ScaleType::F32),
+    },
+    Preset {
+        name: "fp4",
+        summary: "4-bit floats with an f32 per 64, of bitsandbytes; 4.5 bits per weight",
+        scheme: Scheme::float(FloatType::Fp4, Granularity::Group(64), ScaleType::F32),
     },
 ];
 

@@ -112,13 +112,19 @@ impl Format for Awq {
         ]
     }
 
-    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
         let qweight = part(source, module, "qweight")?;
         let [cols, words] = qweight.matrix()?;
-        let rows = words * WORD;
-        if rows == 0 || cols == 0 || scheme.check(cols).is_err() {
+        if words == 0 || cols == 0 || scheme.check(cols).is_err() {
             return Err(qweight.wrong_shape("[in, out/8], not empty and in whole groups,"));
         }
+        Ok([words * WORD, cols])
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let qweight = part(source, module, "qweight")?;
+        let [rows, cols] = self.shape(module, scheme, source)?;
+        let words = rows / WORD;
         let groups = scheme.groups(cols);
         let scales = part(source, module, "scales")?;
         if scales.shape != [groups, rows] {
@@ -192,9 +198,7 @@ impl Format for Awq {
             Some(g) if g > 0 => Granularity::Group(g as usize),
             _ => return Err(wrong("group_size", size, "-1 or a size above zero is needed")),
         };
-        if let Some(other) = config.get("zero_point").filter(|z| **z != Value::Bool(true)) {
-            return Err(wrong("zero_point", Some(other), "only files with zero points are read"));
-        }
+        // Some writers say false of symmetric schemes, and store the constant zero points all the same, which are read.
         let scheme = Scheme::int(bits, false, granularity).with_scale(ScaleType::F16);
         let mut rules = Vec::new();
         for skipped in config.get("modules_to_not_convert").and_then(Value::as_array).into_iter().flatten() {

@@ -46,6 +46,7 @@ pub(super) struct Floats {
     inputs: &'static [Activations],
     config: WriteConfig,
     recognise: fn(&dyn Format, &Value) -> Result<Option<Dialect>, Error>,
+    sidecar: fn(&Value) -> Option<(&'static str, Value)>,
 }
 
 /// The suffixes of a module's tensors.
@@ -79,7 +80,7 @@ const fn compressed(
 ) -> Floats {
     let parts = Parts::plain(if matches!(float, FloatType::E2m1) { "weight_packed" } else { "weight" });
     let (config, recognise) = (compressed_tensors::config, compressed_tensors::recognise);
-    Floats { name, summary, float, scales, parts, inputs, config, recognise }
+    Floats { name, summary, float, scales, parts, inputs, config, recognise, sidecar: |_| None }
 }
 
 pub(super) static FP8: Floats = compressed(
@@ -133,6 +134,7 @@ pub(super) static MODELOPT: Floats = Floats {
     inputs: &[Activations::Full, Activations::Nvfp4],
     config: modelopt::config,
     recognise: modelopt::recognise,
+    sidecar: modelopt::sidecar,
 };
 
 pub(super) static FINE_GRAINED: Floats = Floats {
@@ -144,6 +146,7 @@ pub(super) static FINE_GRAINED: Floats = Floats {
     inputs: &[Activations::DynamicFp8Groups],
     config: fine_grained::config,
     recognise: fine_grained::recognise,
+    sidecar: |_| None,
 };
 
 /// Those of compressed-tensors.
@@ -310,17 +313,23 @@ impl Format for Floats {
         payloads
     }
 
-    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
         let view = part(source, module, self.codes())?;
         let [rows, width] = view.matrix()?;
         if rows == 0 || width == 0 {
             return Err(view.wrong_shape("a matrix that is not empty"));
         }
-        let (shape, codes) = match self.packed() {
+        Ok([rows, if self.packed() { width * 2 } else { width }])
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let view = part(source, module, self.codes())?;
+        let shape = self.shape(module, scheme, source)?;
+        let codes = match self.packed() {
             true if view.dtype != Dtype::U8 => return Err(view.wrong_dtype("U8")),
-            true => ([rows, width * 2], view.bytes.iter().flat_map(|&b| [b & 15, b >> 4]).collect()),
+            true => view.bytes.iter().flat_map(|&b| [b & 15, b >> 4]).collect(),
             false if view.dtype != Dtype::F8_E4M3 => return Err(view.wrong_dtype("F8_E4M3")),
-            false => ([rows, width], view.bytes.to_vec()),
+            false => view.bytes.to_vec(),
         };
         let scale = part(source, module, self.parts.scales)?;
         let (stored, mut scales) = match self.scales {
@@ -352,6 +361,10 @@ impl Format for Floats {
 
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error> {
         (self.config)(self, layers, ignored)
+    }
+
+    fn sidecar(&self, config: &Value) -> Option<(&'static str, Value)> {
+        (self.sidecar)(config)
     }
 
     fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error> {

@@ -138,16 +138,21 @@ impl Format for Gptq {
         ]
     }
 
-    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
         let qweight = part(source, module, "qweight")?;
         let [height, rows] = qweight.matrix()?;
-        let bits = scheme.bits();
-        let b = bits.get() as usize;
+        let b = scheme.bits().get() as usize;
         if rows == 0 || height == 0 || !height.is_multiple_of(b / gcd32(b)) {
             return Err(qweight.wrong_shape(format!("[in·{b}/32, out]")));
         }
         // The payload exists, so this product cannot overflow.
-        let cols = height * 32 / b;
+        Ok([rows, height * 32 / b])
+    }
+
+    fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+        let qweight = part(source, module, "qweight")?;
+        let [rows, cols] = self.shape(module, scheme, source)?;
+        let (bits, height) = (scheme.bits(), qweight.shape[0]);
         let columns = transpose(height, rows, &qweight.words()?);
         let mut codes = vec![0u8; rows * cols];
         codes

@@ -35,12 +35,18 @@ pub(super) fn encode(q: &Quantized) -> Vec<Vec<u8>> {
     payloads
 }
 
-pub(super) fn decode(module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+pub(super) fn shape(module: &str, source: &Checkpoint) -> Result<[usize; 2], Error> {
     let weight = part(source, module, "weight")?;
     let shape = weight.matrix()?;
     if shape.contains(&0) {
         return Err(weight.wrong_shape("a matrix that is not empty"));
     }
+    Ok(shape)
+}
+
+pub(super) fn decode(module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
+    let weight = part(source, module, "weight")?;
+    let shape = shape(module, source)?;
     if weight.dtype != Dtype::I8 {
         return Err(weight.wrong_dtype("I8"));
     }

@@ -1,5 +1,6 @@
-//! `int-quantized` of compressed-tensors: 8-bit weights for integer products with 8-bit activations (W8A8). The storage is
-//! that of [`super::int8`]; what the format adds is that inputs are rounded too, one scale per token, at run time.
+//! `int-quantized` of compressed-tensors: weights of 8 bits (W8A8), or of 4 in a byte each (W4A8), for integer products with
+//! 8-bit activations. The storage is that of [`super::int8`]; what the format adds is that inputs are rounded too, one scale per
+//! token, at run time.
 
 use super::{Format, assert_encodable, check_matrix, compressed_tensors, int8, unsupported};
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
@@ -37,8 +38,15 @@ impl Format for IntQuantized {
             let reason = "it is for 8-bit activations; use pack-quantized or naive-quantized for weights alone";
             return Err(unsupported(self, module, scheme, reason));
         }
-        if scheme.bits().get() != 8 {
-            return Err(unsupported(self, module, scheme, "its integer products take 8-bit weights"));
+        // Those of 4 bits take a byte each, too: loaders pack them for their kernels.
+        let narrow = scheme.bits().get() == 4 && scheme.symmetric();
+        if scheme.bits().get() != 8 && !narrow {
+            return Err(unsupported(
+                self,
+                module,
+                scheme,
+                "its integer products take 8-bit weights, or symmetric ones of 4 bits",
+            ));
         }
         check_matrix(self, module, scheme, shape)
     }
@@ -50,6 +58,10 @@ impl Format for IntQuantized {
     fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>> {
         assert_encodable(self, module, q);
         int8::encode(q)
+    }
+
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        int8::shape(module, source)
     }
 
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub(super) struct MixedPrecision;
 
-/// What the configuration calls it.
-pub(super) const NAME: &str = "mixed-precision";
+/// What the configuration calls a folder whose matrices are stored in several formats, each by [`super::default_format`].
+pub const NAME: &str = "mixed-precision";
 
 /// The format of a matrix under `scheme`; `None` for what compressed-tensors does not store.
 pub(super) fn format_of(scheme: &Scheme) -> Option<&'static dyn Format> {
@@ -58,6 +58,13 @@ impl Format for MixedPrecision {
         match format_of(&q.scheme) {
             Some(format) => format.encode(module, q),
             None => panic!("{module}: {} is no scheme of {NAME}; `check` was not asked", q.scheme),
+        }
+    }
+
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        match format_of(scheme) {
+            Some(format) => format.shape(module, scheme, source),
+            None => self.decode(module, scheme, source).map(|q| q.shape),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Formats: how a quantized matrix is written as named tensors, and read back bit for bit.
 
+pub(crate) mod auto_round;
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
@@ -11,11 +12,12 @@ mod gptq;
 mod int8;
 mod int_quantized;
 mod mixed_precision;
-mod modelopt;
+pub(crate) mod modelopt;
 mod naive_quantized;
 mod pack_quantized;
 
 pub use compressed_tensors::cache_scheme;
+pub use mixed_precision::NAME as MIXED;
 
 use crate::checkpoint::scale_type;
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
@@ -81,6 +83,14 @@ pub trait Format: Sync {
     /// A missing tensor, or one whose type, shape or values contradict the scheme. Hostile bytes never panic.
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error>;
 
+    /// The shape `[out, in]` of `module`, from headers where they say it.
+    ///
+    /// # Errors
+    /// As [`Format::decode`], of what has to be looked at.
+    fn shape(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        self.decode(module, scheme, source).map(|q| q.shape)
+    }
+
     /// What headers say of `scheme`, which is that of the configuration: `codes` and `scales` are a module's tensors.
     fn seen(&self, scheme: Scheme, _codes: &TensorSpec, scales: &TensorSpec) -> Scheme {
         scheme.with_scale(scale_type(scales.dtype).unwrap_or(scheme.scale))
@@ -101,6 +111,11 @@ pub trait Format: Sync {
     /// [`Error::Unsupported`] for a mixture the configuration cannot express.
     fn config(&self, layers: &BTreeMap<String, Scheme>, ignored: &[String]) -> Result<Value, Error>;
 
+    /// A file beside `config.json` that says what `config`, its `quantization_config`, says, for loaders that look there first.
+    fn sidecar(&self, _config: &Value) -> Option<(&'static str, Value)> {
+        None
+    }
+
     /// Reads a `quantization_config` object; `None` where it is of another format.
     ///
     /// # Errors
@@ -113,6 +128,9 @@ impl std::fmt::Debug for dyn Format {
         f.write_str(self.name())
     }
 }
+
+/// Files beside `config.json` that say how a folder is quantized, too: AutoGPTQ's, AutoAWQ's and ModelOpt's.
+pub const SIDECARS: [&str; 3] = ["quantize_config.json", "quant_config.json", modelopt::SIDECAR];
 
 /// The format of GGUF files. It is no row of [`FORMATS`], which are dialects of one container: GGUF is another.
 pub static GGUF: &dyn Format = &gguf::Gguf;
@@ -146,10 +164,10 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 pub fn default_format(scheme: &Scheme) -> &'static str {
     match (scheme.grid, scheme.activations) {
         (GridKind::Block(_), _) => GGUF.name(),
-        (GridKind::Float(FloatType::Nf4), _) => bitsandbytes::NAME,
+        (GridKind::Float(FloatType::Nf4 | FloatType::Fp4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
-        (GridKind::Int { .. }, Activations::Full) => "pack-quantized",
-        (GridKind::Int { .. }, _) => "int-quantized",
+        (GridKind::Int { .. }, Activations::DynamicInt8) => "int-quantized",
+        (GridKind::Int { .. }, _) => "pack-quantized",
     }
 }
 

@@ -39,6 +39,31 @@ pub(super) fn config(
     }))
 }
 
+/// The file in which ModelOpt's releases kept the configuration before they wrote it to config.json, too. SGLang and TensorRT-LLM look
+/// there, and NVIDIA's own models have it alone.
+pub(crate) const SIDECAR: &str = "hf_quant_config.json";
+
+/// The file for the configuration `config`.
+pub(super) fn sidecar(config: &Value) -> Option<(&'static str, Value)> {
+    let quantization = json!({
+        "quant_algo": config["quant_algo"],
+        "kv_cache_quant_algo": null,
+        "group_size": config["group_size"],
+        "exclude_modules": config["ignore"],
+    });
+    Some((SIDECAR, json!({"producer": config["producer"], "quantization": quantization})))
+}
+
+/// The configuration that the file holds.
+pub(crate) fn folded(file: &Value) -> Option<Value> {
+    let mut config = file.get("quantization")?.clone();
+    let keys = config.as_object_mut()?;
+    let ignored = keys.remove("exclude_modules").unwrap_or_default();
+    keys.insert("ignore".into(), ignored);
+    keys.insert("quant_method".into(), json!(METHOD));
+    Some(config)
+}
+
 /// What a scheme is called.
 fn algorithm(scheme: &Scheme) -> &'static str {
     let own = ALGORITHMS.iter().find(|(_, activations)| *activations == scheme.activations);

@@ -44,6 +44,10 @@ impl Format for NaiveQuantized {
         int8::encode(q)
     }
 
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        int8::shape(module, source)
+    }
+
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         int8::decode(module, scheme, source)
     }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
 use bitmill_kernels::{pack_bits, packed_words, unpack_bits};
-use bitmill_scheme::{Activations, Granularity, Quantized, Scheme};
+use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, Scheme};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
@@ -45,8 +45,15 @@ impl Format for PackQuantized {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
-        if scheme.activations != Activations::Full {
-            let reason = "loaders run packed weights with full activations; use int-quantized for 8-bit activations";
+        let narrow = matches!(scheme.grid, GridKind::Int { bits, symmetric: true } if bits.get() == 4);
+        let runs = match scheme.activations {
+            Activations::Full => true,
+            Activations::DynamicFp8 => narrow,
+            _ => false,
+        };
+        if !runs {
+            let reason = "loaders run packed weights with full activations, or of 4 bits with 8-bit floats per token; use \
+                          int-quantized for 8-bit integers";
             return Err(unsupported(self, module, scheme, reason));
         }
         check_matrix(self, module, scheme, shape)
@@ -91,9 +98,13 @@ impl Format for PackQuantized {
         payloads
     }
 
+    fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
+        stored_shape(&part(source, module, "weight_shape")?, &part(source, module, "weight_packed")?)
+    }
+
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         let packed = part(source, module, "weight_packed")?;
-        let [rows, cols] = stored_shape(&part(source, module, "weight_shape")?, &packed)?;
+        let [rows, cols] = self.shape(module, scheme, source)?;
         let bits = scheme.bits().get();
         let [_, width] = packed.matrix()?;
         let layout = Layout::of(width, cols, bits)

@@ -89,6 +89,7 @@ pub(crate) fn schemes() -> Vec<Scheme> {
     floats(FloatType::E4m3, &[ScaleType::E8m0], &[Granularity::Group(32)]);
     floats(FloatType::E2m1, &[ScaleType::E8m0], &[Granularity::Group(32)]);
     floats(FloatType::Nf4, &[ScaleType::F32], &[Granularity::Group(64), Granularity::Group(32)]);
+    floats(FloatType::Fp4, &[ScaleType::F32], &[Granularity::Group(64), Granularity::Group(32)]);
     floats(FloatType::E2m1, &[ScaleType::E4m3], &[Granularity::Group(16), Granularity::Group(8)]);
     all
 }

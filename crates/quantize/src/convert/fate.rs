@@ -334,7 +334,7 @@ pub(super) fn requantized(module: &str, q: &Quantized, scheme: Scheme, how: How)
         }
         How::Nearest => {
             let weight = q.dequantize();
-            let linear = Linear { name: module, weight: &weight, shape: q.shape, scheme, amax: None, input: 0.0 };
+            let linear = Linear::new(module, &weight, q.shape, scheme);
             let options = SolverOptions { scale_search: Some(ScaleSearch::Mse), ..SolverOptions::default() };
             let mut solved = method("rtn")?.solve(&[linear], None, &options)?;
             let input = q.input.filter(|_| scheme.activations == q.scheme.activations);

@@ -10,7 +10,7 @@ mod write;
 pub use write::Converted;
 
 use crate::{Action, Error, GgufOutput, GgufSettings, PlannedTensor, Settings, Unit, gguf, plan};
-use bitmill_checkpoint::{Checkpoint, Dialect, Dtype, Format, GGUF, OutputPlan, TensorSpec, cache_scheme};
+use bitmill_checkpoint::{Checkpoint, Dialect, Dtype, Format, GGUF, OutputPlan, SIDECARS, TensorSpec, cache_scheme};
 use bitmill_models::ModelSpec;
 use bitmill_scheme::{Bits, Granularity, ScaleType, Scheme};
 use fate::Fate;
@@ -189,7 +189,7 @@ impl<'a> Conversion<'a> {
 
     /// Files that are copied: all but those that describe how the input was quantized.
     fn carried(&self, notes: &mut Vec<String>) -> Result<Vec<PathBuf>, Error> {
-        let sidecar = |f: &Path| f == Path::new("quantize_config.json") || f == Path::new("quant_config.json");
+        let sidecar = |f: &Path| SIDECARS.iter().any(|name| f == Path::new(name));
         let (left, files): (Vec<_>, Vec<_>) =
             plan::copied_files(self.input, notes)?.into_iter().partition(|f| sidecar(f));
         for file in left {

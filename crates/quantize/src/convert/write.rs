@@ -4,7 +4,7 @@ use super::fate::{Fate, payload, requantized};
 use super::{Conversion, Target};
 use crate::Error;
 use crate::journal::{io, write_durably};
-use crate::run::{check_place, pretty};
+use crate::run::{check_place, pretty, write_config};
 use crate::weight::transpose;
 use bitmill_calibrate::tokenizer_files;
 use bitmill_checkpoint::{Output, Weight, ensure_free};
@@ -122,7 +122,8 @@ impl Conversion<'_> {
 
     /// Adds what a folder holds besides weights.
     fn complete(&self, dir: &Path) -> Result<(), Error> {
-        write_durably(&dir.join("config.json"), &pretty(&self.config))?;
+        let format = if let Target::Format(format) = self.target { Some(format) } else { None };
+        write_config(dir, format, &self.config)?;
         if let Some(gguf) = self.input.gguf() {
             let files = tokenizer_files(gguf, self.input.dir())?;
             return files.iter().try_for_each(|(name, value)| write_durably(&dir.join(name), &pretty(value)));

@@ -166,7 +166,7 @@ mod tests {
     /// Any scheme that a tuned linear may have, solved by GPTQ.
     fn solved(bits: u32, symmetric: bool, granularity: Granularity, w: &[f32], h: &[f32], n: usize) -> Quantized {
         let scheme = Scheme::int(Bits::new(bits).unwrap(), symmetric, granularity).with_scale(ScaleType::F32);
-        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme, amax: None, input: 0.0 };
+        let linear = Linear::new("x", w, [w.len() / n, n], scheme);
         method("gptq").unwrap().solve(&[linear], Some(h), &SolverOptions::default()).unwrap().remove(0).quantized
     }
 
@@ -217,7 +217,7 @@ mod tests {
         let (h, w) = (random_h(n, 95), random_w(16 * n, 96));
         // Round to nearest leaves much to be found.
         let scheme = Scheme::int(Bits::new(3).unwrap(), true, Granularity::Group(16)).with_scale(ScaleType::F32);
-        let linear = Linear { name: "x", weight: &w, shape: [16, n], scheme, amax: None, input: 0.0 };
+        let linear = Linear::new("x", &w, [16, n], scheme);
         let q = method("rtn").unwrap().solve(&[linear], None, &SolverOptions::default()).unwrap().remove(0).quantized;
         let total = |q: &Quantized| loss(&w, &q.dequantize(), &h).iter().sum::<f64>();
         let mut best = total(&q);

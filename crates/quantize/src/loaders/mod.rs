@@ -4,6 +4,7 @@
 //! A rule speaks of a [`Subject`], which is all that a loader would see of a model: its tensors' names and shapes, how they are
 //! quantized, and config.json. So a plan is held to the same rules before it is run as a folder afterwards.
 
+mod keys;
 mod rules;
 mod subject;
 
@@ -11,8 +12,8 @@ use rules::RULES;
 pub use subject::Subject;
 
 use crate::{Error, Plan};
-use bitmill_checkpoint::{Checkpoint, default_format};
-use bitmill_scheme::{BlockType, Granularity, GridKind, Scheme};
+use bitmill_checkpoint::{Checkpoint, MIXED, default_format};
+use bitmill_scheme::{Activations, BlockType, Granularity, GridKind, Scheme};
 
 /// A program that loads quantized checkpoints.
 struct Loader {
@@ -30,6 +31,8 @@ struct Loader {
     strict: bool,
     /// Whether it cuts matrices for several devices.
     splits: bool,
+    /// Formats whose weights it makes bf16 of, whatever the type of the model.
+    bf16: Option<&'static [&'static str]>,
 }
 
 fn nothing(_: &str) -> Option<&'static str> {
@@ -45,6 +48,7 @@ const PLAIN: Loader = Loader {
     fuses: false,
     strict: false,
     splits: false,
+    bf16: None,
 };
 
 static LOADERS: [Loader; 6] = [
@@ -66,7 +70,14 @@ static LOADERS: [Loader; 6] = [
         splits: true,
         ..PLAIN
     },
-    Loader { name: "transformers", refuses: transformers, needs: packages, ..PLAIN },
+    Loader {
+        name: "transformers",
+        refuses: transformers,
+        refuses_experts: transformers_experts,
+        needs: packages,
+        bf16: Some(&["nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"]),
+        ..PLAIN
+    },
     Loader { name: "GPTQModel", refuses: gptq_model, fuses: true, ..PLAIN },
     Loader { name: "llama.cpp", refuses: llama_cpp, ..PLAIN },
     Loader { name: "mistral.rs", refuses: mistral_rs, ..PLAIN },
@@ -123,7 +134,7 @@ pub fn refusal(name: &str, format: &str, scheme: &Scheme) -> Option<String> {
 
 /// Why `loader` does not take `scheme` as `format`; in a mixture, as the format of the matrix.
 fn refused(loader: &Loader, format: &str, scheme: &Scheme) -> Option<String> {
-    (loader.refuses)(if format == "mixed-precision" { default_format(scheme) } else { format }, scheme)
+    (loader.refuses)(if format == MIXED { default_format(scheme) } else { format }, scheme)
 }
 
 /// What has to be installed beside the loader called `name` for `subject`.
@@ -176,10 +187,16 @@ fn usual_group(scheme: &Scheme) -> bool {
 fn vllm(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
+        // Beside 8-bit floats.
+        "pack-quantized" if scheme.activations != Activations::Full => {
+            matches!(scheme.granularity, Granularity::Group(128) | Granularity::Channel)
+        }
         "pack-quantized" => bits > 1 && (scheme.symmetric() || matches!(bits, 4 | 8)),
+        // Those of 4 bits on Arm alone.
         "int-quantized" => true,
         "gptq" => matches!(bits, 4 | 8) && scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "auto-round" => matches!(bits, 2 | 3 | 4 | 8),
         "float-quantized" => fp8(scheme),
         "nvfp4-pack-quantized" | "mxfp4-pack-quantized" | "mxfp8-quantized" | "modelopt" | "fp8" => true,
         _ => false,
@@ -223,10 +240,11 @@ fn sglang_experts(format: &str, scheme: &Scheme) -> Option<String> {
 fn sglang(format: &str, scheme: &Scheme) -> Option<String> {
     let bits = scheme.bits().get();
     let taken = match format {
-        "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric(),
-        "int-quantized" => true,
+        "pack-quantized" => matches!(bits, 4 | 8) && scheme.symmetric() && scheme.activations == Activations::Full,
+        "int-quantized" => bits == 8,
         "gptq" => scheme.symmetric() && usual_group(scheme),
         "awq" => usual_group(scheme),
+        "auto-round" => matches!(bits, 2 | 3 | 4 | 8),
         "float-quantized" => fp8(scheme),
         "nvfp4-pack-quantized" | "modelopt" | "fp8" => true,
         _ => false,
@@ -244,6 +262,12 @@ fn transformers(format: &str, scheme: &Scheme) -> Option<String> {
     }
 }
 
+/// It holds experts stacked, which bitsandbytes does not replace.
+fn transformers_experts(format: &str, scheme: &Scheme) -> Option<String> {
+    (format == "bitsandbytes")
+        .then(|| format!("experts as {scheme}: it holds them stacked, where bitsandbytes finds none"))
+}
+
 fn packages(format: &str) -> Option<&'static str> {
     match format {
         "gptq" | "gptq_v2" | "awq" => Some("the package gptqmodel"),
@@ -256,6 +280,7 @@ fn packages(format: &str) -> Option<&'static str> {
         | "mxfp8-quantized"
         | "mixed-precision" => Some("the package compressed-tensors"),
         "bitsandbytes" => Some("the package bitsandbytes"),
+        "auto-round" => Some("the package auto-round"),
         "gguf" => Some("the package gguf, and room for the weights as plain numbers"),
         _ => None,
     }

@@ -1,10 +1,10 @@
 //! The rules: facts about what loaders refuse, or read as something else.
 
-use super::{Demands, Loader, Rule, Subject, refused};
-use crate::fused::FUSED;
+use super::{Demands, Loader, Rule, Subject, keys};
+use crate::fused::{FUSED, together};
 use crate::plan::is_embedding;
 use bitmill_models::{Expert, ModelSpec, Role};
-use bitmill_scheme::{Granularity, Scheme};
+use bitmill_scheme::{Granularity, ScaleType};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,6 +12,18 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) static RULES: &[Rule] = &[
     Rule { name: "format", about: "it reads every scheme in this format", broken: format, asked: ALWAYS },
     Rule { name: "fused", about: "linears that it loads as one matrix have one scheme", broken: fused, asked: ALWAYS },
+    Rule {
+        name: "shared",
+        about: "linears that it loads as one matrix divide their scales by one number",
+        broken: shared,
+        asked: ALWAYS,
+    },
+    Rule {
+        name: "tiles",
+        about: "linears that it loads as one matrix end where tiles do",
+        broken: tiles,
+        asked: ALWAYS,
+    },
     Rule {
         name: "experts",
         about: "experts are among its kernels for mixtures, and what deals out tokens is plain numbers",
@@ -27,7 +39,19 @@ pub(super) static RULES: &[Rule] = &[
     Rule {
         name: "config",
         about: "config.json has the keys it needs and none that it refuses",
-        broken: config,
+        broken: keys::config,
+        asked: ALWAYS,
+    },
+    Rule {
+        name: "sidecars",
+        about: "what lies beside config.json says of the weights what it says",
+        broken: keys::sidecars,
+        asked: ALWAYS,
+    },
+    Rule {
+        name: "type",
+        about: "the model's own type holds what weights become",
+        broken: keys::own_type,
         asked: ALWAYS,
     },
     Rule { name: "listed", about: "config.json says of every linear what is stored", broken: listed, asked: ALWAYS },
@@ -61,7 +85,7 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
         return if reads { Vec::new() } else { vec!["it reads gguf files, and this is a folder".into()] };
     }
     let mut reasons: Vec<String> =
-        subject.layers.values().filter_map(|(scheme, _)| refused(loader, subject.format(), scheme)).collect();
+        subject.layers.values().filter_map(|l| (loader.refuses)(l.format, &l.scheme)).collect();
     let transposed = subject.spec.as_ref().is_some_and(|spec| spec.layout.transposed);
     if transposed && !matches!(subject.format(), "gptq" | "gptq_v2" | "gguf") {
         reasons.push("the linears of this architecture are no nn.Linear, which it does not replace".into());
@@ -74,7 +98,8 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
 /// Sites whose linears differ in scheme, or of which some are left dense.
 fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let Some(spec) = subject.spec.as_ref().filter(|_| loader.fuses) else { return Vec::new() };
-    let schemes: BTreeMap<&String, Scheme> = subject.layers.iter().map(|(m, (s, _))| (m, *s)).collect();
+    // Scales may be stored in two types, as long as kernels are the same.
+    let scheme = |module: &String| subject.layers.get(module).map(|l| (l.format, l.scheme.with_scale(ScaleType::F32)));
     // All experts of a block are one kernel, the one for all tokens aside.
     let routed = |r: &Role| matches!(r.expert(), Some(Expert::Routed(_)));
     let places = (0..spec.layers).flat_map(|block| {
@@ -85,7 +110,7 @@ fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
         plain.into_iter().chain([shared.collect(), experts]).map(move |roles: Vec<Role>| (block, roles))
     });
     let differs = |(block, roles): &(usize, Vec<Role>)| {
-        let mut own = roles.iter().map(|&r| schemes.get(&spec.module(*block, r)));
+        let mut own = roles.iter().map(|&r| scheme(&spec.module(*block, r)));
         own.next().is_some_and(|first| own.any(|other| other != first))
     };
     let said = |(block, roles): (usize, Vec<Role>)| {
@@ -96,6 +121,53 @@ fn fused(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
         format!("block {block}: {} are one matrix there and need one scheme", names.join(", "))
     };
     { places }.find(differs).map(said).into_iter().collect()
+}
+
+/// Every linear behind the first of those that `loader` holds as one matrix, and that first one.
+fn fused_pairs(spec: &ModelSpec) -> impl Iterator<Item = (String, String)> {
+    (0..spec.layers).flat_map(|block| {
+        let linears = spec.block_linears(block);
+        let first = |i: usize| linears[..i].iter().find(|(role, _)| together(*role, linears[i].0));
+        let pairs: Vec<_> =
+            (0..linears.len()).filter_map(|i| Some((first(i)?.1.clone(), linears[i].1.clone()))).collect();
+        pairs
+    })
+}
+
+/// Numbers that all scales of a matrix are divided by, of which a loader keeps one for the matrix that several become.
+fn shared(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
+    let Some(spec) = subject.spec.as_ref().filter(|_| loader.fuses) else { return Vec::new() };
+    let mut broken = Vec::new();
+    for (first, module) in fused_pairs(spec) {
+        let divisors = |module: &String| subject.layers.get(module).and_then(|l| l.divisors);
+        let (Some((own, own_input)), Some((other, input))) = (divisors(&module), divisors(&first)) else { continue };
+        if own != other {
+            broken.push(format!("{module} divides its scales by {own}, and {first}, one matrix with it, by {other}"));
+        }
+        if let (Some(own), Some(other)) = (own_input, input)
+            && own != other
+        {
+            broken.push(format!(
+                "{module} divides those of its inputs by {own}, and {first}, one matrix with it, by {other}"
+            ));
+        }
+    }
+    broken
+}
+
+/// Parts of a fused matrix whose last tile would reach into the next part.
+fn tiles(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
+    let Some(spec) = subject.spec.as_ref().filter(|_| loader.splits) else { return Vec::new() };
+    let modules: BTreeSet<String> = fused_pairs(spec).flat_map(|(first, module)| [first, module]).collect();
+    let cut = |module: &String| {
+        let layer = subject.layers.get(module)?;
+        let Granularity::Tile(side) = layer.scheme.granularity else { return None };
+        let rows = layer.shape[0];
+        let reason =
+            || format!("{module}: its {rows} outputs are no whole tiles of {side}, and others follow them there");
+        (!rows.is_multiple_of(side)).then(reason)
+    };
+    modules.iter().filter_map(cut).collect()
 }
 
 /// Experts in a scheme that the kernels for all experts of a block do not know, and routers that are not dense.
@@ -109,7 +181,7 @@ fn experts(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let routed = linears(spec).filter(|(_, role)| matches!(role.expert(), Some(Expert::Routed(_))));
     let schemes: BTreeSet<String> = routed
         .filter_map(|(module, _)| subject.layers.get(&module))
-        .filter_map(|(scheme, _)| (loader.refuses_experts)(subject.format(), scheme))
+        .filter_map(|layer| (loader.refuses_experts)(layer.format, &layer.scheme))
         .collect();
     broken.extend(schemes);
     broken
@@ -134,7 +206,8 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
         broken.push(format!("{} key-value heads cannot be dealt out to {n} devices", spec.kv_heads));
     }
     for (module, role) in linears(spec) {
-        let Some((scheme, [rows, cols])) = subject.layers.get(&module) else { continue };
+        let Some(layer) = subject.layers.get(&module) else { continue };
+        let (scheme, [rows, cols]) = (layer.scheme, &layer.shape);
         // O and down read what the devices computed each by itself; the others are cut by outputs.
         let by_inputs = matches!(role.kind(), Role::O | Role::Down);
         let side = if by_inputs { *cols } else { *rows };
@@ -145,6 +218,8 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
             continue;
         }
         let share = side / n;
+        // GPTQ and AWQ files have several outputs in a word.
+        let words = if matches!(layer.format, "gptq" | "gptq_v2" | "awq") { !by_inputs } else { by_inputs };
         match scheme.granularity {
             Granularity::Group(g) if by_inputs && !share.is_multiple_of(g) => {
                 broken.push(format!("{module}: {share} inputs of each of {n} devices are no whole groups of {g}"));
@@ -155,7 +230,7 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
             Granularity::Mapped(_) if by_inputs => {
                 broken.push(format!("{module}: groups out of order (desc_act) are spread over all {n} devices"));
             }
-            _ if by_inputs && !(share * scheme.bits().get() as usize).is_multiple_of(32) => {
+            _ if words && !copied && !(share * scheme.bits().get() as usize).is_multiple_of(32) => {
                 broken.push(format!("{module}: {share} codes of {} bits are no whole words", scheme.bits().get()));
             }
             _ => {}
@@ -164,89 +239,12 @@ fn parallel(subject: &Subject, loader: &Loader, demands: &Demands) -> Vec<String
     broken
 }
 
-fn linears(spec: &ModelSpec) -> impl Iterator<Item = (String, Role)> {
+pub(super) fn linears(spec: &ModelSpec) -> impl Iterator<Item = (String, Role)> {
     (0..spec.layers).flat_map(|b| spec.block_linears(b)).map(|(role, module)| (module, role))
 }
 
-/// Keys by dialect. Readers of compressed-tensors refuse unknown keys inside of groups and arguments.
-fn config(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
-    let Some(block) = subject.quantization() else {
-        let lacks = !subject.layers.is_empty() && subject.format() != "gguf";
-        return if lacks { vec!["config.json has no quantization_config".into()] } else { Vec::new() };
-    };
-    let mut broken = Vec::new();
-    match subject.format() {
-        "gptq" | "gptq_v2" => {
-            let needed: &[&str] =
-                if loader.strict { &["bits", "group_size", "desc_act", "sym"] } else { &["bits", "group_size"] };
-            broken.extend(missing(block, needed));
-        }
-        "awq" => broken.extend(missing(block, if loader.strict { &["zero_point"] } else { &[] })),
-        "gguf" | "dense" | "modelopt" | "fp8" => {}
-        _ => {
-            let status = block.get("quantization_status").and_then(Value::as_str).unwrap_or("compressed");
-            if status != "compressed" && status != "frozen" {
-                broken.push(format!(
-                    "quantization_status is {status:?}, and only \"compressed\" weights are stored packed"
-                ));
-            }
-            let version = block.get("version").and_then(Value::as_str).unwrap_or_default();
-            let early = ["0.11.", "0.12."].iter().any(|v| version.starts_with(v));
-            let known: Vec<&str> = ARGUMENTS.into_iter().filter(|key| !(early && LATER.contains(key))).collect();
-            for (key, group) in block.get("config_groups").and_then(Value::as_object).into_iter().flatten() {
-                broken.extend(unknown(&format!("config_groups.{key}"), group, &GROUP));
-                for part in ["weights", "input_activations", "output_activations"] {
-                    let args = group.get(part).filter(|a| !a.is_null());
-                    broken.extend(
-                        args.into_iter().flat_map(|a| unknown(&format!("config_groups.{key}.{part}"), a, &known)),
-                    );
-                }
-            }
-        }
-    }
-    broken
-}
-
-/// Keys of a group of compressed-tensors.
-const GROUP: [&str; 5] = ["targets", "weights", "input_activations", "output_activations", "format"];
-/// Keys of its arguments.
-const ARGUMENTS: [&str; 12] = [
-    "num_bits",
-    "type",
-    "symmetric",
-    "strategy",
-    "group_size",
-    "block_structure",
-    "dynamic",
-    "actorder",
-    "observer",
-    "observer_kwargs",
-    "scale_dtype",
-    "zp_dtype",
-];
-/// Those that releases before 0.13 refuse; such a file says that it is of one of them.
-const LATER: [&str; 2] = ["scale_dtype", "zp_dtype"];
-
-fn missing(block: &Value, needed: &[&str]) -> Vec<String> {
-    let old = |key: &str| match key {
-        "bits" => block.get("w_bit").is_some(),
-        "group_size" => block.get("q_group_size").is_some(),
-        _ => false,
-    };
-    let absent = needed.iter().filter(|key| block.get(**key).is_none_or(Value::is_null) && !old(key));
-    absent.map(|key| format!("quantization_config lacks {key}")).collect()
-}
-
-fn unknown(path: &str, object: &Value, known: &[&str]) -> Vec<String> {
-    let keys = object.as_object().into_iter().flatten();
-    let strange = keys.filter(|(key, _)| !known.contains(&key.as_str()));
-    strange
-        .map(|(key, _)| format!("{path}.{key}: compressed-tensors refuses the key, even if it is null; leave it out"))
-        .collect()
-}
-
 /// A linear that config.json speaks of otherwise than it is stored.
-fn listed(subject: &Subject, _: &Loader, _: &Demands) -> Vec<String> {
+fn listed(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let Some(dialect) = &subject.dialect else { return Vec::new() };
     let mut broken = Vec::new();
     for name in subject.dense.keys() {
@@ -255,6 +253,12 @@ fn listed(subject: &Subject, _: &Loader, _: &Demands) -> Vec<String> {
             Some(spec) => linears(spec).any(|(m, _)| m == module) || spec.head().as_deref() == Some(module),
             None => false,
         };
+        // What stands for the head there is no linear, which compressed-tensors' class of linears does not reach.
+        let own = subject.quantization().and_then(|q| q.get("quant_method")).and_then(Value::as_str);
+        if loader.strict && own == Some("compressed-tensors") && is_head(subject, module) && !targeted(subject, module)
+        {
+            continue;
+        }
         if linear && dialect.scheme_of(module).is_some() {
             broken.push(format!("{module} is stored as plain numbers, and config.json does not leave it out"));
         }
@@ -285,14 +289,21 @@ fn head(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
             subject.quantization().is_some_and(|q| q.get("lm_head") == Some(&Value::Bool(true)))
         }
         // They name what is left out.
-        "modelopt" | "fp8" => true,
-        _ => {
-            let groups = subject.quantization().and_then(|q| q.get("config_groups")).and_then(Value::as_object);
-            let targets = groups.into_iter().flatten().filter_map(|(_, g)| g.get("targets").and_then(Value::as_array));
-            { targets }.any(|t| t.iter().filter_map(Value::as_str).any(|t| t.contains(head.as_str())))
-        }
+        "modelopt" | "fp8" | "auto-round" => true,
+        _ => targeted(subject, &head),
     };
     if named { Vec::new() } else { vec![format!("{head} is quantized, and config.json does not name it")] }
+}
+
+fn is_head(subject: &Subject, module: &str) -> bool {
+    subject.spec.as_ref().and_then(ModelSpec::head).as_deref() == Some(module)
+}
+
+/// Whether a group of compressed-tensors names the head.
+fn targeted(subject: &Subject, head: &str) -> bool {
+    let groups = subject.quantization().and_then(|q| q.get("config_groups")).and_then(Value::as_object);
+    let targets = groups.into_iter().flatten().filter_map(|(_, g)| g.get("targets").and_then(Value::as_array));
+    { targets }.any(|t| t.iter().filter_map(Value::as_str).any(|t| t.contains(head)))
 }
 
 fn tied(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
@@ -313,7 +324,7 @@ fn unexpected(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     let mut broken = Vec::new();
     for name in &subject.stored {
         let (module, part) = name.rsplit_once('.').unwrap_or((name, ""));
-        if part == "weight_zero_point" && subject.layers.get(module).is_some_and(|(s, _)| s.symmetric()) {
+        if part == "weight_zero_point" && subject.layers.get(module).is_some_and(|l| l.scheme.symmetric()) {
             broken.push(format!("{name}: a symmetric scheme has no zero points"));
         }
         if part.starts_with("gate_up_proj_packed") || part.starts_with("down_proj_packed") {

@@ -125,14 +125,7 @@ mod tests {
         for form in BLOCKS.iter().filter(|f| f.unit() > 1) {
             let order = Order::nested(&importance, &[form.len, form.sub, form.unit()]);
             let factor = Factor::new(&h, &order.columns, 0.0).unwrap();
-            let linear = Linear {
-                name: "x",
-                weight: &w,
-                shape: [2, n],
-                scheme: Scheme::block(form.kind),
-                amax: None,
-                input: 0.0,
-            };
+            let linear = Linear::new("x", &w, [2, n], Scheme::block(form.kind));
             let q = swept(&linear, form, &order, &factor, ScaleSearch::Hessian);
             q.validate().unwrap();
             let column = |k: usize| order.columns[k] as usize;

@@ -33,6 +33,15 @@ pub struct Linear<'a> {
     pub input: f32,
 }
 
+impl<'a> Linear<'a> {
+    /// A linear that is alone and of whose input nothing is known: what it shares with others is its own, and no range of its input is
+    /// stored.
+    #[must_use]
+    pub const fn new(name: &'a str, weight: &'a [f32], shape: [usize; 2], scheme: Scheme) -> Self {
+        Linear { name, weight, shape, scheme, amax: None, input: 0.0 }
+    }
+}
+
 /// What a method needs besides weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
@@ -204,7 +213,7 @@ mod tests {
         scheme: Scheme,
         options: &SolverOptions,
     ) -> Quantized {
-        let linear = Linear { name: "x", weight: w, shape: [w.len() / n, n], scheme, amax: None, input: 0.0 };
+        let linear = Linear::new("x", w, [w.len() / n, n], scheme);
         let h = (method.needs(options) == Needs::Hessian).then_some(h);
         method.solve(&[linear], h, options).unwrap().remove(0).quantized
     }

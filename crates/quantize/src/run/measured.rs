@@ -94,14 +94,7 @@ impl Worker<'_, '_> {
         for target in unit.tensors.iter().filter_map(Target::of) {
             // Checked before the run began.
             let Some(h) = imatrix.importance(target.module) else { continue };
-            let linear = Linear {
-                name: target.module,
-                weight: &[],
-                shape: target.shape,
-                scheme: target.scheme,
-                amax: None,
-                input: 0.0,
-            };
+            let linear = Linear::new(target.module, &[], target.shape, target.scheme);
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
         }

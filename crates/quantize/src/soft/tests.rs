@@ -71,7 +71,7 @@ fn no_steps_change_nothing_and_more_never_hurt() {
     let (h, w) = (random_h(n, 5), random_w(40 * n, 6));
     for symmetric in [true, false] {
         let scheme = Scheme::int(Bits::new(2).unwrap(), symmetric, Granularity::Group(16));
-        let linear = Linear { name: "x", weight: &w, shape: [40, n], scheme, amax: None, input: 0.0 };
+        let linear = Linear::new("x", &w, [40, n], scheme);
         for name in ["rtn", "gptq"] {
             let start = method(name)
                 .unwrap()

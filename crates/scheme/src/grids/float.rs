@@ -5,9 +5,10 @@
 //! | E4M3 | 1, 4, 3 | ±0 to ±448, the last code of either sign is NaN |
 //! | E2M1 | 1, 2, 1 | ±0, 0.5, 1, 1.5, 2, 3, 4, 6 |
 //! | NF4 | – | sixteen from −1 to 1, closer to each other about 0 |
+//! | FP4 | – | ±0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1, in no order |
 //!
 //! Codes are the bit patterns themselves, which grow with the magnitude; those of NF4 (Dettmers et al. 2023), whose numbers
-//! split a normal distribution into parts of equal weight, are places in its table. What a scale may be is [`ScaleType`]'s matter:
+//! split a normal distribution into parts of equal weight, are places in its table, and so are those of bitsandbytes' FP4. What a scale may be is [`ScaleType`]'s matter:
 //! FP8 has 16 or 32 bits for it, the MX types of the Open Compute Project a power of two, NVFP4 an E4M3 number over a
 //! divisor that the whole matrix shares.
 
@@ -26,6 +27,8 @@ pub enum FloatType {
     E2m1,
     /// 4 bits, places in a table of normal quantiles.
     Nf4,
+    /// 4 bits, places in the other table of bitsandbytes.
+    Fp4,
 }
 
 /// The arithmetic of `GridKind::Float`.
@@ -64,6 +67,28 @@ static NF4: [f32; 16] = [
     1.0,
 ];
 
+/// Every value of FP4, by code.
+static FP4: [f32; 16] = [
+    0.0,
+    0.005_208_333_5,
+    0.666_666_7,
+    1.0,
+    0.333_333_34,
+    0.5,
+    0.166_666_67,
+    0.25,
+    0.0,
+    -0.005_208_333_5,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_34,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
+];
+/// Its codes by their values. There are two zeros, of which the library takes the second for what lies above them.
+static FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
+
 const fn values<const N: usize>(float: FloatType) -> [f32; N] {
     let mut all = [0.0; N];
     let mut code = 0;
@@ -88,7 +113,7 @@ impl FloatType {
     pub const fn bits(self) -> u32 {
         match self {
             FloatType::E4m3 => 8,
-            FloatType::E2m1 | FloatType::Nf4 => 4,
+            FloatType::E2m1 | FloatType::Nf4 | FloatType::Fp4 => 4,
         }
     }
 
@@ -97,7 +122,7 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 3,
             FloatType::E2m1 => 1,
-            FloatType::Nf4 => 0,
+            FloatType::Nf4 | FloatType::Fp4 => 0,
         }
     }
 
@@ -105,7 +130,7 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 7,
             FloatType::E2m1 => 1,
-            FloatType::Nf4 => 0,
+            FloatType::Nf4 | FloatType::Fp4 => 0,
         }
     }
 
@@ -115,6 +140,7 @@ impl FloatType {
             FloatType::E4m3 => 0x7e,
             FloatType::E2m1 => 7,
             FloatType::Nf4 => 15,
+            FloatType::Fp4 => 3,
         }
     }
 
@@ -124,14 +150,17 @@ impl FloatType {
         match self {
             FloatType::E4m3 => 448.0,
             FloatType::E2m1 => 6.0,
-            FloatType::Nf4 => 1.0,
+            FloatType::Nf4 | FloatType::Fp4 => 1.0,
         }
     }
 
     /// Whether `code` stands for a number.
     #[must_use]
     pub const fn is_number(self, code: u8) -> bool {
-        (code as usize) < 1 << self.bits() && code & ((1 << (self.bits() - 1)) - 1) as u8 <= self.largest()
+        match self {
+            FloatType::E4m3 => code & 0x7f <= self.largest(),
+            FloatType::E2m1 | FloatType::Nf4 | FloatType::Fp4 => code < 16,
+        }
     }
 
     /// The number that `code` stands for.
@@ -142,6 +171,7 @@ impl FloatType {
             FloatType::E4m3 => E4M3[usize::from(code)],
             FloatType::E2m1 => E2M1[usize::from(code & 15)],
             FloatType::Nf4 => NF4[usize::from(code & 15)],
+            FloatType::Fp4 => FP4[usize::from(code & 15)],
         }
     }
 
@@ -149,8 +179,13 @@ impl FloatType {
     #[must_use]
     #[inline]
     pub fn nearest(self, x: f32) -> u8 {
-        if self == FloatType::Nf4 {
-            return NF4.windows(2).map(|pair| u8::from(x > (pair[0] + pair[1]) / 2.0)).sum();
+        match self {
+            FloatType::Nf4 => return NF4.windows(2).map(|pair| u8::from(x > (pair[0] + pair[1]) / 2.0)).sum(),
+            FloatType::Fp4 => {
+                let middle = |pair: &[u8]| (FP4[usize::from(pair[0])] + FP4[usize::from(pair[1])]) / 2.0;
+                return FP4_ORDER[FP4_ORDER.windows(2).filter(|pair| x > middle(pair)).count()];
+            }
+            FloatType::E4m3 | FloatType::E2m1 => {}
         }
         let (m, bias) = (self.mantissa(), self.bias());
         // NaN, of which nothing here is made, becomes the largest number.
@@ -310,7 +345,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const TYPES: [FloatType; 3] = [FloatType::E4m3, FloatType::E2m1, FloatType::Nf4];
+    const TYPES: [FloatType; 4] = [FloatType::E4m3, FloatType::E2m1, FloatType::Nf4, FloatType::Fp4];
 
     fn grid(float: FloatType, scale: ScaleType) -> FloatGrid {
         FloatGrid { float, scale, divisor: 1.0 }
@@ -331,7 +366,9 @@ mod tests {
         for float in TYPES {
             assert_eq!(float.value(float.largest()), float.max());
             for code in (0..=255u8).filter(|&c| float.is_number(c)) {
-                assert_eq!(float.nearest(float.value(code)), code, "{float:?}");
+                // Of FP4's two zeros one is met.
+                let own = if float == FloatType::Fp4 && code == 8 { 0 } else { code };
+                assert_eq!(float.nearest(float.value(code)), own, "{float:?}");
             }
         }
         for byte in 0..255u8 {
@@ -350,6 +387,10 @@ mod tests {
         // Halfway between 0 and the number above it lies 0.03979, and all of it belongs to 0.
         let table = [-2.0f32, -1.0, -0.0455, 0.0397, 0.039_790_15, 0.0398, 0.86, 0.87, 9.0];
         assert_eq!(table.map(|x| FloatType::Nf4.nearest(x)), [0, 0, 7, 7, 7, 8, 14, 15, 15]);
+        // What bitsandbytes makes of numbers about zero and of ties, which go to the lower.
+        let table = [-2.0f32, -1.0, -0.416_666_7, -0.085_937_5, -0.0026, -1e-9, 0.0, 1e-9, 0.0025, 0.0027];
+        assert_eq!(table.map(|x| FloatType::Fp4.nearest(x)), [11, 11, 13, 14, 0, 0, 0, 8, 8, 1]);
+        assert_eq!([0.085_937_5, 0.208_333_34, 0.833_333_4].map(|x| FloatType::Fp4.nearest(x)), [1, 6, 2]);
     }
 
     #[test]
