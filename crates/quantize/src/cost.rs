@@ -1,6 +1,6 @@
 //! What a plan costs, from headers alone: arithmetic, memory and disk, and bytes by role and scheme.
 
-use crate::{Action, Needs, Plan, ScaleSearch, Unit};
+use crate::{Action, Arithmetic, Needs, Plan, ScaleSearch, Unit};
 use bitmill_models::{Expert, ModelSpec, Role, SITES};
 use std::collections::BTreeMap;
 
@@ -54,8 +54,11 @@ impl Plan {
         const SWEEP: f64 = 4.0;
         /// The factor of H is in double precision.
         const FACTOR: f64 = 4.0;
-        /// Products of the shapes that occur take longer than large square ones.
-        const SHAPES: f64 = 1.4;
+        // Products of the shapes that occur take longer than large square ones, of bfloat16 half of that.
+        let shapes = match self.settings.observation.arithmetic {
+            Arithmetic::F32 => 1.4,
+            Arithmetic::Bf16 => 0.7,
+        };
         let hessian = self.method.needs(&self.settings.solver) == Needs::Hessian;
         let solver = &self.settings.solver;
         // The sweep itself, then descents: after rounding, and after every refit.
@@ -69,14 +72,14 @@ impl Plan {
                 let Action::Quantize { shape: [rows, cols], role, .. } = &tensor.action else { continue };
                 let (weights, cols) = ((rows * cols) as f64, *cols as f64);
                 let own = tokens as f64 * self.share(*role);
-                let forward = if self.calibrated { SHAPES * 2.0 * weights * own * streams } else { 0.0 };
+                let forward = if self.calibrated { shapes * 2.0 * weights * own * streams } else { 0.0 };
                 let rounding = if hessian { SWEEP * sweeps * weights * cols } else { 0.0 };
                 total += forward + each * weights + rounding;
             }
             if hessian {
                 // The second stream's share is not symmetric, and takes factors of its own.
                 let n3 = |(n, share): (f64, f64)| {
-                    (3.0 * streams - 2.0) * (SHAPES * n * n * tokens as f64 * share + FACTOR * n * n * n / 3.0)
+                    (3.0 * streams - 2.0) * (shapes * n * n * tokens as f64 * share + FACTOR * n * n * n / 3.0)
                 };
                 total += self.site_widths(unit).into_iter().map(n3).sum::<f64>();
             }
