@@ -28,13 +28,35 @@ impl Output {
     /// [`Error::Layout`] where the plan has no such tensor or another length for it; [`Error::DiskFull`] where space
     /// could not be taken in advance and has run out; [`Error::Io`].
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        let wrong = |reason: String| Error::Layout { tensor: name.to_owned(), reason };
-        let place = self.places.get(name).ok_or_else(|| wrong("not in the plan of the output".to_owned()))?;
+        let place = self.place(name)?;
         if place.bytes != bytes.len() {
-            return Err(wrong(format!("{} bytes where the plan has {}", bytes.len(), place.bytes)));
+            let reason = format!("{} bytes where the plan has {}", bytes.len(), place.bytes);
+            return Err(Error::Layout { tensor: name.to_owned(), reason });
         }
+        self.put(place, 0, bytes)
+    }
+
+    /// Writes a part of the payload of the tensor `name`, `at` bytes from its start.
+    ///
+    /// # Errors
+    /// As [`Output::write`], and [`Error::Layout`] where the part does not lie within the payload.
+    pub fn write_part(&self, name: &str, at: usize, bytes: &[u8]) -> Result<(), Error> {
+        let place = self.place(name)?;
+        if at.checked_add(bytes.len()).is_none_or(|end| end > place.bytes) {
+            let reason = format!("{} bytes at {at} where the plan has {} in all", bytes.len(), place.bytes);
+            return Err(Error::Layout { tensor: name.to_owned(), reason });
+        }
+        self.put(place, at as u64, bytes)
+    }
+
+    fn place(&self, name: &str) -> Result<&Place, Error> {
+        let missing = || Error::Layout { tensor: name.to_owned(), reason: "not in the plan of the output".to_owned() };
+        self.places.get(name).ok_or_else(missing)
+    }
+
+    fn put(&self, place: &Place, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let (path, file) = &self.files[place.shard];
-        match file.write_all_at(bytes, place.offset) {
+        match file.write_all_at(bytes, place.offset + at) {
             Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
                 Err(Error::DiskFull { path: path.clone(), needed: bytes.len() as u64, free: space::free(path)? })
             }

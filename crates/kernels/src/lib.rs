@@ -9,7 +9,7 @@ mod ops;
 
 pub use level::{Brain, Level};
 pub use ops::axpy::axpy;
-pub use ops::blocks::{StoredBlocks, fit_blocks, rounding_error};
+pub use ops::blocks::fit_blocks;
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;

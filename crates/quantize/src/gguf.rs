@@ -212,6 +212,16 @@ impl GgufOutput {
         Ok(self.ordered(view.name, view.shape.first().copied().unwrap_or(1), bytes))
     }
 
+    /// The row of the folder's tensor `name`, of `rows` rows, that is row `row` in the file.
+    pub(crate) fn source_row(&self, name: &str, row: usize, rows: usize) -> usize {
+        self.interleaved.get(name).map_or(row, |&heads| gguf::interleaved_from(row, rows, heads))
+    }
+
+    /// Whether rows of the tensor `name` lie in the file as they do in the folder.
+    pub(crate) fn keeps_rows(&self, name: &str) -> bool {
+        !self.interleaved.contains_key(name)
+    }
+
     /// The bytes of a tensor with `rows` rows in the order of the file.
     pub(crate) fn ordered(&self, name: &str, rows: usize, bytes: Vec<u8>) -> Vec<u8> {
         match self.interleaved.get(name) {

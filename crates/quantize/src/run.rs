@@ -351,16 +351,10 @@ impl Worker<'_, '_> {
         bytes: u64,
     ) -> Result<TensorRecord, Error> {
         let started = Instant::now();
-        let rounded = slabs::round(self.plan, linear, &self.input.weight(linear.name)?, h, (method, solver))?;
-        // A matrix of blocks is one tensor.
-        let name = format!("{}.weight", linear.name);
-        let encoded = match &self.plan.gguf {
-            Some(gguf) => gguf.ordered(&name, linear.shape[0], rounded.bytes),
-            None => rounded.bytes,
-        };
-        self.output.write(&name, &encoded)?;
+        let stored = self.input.weight(linear.name)?;
+        let [error, energy] = slabs::round((self.plan, &self.output), linear, &stored, h, (method, solver))?;
         let record = TensorRecord {
-            relative_error: if rounded.energy > 0.0 { rounded.error / rounded.energy } else { 0.0 },
+            relative_error: if energy > 0.0 { error / energy } else { 0.0 },
             error_of: if h.is_some() { "weighed weights".into() } else { "weights".into() },
             seconds: started.elapsed().as_secs_f64(),
             ..TensorRecord::of(linear.name, linear.shape, linear.scheme, method, bytes)

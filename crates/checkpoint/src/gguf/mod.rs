@@ -17,7 +17,7 @@ pub(crate) use config::config;
 pub use names::{gguf_name, hf_name, interleaved_heads};
 pub use parse::{Gguf, GgufTensor, parse};
 pub(crate) use rows::deinterleave;
-pub use rows::interleave;
+pub use rows::{interleave, interleaved_from};
 pub use write::{GgufSpec, header};
 
 use bitmill_scheme::BlockType;

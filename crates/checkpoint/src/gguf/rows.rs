@@ -9,11 +9,19 @@ pub fn interleave<T: Copy>(data: &[T], rows: usize, heads: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(data.len());
     for head in 0..heads {
         for i in 0..2 * half {
-            let from = head * 2 * half + i / 2 + i % 2 * half;
+            let from = interleaved_from(head * 2 * half + i, rows, heads);
             out.extend_from_slice(&data[from * row..(from + 1) * row]);
         }
     }
     out
+}
+
+/// The row of a folder's order that becomes `row` of `rows` in GGUF's.
+#[must_use]
+pub fn interleaved_from(row: usize, rows: usize, heads: usize) -> usize {
+    let half = rows / heads / 2;
+    let (first, i) = (row / (2 * half) * 2 * half, row % (2 * half));
+    first + i / 2 + i % 2 * half
 }
 
 /// The inverse of [`interleave`], in place.

@@ -3,19 +3,23 @@
 use super::Linear;
 use crate::sweep::{Part, SweepGrid, Unit};
 use crate::{Factor, Order, ScaleSearch, Sweep, sweep};
-use bitmill_kernels::fit_blocks;
+use bitmill_kernels::{Level, fit_blocks};
 use bitmill_scheme::{BlockForm, BlockParams, Quantized, Step};
 use rayon::prelude::*;
 
 /// Every block fitted to its own weights, whose errors cost `importance` by columns if that is known, and each weight at its
-/// nearest value.
-pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: Option<&[f32]>) -> Quantized {
+/// nearest value. For types of which many blocks are fitted side by side, [`Solved::lost`](super::Solved::lost) comes along.
+pub(crate) fn nearest(
+    linear: &Linear<'_>,
+    form: &BlockForm,
+    importance: Option<&[f32]>,
+) -> (Quantized, Option<[f64; 2]>) {
     let n = linear.shape[1];
     if form.has_lanes() {
         let mut params = vec![BlockParams::zero(); linear.weight.len() / form.len];
         let mut codes = vec![0u8; linear.weight.len()];
-        fit_blocks(form, linear.weight, importance, &mut params, &mut codes);
-        return assemble(linear, form, codes, &params);
+        let lost = fit_blocks(Level::best(), form, linear.weight, importance, &mut params, &mut codes);
+        return (assemble(linear, form, codes, &params), Some(lost));
     }
     // Uneven costs want the points that are really nearest.
     let fit = if importance.is_some() { BlockForm::fit } else { BlockForm::fit_near };
@@ -29,7 +33,7 @@ pub(crate) fn nearest(linear: &Linear<'_>, form: &BlockForm, importance: Option<
     };
     let mut codes = vec![0u8; linear.weight.len()];
     linear.weight.par_chunks(form.sub).zip(codes.par_chunks_mut(form.sub)).enumerate().for_each(round);
-    assemble(linear, form, codes, &params)
+    (assemble(linear, form, codes, &params), None)
 }
 
 /// The sweep with the type as its grid.

@@ -60,6 +60,8 @@ pub struct Solved {
     pub damping: Option<f32>,
     /// What single stages of the method brought, where it has any.
     pub stages: Vec<StageChange>,
+    /// Σ h(w − ŵ)² and Σ h·w², h being the diagonal of H or 1 without one, where the method summed them as it rounded.
+    pub lost: Option<[f64; 2]>,
 }
 
 /// A rounding method.

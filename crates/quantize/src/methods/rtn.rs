@@ -33,11 +33,8 @@ impl Method for Rtn {
         let solve = |linear: &Linear<'_>| {
             if let Some(form) = linear.scheme.form() {
                 let importance = h.map(|_| importance(h, linear.shape[1]));
-                return Solved {
-                    quantized: blocks::nearest(linear, form, importance.as_deref()),
-                    damping: None,
-                    stages: Vec::new(),
-                };
+                let (quantized, lost) = blocks::nearest(linear, form, importance.as_deref());
+                return Solved { quantized, damping: None, stages: Vec::new(), lost };
             }
             let importance = importance(h, linear.shape[1]);
             let round = |grid: GroupGrid| match grid {
@@ -45,7 +42,7 @@ impl Method for Rtn {
                 GroupGrid::Float(grid) => rounded(linear, search, &importance, grid),
             };
             let (codes, params) = round(GroupGrid::of(linear));
-            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
+            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new(), lost: None }
         };
         Ok(linears.iter().map(solve).collect())
     }

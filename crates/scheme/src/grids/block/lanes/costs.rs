@@ -1,22 +1,25 @@
 //! What errors cost in a tile of sub-blocks, laid out as its weights are.
 
-use super::{LANES, LONGEST, Lanes, ZERO};
+use super::{LANES, LONGEST, Lanes, Turned, ZERO};
 
 /// The costs of a tile.
-pub(super) trait Costs {
-    /// Of sub-blocks of `len`, where `w` are the weights by position and `h` the costs as they lie in the matrix.
-    fn new(len: usize, w: &[Lanes; LONGEST], h: &[f32]) -> Self;
+pub(super) trait Costs<'a> {
+    /// Whether something is known of what weights are multiplied by.
+    const KNOWN: bool = false;
+    /// Of the weights `w` by position; `h` are the costs as they are given, by position.
+    fn new(w: &[Lanes], h: &'a Turned) -> Self;
     /// Of the weights at one position.
     fn at(&self, position: usize) -> &Lanes;
 }
 
 /// A cost for each weight.
-pub(super) struct Each([Lanes; LONGEST]);
+pub(super) struct Each<'a>(&'a Turned);
 
-impl Costs for Each {
+impl<'a> Costs<'a> for Each<'a> {
+    const KNOWN: bool = true;
     #[inline(always)]
-    fn new(len: usize, _: &[Lanes; LONGEST], h: &[f32]) -> Self {
-        Each(by_position(len, h))
+    fn new(_: &[Lanes], h: &'a Turned) -> Self {
+        Each(h)
     }
     #[inline(always)]
     fn at(&self, position: usize) -> &Lanes {
@@ -27,9 +30,9 @@ impl Costs for Each {
 /// All cost one, so that multiplications by costs disappear; the bits are those of [`Each`].
 pub(super) struct One;
 
-impl Costs for One {
+impl Costs<'_> for One {
     #[inline(always)]
-    fn new(_: usize, _: &[Lanes; LONGEST], _: &[f32]) -> Self {
+    fn new(_: &[Lanes], _: &Turned) -> Self {
         One
     }
     #[inline(always)]
@@ -43,17 +46,20 @@ impl Costs for One {
 /// books-10m, q2_k and q3_k lose 2 and 3 % less by KL divergence this way (six windows), and 4 bits do not gain.
 pub(super) struct BySize([Lanes; LONGEST]);
 
-impl Costs for BySize {
+impl Costs<'_> for BySize {
     #[inline(always)]
-    fn new(len: usize, w: &[Lanes; LONGEST], _: &[f32]) -> Self {
+    fn new(w: &[Lanes], _: &Turned) -> Self {
         let (mut squares, mut costs) = (ZERO, [ZERO; LONGEST]);
-        for w in &w[..len] {
+        for w in w {
             for i in 0..LANES {
                 squares[i] += w[i] * w[i];
             }
         }
-        let sigma = squares.map(|sum| (sum / len as f32).sqrt());
-        for (costs, w) in costs[..len].iter_mut().zip(w) {
+        let mut sigma = ZERO;
+        for i in 0..LANES {
+            sigma[i] = (squares[i] / w.len() as f32).sqrt();
+        }
+        for (costs, w) in costs.iter_mut().zip(w) {
             for i in 0..LANES {
                 costs[i] = sigma[i] + w[i].abs();
             }
@@ -64,14 +70,4 @@ impl Costs for BySize {
     fn at(&self, position: usize) -> &Lanes {
         &self.0[position]
     }
-}
-
-/// Numbers of sub-blocks of `len`, by position, then lane.
-#[inline(always)]
-pub(super) fn by_position(len: usize, from: &[f32]) -> [Lanes; LONGEST] {
-    let mut to = [ZERO; LONGEST];
-    for (lane, from) in from.chunks(len).enumerate() {
-        to.iter_mut().zip(from).for_each(|(to, &x)| to[lane] = x);
-    }
-    to
 }
