@@ -230,7 +230,7 @@ def packed_zero_placeholder() -> Iterator[None]:
         PackedQuantizationCompressor.compress = classmethod(stock)
 
 
-def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: bool = False) -> PreTrainedModel:
+def load_compressed_tensors(folder: Path, dequantize: bool = False) -> PreTrainedModel:
     """The folder as transformers and compressed-tensors load it; every stored tensor must have found its place.
 
     With `dequantize` it takes transformers' other route, which rounds each weight to the type of its scale.
@@ -240,7 +240,7 @@ def load_compressed_tensors(folder: Path, attention: str = "sdpa", dequantize: b
     dtype = torch.bfloat16 if any(group["format"] in BF16_ONLY for group in groups) else torch.float32
     with contextlib.nullcontext() if dequantize else packed_zero_placeholder():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            folder, dtype=dtype, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
