@@ -3,6 +3,7 @@
 
 use crate::{Observation, TargetShift};
 use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, held_out};
+use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// One window in this many is held out.
@@ -64,13 +65,16 @@ impl Seen {
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
             let of = |what: fn(&Glimpse) -> &Vec<f32>| -> Vec<f32> {
-                (first..).zip(glimpses).filter(|(w, _)| mine(*w)).flat_map(|(_, g)| what(g).iter().copied()).collect()
+                let parts: Vec<&[f32]> =
+                    (first..).zip(glimpses).filter(|(w, _)| mine(*w)).map(|(_, g)| &what(g)[..]).collect();
+                parts.concat()
             };
             let seen = of(|g| &g.seen);
             if seen.is_empty() {
                 continue;
             }
-            self.largest = seen.iter().fold(self.largest, |most, v| most.max(v.abs()));
+            let largest = |part: &[f32]| part.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            self.largest = self.largest.max(seen.par_chunks(1 << 16).map(largest).reduce(|| 0.0, f32::max));
             let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
             let r: Option<Vec<f32>> = weights.map(|weights| {
                 (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
