@@ -27,7 +27,9 @@ impl Bench<'_> {
         let (folder, file) = (self.work.join("w4g32"), self.work.join("q4_0.gguf"));
         let options = ["--method", "rtn", "--no-report", "--force"];
         self.quantize(&folder, &[&options[..], &["--bits", "4", "--group-size", "32"]].concat())?;
-        self.quantize(&file, &[&options[..], &["--scheme", "q4_0"]].concat())?;
+        // The head of a folder stays in 16 bits, so that of the file does.
+        let types = ["--scheme", "q4_0", "--output-tensor-type", "bf16", "--token-embedding-type", "bf16"];
+        self.quantize(&file, &[&options[..], &types].concat())?;
         let mut rates: [Vec<f64>; 3] = Default::default();
         for _ in 0..self.rounds {
             rates[0].push(self.ours(&folder, "int8")?);

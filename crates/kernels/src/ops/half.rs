@@ -202,6 +202,11 @@ mod avx512 {
             let x = unsafe { _mm512_maskz_loadu_ps(mask, x[at..].as_ptr()) };
             for n in 0..N {
                 let w = &w[n * cols + at..][..here];
+                if at.is_multiple_of(2 * LANES) {
+                    // The rows after these, which a CPU that sees short rows does not expect; beyond the matrix nothing is
+                    // fetched.
+                    _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(N * cols).cast());
+                }
                 // SAFETY: as above.
                 let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.as_ptr().cast()) };
                 let w = if BF {

@@ -130,6 +130,21 @@ fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[&'a [u8]; 2];
     std::array::from_fn(|n| [of(block + 2 * n), of(block + 2 * n + 1)])
 }
 
+/// Has the chunks that are met `ahead` bytes later, by the next blocks, come into the second cache: one token waits for
+/// nothing but memory, and each block is too short for the CPU to see that.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
+    for pair in codes {
+        for codes in pair {
+            for line in codes.chunks(64) {
+                // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(ahead).cast());
+            }
+        }
+    }
+}
+
 /// `N` pairs of blocks for `T` tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -156,6 +171,9 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             let mut these = [[&codes[0][0][..0]; 2]; N];
             for n in 0..N {
                 these[n] = [&codes[n][0][chunk * bytes..][..bytes], &codes[n][1][chunk * bytes..][..bytes]];
+            }
+            if T == 1 {
+                fetch_ahead(&these, N * 2 * chunks * bytes);
             }
             let mut dots = [[_mm512_setzero_si512(); T]; N];
             each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
@@ -303,6 +321,9 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             let mut these = [[&codes[0][0][..0]; 2]; N];
             for n in 0..N {
                 these[n] = [&codes[n][0][chunk * bytes..][..bytes], &codes[n][1][chunk * bytes..][..bytes]];
+            }
+            if T == 1 {
+                fetch_ahead(&these, N * 2 * chunks * bytes);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
