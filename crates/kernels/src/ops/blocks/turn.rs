@@ -89,8 +89,8 @@ unsafe fn square256(from: *const f32, stride: usize, to: &mut [[f32; LANES]], la
             _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
         ];
     }
-    for i in 0..4 {
-        let (a, b) = (fours[0][i], fours[1][i]);
+    let [first, second] = fours;
+    for (i, (a, b)) in first.into_iter().zip(second).enumerate() {
         let columns = [(i, _mm256_permute2f128_ps::<0x20>(a, b)), (4 + i, _mm256_permute2f128_ps::<0x31>(a, b))];
         for (column, numbers) in columns {
             let eight: &mut [f32] = &mut to[column][lane..lane + 8];

@@ -168,8 +168,8 @@ impl Stored {
         let (mut least, mut best) = ([f32::INFINITY; LANES], *self);
         for step in [-1.0, 0.0, 1.0] {
             let mut wanted = at.offset;
-            for i in 0..LANES {
-                self.s[i] = whole(whole(at.scale[i] * per_d[i] + limits.bias, limits.scale) + step, limits.scale);
+            for (s, (scale, per_d)) in self.s.iter_mut().zip(at.scale.iter().zip(&per_d)) {
+                *s = whole(whole(scale * per_d + limits.bias, limits.scale) + step, limits.scale);
             }
             // The offset that suits the scale, then the one that suits the levels this offset leads to.
             for _ in 0..if SHIFTED { 2 } else { 1 } {

@@ -14,9 +14,9 @@ impl Best {
     #[inline(always)]
     fn new<'a, C: Costs<'a>>(tile: &Tile<'_, C>) -> Self {
         let mut mean = ZERO;
-        for i in 0..LANES {
-            let quotient = tile.sum[i] / tile.costs[i];
-            mean[i] = if tile.costs[i] > 0.0 { quotient } else { 0.0 };
+        for (mean, (sum, costs)) in mean.iter_mut().zip(tile.sum.iter().zip(&tile.costs)) {
+            let quotient = sum / costs;
+            *mean = if *costs > 0.0 { quotient } else { 0.0 };
         }
         Best { explained: ZERO, at: NOTHING, mean }
     }
