@@ -6,7 +6,9 @@
 
 mod clock;
 
-use bitmill::kernels::{View, ViewMut, gemm, pack_bits, packed_words, syrk, unpack_bits};
+use bitmill::kernels::{
+    Brain, Brained, View, ViewMut, brain_gemm, brain_syrk, gemm, pack_bits, packed_words, syrk, unpack_bits,
+};
 use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
 };
@@ -29,6 +31,28 @@ fn sample(count: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
+/// Products of one thread, both sides rounded within the time, and what is left when they are.
+fn bfloat16(brain: Brain, limit: f64) {
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    one.install(|| {
+        for [m, k, n] in [[4096, 1024, 384], [1024, 1024, 1024], [512, 2048, 2048]] {
+            let (a, b) = (sample(m * k, 3), sample(n * k, 4));
+            let (a, b) = (View::new(&a, m, k, k), View::new(&b, n, k, k));
+            let (mut left, mut right) = (vec![0; Brained::pairs(m, k)], vec![0; Brained::pairs(n, k)]);
+            let mut c = vec![0.0; m * n];
+            let whole = time(|| {
+                let (a, b) = (Brained::round(brain, a, &mut left), Brained::round(brain, b, &mut right));
+                brain_gemm(brain, a, b, &mut ViewMut::new(&mut c, m, n, n));
+            });
+            let (a, b) = (Brained::round(brain, a, &mut left), Brained::round(brain, b, &mut right));
+            let product = time(|| brain_gemm(brain, a, b, &mut ViewMut::new(&mut c, m, n, n)));
+            for (what, seconds) in [("rounded and multiplied", whole), ("multiplied", product)] {
+                row(&format!("{m}x{k}x{n} {what}"), seconds, (m * k * n) as f64, "GMAC/s", limit);
+            }
+        }
+    });
+}
+
 fn main() {
     let (out, n, tokens) = (768usize, 768usize, 8192usize);
     let threads = rayon::current_num_threads();
@@ -49,6 +73,12 @@ fn main() {
     assert!((h[n + 1] - x.iter().skip(1).step_by(n).map(|v| v * v).sum::<f32>()).abs() < 0.05 * tokens as f32);
     let mut g = vec![0.0f32; n * n];
     row("H += XᵀX (half of it computed)", time(|| syrk(&x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+
+    if let Some(brain) = Brain::here() {
+        let name = "H += XᵀX in bfloat16";
+        row(name, time(|| brain_syrk(brain, &x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+        bfloat16(brain, macs / threads as f64);
+    }
 
     h.iter_mut().for_each(|v| *v /= tokens as f32);
     let importance: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
