@@ -4,8 +4,6 @@ use super::{LANES, LONGEST, Lanes, Turned, ZERO};
 
 /// The costs of a tile.
 pub(super) trait Costs<'a> {
-    /// Whether something is known of what weights are multiplied by.
-    const KNOWN: bool = false;
     /// Of the weights `w` by position; `h` are the costs as they are given, by position.
     fn new(w: &[Lanes], h: &'a Turned) -> Self;
     /// Of the weights at one position.
@@ -16,7 +14,6 @@ pub(super) trait Costs<'a> {
 pub(super) struct Each<'a>(&'a Turned);
 
 impl<'a> Costs<'a> for Each<'a> {
-    const KNOWN: bool = true;
     #[inline(always)]
     fn new(_: &[Lanes], h: &'a Turned) -> Self {
         Each(h)
