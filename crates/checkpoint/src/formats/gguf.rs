@@ -46,7 +46,7 @@ impl Format for Gguf {
 
     fn check(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
         let Some(form) = scheme.form() else {
-            let reason = "it stores the types q4_0 to q6_k, iq1_s to iq4_xs, mxfp4, nvfp4, tq1_0 and tq2_0: choose one with --scheme";
+            let reason = "it stores the types q1_0 to q6_k, iq1_s to iq4_xs, mxfp4, nvfp4, tq1_0 and tq2_0: choose one with --scheme";
             return Err(unsupported(self, module, scheme, reason));
         };
         if scheme.activations != Activations::Full {

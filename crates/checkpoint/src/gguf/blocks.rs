@@ -286,6 +286,8 @@ fn code(kind: BlockType, e: usize) -> Fields {
         BlockType::Nvfp4 => one(4 + e / 16 * 8 + e % 8, e / 8 % 2 * 4, 4),
         BlockType::Q2K => single(two_bits(16)),
         BlockType::Tq2_0 => single(two_bits(0)),
+        BlockType::Q1_0 => one(2 + e / 8, e % 8, 1),
+        BlockType::Q2_0 => one(2 + e / 4, e % 4 * 2, 2),
         BlockType::Q3K => two(two_bits(32), (lane, 4 * half + quarter, 1)),
         BlockType::Q4K => single(paired(16)),
         BlockType::Q5K => two(paired(48), (16 + lane, 2 * pair + upper, 1)),

@@ -118,8 +118,8 @@ pub static TYPES: &[GgmlType] = &[
     block(35, "TQ2_0", 256, 66, BlockType::Tq2_0, 37),
     block(39, "MXFP4", 32, 17, BlockType::Mxfp4, 38),
     block(40, "NVFP4", 64, 36, BlockType::Nvfp4, 39),
-    opaque(41, "Q1_0", 128, 18),
-    opaque(42, "Q2_0", 64, 18),
+    block(41, "Q1_0", 128, 18, BlockType::Q1_0, 40),
+    block(42, "Q2_0", 64, 18, BlockType::Q2_0, 41),
 ];
 
 /// The type of number `id`.

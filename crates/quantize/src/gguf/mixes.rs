@@ -53,8 +53,10 @@ pub static MIXES: &[Mix] = &[
     mix("iq2_xxs", "IQ2_XXS", 19),
     mix("iq1_m", "IQ1_M", 31),
     mix("iq1_s", "IQ1_S", 24),
+    mix("q2_0", "Q2_0", 41),
     mix("tq2_0", "TQ2_0", 37),
     mix("tq1_0", "TQ1_0", 36),
+    mix("q1_0", "Q1_0", 40),
 ];
 
 /// A matrix' place in the model.
@@ -139,7 +141,7 @@ impl Mix {
         match self.name {
             "iq2_xxs" | "iq2_xs" | "iq1_s" | "iq1_m" => "Q2_K",
             "iq2_s" | "iq2_m" | "iq3_xxs" => "IQ3_S",
-            "tq1_0" | "tq2_0" => "Q4_K",
+            "q2_0" | "tq1_0" | "tq2_0" => "Q4_K",
             _ => self.base,
         }
     }
@@ -210,7 +212,7 @@ impl Mix {
 /// What takes the place of a type whose blocks do not fill a row; half precision where that does not either.
 pub(crate) fn fallback(name: &str) -> &'static str {
     match name {
-        "Q2_K" | "Q3_K" | "TQ1_0" | "TQ2_0" => "Q4_0",
+        "Q2_0" | "Q2_K" | "Q3_K" | "TQ1_0" | "TQ2_0" => "Q4_0",
         "Q4_K" => "Q5_0",
         "Q5_K" => "Q5_1",
         "Q6_K" => "Q8_0",

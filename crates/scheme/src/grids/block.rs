@@ -54,6 +54,8 @@ pub enum BlockType {
     Iq1S,
     Iq1M,
     Nvfp4,
+    Q1_0,
+    Q2_0,
 }
 
 /// Where the scale of a sub-block comes from.
@@ -165,6 +167,8 @@ const IQ1_S: [i8; 3] = [-8, 0, 8];
 /// The same, an eighth up and an eighth down.
 const IQ1_M: [i8; 6] = [-7, 1, 9, -9, -1, 7];
 
+const SIGNS: [i8; 2] = [-1, 1];
+
 const NO_SCALE: Step = Step::Real;
 const fn odd(bits: u32, halvings: u32) -> Step {
     Step::Odd { bits, halvings }
@@ -205,6 +209,8 @@ forms! {
     Iq1S "iq1_s" 256 50 32 IQ1_S, odd(3, 3), Shift::Sign, "GGUF, a codebook of 2048 for 8 ternary weights, 1.5625 bits per weight";
     Iq1M "iq1_m" 256 56 16 IQ1_M, odd(3, 3), Shift::None, "GGUF, the same with a shift for each 8, 1.75 bits per weight";
     Nvfp4 "nvfp4" 64 36 16 E2M1, Step::Float, Shift::None, "GGUF, 4-bit floats with an 8-bit float per 16, 4.5 bits per weight";
+    Q1_0 "q1_0" 128 18 128 SIGNS, NO_SCALE, Shift::None, "GGUF, signs in blocks of 128, 1.125 bits per weight";
+    Q2_0 "q2_0" 64 18 64 span::<4>(-1), NO_SCALE, Shift::None, "GGUF, 2 bits in blocks of 64, 2.25 bits per weight";
 }
 
 impl BlockType {
@@ -382,8 +388,8 @@ impl BlockForm {
     #[must_use]
     #[inline]
     pub const fn is_uniform(&self) -> bool {
-        !matches!(self.kind, BlockType::Iq4Nl | BlockType::Iq4Xs | BlockType::Mxfp4 | BlockType::Nvfp4)
-            && self.codebook().is_none()
+        let uneven = matches!(self.kind, BlockType::Iq4Nl | BlockType::Iq4Xs | BlockType::Mxfp4 | BlockType::Nvfp4);
+        !uneven && !matches!(self.kind, BlockType::Q1_0) && self.codebook().is_none()
     }
 
     fn zero_code(&self) -> u8 {
