@@ -1,6 +1,6 @@
 //! A model as data: sizes, variants, and the name and shape of every tensor.
 
-use crate::layout::{Buffer, Fused, Layout, Spelling};
+use crate::layout::{Buffer, Entry, Fused, Layout, Spelling};
 use crate::{Absorb, Expert, NormKind, NormRole, Pairs, Role, Rope, SITES, Site};
 use std::ops::Range;
 
@@ -96,6 +96,31 @@ pub struct Routing {
     pub blocks: Vec<bool>,
 }
 
+/// The images a model reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Images {
+    /// Colours.
+    pub channels: usize,
+    /// Height and width.
+    pub size: [usize; 2],
+    /// Height and width of a patch. What is left at the lower and the right edge is not looked at.
+    pub patch: [usize; 2],
+}
+
+impl Images {
+    /// Patches of an image, row after row.
+    #[must_use]
+    pub fn patches(&self) -> usize {
+        (self.size[0] / self.patch[0]) * (self.size[1] / self.patch[1])
+    }
+
+    /// Shape of an image: `[channels, height, width]`.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels, self.size[0], self.size[1]]
+    }
+}
+
 /// Everything the forward pass must know about a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -113,8 +138,10 @@ pub struct ModelSpec {
     pub routing: Option<Routing>,
     /// Number of blocks.
     pub layers: usize,
-    /// Rows of the embedding and of the head.
+    /// Rows of the embedding and of the head; 0 of a model that reads no tokens.
     pub vocab: usize,
+    /// What it reads in the place of tokens.
+    pub images: Option<Images>,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
@@ -317,10 +344,19 @@ impl ModelSpec {
         self.layout.qk_norms.map(|norm| format!("{}.weight", self.in_block(block, norm)))
     }
 
-    /// The tensor of token embeddings, `[vocab, hidden]`.
+    /// The tensor that what is read goes through first: of token embeddings, `[vocab, hidden]`, or the projection of patches.
     #[must_use]
     pub fn embedding(&self) -> String {
-        self.spell(self.layout.tokens)
+        match &self.layout.entry {
+            Entry::Tokens(tokens, _) => self.spell(tokens),
+            Entry::Patches(names) => format!("{}.weight", self.spell(names.projection)),
+        }
+    }
+
+    /// The kind of what it reads, for messages.
+    #[must_use]
+    pub fn reads(&self) -> &'static str {
+        if self.images.is_some() { "images" } else { "text" }
     }
 
     /// The name of the weight of the norm before the head, where there is one.
@@ -500,17 +536,7 @@ impl ModelSpec {
     /// Every tensor the architecture owns, each once: embeddings, blocks in order, final norm, head.
     #[must_use]
     pub fn tensors(&self) -> Vec<TensorSlot> {
-        let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
-        if let Some(added) = &self.layout.added {
-            let positions = self.max_positions + self.position_offset;
-            slots.extend(added.positions.map(|name| TensorSlot::new(self.spell(name), &[positions, self.hidden])));
-            slots.extend(added.types.map(|name| TensorSlot::new(self.spell(name), &[self.token_types, self.hidden])));
-            slots.extend(added.norm.into_iter().flat_map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm)))));
-            slots.extend(added.position_ids.map(|name| {
-                let ids = TensorSlot::new(self.spell(name), &[1, positions]);
-                TensorSlot { optional: true, ..ids }
-            }));
-        }
+        let mut slots = self.entry_tensors();
         slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
         if let Some(norm) = self.layout.final_norm.filter(|_| self.layout.head.is_some()) {
             slots.extend(self.norm_slots(self.norm_parts(&self.spell(norm))));
@@ -527,6 +553,39 @@ impl ModelSpec {
             }
         }
         slots
+    }
+}
+
+impl ModelSpec {
+    /// The tensors before the first block.
+    fn entry_tensors(&self) -> Vec<TensorSlot> {
+        let slot = |name, shape: &[usize]| TensorSlot::new(self.spell(name), shape);
+        match (&self.layout.entry, &self.images) {
+            (Entry::Patches(names), Some(images)) => {
+                let Images { channels, patch: [height, width], .. } = *images;
+                vec![
+                    slot(names.class, &[1, 1, self.hidden]),
+                    TensorSlot { optional: true, ..slot(names.mask, &[1, 1, self.hidden]) },
+                    slot(names.positions, &[1, 1 + images.patches(), self.hidden]),
+                    TensorSlot::new(self.embedding(), &[self.hidden, channels, height, width]),
+                    TensorSlot::new(format!("{}.bias", self.spell(names.projection)), &[self.hidden]),
+                ]
+            }
+            (Entry::Patches(_), None) => Vec::new(),
+            (Entry::Tokens(_, added), _) => {
+                let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
+                let positions = self.max_positions + self.position_offset;
+                if let Some(added) = added {
+                    slots.extend(added.positions.map(|name| slot(name, &[positions, self.hidden])));
+                    slots.extend(added.types.map(|name| slot(name, &[self.token_types, self.hidden])));
+                    let norm = added.norm.map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm))));
+                    slots.extend(norm.into_iter().flatten());
+                    let ids = added.position_ids.map(|name| slot(name, &[1, positions]));
+                    slots.extend(ids.map(|ids| TensorSlot { optional: true, ..ids }));
+                }
+                slots
+            }
+        }
     }
 }
 
