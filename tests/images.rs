@@ -8,7 +8,7 @@ use bitmill::checkpoint::Checkpoint;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use support::{assert_same, bitmill, books, edit, failure, json};
+use support::{assert_same, bitmill, books, edit, failure, json, success};
 
 /// A scheme that the tiny model's widths of 32 and 40 allow.
 const SMALL: [&str; 4] = ["--group-size", "8", "--bits", "3"];
@@ -73,15 +73,11 @@ fn calibrated_rounding_keeps_embeddings_better_and_the_folder_whole() {
     }
     let card = std::fs::read_to_string(gptq.join("README.md")).unwrap();
     assert!(card.contains("image-feature-extraction") && card.contains("64 images of 17 tokens"), "{card}");
-    assert!(
-        json(bitmill(["check"]).arg(&gptq).args(["--loader", "transformers"]))["broken"]
-            .as_array()
-            .is_none_or(Vec::is_empty)
-    );
+    success(bitmill(["check"]).arg(&gptq).args(["--loader", "transformers"]));
 }
 
 #[test]
-fn bytes_do_not_depend_on_threads_or_memory_nor_on_how_files_are_cut() {
+fn bytes_do_not_depend_on_threads_or_memory() {
     let dir = tempfile::tempdir().unwrap();
     let model = vit(dir.path());
     let images = pictures(dir.path(), "images.safetensors", 20, 0);
@@ -106,7 +102,7 @@ fn an_embedding_is_its_image_alone() {
         let file = dir.path().join("out.safetensors");
         let mut command = bitmill(["eval"]);
         let command = command.arg(&model).arg("--images").args(images).args(["--windows", count]);
-        support::success(command.arg("--embeddings").arg(&file));
+        success(command.arg("--embeddings").arg(&file));
         candle_core::safetensors::load(&file, &Device::Cpu).unwrap()["embeddings"].to_vec2().unwrap()
     };
     let (six, two) = (pictures(dir.path(), "six.safetensors", 6, 0), pictures(dir.path(), "two.safetensors", 2, 3));
