@@ -27,6 +27,7 @@ mod packed;
 mod rope;
 mod sites;
 mod spec;
+mod tensors;
 mod weights;
 
 pub use arch::{ARCHES, Arch, spec, spec_of};
@@ -43,5 +44,6 @@ pub use ops::{draw, softmax, softmax_divergence};
 pub use packed::{PackedInput, PackedLinear, PackedWeight, Precision};
 pub use rope::{Pairs, Rope, RopeKind, RopeTable};
 pub use sites::{Absorb, Expert, NormRole, Role, SITES, Site};
-pub use spec::{Act, Factors, Images, ModelSpec, QkNorm, Routing, Tempering, TensorSlot, Weighing};
+pub use spec::{Act, Factors, Images, ModelSpec, QkNorm, Routing, Tempering, Weighing};
+pub use tensors::TensorSlot;
 pub use weights::{AsStored, Weights};

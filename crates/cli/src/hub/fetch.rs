@@ -9,13 +9,18 @@ use crate::progress::Progress;
 use crate::units;
 use anyhow::{Context, anyhow, bail, ensure};
 use bitmill_checkpoint::ensure_free;
+use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// How often a file whose transfer breaks off is taken up again.
 const ATTEMPTS: u32 = 3;
+
+/// How long a hub may take to answer the first question.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The hub, asked for one repository.
 struct Hub<'a> {
@@ -84,7 +89,7 @@ impl Hub<'_> {
 
     /// The commit that the revision stands for, and the names of its files.
     fn listing(&self) -> anyhow::Result<(String, Vec<String>)> {
-        let info = self.repo(self.wanted.revision()).info().map_err(|e| self.explain(e, "its list of files"))?;
+        let info = info(&self.repo(self.wanted.revision())).map_err(|e| self.explain(e, "its list of files"))?;
         ensure!(is_plain(&info.sha), "{} says that the commit is {:?}, which is none", self.endpoint, info.sha);
         Ok((info.sha, info.siblings.into_iter().map(|file| file.rfilename).collect()))
     }
@@ -135,9 +140,7 @@ impl Hub<'_> {
                 Err(e) if unfit(&e) && attempt < ATTEMPTS => {
                     let _ = std::fs::remove_file(blob.with_extension("part"));
                 }
-                Err(e) if broken_off(&e) && attempt < ATTEMPTS => {
-                    std::thread::sleep(std::time::Duration::from_millis(500))
-                }
+                Err(e) if broken_off(&e) && attempt < ATTEMPTS => std::thread::sleep(Duration::from_millis(500)),
                 Err(e) => return Err(self.explain(e, &file.name)),
             }
             attempt += 1;
@@ -174,7 +177,7 @@ impl Hub<'_> {
                      with the account of your token; {account}"
                 ),
                 ureq::Error::StatusCode(404) => match wanted.revision {
-                    Some(revision) if self.repo(super::MAIN).info().is_ok() => {
+                    Some(revision) if info(&self.repo(super::MAIN)).is_ok() => {
                         anyhow!(
                             "{repository} is on {endpoint}, but has no revision {revision}; its page lists branches and tags"
                         )
@@ -215,11 +218,18 @@ impl Hub<'_> {
 
     fn unreachable(&self, found: &str, reason: &dyn std::fmt::Display) -> anyhow::Error {
         anyhow!(
-            "{found}: {reason}; if the network is there, HTTPS_PROXY names a proxy and HF_ENDPOINT a mirror; {}; without network, {}",
+            "{found}: {reason}; HTTPS_PROXY names a proxy and HF_ENDPOINT a mirror, where one is needed; {}; or, {}",
             self.later(),
             self.wanted.elsewhere()
         )
     }
+}
+
+/// What the hub says of a repository. It is the first that it is asked, so this is where one that does not answer is found out.
+fn info(repo: &ApiRepo) -> Result<RepoInfo, ApiError> {
+    let request = repo.info_request().config().timeout_connect(Some(PATIENCE)).timeout_recv_response(Some(PATIENCE));
+    let mut response = request.build().call().map_err(Box::new)?;
+    Ok(response.body_mut().read_json().map_err(Box::new)?)
 }
 
 /// Whether the part of a file that an earlier download left is of no use.
