@@ -74,6 +74,7 @@ fn calibrated_rounding_keeps_embeddings_better_and_the_folder_whole() {
     let card = std::fs::read_to_string(gptq.join("README.md")).unwrap();
     assert!(card.contains("image-feature-extraction") && card.contains("64 images of 17 tokens"), "{card}");
     success(bitmill(["check"]).arg(&gptq).args(["--loader", "transformers"]));
+    failure(bitmill(["check"]).arg(&gptq).args(["--loader", "vllm"]), 3);
 }
 
 #[test]
