@@ -196,6 +196,7 @@ fn model() -> BTreeMap<String, Vec<u8>> {
     for (name, text) in [
         ("tokenizer.json", "{}"),
         ("README.md", "a card"),
+        ("LICENSE", ""),
         ("pytorch_model.bin", "a pickle"),
         ("modeling_own.py", "code"),
         ("onnx/model.onnx", "another container"),
@@ -232,7 +233,7 @@ fn what_is_missing_is_fetched_once_and_nothing_else() {
     let snapshot = repository(&home).join("snapshots").join(COMMIT);
     for (name, bytes) in model() {
         let fetched = std::fs::read(snapshot.join(&name)).ok();
-        let wanted = !["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx"].contains(&name.as_str());
+        let wanted = !["pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "LICENSE"].contains(&name.as_str());
         assert_eq!(fetched, wanted.then_some(bytes), "{name}");
     }
     let refs: Vec<_> =
@@ -243,7 +244,9 @@ fn what_is_missing_is_fetched_once_and_nothing_else() {
     assert!(hub.requests().is_empty());
     std::fs::remove_file(snapshot.join("config.json")).unwrap();
     success(&mut hub.bitmill(&home, &["inspect", "tiny/model"]));
-    assert!(hub.requests().iter().all(|r| r.path.contains("/revision/main") || r.path.ends_with("config.json")));
+    // (An empty file is asked for again, and is no more there.)
+    let again = ["/revision/main", "/config.json", "/LICENSE"];
+    assert!(hub.requests().iter().all(|r| again.iter().any(|end| r.path.ends_with(end))));
     // Other revisions of the same files take no second copy.
     success(&mut hub.bitmill(&home, &["inspect", "tiny/model", "--revision", "refs/pr/1"]));
     success(&mut hub.bitmill(&home, &["inspect", "tiny/model", "--revision", COMMIT]));
@@ -274,7 +277,7 @@ fn a_download_that_breaks_off_leaves_no_model_and_goes_on_where_it_stopped() {
     // A part that is as long as the file, or longer, is begun again.
     let blob = std::fs::canonicalize(snapshot.join("model.safetensors")).unwrap();
     for length in [model()["model.safetensors"].len(), 1_000_000] {
-        std::fs::remove_file(snapshot.join("model.safetensors")).unwrap();
+        // Its link stays, and leads nowhere.
         std::fs::remove_file(&blob).unwrap();
         std::fs::write(blob.with_extension("part"), vec![7; length]).unwrap();
         success(&mut hub.bitmill(home, &["inspect", "tiny/model"]));

@@ -98,7 +98,16 @@ impl Hub<'_> {
     fn files(&self, repo: &ApiRepo, names: &[String], (snapshot, commit): (&Path, &str)) -> anyhow::Result<()> {
         let mut missing = Vec::new();
         for name in names.iter().filter(|name| !snapshot.join(name).exists()) {
-            let about = self.api.metadata(&repo.url(name)).map_err(|e| self.explain(e, name))?;
+            let about = match self.api.metadata(&repo.url(name)) {
+                Ok(about) => about,
+                // An empty file has no first byte to ask for, and says nothing.
+                Err(e) if unfit(&e) && !files::is_weights(Path::new(name)) => continue,
+                Err(e) => return Err(self.explain(e, name)),
+            };
+            // A link to a blob that is gone would stand in the way of the file.
+            if snapshot.join(name).is_symlink() {
+                std::fs::remove_file(snapshot.join(name)).with_context(|| format!("removing the dead link {name}"))?;
+            }
             let (etag, bytes) = (about.etag().to_owned(), about.size() as u64);
             ensure!(is_plain(&etag) && about.commit_hash() == commit, "{} answers for another {name}", self.endpoint);
             let blob = self.wanted.folder().join("blobs").join(&etag);

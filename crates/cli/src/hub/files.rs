@@ -8,15 +8,15 @@ const INDEX: &str = "model.safetensors.index.json";
 /// What a folder that can be tokenized, or prepares images, has one of.
 const READING: [&str; 5] = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "preprocessor_config.json"];
 
-/// Whether `inside` names a file of weights, not a folder.
-fn is_file(inside: &Path) -> bool {
+/// Whether a path names a file of weights; what else is asked for inside of a repository is a folder.
+pub(super) fn is_weights(inside: &Path) -> bool {
     inside.extension().is_some_and(|e| e == "gguf" || e == "safetensors")
 }
 
 /// Whether the snapshot holds all of `inside`, of which weights come last ([`small`], [`weights`]).
 pub(super) fn whole(snapshot: &Path, inside: &Path) -> bool {
     let path = snapshot.join(inside);
-    if is_file(inside) {
+    if is_weights(inside) {
         return match shards_of(inside) {
             Some((stem, count)) => {
                 (1..=count).all(|i| snapshot.join(format!("{stem}-{i:05}-of-{count:05}.gguf")).exists())
@@ -31,7 +31,7 @@ pub(super) fn whole(snapshot: &Path, inside: &Path) -> bool {
 
 /// What a snapshot that is not whole lacks, for messages.
 pub(super) fn missing(inside: &Path) -> String {
-    match is_file(inside) {
+    match is_weights(inside) {
         true => inside.display().to_string(),
         false => "all of its configuration, tokenizer and safetensors weights".into(),
     }
@@ -62,9 +62,9 @@ fn shards(folder: &Path) -> Option<Vec<String>> {
 /// # Errors
 /// Why `listed` holds no model that is read here.
 pub(super) fn small(inside: &Path, listed: &[String]) -> Result<Vec<String>, String> {
-    if is_file(inside) {
+    if is_weights(inside) {
         let wanted = inside.to_string_lossy();
-        let held: Vec<&str> = listed.iter().map(String::as_str).filter(|name| is_file(Path::new(name))).collect();
+        let held: Vec<&str> = listed.iter().map(String::as_str).filter(|name| is_weights(Path::new(name))).collect();
         return match held.contains(&&*wanted) {
             true => Ok(Vec::new()),
             false => Err(format!("it holds no {wanted}, but {}", some(&held))),
@@ -100,7 +100,7 @@ pub(super) fn small(inside: &Path, listed: &[String]) -> Result<Vec<String>, Str
 /// An index that cannot be read, or that names what is not `listed`.
 pub(super) fn weights(inside: &Path, listed: &[String], snapshot: &Path) -> Result<Vec<String>, String> {
     let listed = |name: &String| listed.contains(name).then(|| name.clone());
-    if is_file(inside) {
+    if is_weights(inside) {
         let parts = match shards_of(inside) {
             Some((stem, count)) => (1..=count).map(|i| format!("{stem}-{i:05}-of-{count:05}.gguf")).collect(),
             None => vec![inside.to_string_lossy().into_owned()],
