@@ -106,8 +106,8 @@ fn more_bits_lose_less() {
     let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, 128, 16, 0).unwrap();
     let (block, embedding) = (Block::load(&spec, 0, &dense).unwrap(), Embedding::load(&spec, &dense).unwrap());
     let mut stats = SiteStats::new(spec.hidden);
-    for tokens in &windows.tokens {
-        let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
+    for w in 0..windows.count() {
+        let x = block.attn_in(&embedding.embed(windows.tokens(w)).unwrap()).unwrap();
         stats.add(&x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }
     let module = &spec.block_linears(0)[0].1;

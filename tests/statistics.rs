@@ -196,7 +196,7 @@ fn cross_terms_are_those_of_per_sample_gradients() {
 
     let rope = RopeTable::new(&spec.ropes, windows.length).unwrap();
     let head = Head::load(&spec, &input).unwrap();
-    let mut h = Embedding::load(&spec, &input).unwrap().embed(&windows.tokens[0]).unwrap();
+    let mut h = Embedding::load(&spec, &input).unwrap().embed(windows.tokens(0)).unwrap();
     let mut traced = Vec::new();
     for index in 0..spec.layers {
         let block = Block::load(&spec, index, &input).unwrap();

@@ -15,10 +15,10 @@ pub(crate) fn books() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-10m")
 }
 
-/// The binary with `args`.
+/// The binary with `args`, which connects to nothing.
 pub(crate) fn bitmill<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(args: I) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bitmill"));
-    command.args(args);
+    command.args(args).env("HF_HUB_OFFLINE", "1");
     command
 }
 

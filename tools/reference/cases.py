@@ -40,6 +40,15 @@ FLOATS = {
 """Named schemes of floats, and the format each is written in."""
 
 
+IMAGES = (
+    Case("vit w8 sym channel", "--bits 8 --group-size -1 --format pack-quantized", "pack-quantized"),
+    Case("vit w8 sym channel, naive", "--bits 8 --group-size -1 --format naive-quantized", "naive-quantized"),
+    Case("vit w8 sym channel, calibrated", "--bits 8 --group-size -1 --format pack-quantized", "pack-quantized", "--method gptq"),
+    Case("vit w4 sym g8, calibrated", "--bits 4 --group-size 8 --format pack-quantized", "pack-quantized", "--method gptq"),
+)
+"""Folders of an encoder of images."""
+
+
 def table() -> list[Case]:
     """Every case. The cross products are whole: a case takes seconds."""
     cases = []

@@ -12,6 +12,9 @@ Rounding activations is chaotic: a difference of 1e-7 decides ties, and with int
 construction, so that the peer disagrees with itself between two attention implementations by more than a tenth. Such a folder is
 held to the tolerance on a copy without `input_activations`; as stored, its first block alone is compared, where few roundings have a
 part yet: the change that rounding makes to our logits must be the change it makes to the peer's.
+
+Encoders of images are compared by hidden states: the golden ViT of the tests, whose first hidden state `bitmill eval --embeddings`
+writes with length 1.
 """
 
 import argparse
@@ -26,17 +29,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import meter
 import peers
-from cases import Case, table
+from cases import IMAGES, Case, table
 
 TOLERANCE = 1e-3
 """Largest difference of two logits, f32 against f32."""
 FIRST_CORRELATION = 0.85
 """Of the changes that rounding makes to both sides' logits after the first block. Floats reach 0.90 and more (1.000 where no number of
 the text lies on a tie), int8 0.96; under scales that are amax/127 or amax/128 in the place of amax/127.5 it would be 0.77 to 0.81."""
+IMAGE_TOLERANCE = 1e-5
+"""Largest difference of two entries of an embedding of length 1."""
+VIT = Path(__file__).resolve().parents[2] / "crates/models/tests/golden/vit"
 PEERS = ("torch", "transformers", "compressed-tensors", "gptqmodel", "bitsandbytes")
 
 
@@ -221,6 +227,49 @@ def check(bench: Bench, case: Case) -> Outcome:
     return outcome
 
 
+def check_images(bench: Bench, case: Case) -> Outcome:
+    """The same for an encoder of images, by what it makes of the golden file's and of random ones."""
+    folder, control, images = bench.work / "out", bench.work / "control", bench.work / "images.safetensors"
+    for old in (folder, control):
+        shutil.rmtree(old, ignore_errors=True)
+    pixels = torch.cat([load_file(VIT / "golden.safetensors")["pixel_values"], torch.randn((6, 3, 16, 16), generator=torch.Generator().manual_seed(1))])
+    save_file({"pixel_values": pixels}, images)
+    arguments = ["quantize", str(VIT), "-o", str(folder), "--force", *case.options.split(), *case.method.split()]
+    arguments += ["--calibration", str(images)]
+    outcome = Outcome(case.name, " ".join(["bitmill", *arguments]))
+    start = time.monotonic()
+
+    def ours(of: Path) -> torch.Tensor:
+        file = bench.work / "embeddings.safetensors"
+        bench.run("eval", str(of), "--images", str(images), "--embeddings", str(file))
+        return load_file(file)["embeddings"]
+
+    def theirs(model: torch.nn.Module) -> torch.Tensor:
+        return torch.nn.functional.normalize(peers.image_states(model, pixels)[:, 0], dim=1)
+
+    try:
+        bench.run(*arguments)
+        tensors, config = peers.stored(folder), peers.quantization_config(folder)
+        quantized = peers.modules(tensors)
+        outcome.expect(len(quantized) == 12 and set(quantized.values()) == {case.format}, f"stored: {quantized}")
+        with peers.quiet(bench.log):
+            dense, model = theirs(peers.load(VIT)), peers.load_compressed_tensors(folder)
+            own = ours(folder)
+            outcome.difference, outcome.from_dense = farthest(own, theirs(model)), farthest(own, dense)
+            exact = [torch.equal(model.get_submodule(peers.image_module(m)).weight, peers.definition(tensors, m, config)) for m in quantized]
+            outcome.expect(all(exact), "the peer's f32 weights are not the definition")
+            flipped = peers.flip_code(folder, control)
+            outcome.control = farthest(own, theirs(peers.load(control)))
+        outcome.expect(farthest(ours(VIT), dense) <= IMAGE_TOLERANCE, "unquantized embeddings differ")
+        outcome.expect(outcome.difference <= IMAGE_TOLERANCE, f"embeddings differ by {outcome.difference:.1e}")
+        outcome.expect(outcome.from_dense > 10 * IMAGE_TOLERANCE, "embeddings are those of the unquantized model")
+        outcome.expect(outcome.control > 10 * IMAGE_TOLERANCE, f"a flipped bit in {flipped} went unnoticed")
+    except Exception as error:  # one broken case must not hide the others
+        outcome.problems.append(f"{type(error).__name__}: {error}")
+    outcome.seconds = round(time.monotonic() - start, 1)
+    return outcome
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bitmill", type=Path, required=True, help="the binary")
@@ -231,17 +280,18 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--window", type=int, default=512)
     arguments = parser.parse_args()
-    selected = [case for case in table() if re.search(arguments.cases, case.name)]
+    every = [(check, case) for case in table()] + [(check_images, case) for case in IMAGES]
+    selected = [(judge, case) for judge, case in every if re.search(arguments.cases, case.name)]
     if not selected:
-        parser.error(f"no case matches {arguments.cases!r}; cases: {', '.join(case.name for case in table())}")
+        parser.error(f"no case matches {arguments.cases!r}; cases: {', '.join(case.name for _, case in every)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.bitmill.resolve(), arguments.model, arguments.text, arguments.work, arguments.windows, arguments.window)
     plain = farthest(bench.ours(bench.model), bench.dense)
     print(f"unquantized model: bitmill − transformers {plain:.1e}\n", flush=True)
     print(f"{'case':<28} {'bitmill−peer':>12} {'−unquantized':>12} {'−flipped bit':>12} {'s':>6}  verdict", flush=True)
     outcomes = []
-    for case in selected:
-        outcome = check(bench, case)
+    for judge, case in selected:
+        outcome = judge(bench, case)
         outcomes.append(outcome)
         verdict = "; ".join(["FAIL", *outcome.problems] if outcome.problems else ["ok", *outcome.notes])
         row = f"{outcome.difference:>12.1e} {outcome.from_dense:>12.1e} {outcome.control:>12.1e} {outcome.seconds:>6}"

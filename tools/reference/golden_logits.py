@@ -24,12 +24,19 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 import logits_dense
 import logits_llama
 import logits_mixtures
-from logits_encoders import ENCODERS
+from logits_encoders import ENCODERS, IMAGES
 from logits_mixtures import RENAMED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +123,15 @@ def hidden_states_of(folder, ids):
         return model.eval()(ids[None]).last_hidden_state[0].float()
 
 
+def image_states_of(folder, pixels):
+    classifier = "id2label" in json.loads((folder / "config.json").read_text())
+    kind = AutoModelForImageClassification if classifier else AutoModel
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    with torch.no_grad():
+        return getattr(model.eval(), "vit", model)(pixels).last_hidden_state.float()
+
+
 def write_config(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -134,7 +150,7 @@ def write_case(seed, name, config, plainer, length):
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
     state = {renamed(name, k): v for k, v in state.items()}
-    write_golden(seed, folder, config, plainer, length, state, "logits", logits_of)
+    write_golden(folder, config, plainer, ("input_ids", random_ids(seed, config, length)), state, ("logits", logits_of))
 
 
 def write_encoder(seed, name, config, plainer, length, stored):
@@ -143,49 +159,53 @@ def write_encoder(seed, name, config, plainer, length, stored):
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     randomise(model, seed)
     state = {stored(k): v.detach().float().contiguous() for k, v in model.state_dict().items()}
-    write_golden(seed, folder, config, plainer, length, state, "hidden_states", hidden_states_of)
+    ids = random_ids(seed, config, length)
+    write_golden(folder, config, plainer, ("input_ids", ids), state, ("hidden_states", hidden_states_of))
 
 
-def write_golden(seed, folder, config, plainer, length, state, kind, output_of):
-    """Stores the weights and the output on random tokens, which must not be that of a plainer config."""
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+def write_images(seed, name, config, plainer, classifier):
+    folder = GOLDEN / name
+    write_config(folder, config)
+    kind = AutoModelForImageClassification if classifier else AutoModel
+    model = kind.from_config(AutoConfig.from_pretrained(folder))
+    randomise(model, seed)
+    # In memory the names are others than the library stores.
+    stored = folder / "stored"
+    model.save_pretrained(stored)
+    state = load_file(stored / "model.safetensors")
+    shutil.rmtree(stored)
+    size = model.config.image_size
+    shape = (2, model.config.num_channels, *(size if isinstance(size, list) else (size, size)))
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed))
+    write_golden(folder, config, plainer, ("pixel_values", pixels), state, ("hidden_states", image_states_of))
+
+
+def random_ids(seed, config, length):
     vocab = config.get("text_config", config)["vocab_size"]
     # Beyond the last are the tokens that stand for an image.
-    ids = torch.randint(0, config.get("image_token_index", vocab), (length,), generator=torch.Generator().manual_seed(1000 + seed))
-    output = output_of(folder, ids)
+    return torch.randint(0, config.get("image_token_index", vocab), (length,), generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def write_golden(folder, config, plainer, read, state, put_out):
+    """Stores the weights and the output on what is read, both with their names; it must not be that of a plainer config."""
+    (what, inputs), (kind, output_of) = read, put_out
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    output = output_of(folder, inputs)
 
     plain, differences = folder / "plainer", []
     for keys in plainer if isinstance(plainer, list) else [plainer]:
         write_config(plain, config | keys)
         shutil.copy(folder / "model.safetensors", plain / "model.safetensors")
-        difference = (output - output_of(plain, ids)).abs().max().item()
+        difference = (output - output_of(plain, inputs)).abs().max().item()
         shutil.rmtree(plain)
         assert difference > 1e-3, f"{folder.name}: {keys} gives the same {kind} ({difference})"
         differences.append(f"{difference:.3f}")
     save_file(
-        {"input_ids": ids, kind: output.contiguous()},
+        {what: inputs, kind: output.contiguous()},
         folder / "golden.safetensors",
         metadata=VERSIONS | {"source": "tools/reference/golden_logits.py"},
     )
     print(f"{folder.name:28} |{kind}| {output.abs().max():7.3f}  plainer configs differ by {', '.join(differences)}")
-
-
-def write_vit():
-    """An image classifier as the library stores it: what reads no tokens is rounded by names and shapes."""
-    folder = ROOT / "crates/quantize/tests/golden/vit"
-    config = ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-        num_labels=5,
-    )
-    model = ViTForImageClassification(config)
-    randomise(model, 300)
-    model.save_pretrained(folder)
-    print(f"{'vit':28} {sum(p.numel() for p in model.parameters())} parameters")
 
 
 def write_books():
@@ -271,7 +291,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     wanted = sys.argv[1:]
-    unknown = set(wanted) - CASES.keys() - ENCODERS.keys()
+    unknown = set(wanted) - CASES.keys() - ENCODERS.keys() - IMAGES.keys()
     assert not unknown, f"no such cases: {unknown}"
     for index, (name, (config, plainer, length)) in enumerate(CASES.items()):
         if not wanted or name in wanted:
@@ -279,9 +299,11 @@ if __name__ == "__main__":
     for index, (name, (config, plainer, length, stored)) in enumerate(ENCODERS.items()):
         if not wanted or name in wanted:
             write_encoder(100 + index, name, config, plainer, length, stored)
+    for index, (name, (config, plainer, classifier)) in enumerate(IMAGES.items()):
+        if not wanted or name in wanted:
+            write_images(300 + index, name, config, plainer, classifier)
     if not wanted:
         write_books()
         write_int8()
-        write_vit()
         write_floats()
     assert load_file(GOLDEN / "llama-gqa/golden.safetensors")["logits"].shape == (40, 64)

@@ -1,6 +1,6 @@
 """Cases of golden_logits.py. Encoders."""
 
-from architectures import BERT, MODERNBERT, ROBERTA
+from architectures import BERT, MODERNBERT, ROBERTA, VIT
 
 # Encoders: as above, the output being hidden states; besides, a function from our names to those the checkpoint stores.
 ENCODERS = {
@@ -58,5 +58,31 @@ ENCODERS = {
         [{"layer_types": ["full_attention", "sliding_attention"]}, {"local_attention": 40}, {"hidden_activation": "gelu"}],
         24,
         lambda name: name,
+    ),
+}
+
+# Encoders of images: their configs, plainer ones, and whether a classifier stands behind them, which has no pooler and puts `vit.`
+# before the names.
+IMAGES = {
+    "vit": (
+        VIT | {"architectures": ["ViTForImageClassification"], "id2label": {str(i): str(i) for i in range(5)}},
+        [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-1}, {"num_attention_heads": 2}],
+        True,
+    ),
+    # Neither images nor patches are square, and a part of the image belongs to no patch.
+    "vit-bare": (
+        VIT
+        | {
+            "architectures": ["ViTModel"],
+            "num_hidden_layers": 1,
+            "image_size": [14, 20],
+            "patch_size": [4, 5],
+            "num_channels": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-2,
+            "qkv_bias": False,
+        },
+        [{"layer_norm_eps": 1e-12}, {"hidden_act": "relu"}],
+        False,
     ),
 }

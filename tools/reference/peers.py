@@ -26,7 +26,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, CompressedTensorsConfig, PreTrainedModel
 
 from converters import to_compressed_tensors
 
@@ -188,7 +188,7 @@ def flip_code(folder: Path, copy: Path) -> str:
     for shard in sorted(copy.glob("*.safetensors"), reverse=True):
         with safe_open(shard, "pt") as file:
             shapes = {name: None for name in file.keys()}
-        last = tuple(f"{part}.{kind}" for part in ("down_proj", "w2") for kind in ("weight_packed", "qweight", "weight"))
+        last = tuple(f"{part}.{kind}" for part in ("down_proj", "w2", "output.dense") for kind in ("weight_packed", "qweight", "weight"))
         codes = [name for name in shapes if name.endswith(last)]
         if not codes:
             continue
@@ -202,7 +202,7 @@ def flip_code(folder: Path, copy: Path) -> str:
         data[8 + header + begin] ^= 1 << bit
         shard.write_bytes(data)
         return name
-    raise LookupError(f"{folder} holds no quantized down_proj")
+    raise LookupError(f"{folder} holds no quantized output of an MLP")
 
 
 @contextlib.contextmanager
@@ -239,13 +239,17 @@ def load_compressed_tensors(folder: Path, dequantize: bool = False) -> PreTraine
     groups = quantization_config(folder)["config_groups"].values()
     dtype = torch.bfloat16 if any(group["format"] in BF16_ONLY for group in groups) else torch.float32
     with contextlib.nullcontext() if dequantize else packed_zero_placeholder():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **options
-        )
+        model, report = kind_of(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ValueError(f"{folder}: transformers reports {problem}: {sorted(report[problem])[:4]}")
     return model.eval()
+
+
+def kind_of(folder: Path) -> type:
+    """The class that loads a folder."""
+    images = json.loads((folder / "config.json").read_text())["model_type"] == "vit"
+    return AutoModelForImageClassification if images else AutoModelForCausalLM
 
 
 def load_bitsandbytes(folder: Path) -> PreTrainedModel:
@@ -332,7 +336,30 @@ def load(folder: Path) -> PreTrainedModel:
         folder = to_compressed_tensors(folder, folder.with_name(f"{folder.name}-converted"))
     if method is not None:
         return load_compressed_tensors(folder, dequantize=has_experts(stored(folder)))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return kind_of(folder).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def image_module(module: str) -> str:
+    """What transformers calls a module of a stored ViT in memory."""
+    renamed = (
+        ("encoder.layer.", "layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    )
+    for ours, theirs in renamed:
+        module = module.replace(ours, theirs)
+    return module
+
+
+def image_states(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Hidden states `[images, tokens, hidden]` behind the last norm of a ViT."""
+    with torch.no_grad():
+        model(pixels[:1])  # decompresses, which the part below does not
+        return model.vit(pixels).last_hidden_state.float()
 
 
 def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

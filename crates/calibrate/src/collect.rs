@@ -28,12 +28,7 @@ impl Pass<'_> {
         let spill = self.spill_dir.join(format!(".bitmill-pass-{}", std::process::id()));
         let stream = Stream::of_lengths(kind, &windows.lengths(), self.spec.hidden, budget, &spill)?;
         let embedding = Embedding::load(self.spec, self.model)?;
-        in_order(
-            windows.count(),
-            16,
-            |w| stream.write(w, &rows(&embedding.embed(&windows.tokens[w])?)?),
-            |_, _| Ok(()),
-        )?;
+        in_order(windows.count(), 16, |w| stream.write(w, &rows(&embedding.embed(windows.get(w)?)?)?), |_, _| Ok(()))?;
         Ok(stream)
     }
 }

@@ -1,10 +1,10 @@
-//! Sentence embeddings of an encoder, and how far they are from a reference model's.
+//! Embeddings of sentences or images by an encoder, and how far they are from a reference model's.
 //!
-//! Each sentence is a window of its own: no padding exists, so none is attended to or pooled.
+//! Each is a window of its own: no padding exists, so none is attended to or pooled.
 
 use crate::eval::run_blocks;
 use crate::metrics::{mean_and_error, quantile};
-use crate::{Comparison, Error, Pooling, Sentences, Windows};
+use crate::{Comparison, Error, Pooling, Windows};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::ModelSpec;
 use serde::Serialize;
@@ -12,16 +12,27 @@ use serde::Serialize;
 /// The result of an evaluation by embeddings.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Similarity {
-    /// Sentences embedded.
-    pub sentences: usize,
+    /// What was embedded, and how many of them.
+    #[serde(flatten)]
+    pub embedded: Embedded,
     /// Their tokens, special tokens included.
     pub tokens: usize,
     /// Tokens of the longest.
     pub longest: usize,
     /// How hidden states were pooled.
     pub pooling: Pooling,
-    /// Cosine similarity of each sentence's embedding to the reference's.
+    /// Cosine similarity of each embedding to the reference's.
     pub cosine: Option<Cosine>,
+}
+
+/// What embeddings are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Embedded {
+    /// So many sentences.
+    Sentences(usize),
+    /// So many images.
+    Images(usize),
 }
 
 /// Mean, spread and quantiles of cosine similarities.
@@ -50,17 +61,17 @@ impl Cosine {
     }
 }
 
-/// Embeds the sentences `windows` with the model, and with the reference if there is one; returns the comparison and the
-/// model's embeddings `[sentences][hidden]`, each of length 1. `progress` is told (steps done, steps in all). Both models
-/// pool as the folder of the model says, which is `how`.
+/// Embeds `windows` with the model, and with the reference if there is one; returns the comparison and the model's embeddings
+/// `[windows][hidden]`, each of length 1. `progress` is told (steps done, steps in all). The hidden states of both models are
+/// pooled by `pooling`.
 ///
 /// # Errors
-/// [`Error::Incomparable`] when the models differ in vocabulary or width, [`Error::NonFinite`] when an embedding has no
+/// [`Error::Incomparable`] when the models differ in what they read or in width, [`Error::NonFinite`] when an embedding has no
 /// direction, and whatever reading and running the models reports.
 pub fn compare_embeddings(
     what: Comparison<'_>,
     windows: &Windows,
-    how: Sentences,
+    pooling: Pooling,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(Similarity, Vec<Vec<f32>>), Error> {
     let spec = bitmill_models::spec_of(what.model)?;
@@ -68,10 +79,17 @@ pub fn compare_embeddings(
         None => None,
         Some(checkpoint) => {
             let other = bitmill_models::spec_of(checkpoint)?;
-            if (other.vocab, other.hidden) != (spec.vocab, spec.hidden) {
+            if (other.vocab, other.images, other.hidden) != (spec.vocab, spec.images, spec.hidden) {
+                let reads = |spec: &ModelSpec| match spec.images {
+                    Some(images) => format!("images {:?} in patches {:?}", images.shape(), images.patch),
+                    None => format!("a vocabulary of {}", spec.vocab),
+                };
                 let reason = format!(
-                    "their vocabularies have {} and {} entries, their embeddings {} and {} channels",
-                    spec.vocab, other.vocab, spec.hidden, other.hidden
+                    "they read {} and {}, and their embeddings have {} and {} channels",
+                    reads(&spec),
+                    reads(&other),
+                    spec.hidden,
+                    other.hidden
                 );
                 let (model, reference) = (what.model.dir().to_owned(), checkpoint.dir().to_owned());
                 return Err(Error::Incomparable { model, reference, reason });
@@ -85,26 +103,29 @@ pub fn compare_embeddings(
         done += 1;
         progress(done, steps);
     };
-    let own = embed(&what, what.model, &spec, windows, how.pooling, "model", &mut tick)?;
+    let own = embed(&what, what.model, &spec, windows, pooling, "model", &mut tick)?;
     let cosine = match reference {
         None => None,
         Some((checkpoint, spec)) => {
-            let other = embed(&what, checkpoint, &spec, windows, how.pooling, "reference", &mut tick)?;
+            let other = embed(&what, checkpoint, &spec, windows, pooling, "reference", &mut tick)?;
             Some(Cosine::of(own.iter().zip(&other).map(|(a, b)| dot(a, b)).collect()))
         }
     };
     let similarity = Similarity {
-        sentences: windows.count(),
+        embedded: match windows.are_images() {
+            true => Embedded::Images(windows.count()),
+            false => Embedded::Sentences(windows.count()),
+        },
         tokens: windows.text_tokens,
         longest: windows.length,
-        pooling: how.pooling,
+        pooling,
         cosine,
     };
     let embeddings = own.into_iter().map(|e| e.into_iter().map(|v| v as f32).collect()).collect();
     Ok((similarity, embeddings))
 }
 
-/// The embedding of every sentence, of length 1.
+/// The embedding of every window, of length 1.
 fn embed(
     what: &Comparison<'_>,
     checkpoint: &Checkpoint,
@@ -119,7 +140,7 @@ fn embed(
         let pooled: Vec<f64> = pooling.pool(&last.read(w)?, spec.hidden).into_iter().map(f64::from).collect();
         let norm = dot(&pooled, &pooled).sqrt();
         if !norm.is_finite() || norm == 0.0 {
-            return Err(Error::NonFinite { block: spec.layers - 1, site: format!("the embedding of sentence {w}") });
+            return Err(Error::NonFinite { block: spec.layers - 1, site: format!("the embedding of window {w}") });
         }
         Ok(pooled.into_iter().map(|v| v / norm).collect())
     };

@@ -64,6 +64,14 @@ pub enum Error {
         /// What is wrong with it, and the remedy.
         reason: String,
     },
+    /// A file that does not hold the images a model reads.
+    #[error("{file}: {reason}", file = file.display())]
+    Images {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it, and the remedy.
+        reason: String,
+    },
     /// Two models that cannot be compared.
     #[error("{model} cannot be compared with {reference}: {reason}", model = model.display(), reference = reference.display())]
     Incomparable {

@@ -93,7 +93,7 @@ pub fn evaluate(
     let mut scores = Vec::with_capacity(windows.count());
     let compute = |w: usize| {
         let reference = other.as_ref().map(|(stream, head, hidden)| (stream, head, *hidden));
-        score_window(&windows.tokens[w], (&last, &head, spec.hidden), reference, w, keep)
+        score_window(windows.tokens(w), (&last, &head, spec.hidden), reference, w, keep)
     };
     in_order(windows.count(), BATCH, compute, |first, batch| {
         for (i, (window, rows)) in batch.into_iter().enumerate() {
@@ -131,9 +131,9 @@ pub(crate) fn run_blocks(
     let stream = Stream::of_lengths(StreamKind::F32, &lengths, spec.hidden, what.stream_memory / 2, &spill)?;
     {
         let embedding = Embedding::load(spec, checkpoint)?;
-        (0..count).into_par_iter().try_for_each(|w| {
-            stream.write(w, &embedding.embed(&windows.tokens[w])?.flatten_all()?.to_vec1::<f32>()?)
-        })?;
+        (0..count)
+            .into_par_iter()
+            .try_for_each(|w| stream.write(w, &embedding.embed(windows.get(w)?)?.flatten_all()?.to_vec1::<f32>()?))?;
     }
     for index in 0..spec.layers {
         let block = Block::load(spec, index, checkpoint)?;

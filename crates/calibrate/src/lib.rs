@@ -1,4 +1,4 @@
-//! Text through a model: tokens, windows, activation streams, statistics per site, perplexity and KL divergence, sentence
+//! Text or images through a model: tokens, windows, activation streams, statistics per site, perplexity and KL divergence, sentence
 //! embeddings.
 //!
 //! Everything here runs a model block by block over a fixed set of windows, so that one block's weights are in memory at
@@ -11,6 +11,7 @@ mod embeddings;
 mod error;
 mod eval;
 mod gguf;
+mod images;
 mod imatrix;
 mod metrics;
 mod pooling;
@@ -25,10 +26,11 @@ mod windows;
 pub use author::{Author, Written, author_memory, together};
 pub use collect::{BlockSink, Pass, collect};
 pub use cross::{CrossStats, Drift};
-pub use embeddings::{Cosine, Similarity, compare_embeddings};
+pub use embeddings::{Cosine, Embedded, Similarity, compare_embeddings};
 pub use error::Error;
 pub use eval::{Comparison, Evaluation, LogitsSink, evaluate};
 pub use gguf::{gguf_tokenizer, tokenizer_files};
+pub use images::PIXELS;
 pub use imatrix::{Imatrix, Importance};
 pub use metrics::{Divergence, Histogram, Perplexity, Summary};
 pub use pooling::{Pooling, Sentences};

@@ -1,18 +1,28 @@
-//! Texts cut into windows: of equal length for a decoder, of one sentence each for an encoder.
+//! What is read, cut into windows: texts into windows of equal length for a decoder, of one sentence each for an encoder;
+//! images are windows as they are.
 
+use crate::images::{self, Image};
 use crate::{Error, Tokenizer};
+use bitmill_models::{Images, Window};
 use std::path::{Path, PathBuf};
 
 /// What the model reads at a time. A decoder's windows are all of one length and open with BOS where the model uses one;
-/// an encoder's are sentences as its tokenizer frames them, of any length, so that no token of them is padding.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// an encoder's are sentences as its tokenizer frames them, of any length, so that no token of them is padding; those of a
+/// model of images are an image each.
+#[derive(Debug, Clone)]
 pub struct Windows {
-    /// `[windows][tokens]`.
-    pub tokens: Vec<Vec<u32>>,
+    content: Content,
     /// Tokens of the longest window, special tokens included.
     pub length: usize,
     /// Tokens of the text they were cut from.
     pub text_tokens: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Content {
+    /// `[windows][tokens]`.
+    Tokens(Vec<Vec<u32>>),
+    Images(Vec<Image>),
 }
 
 /// Most tokens of a held-out window.
@@ -27,6 +37,37 @@ fn start(i: usize, stride: usize, seed: u64) -> usize {
 }
 
 impl Windows {
+    /// These windows of tokens.
+    #[must_use]
+    pub fn of_tokens(tokens: Vec<Vec<u32>>) -> Self {
+        let length = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let text_tokens = tokens.iter().map(Vec::len).sum();
+        Windows { content: Content::Tokens(tokens), length, text_tokens }
+    }
+
+    /// The images of `files`, which must be such as `images` says, a window each.
+    ///
+    /// Image i of N is number i·⌊L/N⌋ of the L that the files hold one after another. N is `count`, or L where that is less. A
+    /// `seed` other than 0 moves every choice by a reproducible random part of the stride.
+    ///
+    /// # Errors
+    /// [`Error::Images`] for a file that holds none, or others, or numbers that are NaN or infinite.
+    pub fn images<P: AsRef<Path>>(files: &[P], images: &Images, count: usize, seed: u64) -> Result<Self, Error> {
+        let mut all = Vec::new();
+        for file in files {
+            all.extend(images::open(file.as_ref(), images)?);
+        }
+        let count = count.clamp(1, all.len().max(1));
+        let stride = all.len() / count;
+        let chosen = (0..count.min(all.len())).map(|i| all[start(i, stride, seed)].clone()).collect();
+        Ok(Windows::of_images(chosen, images))
+    }
+
+    fn of_images(all: Vec<Image>, images: &Images) -> Self {
+        let length = 1 + images.patches();
+        Windows { text_tokens: all.len() * length, content: Content::Images(all), length }
+    }
+
     /// Cuts `text` (token ids without special tokens) into at most `count` windows of `length` tokens.
     ///
     /// Window i of N starts at token i·⌊(T − length)/N⌋ and is BOS + the next `length − 1` tokens (`length` tokens for
@@ -54,7 +95,7 @@ impl Windows {
         let stride = (text.len() - length) / count;
         let start = |i| start(i, stride, seed);
         let window = |i| bos.into_iter().chain(text[start(i)..start(i) + take].iter().copied()).collect();
-        Ok(Windows { tokens: (0..count).map(window).collect(), length, text_tokens: text.len() })
+        Ok(Windows { text_tokens: text.len(), ..Windows::of_tokens((0..count).map(window).collect()) })
     }
 
     /// Reads, tokenizes and packs `texts`, pairs of a name and its content.
@@ -111,7 +152,7 @@ impl Windows {
         };
         let window = |at: usize| bos.into_iter().chain(text[at..at + own].iter().copied()).collect();
         let tokens: Vec<Vec<u32>> = (0..wanted).filter_map(place).map(window).collect();
-        (!tokens.is_empty()).then_some(Windows { tokens, length, text_tokens: text.len() })
+        (!tokens.is_empty()).then(|| Windows { text_tokens: text.len(), ..Windows::of_tokens(tokens) })
     }
 
     /// The sentences of `texts`, one a line and blank lines skipped, each cut to at most `limit` tokens with the special
@@ -138,43 +179,89 @@ impl Windows {
         }
         let count = count.clamp(1, lines.len());
         let stride = lines.len() / count;
-        let line = |i: usize| match seed {
-            0 => i * stride,
-            _ => i * stride + (splitmix(seed.wrapping_add(i as u64)) % stride as u64) as usize,
-        };
-        let tokens =
-            (0..count).map(|i| tokenizer.sentence(lines[line(i)], vocab, limit)).collect::<Result<Vec<_>, _>>()?;
-        let length = tokens.iter().map(Vec::len).max().unwrap_or(0);
-        let text_tokens = tokens.iter().map(Vec::len).sum();
-        Ok(Windows { tokens, length, text_tokens })
+        let sentence = |i: usize| tokenizer.sentence(lines[start(i, stride, seed)], vocab, limit);
+        Ok(Windows::of_tokens((0..count).map(sentence).collect::<Result<Vec<_>, _>>()?))
     }
 
-    /// The windows of all `parts`, one after another.
-    #[must_use]
-    pub fn joined(parts: Vec<Windows>) -> Windows {
+    /// The windows of all `parts`, one after another; of texts, or of images.
+    ///
+    /// # Errors
+    /// [`bitmill_models::Error::Reads`] where both are among them.
+    pub fn joined(parts: Vec<Windows>) -> Result<Windows, Error> {
         let length = parts.iter().map(|w| w.length).max().unwrap_or(0);
         let text_tokens = parts.iter().map(|w| w.text_tokens).sum();
-        Windows { tokens: parts.into_iter().flat_map(|w| w.tokens).collect(), length, text_tokens }
+        let (mut tokens, mut images) = (Vec::new(), Vec::new());
+        for part in parts {
+            match part.content {
+                Content::Tokens(own) => tokens.extend(own),
+                Content::Images(own) => images.extend(own),
+            }
+        }
+        let content = match (tokens.is_empty(), images.is_empty()) {
+            (_, true) => Content::Tokens(tokens),
+            (true, false) => Content::Images(images),
+            (false, false) => return Err(bitmill_models::Error::Reads { expected: "text", got: "images" }.into()),
+        };
+        Ok(Windows { content, length, text_tokens })
+    }
+
+    /// What the model reads in window `w`.
+    ///
+    /// # Errors
+    /// An image that cannot be read.
+    pub fn get(&self, w: usize) -> Result<Window<'_>, Error> {
+        match &self.content {
+            Content::Tokens(tokens) => Ok(Window::from(&tokens[w])),
+            Content::Images(images) => Ok(Window::Image(images[w].pixels()?.into())),
+        }
+    }
+
+    /// The tokens of window `w`.
+    ///
+    /// # Panics
+    /// Where the windows are images: what asks for tokens runs models that predict some.
+    #[must_use]
+    pub fn tokens(&self, w: usize) -> &[u32] {
+        match &self.content {
+            Content::Tokens(tokens) => &tokens[w],
+            Content::Images(_) => panic!("images have no tokens"),
+        }
+    }
+
+    /// Whether each is an image.
+    #[must_use]
+    pub fn are_images(&self) -> bool {
+        matches!(self.content, Content::Images(_))
     }
 
     /// Tokens of every window.
+    #[must_use]
     pub fn lengths(&self) -> Vec<usize> {
-        self.tokens.iter().map(Vec::len).collect()
+        match &self.content {
+            Content::Tokens(tokens) => tokens.iter().map(Vec::len).collect(),
+            Content::Images(images) => vec![self.length; images.len()],
+        }
     }
 
     /// Number of windows.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.tokens.len()
+        match &self.content {
+            Content::Tokens(tokens) => tokens.len(),
+            Content::Images(images) => images.len(),
+        }
     }
 
-    /// Hash of the token ids.
+    /// Hash of the token ids, or of the images.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let mut hash = blake3::Hasher::new();
-        self.tokens.iter().flatten().for_each(|t| {
-            hash.update(&t.to_le_bytes());
-        });
+        match &self.content {
+            Content::Tokens(tokens) => tokens.iter().flatten().for_each(|t| {
+                hash.update(&t.to_le_bytes());
+            }),
+            Content::Images(images) => images.iter().for_each(|image| image.hash(&mut hash)),
+        }
         // Where windows differ in length, the tokens alone do not say where one ends.
         if self.lengths().iter().any(|&length| length != self.length) {
             self.lengths().iter().for_each(|&length| {
@@ -188,8 +275,12 @@ impl Windows {
     #[must_use]
     pub fn sample(&self, count: usize) -> Windows {
         let count = count.clamp(1, self.count());
-        let tokens = (0..count).map(|i| self.tokens[i * self.count() / count].clone()).collect();
-        Windows { tokens, ..self.clone() }
+        let chosen = (0..count).map(|i| i * self.count() / count);
+        let content = match &self.content {
+            Content::Tokens(tokens) => Content::Tokens(chosen.map(|i| tokens[i].clone()).collect()),
+            Content::Images(images) => Content::Images(chosen.map(|i| images[i].clone()).collect()),
+        };
+        Windows { content, ..*self }
     }
 }
 
@@ -241,9 +332,9 @@ mod tests {
         let w = Windows::pack("t", &text, Some(1), 8, 10, 0).unwrap();
         assert_eq!((w.count(), w.length), (10, 8));
         // Stride ⌊(1000 − 8)/10⌋ = 99.
-        assert_eq!(w.tokens[3], [1, 397, 398, 399, 400, 401, 402, 403]);
+        assert_eq!(w.tokens(3), [1, 397, 398, 399, 400, 401, 402, 403]);
         let w = Windows::pack("t", &text, None, 8, 10, 0).unwrap();
-        assert_eq!(w.tokens[1], (199..207).collect::<Vec<u32>>());
+        assert_eq!(w.tokens(1), (199..207).collect::<Vec<u32>>());
     }
 
     #[test]
@@ -263,12 +354,13 @@ mod tests {
             let text: Vec<u32> = (0..n as u32).collect();
             if let Ok(w) = Windows::pack("t", &text, bos.then_some(9), length, count, seed) {
                 prop_assert!(w.count() >= 1 && w.count() <= count);
-                prop_assert!(w.tokens.iter().all(|t| t.len() == length));
+                prop_assert!(w.lengths().iter().all(|&l| l == length));
                 // Held-out windows share no token with them.
-                let (b, seen): (_, BTreeSet<u32>) = (usize::from(bos), w.tokens.iter().flat_map(|t| &t[usize::from(bos)..]).copied().collect());
+                let b = usize::from(bos);
+                let seen: BTreeSet<u32> = (0..w.count()).flat_map(|i| &w.tokens(i)[b..]).copied().collect();
                 if let Some(held) = Windows::gaps(&text, bos.then_some(9), &w, seed, 5) {
-                    prop_assert!(held.count() <= 5 && held.tokens.iter().all(|t| t.len() == length.min(512)));
-                    prop_assert!(held.tokens.iter().all(|t| t[b..].iter().all(|id| !seen.contains(id))));
+                    prop_assert!(held.count() <= 5 && held.lengths().iter().all(|&l| l == length.min(512)));
+                    prop_assert!((0..held.count()).all(|i| held.tokens(i)[b..].iter().all(|id| !seen.contains(id))));
                 }
             }
         }

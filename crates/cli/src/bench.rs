@@ -6,6 +6,7 @@
 use crate::Common;
 use crate::beside::{beside, replace};
 use crate::progress::Progress;
+use crate::text::holds_images;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -45,7 +46,7 @@ pub(crate) struct Args {
     /// Tokens per calibration window
     #[arg(long, value_name = "N", default_value_t = 2048)]
     sequence_length: usize,
-    /// Text to evaluate on; it must not overlap the calibration text
+    /// Text, or files of images, to evaluate on; it must not overlap the calibration text
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     text: Vec<PathBuf>,
     /// Tokens per evaluated window [default: as of eval]
@@ -208,7 +209,8 @@ fn quantize_args(args: &Args, recipe: &Recipe, bits: u32, group: usize) -> Vec<O
 /// Arguments of `eval`, model aside.
 fn eval_args(args: &Args) -> Vec<OsString> {
     let mut all = vec!["--reference".into(), args.model.clone().into()];
-    all.extend(texts("--text", &args.text));
+    let flag = if args.text.iter().any(|file| holds_images(file)) { "--images" } else { "--text" };
+    all.extend(texts(flag, &args.text));
     all.extend(number("--window", args.window));
     all.extend(number("--windows", args.windows));
     all

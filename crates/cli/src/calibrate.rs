@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let spec = bitmill_models::spec(input.config())?;
     anyhow::ensure!(
         spec.causal,
-        "statistics are collected from decoders; an encoder is quantized with its text directly (quantize --calibration)"
+        "statistics are collected from decoders; an encoder is quantized with its text or images directly (quantize --calibration)"
     );
     if let Some(stats) = &args.stats {
         anyhow::ensure!(is_imatrix(&args.output), "--stats makes an importance matrix; name it FILE.gguf or FILE.dat");

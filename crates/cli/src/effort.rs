@@ -63,7 +63,7 @@ impl Effort {
 /// What tuning on `windows` will cost here, as a sentence; `None` without tuning.
 pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {
     let tuning = plan.settings.tuning.as_ref()?;
-    let tokens = windows.tokens.iter().map(|t| t.len() as u64).sum();
+    let tokens = windows.lengths().into_iter().map(|length| length as u64).sum();
     let operations = plan.tuning_operations(windows.count() as u64, tokens) as f64;
     // What is not a product of matrices takes a third as long again.
     let seconds = 1.3 * operations / product_rate();

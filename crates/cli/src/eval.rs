@@ -1,11 +1,13 @@
 //! `bitmill eval`: how well a model predicts a text, and how far it is from another; for an encoder, how far its
-//! embeddings of sentences are from another's.
+//! embeddings of sentences or images are from another's.
 
 use crate::Common;
 use crate::progress::Progress;
-use anyhow::{Context, bail};
+use crate::text::only_what_it_reads;
+use anyhow::{Context, bail, ensure};
 use bitmill_calibrate::{
-    Comparison, Error, Evaluation, Sentences, Similarity, Tokenizer, Windows, compare_embeddings, evaluate, read_texts,
+    Comparison, Embedded, Error, Evaluation, Pooling, Sentences, Similarity, Tokenizer, Windows, compare_embeddings,
+    evaluate, read_texts,
 };
 use bitmill_checkpoint::{Checkpoint, Dtype, Output, OutputPlan, TensorSpec};
 use bitmill_models::ModelSpec;
@@ -17,7 +19,7 @@ use std::time::Instant;
 ///
 /// Decoders: each window is BOS + text tokens; every position after the first is scored. Encoders: each line of the text is
 /// a sentence, embedded as the folder's sentence-transformers files say (else by mean pooling) and compared with the
-/// reference's embedding. Models run in f32 from their stored weights; dense folders, GGUF files and every format
+/// reference's embedding. Models of images: each image of --images is embedded as its first hidden state. Models run in f32 from their stored weights; dense folders, GGUF files and every format
 /// bitmill writes are read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -27,18 +29,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MODEL")]
     pub(crate) reference: Option<PathBuf>,
     /// Text to predict or embed; it must not overlap the calibration text
-    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    #[arg(long, value_name = "FILE", required_unless_present = "images", num_args = 1..)]
     text: Vec<PathBuf>,
+    /// Images to embed, in the place of text: safetensors files with a tensor pixel_values, [N, channels, height, width] in
+    /// float32, as the model's own image processor makes it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "window"], num_args = 1..)]
+    images: Vec<PathBuf>,
     /// Tokens per window, BOS included [default: 512]; of an encoder, most tokens per sentence [default: as its folder says]
     #[arg(long, value_name = "N")]
     window: Option<usize>,
-    /// Windows or sentences, spread evenly over the text; by default as many as it holds
+    /// Windows, sentences or images, spread evenly over the text or the files; by default as many as they hold
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
     /// Also write the tokens (`input_ids`) and logits (`logits.N` of window N) to this safetensors file
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
-    /// Also write an encoder's embeddings, of length 1 (`embeddings`, one row per sentence), to this safetensors file
+    /// Also write an encoder's embeddings, of length 1 (`embeddings`, one row per sentence or image), to this safetensors file
     #[arg(long, value_name = "FILE", conflicts_with = "logits")]
     embeddings: Option<PathBuf>,
     #[command(flatten)]
@@ -57,15 +63,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         stream_memory: args.common.stream_memory,
         spill_dir: &spill,
     };
-    let tokenizer = Tokenizer::of(&model, spec.bos)?;
-    let texts = read_texts(&args.text)?;
     let started = Instant::now();
     let mut bar = None;
     let mut tick = |done: usize, total: usize| {
         bar.get_or_insert_with(|| Progress::new(total as u64)).set(done as u64);
     };
+    let asked = if spec.images.is_some() { &args.images } else { &args.text };
+    ensure!(!asked.is_empty(), "a {} model reads {}; give --{} FILE", spec.model_type, spec.reads(), spec.reads());
+    only_what_it_reads(&asked.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &spec)?;
     if spec.causal {
-        let windows = text_windows(args, &spec, &tokenizer, &texts)?;
+        let windows = text_windows(args, &model, &spec)?;
         let result = match &args.logits {
             None => evaluate(what, &windows, &mut tick, None)?,
             Some(file) => with_logits(what, &windows, spec.vocab, file, &mut tick)?,
@@ -75,8 +82,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         print(args, &result, started.elapsed().as_secs_f64())
     } else {
-        let (sentences, how) = sentences(args, &spec, &tokenizer, &texts)?;
-        let (result, embeddings) = compare_embeddings(what, &sentences, how, &mut tick)?;
+        let (windows, pooling) = embedded(args, &model, &spec)?;
+        let (result, embeddings) = compare_embeddings(what, &windows, pooling, &mut tick)?;
         if let Some(file) = &args.embeddings {
             write_embeddings(file, &embeddings)?;
         }
@@ -88,34 +95,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The windows of a decoder.
-fn text_windows(
-    args: &Args,
-    spec: &ModelSpec,
-    tokenizer: &Tokenizer,
-    texts: &[(String, String)],
-) -> anyhow::Result<Windows> {
+fn text_windows(args: &Args, model: &Checkpoint, spec: &ModelSpec) -> anyhow::Result<Windows> {
     if args.embeddings.is_some() {
         bail!("--embeddings is for encoders; a {} model predicts tokens, which --logits writes", spec.model_type);
     }
     let window = args.window.unwrap_or(512);
     fits(window, spec)?;
     let count = args.windows.unwrap_or(usize::MAX);
-    let windows = Windows::from_texts(texts, tokenizer, spec.vocab, window, count, 0)?;
+    let (texts, tokenizer) = (read_texts(&args.text)?, Tokenizer::of(model, spec.bos)?);
+    let windows = Windows::from_texts(&texts, &tokenizer, spec.vocab, window, count, 0)?;
     if let Some(asked) = args.windows.filter(|&n| n > windows.count()) {
         eprintln!("note: the text holds {} windows of {window} tokens, not {asked}", windows.count());
     }
     Ok(windows)
 }
 
-/// The sentences of an encoder, and what becomes of them.
-fn sentences(
-    args: &Args,
-    spec: &ModelSpec,
-    tokenizer: &Tokenizer,
-    texts: &[(String, String)],
-) -> anyhow::Result<(Windows, Sentences)> {
+/// The sentences or images of an encoder, and how their hidden states become embeddings.
+fn embedded(args: &Args, model: &Checkpoint, spec: &ModelSpec) -> anyhow::Result<(Windows, Pooling)> {
     if args.logits.is_some() {
-        bail!("--logits is for decoders; a {} model embeds text, and --embeddings writes that", spec.model_type);
+        let (kind, reads) = (&spec.model_type, spec.reads());
+        bail!("--logits is for decoders; a {kind} model embeds {reads}, and --embeddings writes that");
     }
     if args.reference.is_none() && args.embeddings.is_none() {
         bail!(
@@ -124,17 +123,26 @@ fn sentences(
             spec.model_type
         );
     }
+    let count = args.windows.unwrap_or(usize::MAX);
+    if let Some(images) = &spec.images {
+        let windows = Windows::images(&args.images, images, count, 0)?;
+        if let Some(asked) = args.windows.filter(|&n| n > windows.count()) {
+            eprintln!("note: there are {} images, not {asked}", windows.count());
+        }
+        // The token that stands for the whole image.
+        return Ok((windows, Pooling::Cls));
+    }
     let how = Sentences::read(&args.model)?;
     if let Some(window) = args.window {
         fits(window, spec)?;
     }
     let limit = args.window.or(how.limit).unwrap_or(spec.max_positions).min(spec.max_positions);
-    let count = args.windows.unwrap_or(usize::MAX);
-    let sentences = Windows::sentences(texts, tokenizer, spec.vocab, limit, count, 0)?;
+    let (texts, tokenizer) = (read_texts(&args.text)?, Tokenizer::of(model, spec.bos)?);
+    let sentences = Windows::sentences(&texts, &tokenizer, spec.vocab, limit, count, 0)?;
     if let Some(asked) = args.windows.filter(|&n| n > sentences.count()) {
         eprintln!("note: the text holds {} sentences, not {asked}", sentences.count());
     }
-    Ok((sentences, how))
+    Ok((sentences, how.pooling))
 }
 
 fn fits(window: usize, spec: &ModelSpec) -> Result<(), Error> {
@@ -160,7 +168,8 @@ fn with_logits(
     let specs = std::iter::once(ids).chain(names.iter().map(|(s, _)| s.clone())).collect();
     let mut result = None;
     write_file(file, specs, |output| {
-        let tokens: Vec<u8> = windows.tokens.iter().flatten().flat_map(|&t| i64::from(t).to_le_bytes()).collect();
+        let tokens: Vec<u8> =
+            (0..count).flat_map(|w| windows.tokens(w)).flat_map(|&t| i64::from(t).to_le_bytes()).collect();
         output.write("input_ids", &tokens)?;
         let evaluation = evaluate(
             what,
@@ -207,7 +216,8 @@ fn write_file(
 
 /// Prints a result as JSON, with what it is of.
 fn print_json(args: &Args, result: &impl serde::Serialize, seconds: f64) -> anyhow::Result<()> {
-    let mut value = json!({"model": args.model, "reference": args.reference, "text": args.text, "seconds": seconds});
+    let (read, files) = if args.images.is_empty() { ("text", &args.text) } else { ("image_files", &args.images) };
+    let mut value = json!({"model": args.model, "reference": args.reference, read: files, "seconds": seconds});
     if let (Some(all), serde_json::Value::Object(result)) = (value.as_object_mut(), serde_json::to_value(result)?) {
         all.extend(result);
     }
@@ -219,8 +229,11 @@ fn print_similarity(args: &Args, s: &Similarity, seconds: f64) -> anyhow::Result
     if args.common.json {
         return print_json(args, s, seconds);
     }
-    let Similarity { sentences, tokens, longest, .. } = s;
-    println!("{sentences} sentences, {tokens} tokens, {longest} in the longest, {seconds:.1} s");
+    let Similarity { tokens, longest, .. } = s;
+    match s.embedded {
+        Embedded::Sentences(n) => println!("{n} sentences, {tokens} tokens, {longest} in the longest, {seconds:.1} s"),
+        Embedded::Images(n) => println!("{n} images of {longest} tokens, {seconds:.1} s"),
+    }
     if let Some(c) = &s.cosine {
         println!("cosine similarity   {:.6} ± {:.6} of embeddings to the reference's", c.mean, c.error);
         println!("  min {:.6}  1% {:.6}  10% {:.6}  median {:.6}", c.min, c.p1, c.p10, c.median);

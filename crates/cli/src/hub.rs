@@ -1,11 +1,15 @@
-//! Models by the name they have on the hub: `org/model`, found in the cache that its clients share.
+//! Models by the name they have on the hub: `org/model`, found in the cache that its clients share, or fetched into it.
 //!
-//! The cache is a documented layout of folders, so it is read as it lies and nothing is fetched:
+//! The cache is a documented layout of folders. What it holds whole is read as it lies, without a connection:
 //!
 //! ```text
 //! models--org--model/refs/main             the commit that a revision stands for
 //! models--org--model/snapshots/COMMIT/…    its files, as links into blobs/
 //! ```
+
+mod account;
+mod fetch;
+mod files;
 
 use anyhow::{bail, ensure};
 use std::ffi::OsString;
@@ -14,15 +18,30 @@ use std::path::{Path, PathBuf};
 /// The revision that a name stands for.
 const MAIN: &str = "main";
 
-/// Puts the folder in the cache in place of every name of the hub among `models`.
+/// A revision of a repository, or of a file or folder inside of it, as a user asked for it.
+struct Wanted<'a> {
+    /// What the user gave.
+    given: &'a Path,
+    /// `org/model`.
+    repository: String,
+    /// The file or folder inside, empty for the whole.
+    inside: PathBuf,
+    revision: Option<&'a str>,
+    /// Where the hub's clients keep what they fetched.
+    cache: PathBuf,
+}
+
+/// Puts the folder in the cache in place of every name of the hub among `models`, fetching what the cache lacks.
 ///
 /// # Errors
-/// A name or a revision that the cache does not hold, with what to do about it; a revision of nothing.
+/// A name or a revision that can be had neither from the cache nor from the hub, with what to do about it; a revision of nothing.
 pub(crate) fn resolve(models: Vec<&mut PathBuf>, revision: Option<&str>) -> anyhow::Result<()> {
     let mut names = 0;
     for model in models {
-        if let Some((repository, file)) = repository(model) {
-            *model = snapshot(model, &repository, revision)?.join(file);
+        if let Some((repository, inside)) = repository(model) {
+            let wanted = Wanted { given: model, repository, inside, revision, cache: cache(variable)? };
+            let found = wanted.found()?;
+            *model = found;
             names += 1;
         }
     }
@@ -30,43 +49,75 @@ pub(crate) fn resolve(models: Vec<&mut PathBuf>, revision: Option<&str>) -> anyh
     Ok(())
 }
 
-/// The folder of a revision of `repository`, which the user gave as `given`.
-fn snapshot(given: &Path, repository: &str, revision: Option<&str>) -> anyhow::Result<PathBuf> {
-    let cache = cache(|name| std::env::var_os(name).filter(|v| !v.is_empty()))?;
-    let folder = cache.join(format!("models--{}", repository.replace('/', "--")));
-    let wanted = revision.unwrap_or(MAIN);
-    let option = revision.map_or(String::new(), |r| format!(" --revision {r}"));
-    let fetch = format!(
-        "bitmill reads the hub's cache and never connects: fetch it with `hf download {repository}{option}`, or give a folder"
-    );
-    if !folder.is_dir() {
-        bail!(
-            "{} is no path here, and {repository} is not in the hub's cache {}; {fetch}",
-            given.display(),
-            cache.display()
-        );
+/// An environment variable that is not empty.
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|v| !v.is_empty())
+}
+
+impl Wanted<'_> {
+    /// The path in the cache, to which what is missing there is fetched.
+    fn found(&self) -> anyhow::Result<PathBuf> {
+        let held = self.held();
+        if let Some(snapshot) = held.as_ref().filter(|snapshot| files::whole(snapshot, &self.inside)) {
+            return Ok(snapshot.join(&self.inside));
+        }
+        if let Some(switch) = account::offline(variable) {
+            bail!("{}; {switch} forbids to fetch it: {}", self.lacking(held.as_deref()), self.elsewhere());
+        }
+        Ok(fetch::fetch(self)?.join(&self.inside))
     }
-    // A commit is the name of its own snapshot; anything else is written down in refs.
-    let pointer = folder.join("refs").join(wanted);
-    let commit = match std::fs::read_to_string(&pointer) {
-        Ok(commit) => commit.trim().to_owned(),
-        Err(_) => wanted.to_owned(),
-    };
-    let plain = !commit.is_empty() && !commit.contains(['/', '\\']) && !commit.starts_with('.');
-    let snapshot = folder.join("snapshots").join(&commit);
-    if !(plain && snapshot.is_dir()) {
-        let held = revisions(&folder);
-        let held = if held.is_empty() { "none".to_owned() } else { held.join(", ") };
-        bail!(
-            "the hub's cache {} holds no revision {wanted} of {repository} (it holds {held}); {fetch}",
-            cache.display()
-        );
+
+    /// The folder of the repository in the cache.
+    fn folder(&self) -> PathBuf {
+        self.cache.join(format!("models--{}", self.repository.replace('/', "--")))
     }
-    let unfinished = std::fs::read_dir(folder.join("blobs")).into_iter().flatten().flatten();
-    if { unfinished }.any(|e| e.path().extension().is_some_and(|x| x == "incomplete")) {
-        eprintln!("note: a download of {repository} was not finished; if files are missing, {fetch}");
+
+    fn revision(&self) -> &str {
+        self.revision.unwrap_or(MAIN)
     }
-    Ok(snapshot)
+
+    /// The snapshot of the revision in the cache, be it that files are missing there.
+    fn held(&self) -> Option<PathBuf> {
+        let (folder, wanted) = (self.folder(), self.revision());
+        // A commit is the name of its own snapshot; anything else is written down in refs.
+        let commit = match std::fs::read_to_string(folder.join("refs").join(wanted)) {
+            Ok(commit) => commit.trim().to_owned(),
+            Err(_) => wanted.to_owned(),
+        };
+        let plain = !commit.is_empty() && !commit.contains(['/', '\\']) && !commit.starts_with('.');
+        plain.then(|| folder.join("snapshots").join(commit)).filter(|snapshot| snapshot.is_dir())
+    }
+
+    /// What the cache, which may hold a part of it, lacks.
+    fn lacking(&self, held: Option<&Path>) -> String {
+        let Wanted { given, repository, cache, .. } = self;
+        let (folder, wanted, cache) = (self.folder(), self.revision(), cache.display());
+        match (held, folder.is_dir()) {
+            (Some(_), _) => {
+                let missing = files::missing(&self.inside);
+                format!(
+                    "the hub's cache {cache} holds {repository} without {missing}, as a download that was not finished leaves it"
+                )
+            }
+            (None, true) => {
+                let held = revisions(&folder);
+                let held = if held.is_empty() { "none".to_owned() } else { held.join(", ") };
+                format!("the hub's cache {cache} holds no revision {wanted} of {repository} (it holds {held})")
+            }
+            (None, false) => {
+                format!("{} is no path here, and {repository} is not in the hub's cache {cache}", given.display())
+            }
+        }
+    }
+
+    /// How to have it without this machine's network.
+    fn elsewhere(&self) -> String {
+        let option = self.revision.map_or(String::new(), |r| format!(" --revision {r}"));
+        format!(
+            "on a machine with network run `hf download {}{option}` and copy its cache here, or give a folder",
+            self.repository
+        )
+    }
 }
 
 /// The repository that `given` names, and the path of a file inside of it; `None` where it is a path.

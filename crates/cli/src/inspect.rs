@@ -68,9 +68,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         units::bytes(bytes)
     );
     if let Ok(s) = &spec {
+        let reads = match s.images {
+            Some(images) => format!("images {:?} in patches {:?}", images.shape(), images.patch),
+            None => format!("vocabulary {}", s.vocab),
+        };
         println!(
-            "{} blocks, hidden {}, intermediate {}, {} heads over {} of {}, vocabulary {}, context {}",
-            s.layers, s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.vocab, s.max_positions
+            "{} blocks, hidden {}, intermediate {}, {} heads over {} of {}, {reads}, context {}",
+            s.layers, s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim, s.max_positions
         );
     }
     println!("{:<18} {:>8} {:>10} {:>10} {:>8}", "stored as", "tensors", "weights", "bytes", "bits");

@@ -37,7 +37,8 @@ use std::process::ExitCode;
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Branch, tag or commit of models given by their name on the hub (org/model), which are looked up in its cache [default: main]
+    /// Branch, tag or commit of models given by their name on the hub (org/model), which are looked up in its cache and fetched
+    /// into it (HF_HUB_OFFLINE=1 forbids that) [default: main]
     #[arg(long, value_name = "REVISION", global = true)]
     revision: Option<String>,
 }

@@ -488,7 +488,9 @@ fn is_gguf(path: &Path) -> bool {
 
 /// How much text `windows` are.
 pub(crate) fn amount(windows: &Windows) -> String {
-    match windows.tokens.iter().all(|t| t.len() == windows.length) {
+    let equal = windows.lengths().iter().all(|&length| length == windows.length);
+    match equal {
+        true if windows.are_images() => format!("{} images of {} tokens", windows.count(), windows.length),
         true => format!("{} windows of {} tokens", windows.count(), windows.length),
         false => {
             format!("{} sentences of up to {} tokens, {} in all", windows.count(), windows.length, windows.text_tokens)

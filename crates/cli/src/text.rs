@@ -1,20 +1,22 @@
-//! Calibration text: where it comes from and how it is cut, for every command that runs some.
+//! Calibration text, or images: where they come from and how they are cut, for every command that runs some.
 
 use crate::mixed::parse_weighted;
 use crate::quantize::amount;
 use crate::units;
-use bitmill_calibrate::{BUNDLED_TEXT, Sentences, Tokenizer, Windows, read_texts};
+use anyhow::{bail, ensure};
+use bitmill_calibrate::{BUNDLED_TEXT, PIXELS, Sentences, Tokenizer, Windows, read_texts};
 use bitmill_checkpoint::Checkpoint;
-use bitmill_models::ModelSpec;
-use std::path::PathBuf;
+use bitmill_models::{Images, ModelSpec};
+use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct TextArgs {
     /// Calibration text; by default MODEL/calibration.txt, or else a text that comes with bitmill. With weights
-    /// (prose.txt:0.7 code.txt:0.3), each text gives its share of the windows
+    /// (prose.txt:0.7 code.txt:0.3), each text gives its share of the windows. A model of images takes safetensors files with a
+    /// tensor pixel_values, [N, channels, height, width] in float32, as its own image processor makes it
     #[arg(long, value_name = "FILE[:WEIGHT]", num_args = 1.., value_parser = parse_weighted)]
     pub(crate) calibration: Vec<(PathBuf, Option<f64>)>,
-    /// Calibration windows; of an encoder, sentences [default: 128, or 2048 sentences]
+    /// Calibration windows; of an encoder, sentences or images [default: 128, or 2048 sentences]
     #[arg(long, value_name = "N", value_parser = units::parse_positive)]
     samples: Option<usize>,
     /// Tokens per window, or at most per sentence; shortened to the model's context
@@ -52,20 +54,24 @@ impl TextArgs {
     /// The number of windows, by default as many as suit the model `input`: a sentence is a tenth or less of a window,
     /// and a Hessian needs several times as many tokens as it has rows.
     pub(crate) fn samples(&self, input: &Checkpoint) -> usize {
-        let sentences = bitmill_models::spec(input.config()).is_ok_and(|spec| !spec.causal);
+        let sentences = bitmill_models::spec(input.config()).is_ok_and(|s| !s.causal && s.images.is_none());
         self.samples.unwrap_or(if sentences { 2048 } else { 128 })
     }
 
-    /// Reads the text and cuts it into `samples` windows of `length` tokens.
+    /// Reads the text and cuts it into `samples` windows of `length` tokens; or `samples` images.
     pub(crate) fn windows(
         &self,
         input: &Checkpoint,
         spec: &ModelSpec,
         (samples, length, seed): (usize, usize, u64),
     ) -> anyhow::Result<Text> {
+        let files: Vec<&Path> = self.calibration.iter().map(|(file, _)| file.as_path()).collect();
+        only_what_it_reads(&files, spec)?;
+        if let Some(images) = &spec.images {
+            return self.images(&files, (spec, images), (samples, seed));
+        }
         let beside = input.dir().join("calibration.txt");
         let (name, texts) = if !self.calibration.is_empty() {
-            let files: Vec<&PathBuf> = self.calibration.iter().map(|(file, _)| file).collect();
             let texts = read_texts(&files)?;
             (texts.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "), texts)
         } else if beside.is_file() {
@@ -85,16 +91,15 @@ impl TextArgs {
             true => Windows::with_held_out(texts, &tokenizer, spec.vocab, (limit, samples, seed), HELD_OUT),
             false => Ok((Windows::sentences(texts, &tokenizer, spec.vocab, limit, samples, seed)?, None)),
         };
-        let weights: Vec<f64> = self.calibration.iter().map(|(_, weight)| weight.unwrap_or(1.0)).collect();
-        let (windows, held_out) = if self.calibration.iter().any(|(_, weight)| weight.is_some()) {
+        let (windows, held_out) = if let Some(shares) = self.shares(samples) {
             let (mut parts, mut held) = (Vec::new(), Vec::new());
-            for (text, samples) in texts.iter().zip(shares(&weights, samples)) {
+            for (text, samples) in texts.iter().zip(shares) {
                 let (part, rest) = cut(std::slice::from_ref(text), samples)?;
                 eprintln!("{}: {}", text.0, amount(&part));
                 parts.push(part);
                 held.extend(rest);
             }
-            (Windows::joined(parts), (!held.is_empty()).then(|| Windows::joined(held)))
+            (Windows::joined(parts)?, (!held.is_empty()).then(|| Windows::joined(held)).transpose()?)
         } else {
             cut(&texts, samples)?
         };
@@ -103,6 +108,59 @@ impl TextArgs {
             eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
         }
         Ok(Text { name, windows, held_out })
+    }
+
+    /// `samples` images of `files`.
+    fn images(
+        &self,
+        files: &[&Path],
+        (spec, images): (&ModelSpec, &Images),
+        (samples, seed): (usize, u64),
+    ) -> anyhow::Result<Text> {
+        ensure!(
+            !files.is_empty(),
+            "a {} model is calibrated on images, and none come with bitmill: give --calibration FILE.safetensors with a tensor \
+             {PIXELS}, [N, {}] in float32, as the model's own image processor makes it; --method rtn needs none",
+            spec.model_type,
+            images.shape().map(|n| n.to_string()).join(", "),
+        );
+        let name = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+        let windows = match self.shares(samples) {
+            Some(shares) => {
+                let part = |(file, samples): (&&Path, usize)| Windows::images(&[file], images, samples, seed);
+                Windows::joined(files.iter().zip(shares).map(part).collect::<Result<_, _>>()?)?
+            }
+            None => Windows::images(files, images, samples, seed)?,
+        };
+        if windows.count() < samples && self.samples.is_some() {
+            eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
+        }
+        Ok(Text { name, windows, held_out: None })
+    }
+
+    /// How many of `samples` windows each file gives, where weights say so.
+    fn shares(&self, samples: usize) -> Option<Vec<usize>> {
+        let weights: Vec<f64> = self.calibration.iter().map(|(_, weight)| weight.unwrap_or(1.0)).collect();
+        self.calibration.iter().any(|(_, weight)| weight.is_some()).then(|| shares(&weights, samples))
+    }
+}
+
+/// Whether a file is named as one of images, and not of text.
+pub(crate) fn holds_images(file: &Path) -> bool {
+    file.extension().is_some_and(|e| e == "safetensors")
+}
+
+/// Refuses a file of images for a model of text, and the other way round.
+pub(crate) fn only_what_it_reads(files: &[&Path], spec: &ModelSpec) -> anyhow::Result<()> {
+    let kind = &spec.model_type;
+    match (files.iter().find(|file| holds_images(file) != spec.images.is_some()), &spec.images) {
+        (None, _) => Ok(()),
+        (Some(file), None) => bail!("{} is a file of images, and a {kind} model reads text", file.display()),
+        (Some(file), Some(images)) => bail!(
+            "{} is no file of images, which a {kind} model reads: give a .safetensors file with a tensor {PIXELS}, [N, {}] in float32",
+            file.display(),
+            images.shape().map(|n| n.to_string()).join(", "),
+        ),
     }
 }
 

@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let model = Checkpoint::open(&args.model)?;
     let spec = bitmill_models::spec_of(&model)?;
     if !spec.causal {
-        bail!("a {} model does not write; give it text of its use with --calibration", spec.model_type);
+        bail!("a {} model does not write; give it {} of its use with --calibration", spec.model_type, spec.reads());
     }
     let length = args.sequence_length.min(spec.max_positions);
     let wanted = args.samples * length;

@@ -74,10 +74,18 @@ impl<'a> Reader<'a> {
 
     /// An optional integer inside `low..=high`. An integral float counts, since some writers make floats of lengths.
     pub(crate) fn integer(&self, key: &str, low: u64, high: u64) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        self.get(key).map(|value| self.integer_value(key, value, low, high)).transpose()
+    }
+
+    /// A size, 1 to 2^20, in a list under `key`.
+    pub(crate) fn size_value(&self, key: &str, value: &Value) -> Result<usize, Error> {
+        self.integer_value(key, value, 1, MAX_SIZE)
+    }
+
+    fn integer_value(&self, key: &str, value: &Value, low: u64, high: u64) -> Result<usize, Error> {
         let integral = |f: f64| (f.fract() == 0.0 && (0.0..9e15).contains(&f)).then_some(f as u64);
         match value.as_u64().or_else(|| value.as_f64().and_then(integral)) {
-            Some(n) if (low..=high).contains(&n) => Ok(Some(n as usize)),
+            Some(n) if (low..=high).contains(&n) => Ok(n as usize),
             _ => Err(self.error(key, format!("is {}, not an integer from {low} to {high}", brief(value)))),
         }
     }

@@ -1,121 +1,12 @@
-//! What comes before the first block and after the last.
+//! What comes after the last block: the final norm and the output head; and both ends of a model together.
 
 use crate::backward::{accumulate, backward_linear, values};
 use crate::linear::{Linear, Matrix};
 use crate::norm::Norm;
-use crate::weights::shaped;
-use crate::{Error, ModelSpec, Weights, ops};
+use crate::{Embedding, Error, ModelSpec, Weights, ops};
 use bitmill_scheme::Inputs;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use std::borrow::Cow;
-
-/// The token embedding, and what is added to it.
-#[derive(Debug, Clone)]
-pub struct Embedding {
-    /// `[vocab, hidden]`.
-    weight: Matrix,
-    /// Factor of its rows.
-    factor: f32,
-    added: Option<Added>,
-}
-
-/// Learned embeddings beside those of the tokens.
-#[derive(Debug, Clone)]
-struct Added {
-    /// `[positions, hidden]`; without them nothing is added, and the norm is all there is.
-    positions: Option<Tensor>,
-    /// The row of the first position.
-    first: usize,
-    /// The token that is not counted, whose position is the one before the first.
-    padding: Option<u32>,
-    /// Of the first type, which every token of a single text has: `[hidden]`.
-    token_type: Option<Tensor>,
-    /// Of the sum.
-    norm: Option<Norm>,
-}
-
-impl Embedding {
-    /// Loads the embedding alone, which is all that calibration needs.
-    ///
-    /// # Errors
-    /// A tensor that is missing, unreadable or of another shape.
-    pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
-        let weight = Matrix::embedding(weights, &spec.embedding(), [spec.vocab, spec.hidden])?;
-        let load = |added: &'static crate::Added| -> Result<Added, Error> {
-            let rows = spec.max_positions + spec.position_offset;
-            let positions = |name| shaped(weights, &spec.spell(name), &[rows, spec.hidden]);
-            let types = |name| -> Result<Tensor, Error> {
-                Ok(shaped(weights, &spec.spell(name), &[spec.token_types, spec.hidden])?.get(0)?)
-            };
-            let norm = |norm| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(norm)));
-            Ok(Added {
-                positions: added.positions.map(positions).transpose()?,
-                first: spec.position_offset,
-                padding: spec.padding,
-                token_type: added.types.map(types).transpose()?,
-                norm: added.norm.map(norm).transpose()?,
-            })
-        };
-        let added = spec.layout.added.as_ref().map(load).transpose()?;
-        Ok(Embedding { weight, factor: spec.factors.embedding as f32, added })
-    }
-
-    /// The residual stream `[tokens, hidden]` that enters the first block.
-    ///
-    /// # Errors
-    /// [`Error::Token`] for an id beyond the vocabulary, [`Error::Positions`] for more tokens than there are positions.
-    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor, Error> {
-        self.embed_at(tokens, |added| added.places(tokens))
-    }
-
-    /// The same for the token that stands at position `at` of each of several texts.
-    pub(crate) fn embed_next(&self, tokens: &[u32], at: usize) -> Result<Tensor, Error> {
-        self.embed_at(tokens, |added| vec![(added.first + at) as u32; tokens.len()])
-    }
-
-    fn embed_at(&self, tokens: &[u32], places: impl FnOnce(&Added) -> Vec<u32>) -> Result<Tensor, Error> {
-        let vocab = self.weight.rows();
-        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
-            return Err(Error::Token { token, vocab });
-        }
-        let h = self.weight.select(tokens)?;
-        if self.factor != 1.0 {
-            ops::scale(&h, self.factor)?;
-        }
-        let Some(added) = &self.added else { return Ok(h) };
-        if let Some(token_type) = &added.token_type {
-            ops::add(&h, token_type)?;
-        }
-        if let Some(positions) = &added.positions {
-            let (places, rows) = (places(added), positions.dim(0)?);
-            if let Some(&beyond) = places.iter().max().filter(|&&place| place as usize >= rows) {
-                let tokens = beyond as usize + 1 - added.first;
-                return Err(Error::Positions { tokens, positions: rows - added.first });
-            }
-            let places = Tensor::from_slice(&places, places.len(), &Device::Cpu)?;
-            ops::add(&h, &positions.index_select(&places, 0)?)?;
-        }
-        match &added.norm {
-            Some(norm) => norm.forward(&h),
-            None => Ok(h),
-        }
-    }
-}
-
-impl Added {
-    /// The row of the position of every token.
-    fn places(&self, tokens: &[u32]) -> Vec<u32> {
-        let mut next = self.first as u32;
-        let place = |token: &u32| {
-            if Some(*token) == self.padding {
-                return self.first as u32 - 1;
-            }
-            next += 1;
-            next - 1
-        };
-        tokens.iter().map(place).collect()
-    }
-}
 
 /// The final norm and the output head.
 #[derive(Debug, Clone)]
@@ -291,7 +182,10 @@ impl Ends {
     /// As [`Embedding::load`] and [`Head::load`].
     pub fn load(spec: &ModelSpec, weights: &dyn Weights) -> Result<Self, Error> {
         let embedding = Embedding::load(spec, weights)?;
-        let head = Head::with(spec, weights, || Ok(embedding.weight.clone()))?;
+        let head = Head::with(spec, weights, || match embedding.table() {
+            Some(table) => Ok(table.clone()),
+            None => unreachable!("a head over a vocabulary stands behind tokens"),
+        })?;
         Ok(Ends { embedding, head })
     }
 

@@ -64,6 +64,24 @@ pub enum Error {
         /// Rows of the position embedding.
         positions: usize,
     },
+    /// A model was given something else than it reads.
+    #[error("the model reads {expected}, and was given {got}")]
+    Reads {
+        /// What it reads.
+        expected: &'static str,
+        /// What it was given.
+        got: &'static str,
+    },
+    /// An image of another size.
+    #[error(
+        "an image of {got} numbers for a model that reads images of {expected:?}; preprocess it as the model's own processor does"
+    )]
+    Image {
+        /// Channels, height and width that the model reads.
+        expected: [usize; 3],
+        /// Numbers of the image.
+        got: usize,
+    },
     /// Logits asked of a model that ends in hidden states.
     #[error("a {model_type} model has no output head, so it predicts no tokens; compare its embeddings instead")]
     NoHead {

@@ -35,10 +35,8 @@ pub struct Layout {
     pub transposed: bool,
     /// Buffers inside a block that exporters store and nothing here needs.
     pub buffers: &'static [(&'static str, Buffer)],
-    /// The tensor of token embeddings, `[vocab, hidden]`.
-    pub tokens: &'static str,
-    /// What is added to token embeddings.
-    pub added: Option<Added>,
+    /// What comes before the first block.
+    pub entry: Entry,
     /// The module of the norm after the last block. Without a head it belongs to that block, as [`NormRole::MlpResidual`].
     pub final_norm: Option<&'static str>,
     /// The module of the output head, whatever the spelling; without one, a model's result is its hidden states.
@@ -63,6 +61,28 @@ pub struct Routed {
     pub shared: Option<(&'static str, Option<&'static str>)>,
     /// Whether other readers know dense experts of this family as stacks alone, and not as a matrix each.
     pub stacked: bool,
+}
+
+/// The tensors that make a residual stream of what a model reads.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// The embeddings of tokens, `[vocab, hidden]`, and what is added to them.
+    Tokens(&'static str, Option<Added>),
+    /// Patches of an image.
+    Patches(Patched),
+}
+
+/// Patches of an image as tokens, behind one that stands for the whole of it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Patched {
+    /// The module that makes a token of each patch, a convolution whose stride is its size: `[hidden, channels, height, width]`.
+    pub projection: &'static str,
+    /// The token before them, `[1, 1, hidden]`.
+    pub class: &'static str,
+    /// The tensor of positions, `[1, 1 + patches, hidden]`.
+    pub positions: &'static str,
+    /// A token in the place of patches that training hides, `[1, 1, hidden]`; nothing here needs it.
+    pub mask: &'static str,
 }
 
 /// Learned embeddings beside those of the tokens, and the norm of their sum; of a model that rotates, the norm alone.
@@ -133,8 +153,7 @@ const LLAMA: Layout = Layout {
     fused: Fused::ByPart,
     transposed: false,
     buffers: &[("self_attn.rotary_emb.inv_freq", Buffer::Frequencies)],
-    tokens: EMBEDDING,
-    added: None,
+    entry: Entry::Tokens(EMBEDDING, None),
     final_norm: Some("model.norm"),
     head: Some(HEAD),
     task_head: None,
@@ -213,7 +232,7 @@ pub(crate) static NESTED_SANDWICH: Layout = Layout {
         spelled("model.language_model."),
     ],
     blocks: "layers.",
-    tokens: "embed_tokens.weight",
+    entry: Entry::Tokens("embed_tokens.weight", None),
     final_norm: Some("norm"),
     ..NORMS_AROUND
 };
@@ -261,7 +280,7 @@ pub(crate) static NEOX: Layout = Layout {
         ("attention.bias", Buffer::Mask),
         ("attention.masked_bias", Buffer::Number),
     ],
-    tokens: "embed_in.weight",
+    entry: Entry::Tokens("embed_in.weight", None),
     final_norm: Some("final_layer_norm"),
     ..LLAMA
 };
@@ -279,8 +298,10 @@ pub(crate) static GPT2: Layout = Layout {
     norms: &[(NormRole::Input, "ln_1"), (NormRole::PostAttention, "ln_2")],
     transposed: true,
     buffers: &[("attn.bias", Buffer::Mask), ("attn.masked_bias", Buffer::Number)],
-    tokens: "wte.weight",
-    added: Some(Added { positions: Some("wpe.weight"), types: None, norm: None, position_ids: None }),
+    entry: Entry::Tokens(
+        "wte.weight",
+        Some(Added { positions: Some("wpe.weight"), types: None, norm: None, position_ids: None }),
+    ),
     final_norm: Some("ln_f"),
     ..LLAMA
 };
@@ -299,8 +320,10 @@ pub(crate) static OPT: Layout = Layout {
     ],
     norms: &[(NormRole::Input, "self_attn_layer_norm"), (NormRole::PostAttention, "final_layer_norm")],
     buffers: &[],
-    tokens: "embed_tokens.weight",
-    added: Some(Added { positions: Some("embed_positions.weight"), types: None, norm: None, position_ids: None }),
+    entry: Entry::Tokens(
+        "embed_tokens.weight",
+        Some(Added { positions: Some("embed_positions.weight"), types: None, norm: None, position_ids: None }),
+    ),
     final_norm: Some("final_layer_norm"),
     ..LLAMA
 };
@@ -320,8 +343,10 @@ pub(crate) static MODERN_BERT: Layout = Layout {
     linears: &[(Role::Qkv, "attn.Wqkv"), (Role::O, "attn.Wo"), (Role::GateUp, "mlp.Wi"), (Role::Down, "mlp.Wo")],
     norms: &[(NormRole::Input, "attn_norm"), (NormRole::PostAttention, "mlp_norm")],
     first_bare: true,
-    tokens: "embeddings.tok_embeddings.weight",
-    added: Some(Added { positions: None, types: None, norm: Some("embeddings.norm"), position_ids: None }),
+    entry: Entry::Tokens(
+        "embeddings.tok_embeddings.weight",
+        Some(Added { positions: None, types: None, norm: Some("embeddings.norm"), position_ids: None }),
+    ),
     final_norm: Some("final_norm"),
     task_head: Some(["head.", "decoder"]),
     pooler: None,
@@ -355,17 +380,42 @@ const BERT_LIKE: Layout = Layout {
     fused: Fused::ByPart,
     transposed: false,
     buffers: &[],
-    tokens: "embeddings.word_embeddings.weight",
-    added: Some(Added {
-        positions: Some("embeddings.position_embeddings.weight"),
-        types: Some("embeddings.token_type_embeddings.weight"),
-        norm: Some("embeddings.LayerNorm"),
-        position_ids: Some("embeddings.position_ids"),
-    }),
+    entry: Entry::Tokens(
+        "embeddings.word_embeddings.weight",
+        Some(Added {
+            positions: Some("embeddings.position_embeddings.weight"),
+            types: Some("embeddings.token_type_embeddings.weight"),
+            norm: Some("embeddings.LayerNorm"),
+            position_ids: Some("embeddings.position_ids"),
+        }),
+    ),
     final_norm: None,
     head: None,
     task_head: Some(["cls.predictions.", "cls.predictions.decoder"]),
     pooler: Some("pooler.dense"),
+};
+
+/// ViT. Models with a task's head put `vit.` before everything else.
+pub(crate) static VIT: Layout = Layout {
+    spellings: &[spelled("vit."), spelled("")],
+    linears: &[
+        (Role::Q, "attention.attention.query"),
+        (Role::K, "attention.attention.key"),
+        (Role::V, "attention.attention.value"),
+        (Role::O, "attention.output.dense"),
+        (Role::Up, "intermediate.dense"),
+        (Role::Down, "output.dense"),
+    ],
+    norms: &[(NormRole::Input, "layernorm_before"), (NormRole::PostAttention, "layernorm_after")],
+    entry: Entry::Patches(Patched {
+        projection: "embeddings.patch_embeddings.projection",
+        class: "embeddings.cls_token",
+        positions: "embeddings.position_embeddings",
+        mask: "embeddings.mask_token",
+    }),
+    final_norm: Some("layernorm"),
+    task_head: None,
+    ..BERT_LIKE
 };
 
 #[cfg(test)]
@@ -390,6 +440,7 @@ mod tests {
             &BERT,
             &ROBERTA,
             &MODERN_BERT,
+            &VIT,
         ] {
             assert!(layout.linears.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.linears);
             assert!(layout.norms.is_sorted_by(|a, b| a.0 < b.0), "{:?}", layout.norms);

@@ -1,6 +1,6 @@
-//! A model as data: sizes, variants, and the name and shape of every tensor.
+//! A model as data: sizes, variants, and the names of its parts.
 
-use crate::layout::{Buffer, Fused, Layout, Spelling};
+use crate::layout::{Entry, Fused, Layout, Spelling};
 use crate::{Absorb, Expert, NormKind, NormRole, Pairs, Role, Rope, SITES, Site};
 use std::ops::Range;
 
@@ -96,6 +96,31 @@ pub struct Routing {
     pub blocks: Vec<bool>,
 }
 
+/// The images a model reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Images {
+    /// Colours.
+    pub channels: usize,
+    /// Height and width.
+    pub size: [usize; 2],
+    /// Height and width of a patch. What is left at the lower and the right edge is not looked at.
+    pub patch: [usize; 2],
+}
+
+impl Images {
+    /// Patches of an image, row after row.
+    #[must_use]
+    pub fn patches(&self) -> usize {
+        (self.size[0] / self.patch[0]) * (self.size[1] / self.patch[1])
+    }
+
+    /// Shape of an image: `[channels, height, width]`.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels, self.size[0], self.size[1]]
+    }
+}
+
 /// Everything the forward pass must know about a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -113,8 +138,10 @@ pub struct ModelSpec {
     pub routing: Option<Routing>,
     /// Number of blocks.
     pub layers: usize,
-    /// Rows of the embedding and of the head.
+    /// Rows of the embedding and of the head; 0 of a model that reads no tokens.
     pub vocab: usize,
+    /// What it reads in the place of tokens.
+    pub images: Option<Images>,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
@@ -166,17 +193,6 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// The token a text begins with, where the config names one.
     pub bos: Option<u32>,
-}
-
-/// A tensor the architecture owns.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorSlot {
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// Its shape.
-    pub shape: Vec<usize>,
-    /// Whether the forward pass does without it: buffers of old exporters, a head beside tied embeddings.
-    pub optional: bool,
 }
 
 impl ModelSpec {
@@ -317,10 +333,19 @@ impl ModelSpec {
         self.layout.qk_norms.map(|norm| format!("{}.weight", self.in_block(block, norm)))
     }
 
-    /// The tensor of token embeddings, `[vocab, hidden]`.
+    /// The tensor that what is read goes through first: of token embeddings, `[vocab, hidden]`, or the projection of patches.
     #[must_use]
     pub fn embedding(&self) -> String {
-        self.spell(self.layout.tokens)
+        match &self.layout.entry {
+            Entry::Tokens(tokens, _) => self.spell(tokens),
+            Entry::Patches(names) => format!("{}.weight", self.spell(names.projection)),
+        }
+    }
+
+    /// The kind of what it reads, for messages.
+    #[must_use]
+    pub fn reads(&self) -> &'static str {
+        if self.images.is_some() { "images" } else { "text" }
     }
 
     /// The name of the weight of the norm before the head, where there is one.
@@ -404,13 +429,8 @@ impl ModelSpec {
         self.spelling.norm.map(|part| format!("{module}.{part}"))
     }
 
-    fn in_block(&self, block: usize, module: &str) -> String {
+    pub(crate) fn in_block(&self, block: usize, module: &str) -> String {
         format!("{}{}{block}.{module}", self.spelling.prefix, self.layout.blocks)
-    }
-
-    fn norm_slots(&self, names: [String; 2]) -> impl Iterator<Item = TensorSlot> + use<> {
-        let (hidden, parts) = (self.hidden, if self.norm == NormKind::Layer { 2 } else { 1 });
-        names.into_iter().take(parts).map(move |name| TensorSlot::new(name, &[hidden]))
     }
 
     /// Shape `[out, in]` of a linear.
@@ -461,73 +481,6 @@ impl ModelSpec {
             Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_) => false,
         }
     }
-
-    /// The tensors of block `block` as a dense checkpoint stores them, each once.
-    #[must_use]
-    pub fn block_tensors(&self, block: usize) -> Vec<TensorSlot> {
-        let mut slots = Vec::new();
-        for (role, module) in self.block_linears(block) {
-            let shape = self.linear_shape(role);
-            slots.push(TensorSlot::new(format!("{module}.weight"), &self.stored_shape(role)));
-            if self.has_bias(role) {
-                slots.push(TensorSlot::new(format!("{module}.bias"), &shape[..1]));
-            }
-        }
-        if let (Some((router, shared)), Some(routing)) = (self.routers(block), &self.routing) {
-            slots.push(TensorSlot::new(format!("{router}.weight"), &[routing.experts, self.hidden]));
-            slots.extend(shared.map(|gate| TensorSlot::new(format!("{gate}.weight"), &[1, self.hidden])));
-        }
-        for norm in self.block_norms(block) {
-            slots.extend(self.norm_slots(self.norm_tensors(block, norm)));
-        }
-        for (name, width) in self.qk_norms(block).into_iter().zip(self.qk_widths().into_iter().flatten()) {
-            slots.push(TensorSlot::new(name, &[width]));
-        }
-        for (buffer, kind) in self.layout.buffers {
-            let positions = self.max_positions + self.position_offset;
-            let shape = match (kind, &self.ropes[block]) {
-                (Buffer::Frequencies, None) => continue,
-                (Buffer::Frequencies, Some(rope)) => vec![rope.dim / 2],
-                (Buffer::Mask, _) => vec![1, 1, positions, positions],
-                (Buffer::Number, _) => vec![],
-            };
-            let slot = TensorSlot::new(self.in_block(block, buffer), &shape);
-            slots.push(TensorSlot { optional: true, ..slot });
-        }
-        slots
-    }
-
-    /// Every tensor the architecture owns, each once: embeddings, blocks in order, final norm, head.
-    #[must_use]
-    pub fn tensors(&self) -> Vec<TensorSlot> {
-        let mut slots = vec![TensorSlot::new(self.embedding(), &[self.vocab, self.hidden])];
-        if let Some(added) = &self.layout.added {
-            let positions = self.max_positions + self.position_offset;
-            slots.extend(added.positions.map(|name| TensorSlot::new(self.spell(name), &[positions, self.hidden])));
-            slots.extend(added.types.map(|name| TensorSlot::new(self.spell(name), &[self.token_types, self.hidden])));
-            slots.extend(added.norm.into_iter().flat_map(|norm| self.norm_slots(self.norm_parts(&self.spell(norm)))));
-            slots.extend(added.position_ids.map(|name| {
-                let ids = TensorSlot::new(self.spell(name), &[1, positions]);
-                TensorSlot { optional: true, ..ids }
-            }));
-        }
-        slots.extend((0..self.layers).flat_map(|block| self.block_tensors(block)));
-        if let Some(norm) = self.layout.final_norm.filter(|_| self.layout.head.is_some()) {
-            slots.extend(self.norm_slots(self.norm_parts(&self.spell(norm))));
-        }
-        if let Some(head) = self.head() {
-            let head = TensorSlot::new(format!("{head}.weight"), &[self.vocab, self.hidden]);
-            slots.push(TensorSlot { optional: self.tied, ..head });
-        }
-        if let Some(pooler) = self.layout.pooler {
-            let pooler = self.spell(pooler);
-            for (part, shape) in [("weight", &[self.hidden, self.hidden][..]), ("bias", &[self.hidden])] {
-                let slot = TensorSlot::new(format!("{pooler}.{part}"), shape);
-                slots.push(TensorSlot { optional: true, ..slot });
-            }
-        }
-        slots
-    }
 }
 
 impl Routing {
@@ -551,11 +504,5 @@ impl crate::layout::Routed {
             Expert::Routed(index) => Some(format!("{}{index}.{part}", self.experts)),
             Expert::Shared => self.shared.map(|(shared, _)| format!("{shared}.{part}")),
         }
-    }
-}
-
-impl TensorSlot {
-    fn new(name: String, shape: &[usize]) -> Self {
-        TensorSlot { name, shape: shape.to_vec(), optional: false }
     }
 }

@@ -267,6 +267,9 @@ pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Cali
         weights.insert(name, json!(fingerprint));
     }
     let calibration = match calibration {
+        Some(Calibration::Text(w)) if w.are_images() => {
+            json!({"images": w.count(), "length": w.length, "pixels": w.fingerprint()})
+        }
         Some(Calibration::Text(w)) => {
             json!({"windows": w.count(), "length": w.length, "tokens": w.fingerprint()})
         }

@@ -95,7 +95,7 @@ pub enum Event<'a> {
 /// Where a calibrated run learns what the linears read.
 #[derive(Clone, Copy)]
 pub enum Calibration<'a> {
-    /// Text that flows through the model as it is rounded, so that later blocks make up for earlier ones.
+    /// Text, or images, that flow through the model as it is rounded, so that later blocks make up for earlier ones.
     Text(&'a Windows),
     /// What an earlier pass saw in the full-precision model: no forward pass.
     Statistics(&'a Statistics),
@@ -549,7 +549,7 @@ impl<'a> Calibrated<'a> {
                     count,
                     16,
                     |w| -> Result<(), Error> {
-                        let h: Vec<f32> = embedding.embed(&windows.tokens[w])?.flatten_all()?.to_vec1()?;
+                        let h: Vec<f32> = embedding.embed(windows.get(w)?)?.flatten_all()?.to_vec1()?;
                         if let Some(full) = &full {
                             full.write(w, &h)?;
                         }

@@ -2,8 +2,8 @@
 //! one of random weights.
 
 use crate::Settings;
-use bitmill_calibrate::{Windows, splitmix};
-use bitmill_models::{ModelSpec, spec};
+use bitmill_calibrate::{PIXELS, Windows, splitmix, uniform};
+use bitmill_models::{Images, ModelSpec, spec};
 use bitmill_scheme::{Bits, Granularity, Scheme};
 use candle_core::{Device, Tensor};
 use serde_json::json;
@@ -23,12 +23,25 @@ pub(crate) fn settings(transforms: &[&str]) -> Settings {
     Settings { transforms, samples, sequence_length, shard_bytes, ..Settings::new("gptq", "pack-quantized", scheme) }
 }
 
-/// `count` windows of random tokens, at most `length` long.
+/// `count` windows of random tokens, at most `length` long, or of random images, as the model reads them.
 pub(crate) fn windows(spec: &ModelSpec, count: usize, length: usize) -> Windows {
+    if let Some(images) = &spec.images {
+        let dir = tempfile::tempdir().unwrap();
+        return Windows::images(&[pictures(dir.path(), images, count)], images, count, 0).unwrap();
+    }
     let length = length.min(spec.max_positions);
     let token = |i: usize| (splitmix(i as u64) % spec.vocab as u64) as u32;
-    let tokens = (0..count).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect();
-    Windows { tokens, length, text_tokens: count * length }
+    Windows::of_tokens((0..count).map(|w| (0..length).map(|t| token(w * length + t)).collect()).collect())
+}
+
+/// A file of `count` random images below `dir`.
+fn pictures(dir: &Path, images: &Images, count: usize) -> PathBuf {
+    let shape = [&[count][..], &images.shape()].concat();
+    let value = |i: usize| 2.0 * uniform(splitmix(i as u64)) - 1.0;
+    let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
+    let (file, tensor) = (dir.join("images.safetensors"), Tensor::from_vec(values, shape, &Device::Cpu).unwrap());
+    tensor.save_safetensors(PIXELS, &file).unwrap();
+    file
 }
 
 /// A Llama of `layers` blocks, `hidden` channels in two heads and 40 tokens, with normal weights of deviation `spread`.

@@ -20,6 +20,7 @@ mod qwen3;
 mod qwen_moe;
 mod roberta;
 mod smollm3;
+mod vit;
 
 use crate::config::Reader;
 use crate::layout::{DECODER, Layout};
@@ -65,6 +66,7 @@ pub static ARCHES: &[&dyn Arch] = &[
     &qwen_moe::Qwen3Moe,
     &roberta::Roberta,
     &smollm3::SmolLm3,
+    &vit::Vit,
 ];
 
 /// The model that a whole `config.json` describes.
@@ -144,6 +146,7 @@ fn bare(model_type: &str, layout: &'static Layout, sizes: &Sizes) -> ModelSpec {
         routing: None,
         layers,
         vocab,
+        images: None,
         heads,
         kv_heads,
         head_dim,

@@ -1,7 +1,7 @@
 //! Configs that must be read, refused or survived, as tables.
 
 use super::*;
-use crate::{QkNorm, Role, RopeKind, Tempering};
+use crate::{Images, QkNorm, Role, RopeKind, Tempering};
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -209,6 +209,13 @@ fn bad() -> Vec<(Value, &'static str, &'static str)> {
         (with("modernbert", json!({ "global_attn_every_n_layers": 0 })), "global_attn_every_n_layers", "is 0"),
         (with("modernbert", json!({ "layer_types": ["full_attention"] })), "layer_types", "1 entries for 3 layers"),
         (with("bert", json!({ "hidden_size": 34 })), "num_attention_heads", "does not divide"),
+        (with("vit", json!({ "hidden_size": 34 })), "num_attention_heads", "does not divide"),
+        (with("vit", json!({ "image_size": [224, 224, 3] })), "image_size", "has 3 entries"),
+        (with("vit", json!({ "image_size": [224, -1] })), "image_size", "-1"),
+        (with("vit", json!({ "patch_size": "16" })), "patch_size", "\"16\""),
+        (with("vit", json!({ "image_size": 12 })), "patch_size", "larger than the images of [12, 12]"),
+        (with("vit", json!({ "num_channels": 0 })), "num_channels", "is 0"),
+        (with("vit", json!({ "qkv_bias": 1 })), "qkv_bias", "not true or false"),
         (with("bert", json!({ "type_vocab_size": 0 })), "type_vocab_size", "is 0"),
         (with("bert", json!({ "position_embedding_type": "relative_key" })), "position_embedding_type", "absolute"),
         (with("bert", json!({ "is_decoder": true })), "is_decoder", "encoder"),
@@ -260,6 +267,7 @@ fn keys_of_single_architectures() -> Value {
         "intermediate_size_mlp": 40, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_layers": [1], "interleave_moe_layer_step": 2,
         "attention_chunk_size": 8, "attn_temperature_tuning": 4, "floor_scale": 4, "attn_scale": 0.1, "use_qk_norm": true,
         "_remove_final_layer_norm": false, "layer_norm_elementwise_affine": true,
+        "image_size": [32, 48], "patch_size": 16, "num_channels": 3, "qkv_bias": true,
     })
 }
 
@@ -360,6 +368,11 @@ fn silence_means_the_reference_defaults() {
     assert_eq!((bert.token_types, bert.norm_eps, bert.act, bert.causal), (2, 1e-12, Act::Gelu, false));
     assert_eq!((bert.kv_heads, bert.head(), bert.rope()), (4, None, None));
 
+    let vit = spec(&with("vit", json!({ "layer_norm_eps": null }))).unwrap();
+    let images = Images { channels: 3, size: [224; 2], patch: [16; 2] };
+    assert_eq!((vit.images, vit.max_positions, vit.norm_eps, vit.act), (Some(images), 197, 1e-12, Act::Gelu));
+    assert!(vit.qkv_bias && vit.vocab == 0 && vit.head().is_none() && !vit.causal);
+
     let window = |model_type, changes| spec(&with(model_type, changes)).unwrap().windows;
     assert_eq!(window("gemma2", json!({})), [Some(4096), None, Some(4096)]);
     assert_eq!(window("gemma3_text", json!({ "sliding_window": 5 })), [Some(5); 3]);
@@ -445,6 +458,14 @@ fn the_spelling_is_the_one_whose_tensors_are_stored() {
         assert_eq!(bert.module(1, Role::Up), format!("{expected}encoder.layer.1.intermediate.dense"));
         let gamma = stored[1].ends_with("gamma");
         assert_eq!(bert.tensors().iter().any(|slot| slot.name.ends_with("LayerNorm.beta")), gamma);
+    }
+    for prefix in ["", "vit."] {
+        let stored = ["embeddings.patch_embeddings.projection", "encoder.layer.0.layernorm_before"];
+        let stored = stored.map(|module| format!("{prefix}{module}.weight"));
+        let vit = spec(&tiny("vit")).unwrap().spelled_as(|name| stored.iter().any(|s| s == name));
+        assert_eq!(vit.module(2, Role::Q), format!("{prefix}encoder.layer.2.attention.attention.query"));
+        // The norm at the end is the last block's.
+        assert_eq!(vit.norm(2, crate::NormRole::MlpResidual), format!("{prefix}layernorm.weight"));
     }
     let gpt2 = spec(&tiny("gpt2")).unwrap();
     assert_eq!(gpt2.embedding(), "transformer.wte.weight");

@@ -10,7 +10,7 @@ use crate::Error;
 use crate::journal::{StageRecord, io};
 use bitmill_calibrate::{Author, Stream, StreamKind, Written, held_out, in_order, splitmix, together, uniform};
 use bitmill_checkpoint::Dtype;
-use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable};
+use bitmill_models::{Block, BlockGradients, Embedding, Head, HeadGradients, NormRole, RopeTable, Window};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -76,7 +76,7 @@ impl<'a> School<'a> {
             held_out,
         };
         let teach = |w: usize| -> Result<(), Error> {
-            let h = school.forward(school.teacher.iter(), &windows.tokens[w])?;
+            let h = school.forward(school.teacher.iter(), windows.get(w)?)?;
             Ok(school.reference.write(w, &h.flatten_all()?.to_vec1::<f32>()?)?)
         };
         in_order(windows.count(), 16, teach, |_, _| Ok(()))?;
@@ -124,8 +124,8 @@ impl<'a> School<'a> {
         Ok(Student { pupils, head: self.head.as_ref().map(trained).transpose()? })
     }
 
-    fn forward<'b>(&self, blocks: impl Iterator<Item = &'b Block>, tokens: &[u32]) -> Result<Tensor, Error> {
-        let mut h = self.embedding.embed(tokens)?;
+    fn forward<'b>(&self, blocks: impl Iterator<Item = &'b Block>, window: Window<'_>) -> Result<Tensor, Error> {
+        let mut h = self.embedding.embed(window)?;
         for block in blocks {
             h = block.forward(&h, &self.rope)?;
         }
@@ -135,14 +135,15 @@ impl<'a> School<'a> {
     /// The teacher's last hidden states of window `w` as it is.
     fn reference(&self, w: usize) -> Result<Tensor, Error> {
         let (values, width) = (self.reference.read(w)?, self.lesson.spec.hidden);
-        Ok(Tensor::from_vec(values, (self.lesson.windows.tokens[w].len(), width), &Device::Cpu)?)
+        let tokens = values.len() / width;
+        Ok(Tensor::from_vec(values, (tokens, width), &Device::Cpu)?)
     }
 
     pub(super) fn held_out_loss(&self, student: &Student) -> Result<f64, Error> {
         let mut total = 0.0;
         let loss = |i: usize| -> Result<f64, Error> {
             let w = self.held_out[i];
-            let h = self.forward(student.pupils.iter().map(|p| &p.block), &self.lesson.windows.tokens[w])?;
+            let h = self.forward(student.pupils.iter().map(|p| &p.block), self.lesson.windows.get(w)?)?;
             self.goal(student).loss(&h, &self.reference(w)?)
         };
         in_order(self.held_out.len(), 16, loss, |_, losses| -> Result<(), Error> {
@@ -203,46 +204,41 @@ impl<'a> School<'a> {
         let chosen = windows.iter().copied().filter(|&w| uniform(self.random(&path(w))) < share);
         let chosen: Vec<usize> = chosen.collect();
         let random = |i: usize, at: u64| self.random(&[&path(chosen[i])[..], &[at]].concat());
-        let prompt = |(i, &w): (usize, &usize)| prompt(&self.lesson.windows.tokens[w], author.length, random(i, 0));
+        let prompt = |(i, &w): (usize, &usize)| prompt(self.lesson.windows.tokens(w), author.length, random(i, 0));
         let starts = chosen.iter().enumerate().map(prompt).collect();
         Ok(chosen.iter().copied().zip(author.write(starts, &random)?).collect())
     }
 
-    /// What window `w` is in pass `pass`, with the teacher's last hidden states on it. From the second pass on, part of
-    /// its tokens are the teacher's.
-    fn lines(&self, pass: usize, w: usize) -> Result<Written, Error> {
-        let (mut tokens, states) = (self.lesson.windows.tokens[w].clone(), self.reference(w)?);
+    /// Window `w` with part of its tokens drawn anew in pass `pass`, and the teacher's last hidden states on it; `None` where it
+    /// stays as it is. From the second pass on, part of the tokens are the teacher's, if it predicts any.
+    fn redrawn(&self, pass: usize, w: usize) -> Result<Option<Written>, Error> {
         let share = self.lesson.tuning.resample;
-        let Some(head) = self.head.as_ref().filter(|_| pass > 1 && share > 0.0) else {
-            return Ok(Written { tokens, states });
-        };
+        let Some(head) = self.head.as_ref().filter(|_| pass > 1 && share > 0.0) else { return Ok(None) };
+        let mut tokens = self.lesson.windows.tokens(w).to_vec();
         let mut drawn = 0;
         let mut random = || {
             drawn += 1;
             uniform(self.random(&[pass as u64, w as u64, drawn]))
         };
-        resample(head, &states, &mut tokens, share, &mut random)?;
-        Ok(Written { states: self.forward(self.teacher.iter(), &tokens)?, tokens })
+        resample(head, &self.reference(w)?, &mut tokens, share, &mut random)?;
+        Ok(Some(Written { states: self.forward(self.teacher.iter(), Window::from(&tokens))?, tokens }))
     }
 
     /// The gradients that window `w` gives every block, or the text that takes its place.
     fn window(&self, pass: usize, w: usize, text: Option<&Written>, student: &Student) -> Result<Gradients, Error> {
-        let own;
-        let Written { tokens, states } = match text {
-            Some(text) => text,
-            None => {
-                own = self.lines(pass, w)?;
-                &own
-            }
+        let redrawn = if text.is_none() { self.redrawn(pass, w)? } else { None };
+        let (window, states) = match text.or(redrawn.as_ref()) {
+            Some(Written { tokens, states }) => (Window::from(tokens), states.clone()),
+            None => (self.lesson.windows.get(w)?, self.reference(w)?),
         };
-        let mut h = self.embedding.embed(tokens)?;
+        let mut h = self.embedding.embed(window)?;
         let mut traces = Vec::with_capacity(student.pupils.len());
         for pupil in &student.pupils {
             let (out, trace) = pupil.block.forward_traced(&h, &self.rope)?;
             traces.push(trace);
             h = out;
         }
-        let (mut grad, head) = self.goal(student).gradients(&h, states)?;
+        let (mut grad, head) = self.goal(student).gradients(&h, &states)?;
         let mut blocks: Vec<BlockGradients> = student.pupils.iter().map(|p| p.block.no_gradients()).collect();
         for ((pupil, trace), gradients) in student.pupils.iter().zip(traces).zip(&mut blocks).rev() {
             grad = pupil.block.backward(&trace, &self.rope, grad, Some(gradients))?;

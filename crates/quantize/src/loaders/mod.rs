@@ -31,6 +31,8 @@ struct Loader {
     strict: bool,
     /// Whether it cuts matrices for several devices.
     splits: bool,
+    /// Whether it runs encoders of images.
+    images: bool,
     /// Formats whose weights it makes bf16 of, whatever the type of the model.
     bf16: Option<&'static [&'static str]>,
 }
@@ -48,6 +50,7 @@ const PLAIN: Loader = Loader {
     fuses: false,
     strict: false,
     splits: false,
+    images: false,
     bf16: None,
 };
 
@@ -75,6 +78,7 @@ static LOADERS: [Loader; 6] = [
         refuses: transformers,
         refuses_experts: transformers_experts,
         needs: packages,
+        images: true,
         bf16: Some(&["nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"]),
         ..PLAIN
     },

@@ -90,6 +90,9 @@ fn format(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<String> {
     if transposed && !matches!(subject.format(), "gptq" | "gptq_v2" | "gguf") {
         reasons.push("the linears of this architecture are no nn.Linear, which it does not replace".into());
     }
+    if subject.spec.as_ref().is_some_and(|spec| spec.images.is_some()) && !loader.images {
+        reasons.push("it has no encoders of images".into());
+    }
     reasons.sort();
     reasons.dedup();
     reasons

@@ -18,6 +18,7 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
     };
     let task = match &plan.spec {
         Some(spec) if spec.causal => "pipeline_tag: text-generation\n",
+        Some(spec) if spec.images.is_some() => "pipeline_tag: image-feature-extraction\n",
         Some(_) => "pipeline_tag: sentence-similarity\n",
         None => "",
     };
@@ -77,6 +78,9 @@ fn calibration(plan: &Plan, manifest: &Value) -> String {
     let run = &manifest["run"]["calibration"];
     let parts: Vec<&Value> = if run.is_array() { run.as_array().into_iter().flatten().collect() } else { vec![run] };
     let part = |p: &&Value| {
+        if let Some(pixels) = p["pixels"].as_str() {
+            return Some(format!("{} images of {} tokens (BLAKE3 of the images {pixels})", p["images"], p["length"]));
+        }
         let tokens = p["tokens"].as_str()?;
         Some(format!("{} windows of {} tokens (BLAKE3 of the ids {tokens})", p["windows"], p["length"]))
     };

@@ -5,7 +5,7 @@ use crate::{
     Arithmetic, Conversion, Observation, Reconstruction, Settings, SoftKind, SoftRounding, Target, TargetShift,
     TokenWeights, Tuning, tiny,
 };
-use bitmill_calibrate::{Comparison, Pooling, Sentences, compare_embeddings, evaluate};
+use bitmill_calibrate::{Comparison, Pooling, compare_embeddings, evaluate};
 use bitmill_checkpoint::Dtype;
 use bitmill_models::Role;
 use bitmill_models::spec_of;
@@ -60,6 +60,7 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         ("qwen2-moe", &[], TargetShift::Outputs),
         ("llama4", &[], TargetShift::Outputs),
         ("modernbert", &["rotate-heads", "awq"], TargetShift::Outputs),
+        ("vit", &["rotate-heads", "awq"], TargetShift::Outputs),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let settings = settings(transforms, everything(shift));
@@ -175,8 +176,7 @@ fn every_architecture_is_quantized_tuned_and_measured() {
             let kl = measured.divergence.unwrap().kl.mean;
             assert!(kl > 0.0 && kl < 0.3, "{case}: KL divergence of {kl} at four bits");
         } else {
-            let how = Sentences { pooling: Pooling::Mean, limit: None };
-            let (similarity, _) = compare_embeddings(what, &windows, how, &mut |_, _| {}).unwrap();
+            let (similarity, _) = compare_embeddings(what, &windows, Pooling::Mean, &mut |_, _| {}).unwrap();
             let cosine = similarity.cosine.unwrap().mean;
             assert!(cosine > 0.95 && cosine < 1.0, "{case}: cosine similarity of {cosine} at four bits");
         }
@@ -225,7 +225,7 @@ fn inputs_are_rounded_by_what_calibration_saw() {
         // The first site sees what the model as it is computes, in the 16 bits that the stream has.
         let windows = tiny::windows(&spec, 10, 24);
         let (embedding, block) = (Embedding::load(&spec, &input).unwrap(), Block::load(&spec, 0, &input).unwrap());
-        let most = windows.tokens.iter().fold(0.0f32, |most, tokens| {
+        let most = (0..windows.count()).map(|w| windows.tokens(w)).fold(0.0f32, |most, tokens| {
             let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
             x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().fold(most, |most, v| most.max(v.abs()))
         });
@@ -237,7 +237,7 @@ fn inputs_are_rounded_by_what_calibration_saw() {
             assert!(inputs.activations == Activations::StaticFp8 && inputs.stored != 1.0, "{module}: {inputs:?}");
         }
         let rope = RopeTable::new(&spec.ropes, windows.length).unwrap();
-        let h = embedding.embed(&windows.tokens[0]).unwrap();
+        let h = embedding.embed(windows.get(0).unwrap()).unwrap();
         let run = |checkpoint: &Checkpoint| {
             let block = Block::load(&spec, 0, checkpoint).unwrap();
             block.forward(&h, &rope).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
@@ -276,8 +276,8 @@ fn scales_of_keys_and_values_come_from_calibration() {
     let [k, v] = back.cache_scales("model.layers.0.self_attn").unwrap().unwrap();
     block.set_cache(None);
     let [mut most_k, mut most_v] = [0.0f32; 2];
-    for tokens in &windows.tokens {
-        let x = block.attn_in(&embedding.embed(tokens).unwrap()).unwrap();
+    for w in 0..windows.count() {
+        let x = block.attn_in(&embedding.embed(windows.tokens(w)).unwrap()).unwrap();
         let [k, v] = block.cache_range(&x, &rope).unwrap();
         (most_k, most_v) = (most_k.max(k), most_v.max(v));
     }

@@ -19,9 +19,8 @@ fn goldens() -> Vec<PathBuf> {
 /// Logits of the first window, or hidden states where there is no head.
 fn output(model: &Checkpoint, windows: &Windows) -> Vec<f32> {
     let spec = spec_of(model).unwrap();
-    let tokens = &windows.tokens[0];
-    let rope = RopeTable::new(&spec.ropes, tokens.len()).unwrap();
-    let mut h = Embedding::load(&spec, model).unwrap().embed(tokens).unwrap();
+    let rope = RopeTable::new(&spec.ropes, windows.length).unwrap();
+    let mut h = Embedding::load(&spec, model).unwrap().embed(windows.get(0).unwrap()).unwrap();
     for index in 0..spec.layers {
         h = Block::load(&spec, index, model).unwrap().forward(&h, &rope).unwrap();
     }
