@@ -1,8 +1,12 @@
 //! Tokenizers as GGUF files carry them, to and from those of model folders.
 //!
-//! Two families: SentencePiece byte pairs (model `llama`: pieces, scores, types) and byte-level byte pairs (model
-//! `gpt2`: tokens, types, merges, and the name of the expression that cuts text into words). That name is found from the
-//! expressions in `tokenizer.json` themselves, so a fine-tune that only adds tokens needs no table of fingerprints.
+//! Three families: SentencePiece byte pairs (model `llama`: pieces, scores, types), byte-level byte pairs (model `gpt2`:
+//! tokens, types, merges, and the name of the expression that cuts text into words) and WordPiece (model `bert`). That name
+//! is found from the expressions in `tokenizer.json` themselves, so a fine-tune that only adds tokens needs no table of
+//! fingerprints.
+
+mod special;
+mod word_pieces;
 
 use crate::Error;
 use crate::sentencepiece::{self, BYTE_PAIRS, Piece, SentencePiece};
@@ -44,6 +48,11 @@ static PRES: &[Pre] = &[
         name: "qwen2",
         split: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         nfc: true,
+    },
+    Pre {
+        name: "gpt-4o",
+        split: r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        nfc: false,
     },
     Pre { name: "gpt-2", split: "", nfc: false },
 ];
@@ -98,14 +107,19 @@ pub fn gguf_tokenizer(dir: &Path, config: &Value, vocab: usize) -> Result<Vec<(S
         Err(_) => None,
     };
     let mut keys = match (model.is_file(), &whole) {
+        (_, Some(whole)) if whole["model"]["type"] == "WordPiece" => {
+            word_pieces::keys(whole, vocab).map_err(fail(&json))?
+        }
         (true, _) => {
             let bytes = std::fs::read(&model).map_err(|e| fail(&model)(e.to_string()))?;
-            from_sentencepiece(&bytes, whole.as_ref(), vocab).map_err(fail(&model))?
+            let kind = config["model_type"].as_str().unwrap_or_default();
+            let added = all_added(dir, whole.as_ref(), kind == "phi3");
+            from_sentencepiece(&bytes, (whole.as_ref(), &added), kind.starts_with("gemma"), vocab).map_err(fail(&model))?
         }
         (false, Some(whole)) => from_byte_level(whole, vocab).map_err(fail(&json))?,
         (false, None) => return Err(Error::NoTokenizer { dir: dir.to_owned() }),
     };
-    special(dir, config, whole.as_ref(), &mut keys);
+    special::special(dir, config, whole.as_ref(), &mut keys);
     Ok(keys)
 }
 
@@ -113,7 +127,40 @@ fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 
-fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Result<Vec<(String, Meta)>, String> {
+/// What folders say of tokens beside the model, in the order in which later words count: `added_tokens.json`, and
+/// `tokenizer_config.json`; of Phi-3, whose model knows less than its `tokenizer.json`, that too, and nothing is read into
+/// a token's looks.
+fn all_added(dir: &Path, whole: Option<&Value>, phi3: bool) -> Vec<Added> {
+    let listed: Value =
+        std::fs::read(dir.join("added_tokens.json")).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    let id = |v: &Value| usize::try_from(v.as_u64()?).ok();
+    let listed = listed.as_object().into_iter().flatten().filter_map(|(content, own)| {
+        Some(Added { id: id(own)?, content: content.clone(), special: false })
+    });
+    let settings = special::settings(dir);
+    let decoder = settings["added_tokens_decoder"].as_object().into_iter().flatten().filter_map(|(id, token)| {
+        let (content, special) = (token["content"].as_str()?.to_owned(), token["special"].as_bool().unwrap_or(false));
+        Some(Added { id: id.parse().ok()?, special: special || (!phi3 && looks_special(&content)), content })
+    });
+    listed.chain(decoder).chain(added_tokens(whole).filter(|_| phi3)).collect()
+}
+
+/// Whether a token is one of those that some folders forget to call special.
+fn looks_special(token: &str) -> bool {
+    let between = |first: &str, last: &str| token.starts_with(first) && token.ends_with(last);
+    matches!(token, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || between("<|", "|>")
+        || between("<\u{ff5c}", "\u{ff5c}>")
+        || between("<unused", ">")
+}
+
+/// `added` has what the folder says of tokens; `bare` models put no space before a text, whatever theirs says.
+fn from_sentencepiece(
+    bytes: &[u8],
+    (whole, added): (Option<&Value>, &[Added]),
+    bare: bool,
+    vocab: usize,
+) -> Result<Vec<(String, Meta)>, String> {
     let model = sentencepiece::parse(bytes)?;
     if model.kind != BYTE_PAIRS {
         return Err("GGUF files of these architectures take byte-pair models only, and this one is unigram".into());
@@ -122,7 +169,10 @@ fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Resu
     for (id, p) in model.pieces.iter().enumerate() {
         v.set(id, p.text.clone(), p.score, p.kind as i32)?;
     }
-    for added in added_tokens(whole).filter(|a| a.id >= model.pieces.len()) {
+    let unknown = v.types.iter().position(|&t| t == UNKNOWN);
+    let beyond = added_tokens(whole).filter(|a| a.id >= model.pieces.len());
+    // What lies beyond the embedding, like the image token of models without the tower, no text can hold.
+    for added in beyond.chain(added.iter().cloned()).filter(|a| a.id < vocab) {
         let (text, kind) = match added.special {
             true => (added.content, CONTROL),
             false => (added.content.replace('▁', " "), USER_DEFINED),
@@ -130,14 +180,13 @@ fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Resu
         v.set(added.id, text, ADDED_SCORE, kind)?;
     }
     v.check()?;
-    let unknown = v.types.iter().position(|&t| t == UNKNOWN);
     let mut keys = vec![
         (key("model"), Meta::Text("llama".into())),
         (key("pre"), Meta::Text("default".into())),
         (key("tokens"), Meta::texts(v.tokens)),
         (key("scores"), Meta::Array(ValueType::F32, v.scores.into_iter().map(Meta::F32).collect())),
         (key("token_type"), Meta::Array(ValueType::I32, v.types.into_iter().map(Meta::I32).collect())),
-        (key("add_space_prefix"), Meta::Bool(model.dummy_prefix)),
+        (key("add_space_prefix"), Meta::Bool(model.dummy_prefix && !bare)),
     ];
     if let Some(unknown) = unknown {
         keys.push((key("unknown_token_id"), Meta::U32(unknown as u32)));
@@ -182,7 +231,7 @@ fn classify(whole: &Value) -> Result<&'static Pre, String> {
     };
     let pre = steps(&whole["pre_tokenizer"], "pretokenizers");
     let byte_level =
-        pre.iter().find(|s| s["type"] == "ByteLevel").ok_or("it is neither SentencePiece nor byte-level")?;
+        pre.iter().find(|s| s["type"] == "ByteLevel").ok_or("it is neither byte-level nor WordPiece, and tokenizer.model is not there")?;
     let splits: Vec<&str> =
         pre.iter().filter(|s| s["type"] == "Split").filter_map(|s| s["pattern"]["Regex"].as_str()).collect();
     let others = pre.len() - 1 - splits.len();
@@ -203,6 +252,7 @@ fn classify(whole: &Value) -> Result<&'static Pre, String> {
     }
 }
 
+#[derive(Clone)]
 struct Added {
     id: usize,
     content: String,
@@ -215,45 +265,6 @@ fn added_tokens(whole: Option<&Value>) -> impl Iterator<Item = Added> {
         let id = usize::try_from(t["id"].as_u64()?).ok()?;
         Some(Added { id, content: t["content"].as_str()?.to_owned(), special: t["special"].as_bool().unwrap_or(false) })
     })
-}
-
-/// Ids of special tokens, whether texts begin and end with them, and the chat template.
-fn special(dir: &Path, config: &Value, whole: Option<&Value>, keys: &mut Vec<(String, Meta)>) {
-    let settings: Value = std::fs::read(dir.join("tokenizer_config.json"))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default();
-    let named = |name: &str| {
-        let token = &settings[format!("{name}_token")];
-        let text = token.as_str().or_else(|| token["content"].as_str())?;
-        added_tokens(whole).find(|a| a.content == text).map(|a| a.id as u64)
-    };
-    let configured = |name: &str| {
-        let id = &config[format!("{name}_token_id")];
-        id.as_u64().or_else(|| id.as_array()?.first()?.as_u64())
-    };
-    for (name, gguf) in [("bos", "bos"), ("eos", "eos"), ("pad", "padding")] {
-        if let Some(id) = named(name).or_else(|| configured(name)).and_then(|id| u32::try_from(id).ok()) {
-            keys.push((key(&format!("{gguf}_token_id")), Meta::U32(id)));
-        }
-    }
-    for name in ["add_bos_token", "add_eos_token"] {
-        let written = settings[name].as_bool();
-        // A folder that does not say adds BOS where its post-processor does.
-        let bos = || name == "add_bos_token" && whole.is_some_and(begins_with_special);
-        keys.push((key(name), Meta::Bool(written.unwrap_or_else(bos))));
-    }
-    let template = settings["chat_template"].as_str().map(str::to_owned);
-    if let Some(template) = template.or_else(|| std::fs::read_to_string(dir.join("chat_template.jinja")).ok()) {
-        keys.push(("tokenizer.chat_template".into(), Meta::Text(template)));
-    }
-}
-
-/// Whether the post-processor puts a special token before a text.
-fn begins_with_special(whole: &Value) -> bool {
-    let first = |p: &Value| p["single"][0].get("SpecialToken").is_some();
-    let processor = &whole["post_processor"];
-    first(processor) || processor["processors"].as_array().is_some_and(|all| all.iter().any(first))
 }
 
 /// The tokenizer in `gguf`, which is `file`, as the files of a model folder: their names and contents.
@@ -271,7 +282,7 @@ pub fn tokenizer_files(gguf: &Gguf, file: &Path) -> Result<Vec<(&'static str, Va
     let eos = matches!(gguf.get(&key("add_eos_token")), Some(Meta::Bool(true)));
     let mut settings =
         json!({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos, "add_eos_token": eos});
-    for (name, own) in [("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")] {
+    for (own, name) in special::KINDS {
         if let Some(text) = token(name) {
             settings[format!("{own}_token")] = json!(text);
         }
@@ -306,16 +317,28 @@ pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<(Value, bool), String> {
             let scores = items("scores")?;
             let piece = |(i, (text, kind)): (usize, (&&str, &u64))| {
                 let score = scores.get(i).and_then(Meta::real).unwrap_or(0.0) as f32;
-                // What GGUF calls unused or user-defined is no part of a SentencePiece model's merges.
                 Piece { text: (*text).to_owned(), score, kind: *kind }
             };
-            let pieces = tokens.iter().zip(&types).enumerate().map(piece).collect();
+            let mut pieces: Vec<Piece> = tokens.iter().zip(&types).enumerate().map(piece).collect();
+            // Some files call the unknown token a control token and say its id apart.
+            let named = get("unknown_token_id").and_then(Meta::unsigned).unwrap_or(0);
+            let named = usize::try_from(named).ok().and_then(|id| pieces.get_mut(id));
+            match named {
+                Some(piece) if !types.contains(&(UNKNOWN as u64)) => piece.kind = UNKNOWN as u64,
+                _ => {}
+            }
             let model = SentencePiece { pieces, kind: BYTE_PAIRS, dummy_prefix: flag("add_space_prefix", true) };
             Ok((model.to_tokenizer_json()?, bos))
         }
+        "bert" => Ok((word_pieces::tokenizer_json(gguf, &tokens, &types)?, false)),
         "gpt2" => Ok((byte_level(&tokens, &types, items("merges")?, get("pre").and_then(Meta::text))?, bos)),
         other => Err(format!("tokenizer model {other} is not read")),
     }
+}
+
+/// An entry of `added_tokens`.
+fn added_token(id: usize, content: &str, special: bool) -> Value {
+    json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special})
 }
 
 fn byte_level(tokens: &[&str], types: &[u64], merges: &[Meta], pre: Option<&str>) -> Result<Value, String> {
@@ -326,10 +349,7 @@ fn byte_level(tokens: &[&str], types: &[u64], merges: &[Meta], pre: Option<&str>
     let merges: Option<Vec<&str>> = merges.iter().map(Meta::text).collect();
     let added: Vec<Value> = (tokens.iter().zip(types).enumerate())
         .filter(|(_, (_, t))| matches!(**t as i32, CONTROL | USER_DEFINED))
-        .map(|(id, (t, kind))| {
-            json!({"id": id, "content": t, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": *kind as i32 == CONTROL})
-        })
+        .map(|(id, (t, kind))| added_token(id, t, *kind as i32 == CONTROL))
         .collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": row.split.is_empty()});
     let split = json!({"type": "Split", "pattern": {"Regex": row.split}, "behavior": "Isolated", "invert": false});

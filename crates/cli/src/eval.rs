@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         print(args, &result, started.elapsed().as_secs_f64())
     } else {
-        let (sentences, how) = sentences(args, &spec, &tokenizer, &texts)?;
+        let (sentences, how) = sentences(args, &model, &spec, &tokenizer, &texts)?;
         let (result, embeddings) = compare_embeddings(what, &sentences, how, &mut tick)?;
         if let Some(file) = &args.embeddings {
             write_embeddings(file, &embeddings)?;
@@ -110,6 +110,7 @@ fn text_windows(
 /// The sentences of an encoder, and what becomes of them.
 fn sentences(
     args: &Args,
+    model: &Checkpoint,
     spec: &ModelSpec,
     tokenizer: &Tokenizer,
     texts: &[(String, String)],
@@ -124,7 +125,7 @@ fn sentences(
             spec.model_type
         );
     }
-    let how = Sentences::read(&args.model)?;
+    let how = Sentences::of(model)?;
     if let Some(window) = args.window {
         fits(window, spec)?;
     }

@@ -2,7 +2,7 @@
 //!
 //! A mixture is a base type and exceptions by the matrix' place: its role, its block's number among all, how many heads
 //! share a key, and whether there is calibration data. The rules are facts of llama-quantize (as of September 2026),
-//! for the dense architectures written here; a test holds them against what that program printed.
+//! for the architectures written here; a test holds them against what that program printed.
 
 use bitmill_models::{ModelSpec, Role};
 
@@ -108,6 +108,12 @@ impl Mix {
         if matches!(self.base, "F32" | "F16" | "BF16") {
             return self.base;
         }
+        // Matrices that hold several follow the rules of the one that counts most.
+        let place = match place {
+            Place::Linear(Role::Qkv, i) => Place::Linear(Role::V, i),
+            Place::Linear(Role::GateUp, i) => Place::Linear(Role::Up, i),
+            other => other,
+        };
         match place {
             Place::Output if !row.is_multiple_of(block) => "Q8_0",
             Place::Output if self.is_tiny() || self.name == "iq3_xxs" => "Q5_K",
