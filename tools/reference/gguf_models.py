@@ -137,7 +137,9 @@ def write(name: str, text: Path, out: Path) -> Path:
         elif value.ndim == 1:
             value = 0.2 * noise
         else:
-            value = noise * (2.0 / value.shape[-1] ** 0.5)
+            # Gentle enough that rounded activations do not end in other texts; a tied embedding is also the output matrix.
+            gain = 1.25 if "embed" not in key or name == "bert" else 0.08 * value.shape[-1] ** 0.5
+            value = noise * (gain / value.shape[-1] ** 0.5)
         state[key] = value.contiguous()
     if config.get("tie_word_embeddings"):
         state.pop("lm_head.weight", None)
