@@ -114,7 +114,8 @@ pub fn gguf_tokenizer(dir: &Path, config: &Value, vocab: usize) -> Result<Vec<(S
             let bytes = std::fs::read(&model).map_err(|e| fail(&model)(e.to_string()))?;
             let kind = config["model_type"].as_str().unwrap_or_default();
             let added = all_added(dir, whole.as_ref(), kind == "phi3");
-            from_sentencepiece(&bytes, (whole.as_ref(), &added), kind.starts_with("gemma"), vocab).map_err(fail(&model))?
+            from_sentencepiece(&bytes, (whole.as_ref(), &added), kind.starts_with("gemma"), vocab)
+                .map_err(fail(&model))?
         }
         (false, Some(whole)) => from_byte_level(whole, vocab).map_err(fail(&json))?,
         (false, None) => return Err(Error::NoTokenizer { dir: dir.to_owned() }),
@@ -131,12 +132,16 @@ fn key(name: &str) -> String {
 /// `tokenizer_config.json`; of Phi-3, whose model knows less than its `tokenizer.json`, that too, and nothing is read into
 /// a token's looks.
 fn all_added(dir: &Path, whole: Option<&Value>, phi3: bool) -> Vec<Added> {
-    let listed: Value =
-        std::fs::read(dir.join("added_tokens.json")).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    let listed: Value = std::fs::read(dir.join("added_tokens.json"))
+        .ok()
+        .and_then(|b| serde_json::from_slice(&b).ok())
+        .unwrap_or_default();
     let id = |v: &Value| usize::try_from(v.as_u64()?).ok();
-    let listed = listed.as_object().into_iter().flatten().filter_map(|(content, own)| {
-        Some(Added { id: id(own)?, content: content.clone(), special: false })
-    });
+    let listed = listed
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(|(content, own)| Some(Added { id: id(own)?, content: content.clone(), special: false }));
     let settings = special::settings(dir);
     let decoder = settings["added_tokens_decoder"].as_object().into_iter().flatten().filter_map(|(id, token)| {
         let (content, special) = (token["content"].as_str()?.to_owned(), token["special"].as_bool().unwrap_or(false));
@@ -230,8 +235,10 @@ fn classify(whole: &Value) -> Result<&'static Pre, String> {
         None => Vec::new(),
     };
     let pre = steps(&whole["pre_tokenizer"], "pretokenizers");
-    let byte_level =
-        pre.iter().find(|s| s["type"] == "ByteLevel").ok_or("it is neither byte-level nor WordPiece, and tokenizer.model is not there")?;
+    let byte_level = pre
+        .iter()
+        .find(|s| s["type"] == "ByteLevel")
+        .ok_or("it is neither byte-level nor WordPiece, and tokenizer.model is not there")?;
     let splits: Vec<&str> =
         pre.iter().filter(|s| s["type"] == "Split").filter_map(|s| s["pattern"]["Regex"].as_str()).collect();
     let others = pre.len() - 1 - splits.len();

@@ -86,7 +86,8 @@ impl Imatrix {
                 let n = h.len().isqrt();
                 let mean_squares: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
                 let linears = spec.block_linears(block).into_iter().filter(|(role, _)| site.linears.contains(role));
-                for name in linears.filter_map(|(_, module)| gguf::gguf_name(architecture, &format!("{module}.weight"))) {
+                for name in linears.filter_map(|(_, module)| gguf::gguf_name(architecture, &format!("{module}.weight")))
+                {
                     let counts = vec![statistics.tokens() as f32];
                     entries.insert(name, Importance { mean_squares: mean_squares.clone(), counts });
                 }

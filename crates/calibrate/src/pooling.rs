@@ -100,7 +100,10 @@ impl Sentences {
             Some(number) if POOLINGS.iter().any(|(own, _)| *own == number) => {
                 Ok(POOLINGS.iter().find(|(own, _)| *own == number).map(|(_, pooling)| *pooling))
             }
-            _ => Err(wrong(model.dir(), format!("{key} is {value:?}; means (1), first tokens (2) and last ones (3) are computed here"))),
+            _ => Err(wrong(
+                model.dir(),
+                format!("{key} is {value:?}; means (1), first tokens (2) and last ones (3) are computed here"),
+            )),
         }
     }
 

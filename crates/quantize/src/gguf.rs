@@ -7,6 +7,8 @@
 mod check;
 mod metadata;
 mod mixes;
+#[cfg(test)]
+mod tests;
 mod types;
 
 pub(crate) use check::check;
@@ -68,13 +70,19 @@ const ROPE_FACTORS: &str = gguf::ROPE_FACTORS[0];
 /// stands behind the hidden states of an encoder.
 fn dropped(name: &str, spec: &ModelSpec) -> bool {
     let layout = spec.layout;
-    let own = |module: Option<&str>| module.is_some_and(|module| name.starts_with(&format!("{}{module}.", spec.spelling.prefix)));
+    let own = |module: Option<&str>| {
+        module.is_some_and(|module| name.starts_with(&format!("{}{module}.", spec.spelling.prefix)))
+    };
     name.ends_with(".rotary_emb.inv_freq")
         || gguf::ROPE_FACTORS.contains(&name)
         || (spec.tied && name.strip_suffix(".weight") == spec.head().as_deref())
         || (spec.model_type == "bert" && name.starts_with("cls."))
         || own(layout.pooler)
-        || layout.added.as_ref().and_then(|added| added.position_ids).is_some_and(|ids| name == format!("{}{ids}", spec.spelling.prefix))
+        || layout
+            .added
+            .as_ref()
+            .and_then(|added| added.position_ids)
+            .is_some_and(|ids| name == format!("{}{ids}", spec.spelling.prefix))
 }
 
 /// Shape of the numbers that a tensor of the input stands for.

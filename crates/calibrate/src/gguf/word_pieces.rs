@@ -16,10 +16,16 @@ const LONGEST_WORD: u64 = 100;
 pub(super) fn keys(whole: &Value, vocab: usize) -> Result<Vec<(String, Meta)>, String> {
     let model = &whole["model"];
     if model["continuing_subword_prefix"].as_str().is_some_and(|own| own != CONTINUES) {
-        return Err(format!("pieces that continue words begin with {}, not with {CONTINUES}", model["continuing_subword_prefix"]));
+        return Err(format!(
+            "pieces that continue words begin with {}, not with {CONTINUES}",
+            model["continuing_subword_prefix"]
+        ));
     }
     if whole["pre_tokenizer"]["type"] != "BertPreTokenizer" {
-        return Err(format!("it cuts text into words by {}, and llama.cpp as BERT does", whole["pre_tokenizer"]["type"]));
+        return Err(format!(
+            "it cuts text into words by {}, and llama.cpp as BERT does",
+            whole["pre_tokenizer"]["type"]
+        ));
     }
     let (lowercase, strips) = normalizer(&whole["normalizer"])?;
     if !frames(whole) {
@@ -79,9 +85,11 @@ fn frames(whole: &Value) -> bool {
 /// The `tokenizer.json` of the vocabulary `tokens` of `types` in `gguf`.
 pub(super) fn tokenizer_json(gguf: &Gguf, tokens: &[&str], types: &[u64]) -> Result<Value, String> {
     let token = |names: [&str; 2], default: u64| {
-        let id = names.iter().find_map(|name| gguf.get(&key(&format!("{name}_token_id")))?.unsigned()).unwrap_or(default);
+        let id =
+            names.iter().find_map(|name| gguf.get(&key(&format!("{name}_token_id")))?.unsigned()).unwrap_or(default);
         let text = usize::try_from(id).ok().and_then(|id| tokens.get(id).copied());
-        text.map(|text| (text, id)).ok_or_else(|| format!("the token {id}, named by {}_token_id, does not exist", names[0]))
+        text.map(|text| (text, id))
+            .ok_or_else(|| format!("the token {id}, named by {}_token_id, does not exist", names[0]))
     };
     let (cls, cls_id) = token(["bos", "cls"], 101)?;
     let (sep, sep_id) = token(["seperator", "eos"], 102)?;
@@ -134,8 +142,10 @@ mod tests {
     use std::path::Path;
 
     fn whole() -> Value {
-        let pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "##s", "cat", "cafe", "é", ",", "##é", "x", "[unused1]"];
-        let vocab: Map<String, Value> = pieces.iter().enumerate().map(|(id, piece)| ((*piece).into(), id.into())).collect();
+        let pieces =
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "##s", "cat", "cafe", "é", ",", "##é", "x", "[unused1]"];
+        let vocab: Map<String, Value> =
+            pieces.iter().enumerate().map(|(id, piece)| ((*piece).into(), id.into())).collect();
         let added: Vec<Value> = (0..4).map(|id| super::super::added_token(id, pieces[id], true)).collect();
         json!({
             "added_tokens": added,
@@ -158,7 +168,9 @@ mod tests {
 
     #[test]
     fn word_pieces_survive_the_way_there_and_back() {
-        for (lowercase, strips) in [(true, Value::Null), (false, Value::Null), (true, json!(false)), (false, json!(true))] {
+        for (lowercase, strips) in
+            [(true, Value::Null), (false, Value::Null), (true, json!(false)), (false, json!(true))]
+        {
             let mut whole = whole();
             whole["normalizer"]["lowercase"] = json!(lowercase);
             whole["normalizer"]["strip_accents"] = strips;

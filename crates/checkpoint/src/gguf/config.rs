@@ -109,7 +109,10 @@ pub(crate) fn config(gguf: &Gguf, factors: Factors) -> Result<Value, String> {
 fn encoder(keys: &Keys<'_>, config: &mut Value) -> Result<(), String> {
     // Without the key, llama.cpp has every token see those before it only.
     if keys.get("attention.causal") != Some(&Meta::Bool(false)) {
-        return Err(format!("{} is not false: a model that sees no later tokens is none of this architecture", keys.key("attention.causal")));
+        return Err(format!(
+            "{} is not false: a model that sees no later tokens is none of this architecture",
+            keys.key("attention.causal")
+        ));
     }
     config["layer_norm_eps"] = json!(keys.epsilon("attention.layer_norm_epsilon")?);
     config["type_vocab_size"] = json!(keys.rows("token_types.weight")?);
@@ -210,7 +213,8 @@ fn phi3(keys: &Keys<'_>, factors: Factors, config: &mut Value) -> Result<(), Str
         config["partial_rotary_factor"] = json!(if exact { share } else { share.next_up() });
     }
     let original = keys.optional("rope.scaling.original_context_length");
-    config["original_max_position_embeddings"] = original.map_or_else(|| config["max_position_embeddings"].clone(), |n| json!(n));
+    config["original_max_position_embeddings"] =
+        original.map_or_else(|| config["max_position_embeddings"].clone(), |n| json!(n));
     config["rope_scaling"] = match (factors.short, factors.long) {
         (Some(short), Some(long)) => json!({
             "rope_type": "longrope", "short_factor": short, "long_factor": long,

@@ -236,7 +236,9 @@ mod tests {
         assert_eq!(interleaved_heads("llama", "model.layers.0.self_attn.k_proj.weight", 8, 2), Some(2));
         assert_eq!(interleaved_heads("qwen2", "model.layers.0.self_attn.k_proj.weight", 8, 2), None);
         assert_eq!(interleaved_heads("llama", "model.layers.0.self_attn.v_proj.weight", 8, 2), None);
-        assert!(lacks_one("gemma", "model.norm.weight") && lacks_one("gemma3", "model.layers.0.self_attn.q_norm.weight"));
+        assert!(
+            lacks_one("gemma", "model.norm.weight") && lacks_one("gemma3", "model.layers.0.self_attn.q_norm.weight")
+        );
         assert!(lacks_one("gemma2", "model.layers.0.post_feedforward_layernorm.weight"));
         assert!(!lacks_one("llama", "model.norm.weight") && !lacks_one("gemma2", "model.embed_tokens.weight"));
         assert_eq!((architecture("mistral"), model_type("llama")), (Some("llama"), Some("llama")));

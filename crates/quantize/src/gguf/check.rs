@@ -16,7 +16,11 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     };
     let Some(architecture) = gguf::architecture(&spec.model_type) else {
         let known: Vec<&str> = gguf::model_types().collect();
-        return Err(refuse(format!("{} models are not written as GGUF; those that are: {}", spec.model_type, known.join(", "))));
+        return Err(refuse(format!(
+            "{} models are not written as GGUF; those that are: {}",
+            spec.model_type,
+            known.join(", ")
+        )));
     };
     let found = match architecture {
         "bert" => encoder(input, spec)?,
@@ -35,7 +39,9 @@ pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Ve
     }
     let behind = |name: &str| !spec.causal && super::dropped(name, spec);
     if let Some(name) = input.names().find(|name| behind(name)) {
-        notes.push(format!("{name} and the like are left out: llama.cpp computes hidden states of this architecture alone"));
+        notes.push(format!(
+            "{name} and the like are left out: llama.cpp computes hidden states of this architecture alone"
+        ));
     }
     if spec.model_type == "bert" && spec.act == Act::Gelu {
         notes.push("llama.cpp computes this architecture's GELU by its tanh approximation".into());
@@ -50,7 +56,8 @@ fn activation(architecture: &str, spec: &ModelSpec) -> Option<String> {
         "bert" => ("GELU", matches!(spec.act, Act::Gelu | Act::GeluTanh)),
         _ => ("SiLU", spec.act == Act::Silu),
     };
-    let wrong = || format!("its activation {:?} is not the one llama.cpp runs this architecture with ({named})", spec.act);
+    let wrong =
+        || format!("its activation {:?} is not the one llama.cpp runs this architecture with ({named})", spec.act);
     (!fits).then(wrong)
 }
 
@@ -69,7 +76,9 @@ fn gemma(architecture: &str, spec: &ModelSpec) -> Option<String> {
         return Some(format!("llama.cpp's {architecture} has no biases"));
     }
     if architecture != "gemma3" && !spec.tied {
-        return Some(format!("llama.cpp's {architecture} takes the embedding for the output matrix, and this model has one of its own"));
+        return Some(format!(
+            "llama.cpp's {architecture} takes the embedding for the output matrix, and this model has one of its own"
+        ));
     }
     for (rope, window) in spec.ropes.iter().zip(&spec.windows) {
         let own = architecture == "gemma3" && window.is_some();
@@ -81,7 +90,9 @@ fn gemma(architecture: &str, spec: &ModelSpec) -> Option<String> {
         if !plain {
             let of = if own { "windowed blocks" } else { "blocks" };
             let kinds = if own { "none" } else { "none or a linear one" };
-            return Some(format!("its {of} scale rotary frequencies in a way that llama.cpp's {architecture} does not; it has {kinds}"));
+            return Some(format!(
+                "its {of} scale rotary frequencies in a way that llama.cpp's {architecture} does not; it has {kinds}"
+            ));
         }
     }
     if architecture == "gemma" {
@@ -112,7 +123,9 @@ fn built_in_scale(architecture: &str, spec: &ModelSpec) -> f64 {
 fn phi3(spec: &ModelSpec) -> Option<String> {
     if spec.heads * spec.head_dim != spec.hidden {
         let (heads, dim, hidden) = (spec.heads, spec.head_dim, spec.hidden);
-        return Some(format!("its {heads} heads of {dim} channels are not the {hidden} that llama.cpp's phi3 takes them for"));
+        return Some(format!(
+            "its {heads} heads of {dim} channels are not the {hidden} that llama.cpp's phi3 takes them for"
+        ));
     }
     None
 }
@@ -182,7 +195,10 @@ mod tests {
             (json!({"model_type": "bert"}), "tanh approximation"),
             (json!({"model_type": "bert", "hidden_act": "gelu_new"}), "fits"),
             (json!({"model_type": "bert", "hidden_act": "relu"}), "Relu"),
-            (json!({"model_type": "granite"}), "those that are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, bert"),
+            (
+                json!({"model_type": "granite"}),
+                "those that are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, bert",
+            ),
         ] {
             let said = said(&changes);
             assert!(said.contains(words), "{changes}: {said}");

@@ -1,7 +1,7 @@
 //! Which type each matrix of a GGUF file gets: asked for by name, by a pattern, by a mixture, or the scheme's own.
 
-use super::mixes::{Circumstances, MIXES, Mix, Place, fallback};
 use super::GgufSettings;
+use super::mixes::{Circumstances, MIXES, Mix, Place, fallback};
 use crate::{Error, Settings};
 use bitmill_checkpoint::Dtype;
 use bitmill_checkpoint::gguf::{self, GgmlType, Storage};
