@@ -138,8 +138,14 @@ def check_convert(case: Case) -> None:
         if mine != yours:
             differ.append(f"{key} {mine!r:.40} {yours!r:.40}")
     lists = sum(isinstance(v, list) for v in peer.values())
+    # What it wrote is the folder's model when it is read.
+    options = ["--text", case.text, "--windows", 2, "--json"]
+    read = json.loads(bench.programs.bitmill("eval", theirs, "--reference", case.folder, *options))
+    far = 1 - read["cosine"]["mean"] if case.encoder else read["divergence"]["kl"]["mean"]
+    if abs(far) > 1e-9:
+        differ.append(f"read by bitmill it is another model by {far}")
     said = f"{len(other)} tensors, {lists} lists and {len(peer) - lists} keys"
-    bench.verdict("convert", case.name, not differ, said + (f"; differ: {differ[:5]}" if differ else " equal"))
+    bench.verdict("convert", case.name, not differ, said + (f"; differ: {differ[:5]}" if differ else " equal; read as the folder"))
 
 
 def check_run(case: Case) -> None:

@@ -3,7 +3,7 @@
 use crate::Error;
 use bitmill_checkpoint::Checkpoint;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Keys of old pooling configs, and what they mean when true.
@@ -38,6 +38,20 @@ impl Pooling {
     #[must_use]
     pub fn gguf(self) -> Option<u64> {
         POOLINGS.iter().find(|(_, own)| *own == self).map(|(number, _)| *number)
+    }
+
+    /// The files by which a folder says so, of hidden states of `width` channels: their names and contents.
+    #[must_use]
+    pub fn files(self, width: usize) -> [(&'static str, Value); 2] {
+        let module = |index: u8, path: &str, kind: &str| json!({"idx": index, "name": index.to_string(), "path": path, "type": format!("sentence_transformers.models.{kind}")});
+        let mut pooling = json!({"word_embedding_dimension": width});
+        for (flag, own) in FLAGS {
+            pooling[flag] = json!(own == Some(self));
+        }
+        [
+            ("modules.json", json!([module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")])),
+            ("1_Pooling/config.json", pooling),
+        ]
     }
 
     /// Pools `hidden`, row-major `[tokens, width]` with at least one token.

@@ -12,8 +12,11 @@ use std::sync::atomic::AtomicBool;
 
 const ROWS: usize = 48;
 
+/// The architecture, the config, and what keys of the file hold.
+type Case = (&'static str, Value, Vec<(&'static str, Meta)>);
+
 /// The configs, with keys of the file that tell them from others.
-fn cases() -> Vec<(&'static str, Value, Vec<(&'static str, Meta)>)> {
+fn cases() -> Vec<Case> {
     let longrope = json!({"type": "longrope", "short_factor": vec![1.25; 24], "long_factor": vec![1.5; 24]});
     let linear = json!({"rope_type": "linear", "factor": 8.0});
     let flags = |flags: &[bool]| {
@@ -218,6 +221,7 @@ fn every_architecture_is_the_same_model_in_a_file_and_back() {
         let back = Checkpoint::open(&back).unwrap();
         assert!(distance(&back, &input, dir.path()).abs() < 1e-9, "{architecture}: dequantized");
         assert_eq!(spec_of(&back).unwrap().windows, spec_of(&input).unwrap().windows, "{architecture}");
+        assert_eq!(Sentences::stated(&back).unwrap(), Sentences::stated(&input).unwrap(), "{architecture}");
         for name in input.names() {
             let pair = [&back, &input].map(|c| c.tensor(name).unwrap().to_f32().unwrap());
             assert!(pair[0].iter().zip(&pair[1]).all(|(a, b)| (a - b).abs() < 1e-6), "{architecture}: {name}");
