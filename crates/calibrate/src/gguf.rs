@@ -400,6 +400,53 @@ mod tests {
         assert_eq!(back.bos(), Some(1));
     }
 
+    #[test]
+    fn what_folders_say_of_tokens_beside_the_model_counts_as_for_the_converter() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(books().join("tokenizer.model"), dir.path().join("tokenizer.model")).unwrap();
+        let write = |file: &str, value: Value| std::fs::write(dir.path().join(file), value.to_string()).unwrap();
+        write("added_tokens.json", json!({"<listed>": 8192, "<far>": 9000}));
+        write(
+            "tokenizer_config.json",
+            json!({"unk_token": "<unk>", "added_tokens_decoder": {
+                "0": {"content": "<unk>", "special": true},
+                "8193": {"content": "<unused7>", "special": false},
+                "8194": {"content": "a▁▁b", "special": false},
+                "8199": {"content": "beyond", "special": false},
+            }}),
+        );
+        let config = |kind: &str| json!({"model_type": kind, "bos_token_id": 1});
+        let of = |kind: &str| gguf(gguf_tokenizer(dir.path(), &config(kind), 8197).unwrap());
+        let there = of("gemma2");
+        let item = |name: &str, id: usize| there.get(&key(name)).unwrap().items().unwrap()[id].clone();
+        let token = |id: usize| (item("tokens", id).text().unwrap().to_owned(), item("token_type", id));
+        for (id, text, kind) in [
+            (0, "<unk>", CONTROL),
+            (8192, "<listed>", USER_DEFINED),
+            (8193, "<unused7>", CONTROL),
+            (8194, "a  b", USER_DEFINED),
+            (8196, "[PAD8196]", UNUSED),
+        ] {
+            assert_eq!(token(id), (text.to_owned(), Meta::I32(kind)));
+        }
+        assert_eq!((item("scores", 0), item("scores", 8194)), (Meta::F32(ADDED_SCORE), Meta::F32(ADDED_SCORE)));
+        assert_eq!(there.get(&key("unknown_token_id")), Some(&Meta::U32(0)));
+        // Gemma puts no space before a text, whatever the model says, and its file has no token of the type unknown.
+        assert_eq!(there.get(&key("add_space_prefix")), Some(&Meta::Bool(false)));
+        assert_eq!(of("llama").get(&key("add_space_prefix")), Some(&Meta::Bool(true)));
+        let back = Tokenizer::of_gguf(&there, Path::new("x.gguf"), None).unwrap();
+        let ids = back.encode("xa  by<listed>", 8197).unwrap();
+        assert!(ids.contains(&8194) && ids.last() == Some(&8192), "{ids:?}");
+        // Of Phi-3 the looks of a token do not count, and tokenizer.json does.
+        write(
+            "tokenizer.json",
+            json!({"added_tokens": [{"id": 2, "content": "</s>", "special": false}], "model": {"type": "BPE"}}),
+        );
+        let phi = of("phi3");
+        let types = phi.get(&key("token_type")).unwrap().items().unwrap();
+        assert_eq!((&types[2], &types[8193]), (&Meta::I32(USER_DEFINED), &Meta::I32(USER_DEFINED)));
+    }
+
     fn byte_level_tokenizer(split: &str, normalizer: Value) -> Value {
         json!({
             "added_tokens": [{"id": 4, "content": "<|end|>", "special": true}],
@@ -419,6 +466,7 @@ mod tests {
             (llama, Value::Null, Some("llama-bpe")),
             (qwen, json!({"type": "NFC"}), Some("qwen2")),
             (qwen, Value::Null, None),
+            (PRES[2].split, Value::Null, Some("gpt-4o")),
             (r"\s+", Value::Null, None),
         ] {
             let found = classify(&byte_level_tokenizer(split, normalizer)).map(|p| p.name);

@@ -225,3 +225,128 @@ fn phi3(keys: &Keys<'_>, factors: Factors, config: &mut Value) -> Result<(), Str
     };
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::{GgufTensor, Storage, ValueType, by_storage};
+
+    /// A file of the least that llama.cpp's converter writes of an architecture, and `more`.
+    fn file(architecture: &str, more: &[(&str, Meta)]) -> Gguf {
+        let text = Meta::Text(architecture.into());
+        let sizes = [
+            ("embedding_length", 96),
+            ("block_count", 7),
+            ("feed_forward_length", 64),
+            ("attention.head_count", 4),
+            ("context_length", 100),
+        ];
+        let own = sizes.map(|(name, n)| (name, Meta::U32(n)));
+        let eps =
+            ["attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"].map(|name| (name, Meta::F32(0.5)));
+        let keys = own.into_iter().chain(eps).chain(more.iter().cloned());
+        let metadata = keys
+            .map(|(name, value)| (format!("{architecture}.{name}"), value))
+            .chain([("general.architecture".into(), text)]);
+        let kind = by_storage(Storage::Dense(safetensors::Dtype::F32)).unwrap();
+        let tensor =
+            |(name, rows): (&str, usize)| GgufTensor { name: name.into(), kind, shape: vec![rows, 96], range: 0..0 };
+        let tensors = [("token_embd.weight", 40), ("token_types.weight", 2)].map(tensor).into();
+        Gguf { metadata: metadata.collect(), tensors }
+    }
+
+    fn of(architecture: &str, more: &[(&str, Meta)]) -> Result<Value, String> {
+        config(&file(architecture, more), Factors::default())
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_what_llama_cpp_takes() {
+        let flags = |flags: [bool; 7]| Meta::Array(ValueType::Bool, flags.map(Meta::Bool).into());
+        let (slides, full) = ("sliding_attention", "full_attention");
+        let dim = ("attention.key_length", Meta::U32(16));
+        let window = ("attention.sliding_window", Meta::U32(9));
+        let second = json!([slides, full, slides, full, slides, full, slides]);
+        for (architecture, more, expected) in [
+            (
+                "gemma",
+                vec![],
+                json!({"head_dim": 24, "rope_theta": 1e4, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": true}),
+            ),
+            (
+                "gemma2",
+                vec![dim.clone()],
+                json!({"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4096, "layer_types": second,
+                       "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+            ),
+            ("gemma2", vec![dim.clone(), ("block_count", Meta::U32(46))], json!({"query_pre_attn_scalar": 24})),
+            (
+                "gemma3",
+                vec![dim.clone()],
+                json!({"sliding_window": null, "layer_types": vec![full; 7], "final_logit_softcapping": null}),
+            ),
+            (
+                "gemma3",
+                vec![
+                    dim.clone(),
+                    window.clone(),
+                    ("rope.scaling.type", Meta::Text("linear".into())),
+                    ("rope.scaling.factor", Meta::F32(8.0)),
+                ],
+                json!({"sliding_window": 9, "layer_types": [slides, slides, slides, slides, slides, full, slides],
+                       "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0, "original_max_position_embeddings": null}}),
+            ),
+            (
+                "gemma3",
+                vec![
+                    window.clone(),
+                    ("attention.sliding_window_pattern", flags([true, false, true, false, false, false, true])),
+                ],
+                json!({"layer_types": [slides, full, slides, full, full, full, slides]}),
+            ),
+            (
+                "gemma3",
+                vec![window.clone(), ("attention.sliding_window_pattern", Meta::U32(2))],
+                json!({"layer_types": second}),
+            ),
+            (
+                "phi3",
+                vec![("rope.dimension_count", Meta::U32(18)), ("attention.sliding_window", Meta::U32(0))],
+                json!({"partial_rotary_factor": 0.75, "sliding_window": null, "rope_scaling": null, "original_max_position_embeddings": 100}),
+            ),
+            (
+                "bert",
+                vec![("attention.causal", Meta::Bool(false))],
+                json!({"layer_norm_eps": 0.5, "type_vocab_size": 2, "hidden_act": "gelu", "max_position_embeddings": 100, "vocab_size": 40}),
+            ),
+        ] {
+            let got = of(architecture, &more).unwrap();
+            for (key, value) in expected.as_object().unwrap() {
+                assert_eq!(&got[key], value, "{architecture}: {key}");
+            }
+        }
+        let both = Factors { short: Some(vec![1.0, 2.0]), long: Some(vec![3.0, 4.0]), all: None };
+        let got = config(&file("phi3", &[("rope.scaling.attn_factor", Meta::F32(1.25))]), both).unwrap();
+        let scaling = json!({"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "attention_factor": 1.25});
+        assert_eq!(got["rope_scaling"], scaling);
+    }
+
+    #[test]
+    fn what_a_file_must_say_is_asked_for_by_name() {
+        for (architecture, more, words) in [
+            ("bert", vec![], "bert.attention.causal is not false"),
+            (
+                "gemma3",
+                vec![("attention.sliding_window_pattern", Meta::texts(["a".into()]))],
+                "sliding_window_pattern lists no flag",
+            ),
+            ("gemma2", vec![("block_count", Meta::U32(4_000_000_000))], "more than 512"),
+            ("gemma2", vec![("embedding_length", Meta::F32(1.0))], "gemma2.embedding_length is missing"),
+        ] {
+            let said = of(architecture, &more).unwrap_err();
+            assert!(said.contains(words), "{said}");
+        }
+        let one = Factors { short: Some(vec![1.0]), ..Factors::default() };
+        assert!(config(&file("phi3", &[]), one).unwrap_err().contains("rope_factors_long.weight"));
+        assert_eq!(of("clip", &[]).unwrap(), json!({"model_type": "clip"}));
+    }
+}

@@ -246,6 +246,25 @@ mod tests {
     }
 
     #[test]
+    fn fused_matrices_follow_the_rules_of_values_and_of_up() {
+        let c = Circumstances { layers: 16, sharing: 2, data: false, seventy: false };
+        let of = |mix: &str, role, i| gguf_mix(mix).unwrap().type_of(Place::Linear(role, i), &c, 256, 256);
+        for (mix, role, i, kind) in [
+            ("q4_k_m", Role::Qkv, 0, "Q6_K"),
+            ("q4_k_m", Role::Qkv, 2, "Q4_K"),
+            ("q3_k_m", Role::Qkv, 1, "Q5_K"),
+            ("q3_k_m", Role::Qkv, 2, "Q4_K"),
+            ("iq2_xs", Role::Qkv, 5, "Q2_K"),
+            ("iq3_xxs", Role::Qkv, 5, "IQ3_S"),
+            ("iq3_xs", Role::GateUp, 1, "IQ3_S"),
+            ("iq3_xs", Role::GateUp, 5, "IQ3_XXS"),
+            ("q8_0", Role::GateUp, 5, "Q8_0"),
+        ] {
+            assert_eq!(of(mix, role, i), kind, "{mix} {role:?} {i}");
+        }
+    }
+
+    #[test]
     fn every_matrix_gets_the_type_that_llama_quantize_gives_it() {
         let golden: Value = serde_json::from_str(include_str!("../../tests/golden/mixes.json")).unwrap();
         let mut checked = 0;
