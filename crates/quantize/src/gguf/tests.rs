@@ -228,3 +228,13 @@ fn every_architecture_is_the_same_model_in_a_file_and_back() {
         }
     }
 }
+
+#[test]
+fn an_encoder_that_pools_as_llama_cpp_does_not_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = folder(&json!({"model_type": "bert"}), dir.path());
+    std::fs::write(dir.path().join("pool/config.json"), r#"{"pooling_mode": "max"}"#).unwrap();
+    let settings = Settings::new("rtn", "gguf", Scheme::block(BlockType::Q4_0));
+    let error = Plan::new(&input, &settings).err().unwrap().to_string();
+    assert!(error.contains("largest value of each channel"), "{error}");
+}
