@@ -38,7 +38,7 @@ fn a_file_holds_the_whole_model_in_the_bytes_reported() {
         assert_eq!((bits * weights / 8.0).round() as usize, payload);
         assert_eq!(gguf.tensors.len(), original.names().count());
         for name in original.names() {
-            let tensor = gguf.tensor(&gguf_name(name).unwrap()).unwrap();
+            let tensor = gguf.tensor(&gguf_name("llama", name).unwrap()).unwrap();
             assert_eq!(tensor.shape, original.spec(name).unwrap().shape, "{name}");
             // What is not quantized is the original to the precision of its type, in the original order of rows.
             let module = name.strip_suffix(".weight").unwrap();

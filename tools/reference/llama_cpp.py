@@ -25,15 +25,29 @@ PARTS = {
     "ffn_down": "mlp.down_proj",
 }
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+OTHERS = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "bert": {
+        "attn_q": "attention.self.query",
+        "attn_k": "attention.self.key",
+        "attn_v": "attention.self.value",
+        "attn_output": "attention.output.dense",
+        "ffn_up": "intermediate.dense",
+        "ffn_down": "output.dense",
+        "token_embd": "embeddings.word_embeddings",
+    },
+}
+"""What architectures have otherwise, of their matrices."""
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, architecture: str = "llama") -> str:
     """The name that a model folder has for a tensor of a GGUF file."""
     module, _, end = name.rpartition(".")
-    if module in ENDS:
-        return f"{ENDS[module]}.{end}"
+    parts = (PARTS | ENDS) | OTHERS.get(architecture, {})
+    if not module.startswith("blk."):
+        return f"{parts[module]}.{end}"
     _, layer, part = module.split(".")
-    return f"model.layers.{layer}.{PARTS[part]}.{end}"
+    return f"{'encoder.layer' if architecture == 'bert' else 'model.layers'}.{layer}.{parts[part]}.{end}"
 
 
 class Programs:
@@ -60,11 +74,16 @@ class Programs:
 
     def perplexity(self, model: Path, text: Path, windows: int, base: Path) -> float:
         """Perplexity over the second halves of the windows; tensors are checked while loading, and what it saw goes to `base`."""
-        said = self.run(
-            "llama-perplexity", "-m", model, "-f", text, "-c", CONTEXT, "-b", CONTEXT, "--chunks", windows,
-            "--check-tensors", "--kl-divergence-base", base, "-t", self.threads,
-        )
-        return float(re.search(r"PPL = ([0-9.]+)", said).group(1))
+        # The program may end before its log is written.
+        for _ in range(20):
+            said = self.run(
+                "llama-perplexity", "-m", model, "-f", text, "-c", CONTEXT, "-b", CONTEXT, "--chunks", windows,
+                "--check-tensors", "--kl-divergence-base", base, "-t", self.threads,
+            )  # fmt: skip
+            found = re.search(r"PPL = ([0-9.]+)", said)
+            if found:
+                return float(found.group(1))
+        raise RuntimeError(f"llama-perplexity says nothing of {model}:\n{said[-3000:]}")
 
 
 def slice_for(model: Path, text: Path, windows: int, to: Path) -> None:
@@ -97,17 +116,33 @@ def base_tokens(base: Path) -> np.ndarray:
     return np.frombuffer(data, np.int32, context * chunks, 20).reshape(chunks, context)
 
 
-def second_half_perplexity(logits: Path) -> tuple[np.ndarray, float]:
-    """Token ids and perplexity of what `bitmill eval --logits` wrote, over the positions llama-perplexity scores."""
+def base_log_probs(base: Path) -> np.ndarray:
+    """Logarithms of probabilities `[positions, vocabulary]` that llama-perplexity stored, 16 bits each."""
+    data = base.read_bytes()
+    context, vocab, chunks = map(int, np.frombuffer(data, np.int32, 3, 8))
+    width = 2 * ((vocab + 1) // 2) + 4
+    rows = np.frombuffer(data, np.uint16, offset=20 + 4 * context * chunks).reshape(-1, width)
+    scale, least = np.ascontiguousarray(rows[:, :4]).view(np.float32).T
+    return rows[:, 4 : 4 + vocab] * scale[:, None].astype(np.float64) + least[:, None]
+
+
+def second_half(logits: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Token ids, logarithms of probabilities and perplexity of what `bitmill eval --logits` wrote, over the positions
+    llama-perplexity scores."""
     tensors = load_file(logits)
-    ids = tensors["input_ids"]
-    losses = []
+    ids, at, tables, losses = tensors["input_ids"], np.arange(CONTEXT // 2, CONTEXT - 1), [], []
     for window, tokens in enumerate(ids):
-        at = np.arange(CONTEXT // 2, CONTEXT - 1)
         rows = tensors[f"logits.{window}"][at].astype(np.float64)
         top = rows.max(axis=1)
-        losses.append(top + np.log(np.exp(rows - top[:, None]).sum(axis=1)) - rows[np.arange(len(at)), tokens[at + 1]])
-    return ids, float(np.exp(np.mean(losses)))
+        tables.append(rows - (top + np.log(np.exp(rows - top[:, None]).sum(axis=1)))[:, None])
+        losses.append(-tables[-1][np.arange(len(at)), tokens[at + 1]])
+    return ids, np.concatenate(tables), float(np.exp(np.mean(losses)))
+
+
+def second_half_perplexity(logits: Path) -> tuple[np.ndarray, float]:
+    """Token ids and perplexity alone."""
+    ids, _, perplexity = second_half(logits)
+    return ids, perplexity
 
 
 def restored(name: str, values: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:

@@ -1,8 +1,12 @@
 //! Tokenizers as GGUF files carry them, to and from those of model folders.
 //!
-//! Two families: SentencePiece byte pairs (model `llama`: pieces, scores, types) and byte-level byte pairs (model
-//! `gpt2`: tokens, types, merges, and the name of the expression that cuts text into words). That name is found from the
-//! expressions in `tokenizer.json` themselves, so a fine-tune that only adds tokens needs no table of fingerprints.
+//! Three families: SentencePiece byte pairs (model `llama`: pieces, scores, types), byte-level byte pairs (model `gpt2`:
+//! tokens, types, merges, and the name of the expression that cuts text into words) and WordPiece (model `bert`). That name
+//! is found from the expressions in `tokenizer.json` themselves, so a fine-tune that only adds tokens needs no table of
+//! fingerprints.
+
+mod special;
+mod word_pieces;
 
 use crate::Error;
 use crate::sentencepiece::{self, BYTE_PAIRS, Piece, SentencePiece};
@@ -44,6 +48,11 @@ static PRES: &[Pre] = &[
         name: "qwen2",
         split: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         nfc: true,
+    },
+    Pre {
+        name: "gpt-4o",
+        split: r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        nfc: false,
     },
     Pre { name: "gpt-2", split: "", nfc: false },
 ];
@@ -98,14 +107,20 @@ pub fn gguf_tokenizer(dir: &Path, config: &Value, vocab: usize) -> Result<Vec<(S
         Err(_) => None,
     };
     let mut keys = match (model.is_file(), &whole) {
+        (_, Some(whole)) if whole["model"]["type"] == "WordPiece" => {
+            word_pieces::keys(whole, vocab).map_err(fail(&json))?
+        }
         (true, _) => {
             let bytes = std::fs::read(&model).map_err(|e| fail(&model)(e.to_string()))?;
-            from_sentencepiece(&bytes, whole.as_ref(), vocab).map_err(fail(&model))?
+            let kind = config["model_type"].as_str().unwrap_or_default();
+            let added = all_added(dir, whole.as_ref(), kind == "phi3");
+            from_sentencepiece(&bytes, (whole.as_ref(), &added), kind.starts_with("gemma"), vocab)
+                .map_err(fail(&model))?
         }
         (false, Some(whole)) => from_byte_level(whole, vocab).map_err(fail(&json))?,
         (false, None) => return Err(Error::NoTokenizer { dir: dir.to_owned() }),
     };
-    special(dir, config, whole.as_ref(), &mut keys);
+    special::special(dir, config, whole.as_ref(), &mut keys);
     Ok(keys)
 }
 
@@ -113,7 +128,44 @@ fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 
-fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Result<Vec<(String, Meta)>, String> {
+/// What folders say of tokens beside the model, in the order in which later words count: `added_tokens.json`, and
+/// `tokenizer_config.json`; of Phi-3, whose model knows less than its `tokenizer.json`, that too, and nothing is read into
+/// a token's looks.
+fn all_added(dir: &Path, whole: Option<&Value>, phi3: bool) -> Vec<Added> {
+    let listed: Value = std::fs::read(dir.join("added_tokens.json"))
+        .ok()
+        .and_then(|b| serde_json::from_slice(&b).ok())
+        .unwrap_or_default();
+    let id = |v: &Value| usize::try_from(v.as_u64()?).ok();
+    let listed = listed
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(|(content, own)| Some(Added { id: id(own)?, content: content.clone(), special: false }));
+    let settings = special::settings(dir);
+    let decoder = settings["added_tokens_decoder"].as_object().into_iter().flatten().filter_map(|(id, token)| {
+        let (content, special) = (token["content"].as_str()?.to_owned(), token["special"].as_bool().unwrap_or(false));
+        Some(Added { id: id.parse().ok()?, special: special || (!phi3 && looks_special(&content)), content })
+    });
+    listed.chain(decoder).chain(added_tokens(whole).filter(|_| phi3)).collect()
+}
+
+/// Whether a token is one of those that some folders forget to call special.
+fn looks_special(token: &str) -> bool {
+    let between = |first: &str, last: &str| token.starts_with(first) && token.ends_with(last);
+    matches!(token, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || between("<|", "|>")
+        || between("<\u{ff5c}", "\u{ff5c}>")
+        || between("<unused", ">")
+}
+
+/// `added` has what the folder says of tokens; `bare` models put no space before a text, whatever theirs says.
+fn from_sentencepiece(
+    bytes: &[u8],
+    (whole, added): (Option<&Value>, &[Added]),
+    bare: bool,
+    vocab: usize,
+) -> Result<Vec<(String, Meta)>, String> {
     let model = sentencepiece::parse(bytes)?;
     if model.kind != BYTE_PAIRS {
         return Err("GGUF files of these architectures take byte-pair models only, and this one is unigram".into());
@@ -122,7 +174,10 @@ fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Resu
     for (id, p) in model.pieces.iter().enumerate() {
         v.set(id, p.text.clone(), p.score, p.kind as i32)?;
     }
-    for added in added_tokens(whole).filter(|a| a.id >= model.pieces.len()) {
+    let unknown = v.types.iter().position(|&t| t == UNKNOWN);
+    let beyond = added_tokens(whole).filter(|a| a.id >= model.pieces.len());
+    // What lies beyond the embedding, like the image token of models without the tower, no text can hold.
+    for added in beyond.chain(added.iter().cloned()).filter(|a| a.id < vocab) {
         let (text, kind) = match added.special {
             true => (added.content, CONTROL),
             false => (added.content.replace('▁', " "), USER_DEFINED),
@@ -130,14 +185,13 @@ fn from_sentencepiece(bytes: &[u8], whole: Option<&Value>, vocab: usize) -> Resu
         v.set(added.id, text, ADDED_SCORE, kind)?;
     }
     v.check()?;
-    let unknown = v.types.iter().position(|&t| t == UNKNOWN);
     let mut keys = vec![
         (key("model"), Meta::Text("llama".into())),
         (key("pre"), Meta::Text("default".into())),
         (key("tokens"), Meta::texts(v.tokens)),
         (key("scores"), Meta::Array(ValueType::F32, v.scores.into_iter().map(Meta::F32).collect())),
         (key("token_type"), Meta::Array(ValueType::I32, v.types.into_iter().map(Meta::I32).collect())),
-        (key("add_space_prefix"), Meta::Bool(model.dummy_prefix)),
+        (key("add_space_prefix"), Meta::Bool(model.dummy_prefix && !bare)),
     ];
     if let Some(unknown) = unknown {
         keys.push((key("unknown_token_id"), Meta::U32(unknown as u32)));
@@ -181,8 +235,10 @@ fn classify(whole: &Value) -> Result<&'static Pre, String> {
         None => Vec::new(),
     };
     let pre = steps(&whole["pre_tokenizer"], "pretokenizers");
-    let byte_level =
-        pre.iter().find(|s| s["type"] == "ByteLevel").ok_or("it is neither SentencePiece nor byte-level")?;
+    let byte_level = pre
+        .iter()
+        .find(|s| s["type"] == "ByteLevel")
+        .ok_or("it is neither byte-level nor WordPiece, and tokenizer.model is not there")?;
     let splits: Vec<&str> =
         pre.iter().filter(|s| s["type"] == "Split").filter_map(|s| s["pattern"]["Regex"].as_str()).collect();
     let others = pre.len() - 1 - splits.len();
@@ -203,6 +259,7 @@ fn classify(whole: &Value) -> Result<&'static Pre, String> {
     }
 }
 
+#[derive(Clone)]
 struct Added {
     id: usize,
     content: String,
@@ -215,45 +272,6 @@ fn added_tokens(whole: Option<&Value>) -> impl Iterator<Item = Added> {
         let id = usize::try_from(t["id"].as_u64()?).ok()?;
         Some(Added { id, content: t["content"].as_str()?.to_owned(), special: t["special"].as_bool().unwrap_or(false) })
     })
-}
-
-/// Ids of special tokens, whether texts begin and end with them, and the chat template.
-fn special(dir: &Path, config: &Value, whole: Option<&Value>, keys: &mut Vec<(String, Meta)>) {
-    let settings: Value = std::fs::read(dir.join("tokenizer_config.json"))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default();
-    let named = |name: &str| {
-        let token = &settings[format!("{name}_token")];
-        let text = token.as_str().or_else(|| token["content"].as_str())?;
-        added_tokens(whole).find(|a| a.content == text).map(|a| a.id as u64)
-    };
-    let configured = |name: &str| {
-        let id = &config[format!("{name}_token_id")];
-        id.as_u64().or_else(|| id.as_array()?.first()?.as_u64())
-    };
-    for (name, gguf) in [("bos", "bos"), ("eos", "eos"), ("pad", "padding")] {
-        if let Some(id) = named(name).or_else(|| configured(name)).and_then(|id| u32::try_from(id).ok()) {
-            keys.push((key(&format!("{gguf}_token_id")), Meta::U32(id)));
-        }
-    }
-    for name in ["add_bos_token", "add_eos_token"] {
-        let written = settings[name].as_bool();
-        // A folder that does not say adds BOS where its post-processor does.
-        let bos = || name == "add_bos_token" && whole.is_some_and(begins_with_special);
-        keys.push((key(name), Meta::Bool(written.unwrap_or_else(bos))));
-    }
-    let template = settings["chat_template"].as_str().map(str::to_owned);
-    if let Some(template) = template.or_else(|| std::fs::read_to_string(dir.join("chat_template.jinja")).ok()) {
-        keys.push(("tokenizer.chat_template".into(), Meta::Text(template)));
-    }
-}
-
-/// Whether the post-processor puts a special token before a text.
-fn begins_with_special(whole: &Value) -> bool {
-    let first = |p: &Value| p["single"][0].get("SpecialToken").is_some();
-    let processor = &whole["post_processor"];
-    first(processor) || processor["processors"].as_array().is_some_and(|all| all.iter().any(first))
 }
 
 /// The tokenizer in `gguf`, which is `file`, as the files of a model folder: their names and contents.
@@ -271,7 +289,7 @@ pub fn tokenizer_files(gguf: &Gguf, file: &Path) -> Result<Vec<(&'static str, Va
     let eos = matches!(gguf.get(&key("add_eos_token")), Some(Meta::Bool(true)));
     let mut settings =
         json!({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos, "add_eos_token": eos});
-    for (name, own) in [("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")] {
+    for (own, name) in special::KINDS {
         if let Some(text) = token(name) {
             settings[format!("{own}_token")] = json!(text);
         }
@@ -306,16 +324,28 @@ pub(crate) fn tokenizer_json(gguf: &Gguf) -> Result<(Value, bool), String> {
             let scores = items("scores")?;
             let piece = |(i, (text, kind)): (usize, (&&str, &u64))| {
                 let score = scores.get(i).and_then(Meta::real).unwrap_or(0.0) as f32;
-                // What GGUF calls unused or user-defined is no part of a SentencePiece model's merges.
                 Piece { text: (*text).to_owned(), score, kind: *kind }
             };
-            let pieces = tokens.iter().zip(&types).enumerate().map(piece).collect();
+            let mut pieces: Vec<Piece> = tokens.iter().zip(&types).enumerate().map(piece).collect();
+            // Some files call the unknown token a control token and say its id apart.
+            let named = get("unknown_token_id").and_then(Meta::unsigned).unwrap_or(0);
+            let named = usize::try_from(named).ok().and_then(|id| pieces.get_mut(id));
+            match named {
+                Some(piece) if !types.contains(&(UNKNOWN as u64)) => piece.kind = UNKNOWN as u64,
+                _ => {}
+            }
             let model = SentencePiece { pieces, kind: BYTE_PAIRS, dummy_prefix: flag("add_space_prefix", true) };
             Ok((model.to_tokenizer_json()?, bos))
         }
+        "bert" => Ok((word_pieces::tokenizer_json(gguf, &tokens, &types)?, false)),
         "gpt2" => Ok((byte_level(&tokens, &types, items("merges")?, get("pre").and_then(Meta::text))?, bos)),
         other => Err(format!("tokenizer model {other} is not read")),
     }
+}
+
+/// An entry of `added_tokens`.
+fn added_token(id: usize, content: &str, special: bool) -> Value {
+    json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special})
 }
 
 fn byte_level(tokens: &[&str], types: &[u64], merges: &[Meta], pre: Option<&str>) -> Result<Value, String> {
@@ -326,10 +356,7 @@ fn byte_level(tokens: &[&str], types: &[u64], merges: &[Meta], pre: Option<&str>
     let merges: Option<Vec<&str>> = merges.iter().map(Meta::text).collect();
     let added: Vec<Value> = (tokens.iter().zip(types).enumerate())
         .filter(|(_, (_, t))| matches!(**t as i32, CONTROL | USER_DEFINED))
-        .map(|(id, (t, kind))| {
-            json!({"id": id, "content": t, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": *kind as i32 == CONTROL})
-        })
+        .map(|(id, (t, kind))| added_token(id, t, *kind as i32 == CONTROL))
         .collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": row.split.is_empty()});
     let split = json!({"type": "Split", "pattern": {"Regex": row.split}, "behavior": "Isolated", "invert": false});
@@ -373,6 +400,53 @@ mod tests {
         assert_eq!(back.bos(), Some(1));
     }
 
+    #[test]
+    fn what_folders_say_of_tokens_beside_the_model_counts_as_for_the_converter() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(books().join("tokenizer.model"), dir.path().join("tokenizer.model")).unwrap();
+        let write = |file: &str, value: Value| std::fs::write(dir.path().join(file), value.to_string()).unwrap();
+        write("added_tokens.json", json!({"<listed>": 8192, "<far>": 9000}));
+        write(
+            "tokenizer_config.json",
+            json!({"unk_token": "<unk>", "added_tokens_decoder": {
+                "0": {"content": "<unk>", "special": true},
+                "8193": {"content": "<unused7>", "special": false},
+                "8194": {"content": "a▁▁b", "special": false},
+                "8199": {"content": "beyond", "special": false},
+            }}),
+        );
+        let config = |kind: &str| json!({"model_type": kind, "bos_token_id": 1});
+        let of = |kind: &str| gguf(gguf_tokenizer(dir.path(), &config(kind), 8197).unwrap());
+        let there = of("gemma2");
+        let item = |name: &str, id: usize| there.get(&key(name)).unwrap().items().unwrap()[id].clone();
+        let token = |id: usize| (item("tokens", id).text().unwrap().to_owned(), item("token_type", id));
+        for (id, text, kind) in [
+            (0, "<unk>", CONTROL),
+            (8192, "<listed>", USER_DEFINED),
+            (8193, "<unused7>", CONTROL),
+            (8194, "a  b", USER_DEFINED),
+            (8196, "[PAD8196]", UNUSED),
+        ] {
+            assert_eq!(token(id), (text.to_owned(), Meta::I32(kind)));
+        }
+        assert_eq!((item("scores", 0), item("scores", 8194)), (Meta::F32(ADDED_SCORE), Meta::F32(ADDED_SCORE)));
+        assert_eq!(there.get(&key("unknown_token_id")), Some(&Meta::U32(0)));
+        // Gemma puts no space before a text, whatever the model says, and its file has no token of the type unknown.
+        assert_eq!(there.get(&key("add_space_prefix")), Some(&Meta::Bool(false)));
+        assert_eq!(of("llama").get(&key("add_space_prefix")), Some(&Meta::Bool(true)));
+        let back = Tokenizer::of_gguf(&there, Path::new("x.gguf"), None).unwrap();
+        let ids = back.encode("xa  by<listed>", 8197).unwrap();
+        assert!(ids.contains(&8194) && ids.last() == Some(&8192), "{ids:?}");
+        // Of Phi-3 the looks of a token do not count, and tokenizer.json does.
+        write(
+            "tokenizer.json",
+            json!({"added_tokens": [{"id": 2, "content": "</s>", "special": false}], "model": {"type": "BPE"}}),
+        );
+        let phi = of("phi3");
+        let types = phi.get(&key("token_type")).unwrap().items().unwrap();
+        assert_eq!((&types[2], &types[8193]), (&Meta::I32(USER_DEFINED), &Meta::I32(USER_DEFINED)));
+    }
+
     fn byte_level_tokenizer(split: &str, normalizer: Value) -> Value {
         json!({
             "added_tokens": [{"id": 4, "content": "<|end|>", "special": true}],
@@ -392,6 +466,7 @@ mod tests {
             (llama, Value::Null, Some("llama-bpe")),
             (qwen, json!({"type": "NFC"}), Some("qwen2")),
             (qwen, Value::Null, None),
+            (PRES[2].split, Value::Null, Some("gpt-4o")),
             (r"\s+", Value::Null, None),
         ] {
             let found = classify(&byte_level_tokenizer(split, normalizer)).map(|p| p.name);

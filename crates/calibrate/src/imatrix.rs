@@ -79,13 +79,15 @@ impl Imatrix {
         (chunks, length): (usize, usize),
     ) -> Result<Self, Error> {
         let mut entries = BTreeMap::new();
+        let architecture = architecture(&spec.model_type);
         for block in 0..spec.layers {
             for site in &SITES {
                 let h = statistics.hessian(block, site)?;
                 let n = h.len().isqrt();
                 let mean_squares: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
                 let linears = spec.block_linears(block).into_iter().filter(|(role, _)| site.linears.contains(role));
-                for name in linears.filter_map(|(_, module)| gguf::gguf_name(&format!("{module}.weight"))) {
+                for name in linears.filter_map(|(_, module)| gguf::gguf_name(architecture, &format!("{module}.weight")))
+                {
                     let counts = vec![statistics.tokens() as f32];
                     entries.insert(name, Importance { mean_squares: mean_squares.clone(), counts });
                 }
@@ -95,10 +97,10 @@ impl Imatrix {
         Ok(Imatrix { entries, datasets, chunks: chunks as u32, chunk_size: length as u32 })
     }
 
-    /// Mean square of each input of the linear `module` (as a folder calls it).
+    /// Mean square of each input of the linear `module` (as a folder of `model_type` calls it).
     #[must_use]
-    pub fn importance(&self, module: &str) -> Option<&[f32]> {
-        let name = gguf::gguf_name(&format!("{module}.weight"))?;
+    pub fn importance(&self, model_type: &str, module: &str) -> Option<&[f32]> {
+        let name = gguf::gguf_name(architecture(model_type), &format!("{module}.weight"))?;
         Some(&self.entries.get(&name)?.mean_squares)
     }
 
@@ -179,6 +181,11 @@ impl Imatrix {
         out.extend(dataset.as_bytes());
         out
     }
+}
+
+/// GGUF's architecture; others have the names that most share.
+fn architecture(model_type: &str) -> &'static str {
+    gguf::architecture(model_type).unwrap_or("llama")
 }
 
 fn from_gguf(bytes: &[u8]) -> Result<Imatrix, String> {
@@ -274,8 +281,8 @@ mod tests {
             for (name, e) in &sample().entries {
                 assert_eq!(back.entries[name].mean_squares, e.mean_squares);
             }
-            assert_eq!(back.importance("model.layers.0.self_attn.q_proj").unwrap().len(), 8);
-            assert!(back.importance("model.layers.0.self_attn.k_proj").is_none());
+            assert_eq!(back.importance("llama", "model.layers.0.self_attn.q_proj").unwrap().len(), 8);
+            assert!(back.importance("llama", "model.layers.0.self_attn.k_proj").is_none());
         }
         assert_eq!(Imatrix::read(&dir.path().join("a.gguf")).unwrap(), sample());
     }

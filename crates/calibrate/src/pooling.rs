@@ -1,8 +1,9 @@
 //! How hidden states become the embedding of a sentence, as a sentence-transformers folder says it.
 
 use crate::Error;
+use bitmill_checkpoint::Checkpoint;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Keys of old pooling configs, and what they mean when true.
@@ -14,6 +15,9 @@ const FLAGS: [(&str, Option<Pooling>); 6] = [
     ("pooling_mode_weightedmean_tokens", None),
     ("pooling_mode_lasttoken", Some(Pooling::Last)),
 ];
+
+/// Values of a GGUF file's `pooling_type`.
+const POOLINGS: [(u64, Pooling); 3] = [(1, Pooling::Mean), (2, Pooling::Cls), (3, Pooling::Last)];
 
 /// From the hidden states `[tokens, hidden]` of a sentence to one vector `[hidden]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -30,6 +34,26 @@ pub enum Pooling {
 }
 
 impl Pooling {
+    /// Its number in a GGUF file, which has none for the largest value.
+    #[must_use]
+    pub fn gguf(self) -> Option<u64> {
+        POOLINGS.iter().find(|(_, own)| *own == self).map(|(number, _)| *number)
+    }
+
+    /// The files by which a folder says so, of hidden states of `width` channels: their names and contents.
+    #[must_use]
+    pub fn files(self, width: usize) -> [(&'static str, Value); 2] {
+        let module = |index: u8, path: &str, kind: &str| json!({"idx": index, "name": index.to_string(), "path": path, "type": format!("sentence_transformers.models.{kind}")});
+        let mut pooling = json!({"word_embedding_dimension": width});
+        for (flag, own) in FLAGS {
+            pooling[flag] = json!(own == Some(self));
+        }
+        [
+            ("modules.json", json!([module(0, "", "Transformer"), module(1, "1_Pooling", "Pooling")])),
+            ("1_Pooling/config.json", pooling),
+        ]
+    }
+
     /// Pools `hidden`, row-major `[tokens, width]` with at least one token.
     #[must_use]
     pub fn pool(self, hidden: &[f32], width: usize) -> Vec<f32> {
@@ -65,6 +89,38 @@ pub struct Sentences {
 }
 
 impl Sentences {
+    /// What an opened folder or GGUF file says; mean pooling where it says nothing.
+    ///
+    /// # Errors
+    /// As [`Sentences::read`].
+    pub fn of(model: &Checkpoint) -> Result<Self, Error> {
+        let pooling = Sentences::stated(model)?.unwrap_or(Pooling::Mean);
+        Ok(Sentences { pooling, limit: Sentences::limit(model.dir())? })
+    }
+
+    /// How an opened folder or GGUF file says that hidden states are pooled, if it does.
+    ///
+    /// # Errors
+    /// As [`Sentences::read`].
+    pub fn stated(model: &Checkpoint) -> Result<Option<Pooling>, Error> {
+        let Some(gguf) = model.gguf() else {
+            let stated = model.dir().join("modules.json").is_file();
+            return Ok(if stated { Some(Sentences::read(model.dir())?.pooling) } else { None });
+        };
+        let key = format!("{}.pooling_type", gguf.architecture());
+        let Some(value) = gguf.get(&key) else { return Ok(None) };
+        match value.unsigned() {
+            Some(0) => Ok(None),
+            Some(number) if POOLINGS.iter().any(|(own, _)| *own == number) => {
+                Ok(POOLINGS.iter().find(|(own, _)| *own == number).map(|(_, pooling)| *pooling))
+            }
+            _ => Err(wrong(
+                model.dir(),
+                format!("{key} is {value:?}; means (1), first tokens (2) and last ones (3) are computed here"),
+            )),
+        }
+    }
+
     /// Tokens after which the folder's own pipeline cuts a sentence, from `sentence_bert_config.json`; what else the
     /// pipeline does is of no concern here.
     ///
@@ -136,7 +192,8 @@ fn read_pooling(file: &Path) -> Result<Pooling, Error> {
 
 fn json(file: &Path) -> Result<Option<Value>, Error> {
     match std::fs::read(file) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        // The model may be a GGUF file, which has no files in it.
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => Ok(None),
         Err(e) => Err(wrong(file, format!("cannot be read ({e})"))),
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| wrong(file, format!("is not JSON ({e})"))),
     }

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 /// Piece types of the SentencePiece schema.
 const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
+/// What text is cut at before anything is merged.
+const USER_DEFINED: u64 = 4;
 const BYTE: u64 = 6;
 const UNIGRAM: u64 = 1;
 /// The type of byte-pair models.
@@ -84,6 +86,13 @@ pub(crate) fn parse(model: &[u8]) -> Result<SentencePiece, String> {
     Ok(SentencePiece { pieces, kind, dummy_prefix })
 }
 
+impl Piece {
+    /// Its text as it is looked for: what text is cut at is found before spaces are written otherwise.
+    fn plain(&self) -> String {
+        if self.kind == USER_DEFINED { self.text.replace('▁', " ") } else { self.text.clone() }
+    }
+}
+
 impl SentencePiece {
     /// The equal `tokenizer.json`.
     ///
@@ -95,10 +104,10 @@ impl SentencePiece {
             normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
         }
         let added: Vec<Value> = (self.pieces.iter().enumerate())
-            .filter(|(_, p)| p.kind == CONTROL || p.kind == UNKNOWN)
+            .filter(|(_, p)| matches!(p.kind, CONTROL | UNKNOWN | USER_DEFINED))
             .map(|(id, p)| {
-                json!({"id": id, "content": p.text, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": true})
+                json!({"id": id, "content": p.plain(), "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": p.kind != USER_DEFINED})
             })
             .collect();
         Ok(json!({
@@ -115,7 +124,7 @@ fn vocabulary(pieces: &[Piece], kind: u64) -> Result<Value, String> {
     let byte_fallback = pieces.iter().any(|p| p.kind == BYTE);
     match kind {
         BYTE_PAIRS => {
-            let ids: BTreeMap<&str, usize> = pieces.iter().enumerate().map(|(id, p)| (p.text.as_str(), id)).collect();
+            let ids: BTreeMap<String, usize> = pieces.iter().enumerate().map(|(id, p)| (p.plain(), id)).collect();
             if ids.len() != pieces.len() {
                 return Err("two pieces have the same text".into());
             }
@@ -134,12 +143,14 @@ fn vocabulary(pieces: &[Piece], kind: u64) -> Result<Value, String> {
 }
 
 /// Every split of every piece into two pieces, best-scored product first.
-fn merges(pieces: &[Piece], ids: &BTreeMap<&str, usize>) -> Vec<[String; 2]> {
+fn merges(pieces: &[Piece], ids: &BTreeMap<String, usize>) -> Vec<[String; 2]> {
+    let merged = |p: &&Piece| !matches!(p.kind, CONTROL | UNKNOWN | USER_DEFINED | BYTE);
+    let part = |text: &str| ids.get(text).copied().filter(|&id| pieces[id].kind != USER_DEFINED);
     let mut found: Vec<(f32, usize, usize, [String; 2])> = Vec::new();
-    for p in pieces.iter().filter(|p| p.kind != CONTROL && p.kind != UNKNOWN && p.kind != BYTE) {
+    for p in pieces.iter().filter(merged) {
         for (at, _) in p.text.char_indices().skip(1) {
             let (left, right) = p.text.split_at(at);
-            if let (Some(&l), Some(&r)) = (ids.get(left), ids.get(right)) {
+            if let (Some(l), Some(r)) = (part(left), part(right)) {
                 found.push((p.score, l, r, [left.into(), right.into()]));
             }
         }

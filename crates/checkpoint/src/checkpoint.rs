@@ -2,7 +2,7 @@
 
 use crate::error::io;
 use crate::formats::modelopt;
-use crate::gguf::{self, Gguf, Storage};
+use crate::gguf::{self, Factors, Gguf, Storage};
 use crate::shard::Shard;
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
@@ -141,18 +141,29 @@ impl Checkpoint {
 
     fn of_gguf(path: &Path, bytes: Option<Vec<u8>>) -> Result<Self, Error> {
         let (mut shards, gguf) = gguf_shards(path, bytes)?;
-        let factors = shards.iter().find_map(|s| s.tensor("rope_freqs.weight")).map(|t| t.to_f32()).transpose()?;
+        let factors = |name: &str| shards.iter().find_map(|s| s.tensor(name)).map(|t| t.to_f32()).transpose();
+        let factors = Factors {
+            all: factors(gguf::ROPE_FACTORS[0])?,
+            short: factors(gguf::ROPE_FACTORS[1])?,
+            long: factors(gguf::ROPE_FACTORS[2])?,
+        };
         let wrong = |reason| Error::Json { file: path.to_owned(), reason };
         let config = gguf::config(&gguf, factors).map_err(wrong)?;
-        let architecture = config["model_type"].as_str().unwrap_or_default().to_owned();
+        let architecture = gguf.architecture().to_owned();
+        for shard in &mut shards {
+            shard.rename(&architecture)?;
+        }
         let count = |key: &str| config[key].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
         let (heads, kv_heads) = (count("num_attention_heads"), count("num_key_value_heads"));
         let mut rules = Vec::new();
         for t in &gguf.tensors {
-            let name = gguf::hf_name(&t.name).unwrap_or_else(|| t.name.clone());
+            let name = gguf::hf_name(&architecture, &t.name).unwrap_or_else(|| t.name.clone());
+            let shard = shards.iter_mut().find(|s| s.tensors.contains_key(&name));
             let heads = gguf::interleaved_heads(&architecture, &name, heads, kv_heads);
-            if let (Some(heads), Some(shard)) = (heads, shards.iter_mut().find(|s| s.tensors.contains_key(&name))) {
-                shard.interleave(&name, heads)?;
+            match (heads, shard) {
+                (Some(heads), Some(shard)) => shard.interleave(&name, heads)?,
+                (None, Some(shard)) if gguf::lacks_one(&architecture, &name) => shard.take_one(&name)?,
+                _ => {}
             }
             if let (Storage::Block(kind), Some(module)) = (t.kind.storage, name.strip_suffix(".weight")) {
                 rules.push((module.to_owned(), Scheme::block(kind)));

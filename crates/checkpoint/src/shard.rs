@@ -24,6 +24,8 @@ pub(crate) struct Shard {
     pub(crate) tensors: BTreeMap<String, (TensorSpec, Range<usize>)>,
     /// Tensors that do not lie row after row.
     pub(crate) orders: BTreeMap<String, Order>,
+    /// Tensors whose numbers are other ones than the file's.
+    replaced: BTreeMap<String, Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -44,8 +46,8 @@ impl Shard {
         Shard::new(path, Bytes::Owned(bytes))
     }
 
-    /// Maps the GGUF file at `path`, or takes its `bytes`, and checks its header. Tensors go under the names of a model
-    /// folder where they have one; blocks are bytes, `[out, bytes of a row]`.
+    /// Maps the GGUF file at `path`, or takes its `bytes`, and checks its header. Tensors go under the file's names until
+    /// [`Shard::rename`]; blocks are bytes, `[out, bytes of a row]`.
     pub(crate) fn gguf(path: PathBuf, bytes: Option<Vec<u8>>) -> Result<(Self, Gguf), Error> {
         let bytes = match bytes {
             Some(bytes) => Bytes::Owned(bytes),
@@ -55,7 +57,7 @@ impl Shard {
         let gguf = gguf::parse(bytes.as_slice()).map_err(damaged)?;
         let mut tensors = BTreeMap::new();
         for t in &gguf.tensors {
-            let name = gguf::hf_name(&t.name).unwrap_or_else(|| t.name.clone());
+            let name = t.name.clone();
             let (dtype, mut shape) = match t.kind.storage {
                 Storage::Dense(dtype) => (dtype, t.shape.clone()),
                 Storage::Block(_) | Storage::Opaque => (Dtype::U8, t.shape.clone()),
@@ -66,7 +68,36 @@ impl Shard {
             let spec = TensorSpec { name: name.clone(), dtype, shape };
             tensors.insert(name, (spec, t.range.clone()));
         }
-        Ok((Shard { path, bytes, tensors, orders: BTreeMap::new() }, gguf))
+        Ok((Shard { path, bytes, tensors, orders: BTreeMap::new(), replaced: BTreeMap::new() }, gguf))
+    }
+
+    /// Gives the tensors of a GGUF file the names of a model folder, where they have one.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] where another tensor is called that already.
+    pub(crate) fn rename(&mut self, architecture: &str) -> Result<(), Error> {
+        for (name, (mut spec, range)) in std::mem::take(&mut self.tensors) {
+            spec.name = gguf::hf_name(architecture, &name).unwrap_or(name);
+            if let Some((other, _)) = self.tensors.insert(spec.name.clone(), (spec, range)) {
+                let (first, second) = (self.path.clone(), self.path.clone());
+                return Err(Error::Duplicate { tensor: other.name, first, second });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one from the numbers of the tensor `name`, which are f32 from here on.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] where they are no plain numbers.
+    pub(crate) fn take_one(&mut self, name: &str) -> Result<(), Error> {
+        let Some(view) = self.tensor(name) else { return Ok(()) };
+        let less = view.to_f32()?.into_iter().flat_map(|v| (v - 1.0).to_le_bytes()).collect();
+        self.replaced.insert(name.to_owned(), less);
+        if let Some((spec, _)) = self.tensors.get_mut(name) {
+            spec.dtype = Dtype::F32;
+        }
+        Ok(())
     }
 
     /// Marks the rows of the tensor `name` as interleaved over `heads`.
@@ -90,13 +121,16 @@ impl Shard {
             reason,
             size: bytes.as_slice().len() as u64,
         })?;
-        Ok(Shard { path, bytes, tensors, orders: BTreeMap::new() })
+        Ok(Shard { path, bytes, tensors, orders: BTreeMap::new(), replaced: BTreeMap::new() })
     }
 
     /// The tensor `name`.
     pub(crate) fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (spec, range) = self.tensors.get(name)?;
-        let bytes = self.bytes.as_slice().get(range.clone())?;
+        let bytes = match self.replaced.get(name) {
+            Some(bytes) => bytes,
+            None => self.bytes.as_slice().get(range.clone())?,
+        };
         let order = self.orders.get(name).copied().unwrap_or(Order::Rows);
         Some(TensorView { name: &spec.name, file: self.file(), dtype: spec.dtype, shape: &spec.shape, bytes, order })
     }

@@ -86,7 +86,7 @@ fn what_is_written_is_what_is_read_rows_in_order() {
 
             let dir = tempfile::tempdir().unwrap();
             let kind = by_storage(Storage::Block(form.kind)).unwrap();
-            let gguf_name = bitmill_checkpoint::gguf::gguf_name(&format!("{name}.weight")).unwrap();
+            let gguf_name = bitmill_checkpoint::gguf::gguf_name("llama", &format!("{name}.weight")).unwrap();
             let spec = GgufSpec { name: gguf_name, kind, shape: shape.to_vec() };
             let plan =
                 OutputPlan::gguf("m", &keys(), &embedding(), &[(format!("{name}.weight"), spec)], u64::MAX).unwrap();

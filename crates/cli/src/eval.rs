@@ -132,7 +132,7 @@ fn embedded(args: &Args, model: &Checkpoint, spec: &ModelSpec) -> anyhow::Result
         // The token that stands for the whole image.
         return Ok((windows, Pooling::Cls));
     }
-    let how = Sentences::read(&args.model)?;
+    let how = Sentences::of(model)?;
     if let Some(window) = args.window {
         fits(window, spec)?;
     }

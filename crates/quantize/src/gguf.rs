@@ -4,10 +4,14 @@
 //! Tensors keep the names of the model folder inside a run; the file's header has GGUF's names. Rows of queries and keys
 //! of `llama` models are reordered as they are written: rows are whole, so it does not matter that they are quantized.
 
+mod check;
 mod metadata;
 mod mixes;
+#[cfg(test)]
+mod tests;
 mod types;
 
+pub(crate) use check::check;
 pub use mixes::{MIXES, Mix};
 pub(crate) use types::TensorTypes;
 pub use types::{gguf_mix, gguf_types};
@@ -15,11 +19,11 @@ pub use types::{gguf_mix, gguf_types};
 use crate::{Action, Error, Settings, Unit};
 use bitmill_checkpoint::gguf::{self, GgufSpec, Storage};
 use bitmill_checkpoint::{Checkpoint, Dtype, Order, OutputPlan, TensorSpec, TensorView};
-use bitmill_models::{Act, ModelSpec, RopeKind};
+use bitmill_models::{Entry, ModelSpec};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Which types the matrices of a file get, beside the scheme.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -52,66 +56,30 @@ pub struct GgufOutput {
     dense: BTreeMap<String, Dtype>,
     /// Tensors whose rows are interleaved, and their heads.
     interleaved: BTreeMap<String, usize>,
+    /// Norms that are one more in the file.
+    one_more: BTreeSet<String>,
 }
 
 /// Name of the file inside of the work folder, without its end.
 pub(crate) const STEM: &str = "model";
 
 /// The tensor of divisors of the rotary frequencies, which folders have no name for.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+const ROPE_FACTORS: &str = gguf::ROPE_FACTORS[0];
 
-/// Module of the embedding and of the output matrix.
-const EMBEDDING: &str = "model.embed_tokens";
-const HEAD: &str = bitmill_models::HEAD;
-
-/// Architectures whose names and settings in a file are known here.
-const WRITTEN: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
-
-/// Refuses a model that llama.cpp would run differently, or not at all.
-pub(crate) fn check(input: &Checkpoint, spec: Option<&ModelSpec>, notes: &mut Vec<String>) -> Result<(), Error> {
-    let refuse = |reason: String| Err(Error::Gguf { dir: input.dir().into(), reason });
-    let factors = input.gguf().is_some() && input.contains(ROPE_FACTORS);
-    let Some(spec) = spec else {
-        return refuse(
-            "its architecture is none that is run here, and names and settings in the file depend on it".into(),
-        );
-    };
-    if !spec.causal {
-        return refuse("encoders are not written as GGUF".into());
-    }
-    if !WRITTEN.contains(&spec.model_type.as_str()) {
-        return refuse(format!(
-            "{} models are not written as GGUF; those that are: {}",
-            spec.model_type,
-            WRITTEN.join(", ")
-        ));
-    }
-    if spec.act != Act::Silu {
-        return refuse(format!(
-            "its activation {:?} is not the one llama.cpp runs this architecture with (SiLU)",
-            spec.act
-        ));
-    }
-    if spec.model_type == "qwen3" && (spec.qkv_bias || spec.out_bias) {
-        return refuse("llama.cpp's qwen3 has no biases".into());
-    }
-    // A file that carries factors carries all there is to know.
-    if !factors && matches!(spec.rope().map(|r| &r.kind), Some(RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })) {
-        return refuse("llama.cpp has no dynamic or longrope scaling for this architecture".into());
-    }
-    if let Some(window) = spec.windows.iter().flatten().min().filter(|&&w| w < spec.max_positions) {
-        notes.push(format!(
-            "llama.cpp runs this architecture without its sliding window: texts beyond {window} tokens differ"
-        ));
-    }
-    Ok(())
-}
-
-/// Whether the file does without a tensor of the folder: buffers of old exporters, and a head beside tied embeddings.
+/// Whether the file does without a tensor of the folder: buffers of old exporters, a head beside tied embeddings, and what
+/// stands behind the hidden states of an encoder.
 fn dropped(name: &str, spec: &ModelSpec) -> bool {
+    let layout = spec.layout;
+    let own = |module: Option<&str>| {
+        module.is_some_and(|module| name.starts_with(&format!("{}{module}.", spec.spelling.prefix)))
+    };
     name.ends_with(".rotary_emb.inv_freq")
-        || name == ROPE_FACTORS
-        || (spec.tied && name.strip_suffix(".weight") == Some(HEAD))
+        || gguf::ROPE_FACTORS.contains(&name)
+        || (spec.tied && name.strip_suffix(".weight") == spec.head().as_deref())
+        || (spec.model_type == "bert" && name.starts_with("cls."))
+        || own(layout.pooler)
+        || matches!(&layout.entry, Entry::Tokens(_, Some(added)) if added.position_ids
+            .is_some_and(|ids| name == format!("{}{ids}", spec.spelling.prefix)))
 }
 
 /// Shape of the numbers that a tensor of the input stands for.
@@ -136,19 +104,20 @@ pub(crate) fn output(
     }
     units.retain(|u| !u.tensors.is_empty());
     let architecture = metadata::architecture(spec);
-    let mut out = GgufOutput { dense: BTreeMap::new(), interleaved: BTreeMap::new() };
+    let mut out = GgufOutput { dense: BTreeMap::new(), interleaved: BTreeMap::new(), one_more: BTreeSet::new() };
     let mut tensors = Vec::new();
     for tensor in units.iter_mut().flat_map(|u| &mut u.tensors) {
         let refuse = |reason: String| Error::Gguf { dir: input.dir().into(), reason };
-        let name = gguf::gguf_name(&tensor.name)
+        let name = gguf::gguf_name(architecture, &tensor.name)
             .ok_or_else(|| refuse(format!("tensor {} has no name in GGUF; is it part of the model?", tensor.name)))?;
         let shape = shape_of(&tensor.name).unwrap_or_default();
         let storage = match &tensor.action {
             Action::Quantize { scheme, .. } => scheme.form().map_or(Storage::Opaque, |f| Storage::Block(f.kind)),
             Action::Copy => {
                 // Vectors are f32, and linears that are left out f16.
-                let own = dense.get(&tensor.name).copied();
-                let dtype = own.unwrap_or(if shape.len() < 2 { Dtype::F32 } else { Dtype::F16 });
+                let own = dense.get(&tensor.name).copied().filter(|_| !gguf::always_f32(&name));
+                let wide = shape.len() < 2 || gguf::always_f32(&name);
+                let dtype = own.unwrap_or(if wide { Dtype::F32 } else { Dtype::F16 });
                 out.dense.insert(tensor.name.clone(), dtype);
                 tensor.bytes = TensorSpec::new("", dtype, shape.clone()).bytes() as u64;
                 Storage::Dense(dtype)
@@ -157,6 +126,9 @@ pub(crate) fn output(
         let kind = gguf::by_storage(storage).ok_or_else(|| refuse(format!("{}: no type of GGUF fits", tensor.name)))?;
         if let Some(heads) = gguf::interleaved_heads(architecture, &tensor.name, spec.heads, spec.kv_heads) {
             out.interleaved.insert(tensor.name.clone(), heads);
+        }
+        if gguf::lacks_one(architecture, &tensor.name) {
+            out.one_more.insert(tensor.name.clone());
         }
         tensors.push((tensor.name.clone(), GgufSpec { name, kind, shape }));
     }
@@ -176,7 +148,7 @@ impl GgufOutput {
     pub(crate) fn copied<'a>(&self, input: &'a Checkpoint, name: &str) -> Result<Cow<'a, [u8]>, Error> {
         let view = input.tensor(name)?;
         let Some(&dtype) = self.dense.get(name) else { return Ok(Cow::Borrowed(view.bytes)) };
-        if dtype == view.dtype && view.order == Order::Rows {
+        if dtype == view.dtype && view.order == Order::Rows && !self.one_more.contains(name) {
             let rows = view.shape.first().copied().unwrap_or(1);
             return Ok(Cow::Owned(self.ordered(name, rows, view.bytes.to_vec())));
         }
@@ -197,6 +169,10 @@ impl GgufOutput {
     }
 
     fn stored(&self, view: &TensorView<'_>, values: &[f32], dtype: Dtype) -> Result<Vec<u8>, Error> {
+        let values = &*match self.one_more.contains(view.name) {
+            true => Cow::Owned(values.iter().map(|v| v + 1.0).collect::<Vec<f32>>()),
+            false => Cow::Borrowed(values),
+        };
         let bytes = match dtype {
             Dtype::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();

@@ -499,7 +499,11 @@ impl<'a> Units<'a> {
             Some(Storage::Block(kind)) => Scheme::block(kind),
             Some(_) => return copy(chosen.and_then(|c| c.dense())),
             // The ends of a model are block types of a GGUF file, or stay as they are.
-            None if linear || (own.is_some() && self.types.is_some() && is_end(module)) => own.unwrap_or(self.scheme),
+            None if linear
+                || (own.is_some() && self.types.as_ref().is_some_and(|t| t.place(module, place).is_some())) =>
+            {
+                own.unwrap_or(self.scheme)
+            }
             None => return copy(None),
         };
         let shape = [rows, cols];

@@ -42,17 +42,17 @@ enum Chore {
         work: PathBuf,
     },
     /// Builds bitmill and holds its GGUF files against llama.cpp and gguf-py: types, mixtures, importance matrices, conversion,
-    /// shards.
+    /// shards, and tiny models of every architecture.
     Gguf {
         #[command(flatten)]
         reference: Reference,
-        /// Folder of llama.cpp's binaries: llama-quantize, llama-perplexity, llama-imatrix, llama-gguf-split.
+        /// Folder of llama.cpp's binaries: llama-quantize, llama-perplexity, llama-imatrix, llama-gguf-split, llama-embedding.
         #[arg(long)]
         llama: PathBuf,
         /// llama.cpp's source folder, for its converter; without it that part is left out.
         #[arg(long)]
         source: Option<PathBuf>,
-        /// Which parts to check, with commas between: types,mixes,imatrix,convert,split.
+        /// Which parts to check, with commas between: types,mixes,imatrix,convert,split,architectures; all by default.
         #[arg(long)]
         parts: Option<String>,
         /// Only types, mixtures or layouts that this regular expression finds.
@@ -142,12 +142,25 @@ fn main() -> ExitCode {
             conformance(&reference.python, &cases, &model, &text, &work)
         }
         Chore::Gguf { reference, llama, source, parts, cases, model, text, work } => {
-            let options = [("--source", source.map(PathBuf::into_os_string)), ("--parts", parts.map(Into::into))];
-            let given = options.into_iter().filter_map(|(name, value)| Some((name, value?)));
-            let paths = [("--llama", &llama), ("--model", &model), ("--text", &text), ("--work", &work)];
-            let paths = paths.map(|(name, path)| (name, path.clone().into_os_string()));
-            let cases = [("--cases", cases.into())];
-            gguf(&reference.python, &llama, paths.into_iter().chain(given).chain(cases))
+            let whole = |part: &str| parts.as_deref().is_none_or(|all| all.split(',').any(|own| own == part));
+            let others: Vec<&str> =
+                ["types", "mixes", "imatrix", "convert", "split"].into_iter().filter(|p| whole(p)).collect();
+            let mut shared: Vec<(&str, OsString)> = [("--llama", &llama), ("--text", &text)]
+                .map(|(name, path)| (name, path.clone().into_os_string()))
+                .into();
+            shared.extend(source.map(|source| ("--source", source.into_os_string())));
+            shared.push(("--cases", cases.into()));
+            let mut scripts = Vec::new();
+            if !others.is_empty() {
+                let own =
+                    [("--model", model.into()), ("--work", work.clone().into()), ("--parts", others.join(",").into())];
+                scripts.push(("gguf_conformance.py", shared.iter().cloned().chain(own).collect()));
+            }
+            if whole("architectures") {
+                let own = ("--work", work.join("architectures").into_os_string());
+                scripts.push(("gguf_architectures.py", shared.into_iter().chain([own]).collect()));
+            }
+            gguf(&reference.python, &llama, scripts)
         }
         Chore::Embeddings { reference, model, text, calibration, work } => {
             let paths = [("--text", &text), ("--calibration", &calibration), ("--work", &work)];
@@ -233,9 +246,12 @@ fn built(bitmill: Option<PathBuf>) -> Result<PathBuf> {
     Ok(target_dir()?.join("release/bitmill"))
 }
 
-fn gguf(python: &Path, llama: &Path, options: impl Iterator<Item = (&'static str, OsString)>) -> Result<()> {
+/// A program of tools/reference and its options.
+type Script = (&'static str, Vec<(&'static str, OsString)>);
+
+fn gguf(python: &Path, llama: &Path, scripts: Vec<Script>) -> Result<()> {
     require_packages(python)?;
-    for program in ["llama-quantize", "llama-perplexity", "llama-imatrix", "llama-gguf-split"] {
+    for program in ["llama-quantize", "llama-perplexity", "llama-imatrix", "llama-gguf-split", "llama-embedding"] {
         if !llama.join(program).is_file() {
             bail!(
                 "{} holds no {program}; build llama.cpp (its source is in vendor/ of the source package of \
@@ -246,13 +262,16 @@ fn gguf(python: &Path, llama: &Path, options: impl Iterator<Item = (&'static str
         }
     }
     run(cargo().args(["build", "--release", "--bin", "bitmill"]))?;
-    let mut check = Command::new(python);
-    check.arg(reference_dir().join("gguf_conformance.py"));
-    check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
-    for (name, value) in options.filter(|(_, value)| !value.is_empty()) {
-        check.arg(name).arg(value);
+    for (script, options) in scripts {
+        let mut check = Command::new(python);
+        check.arg(reference_dir().join(script));
+        check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
+        for (name, value) in options.into_iter().filter(|(_, value)| !value.is_empty()) {
+            check.arg(name).arg(value);
+        }
+        run(&mut check)?;
     }
-    run(&mut check)
+    Ok(())
 }
 
 /// Fails with what to install unless the interpreter runs and has the pinned packages.

@@ -13,8 +13,8 @@ mod rows;
 mod write;
 
 pub(crate) use blocks::{decode, encode};
-pub(crate) use config::config;
-pub use names::{gguf_name, hf_name, interleaved_heads};
+pub(crate) use config::{Factors, config};
+pub use names::{always_f32, architecture, gguf_name, hf_name, interleaved_heads, lacks_one, model_types};
 pub use parse::{Gguf, GgufTensor, parse};
 pub(crate) use rows::deinterleave;
 pub use rows::{interleave, interleaved_from};
@@ -36,6 +36,10 @@ pub(crate) const LONGEST_NAME: usize = 64;
 pub(crate) const SPLIT_NO: &str = "split.no";
 pub(crate) const SPLIT_COUNT: &str = "split.count";
 pub(crate) const SPLIT_TENSORS: &str = "split.tensors.count";
+
+/// Tensors of divisors of the rotary frequencies, which folders have in their config: for all texts, for short ones and for
+/// long ones.
+pub const ROPE_FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 
 /// How the name of shard `no` (from 0) of `count` ends.
 #[must_use]

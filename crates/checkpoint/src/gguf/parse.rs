@@ -36,6 +36,12 @@ impl Gguf {
         self.metadata.get(key)
     }
 
+    /// The architecture it says it is of.
+    #[must_use]
+    pub fn architecture(&self) -> &str {
+        self.get("general.architecture").and_then(Value::text).unwrap_or("(none)")
+    }
+
     /// The tensor `name`, as the file calls it.
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {

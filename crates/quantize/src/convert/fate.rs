@@ -1,10 +1,11 @@
 //! What becomes of every tensor: held code for code, carried, plain numbers, or refused.
 
-use super::{Item, ROPE_FACTORS, Rounded, Target};
+use super::{Item, Rounded, Target};
 use crate::methods::{Linear, method};
 use crate::plan::{is_embedding, is_end, model_scale_type, natural_key};
 use crate::weight::is_transposed;
 use crate::{Error, ScaleSearch, SolverOptions};
+use bitmill_checkpoint::gguf::ROPE_FACTORS;
 use bitmill_checkpoint::{
     CACHE_SCALES, Checkpoint, Dialect, Dtype, Format, GGUF, Order, TensorView, Weight, cache_scheme,
 };
@@ -104,7 +105,7 @@ impl<'a> Decider<'a> {
         // A module stands where its first tensor does.
         let mut fates: BTreeMap<String, Option<usize>> = BTreeMap::new();
         let mut dropped = false;
-        for name in self.input.names().filter(|n| *n != ROPE_FACTORS || self.input.gguf().is_none()) {
+        for name in self.input.names().filter(|n| !ROPE_FACTORS.contains(n) || self.input.gguf().is_none()) {
             if !self.keeps_cache && CACHE_SCALES.iter().any(|suffix| name.ends_with(&format!(".{suffix}"))) {
                 dropped = true;
                 continue;

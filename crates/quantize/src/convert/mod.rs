@@ -77,9 +77,6 @@ struct Item {
     shape: Vec<usize>,
 }
 
-/// The tensor of divisors of the rotary frequencies of a GGUF file, which a folder's config says in other words.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-
 impl<'a> Conversion<'a> {
     /// Decides how `input` becomes `target`; `lossy` allows rounding what it does not hold. `shard_bytes` bounds weight files.
     ///

@@ -6,7 +6,7 @@ use crate::Error;
 use crate::journal::{io, write_durably};
 use crate::run::{check_place, pretty, write_config};
 use crate::weight::transpose;
-use bitmill_calibrate::tokenizer_files;
+use bitmill_calibrate::{Sentences, tokenizer_files};
 use bitmill_checkpoint::{Output, Weight, ensure_free};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -125,8 +125,15 @@ impl Conversion<'_> {
         let format = if let Target::Format(format) = self.target { Some(format) } else { None };
         write_config(dir, format, &self.config)?;
         if let Some(gguf) = self.input.gguf() {
-            let files = tokenizer_files(gguf, self.input.dir())?;
-            return files.iter().try_for_each(|(name, value)| write_durably(&dir.join(name), &pretty(value)));
+            let mut files = tokenizer_files(gguf, self.input.dir())?;
+            let width = self.config["hidden_size"].as_u64().map_or(0, |n| n as usize);
+            files.extend(Sentences::stated(self.input)?.into_iter().flat_map(|pooling| pooling.files(width)));
+            return files.iter().try_for_each(|(name, value)| {
+                let file = dir.join(name);
+                let parent = file.parent().unwrap_or(dir);
+                std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
+                write_durably(&file, &pretty(value))
+            });
         }
         for file in &self.files {
             let (from, to) = (self.input.dir().join(file), dir.join(file));

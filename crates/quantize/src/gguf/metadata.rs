@@ -2,22 +2,18 @@
 
 use super::gguf_mix;
 use crate::{Error, Settings};
-use bitmill_calibrate::gguf_tokenizer;
-use bitmill_checkpoint::Checkpoint;
-use bitmill_checkpoint::Dtype;
-use bitmill_checkpoint::gguf::{GgufSpec, Storage, Value, by_storage};
-use bitmill_models::{ModelSpec, Rope, RopeKind};
+use bitmill_calibrate::{Pooling, Sentences, gguf_tokenizer};
+use bitmill_checkpoint::gguf::{self, GgufSpec, Storage, Value, ValueType, by_storage};
+use bitmill_checkpoint::{Checkpoint, Dtype};
+use bitmill_models::{Act, ModelSpec, Rope, RopeKind};
 use bitmill_scheme::BLOCKS;
 
 /// The version of the block formats, which has to be told where any tensor is quantized.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// llama.cpp's name of the architecture.
+/// llama.cpp's name of the architecture; [`super::check`] has refused those without one.
 pub(super) fn architecture(spec: &ModelSpec) -> &str {
-    match spec.model_type.as_str() {
-        "mistral" => "llama",
-        other => other,
-    }
+    gguf::architecture(&spec.model_type).unwrap_or(&spec.model_type)
 }
 
 /// Every key, in the order of the file.
@@ -38,32 +34,19 @@ pub(super) fn metadata(
     if tensors.iter().any(|(_, t)| matches!(t.kind.storage, Storage::Block(_))) {
         keys.push(("general.quantization_version".to_owned(), Value::U32(QUANTIZATION_VERSION)));
     }
-    let mut add = |key: &str, value: Value| keys.push((format!("{architecture}.{key}"), value));
-    for (key, n) in [
-        ("context_length", spec.max_positions),
-        ("embedding_length", spec.hidden),
-        ("block_count", spec.layers),
-        ("feed_forward_length", spec.intermediate),
-        ("attention.head_count", spec.heads),
-        ("attention.head_count_kv", spec.kv_heads),
-        ("attention.key_length", spec.head_dim),
-        ("attention.value_length", spec.head_dim),
-        ("rope.dimension_count", spec.head_dim),
-        ("vocab_size", spec.vocab),
-    ] {
-        // Sizes of a spec fit into 32 bits: its reader sees to that.
-        add(key, Value::U32(u32::try_from(n).unwrap_or(u32::MAX)));
-    }
-    add("attention.layer_norm_rms_epsilon", Value::F32(spec.norm_eps as f32));
-    for (key, value) in spec.rope().into_iter().flat_map(rope) {
-        add(key, value);
-    }
+    let own = if spec.causal { decoder(architecture, input, spec) } else { encoder(input, spec)? };
+    keys.extend(own.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value)));
     match input.gguf() {
         Some(gguf) => {
             let own = gguf.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
             keys.extend(own.map(|(key, value)| (key.clone(), value.clone())));
         }
-        None => keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?),
+        None => {
+            keys.extend(gguf_tokenizer(input.dir(), input.config(), spec.vocab)?);
+            if spec.token_types > 0 {
+                keys.push(("tokenizer.ggml.token_type_count".into(), size(spec.token_types)));
+            }
+        }
     }
     keys.push(("bitmill.version".to_owned(), Value::Text(env!("CARGO_PKG_VERSION").into())));
     keys.push(("bitmill.method".to_owned(), Value::Text(settings.method.clone())));
@@ -79,38 +62,130 @@ fn file_type(settings: &Settings) -> u32 {
     block.and_then(|b| by_storage(Storage::Block(b.kind))).map_or(1, |t| t.file_type)
 }
 
-fn rope(rope: &Rope) -> Vec<(&'static str, Value)> {
-    let mut keys = vec![("rope.freq_base", Value::F32(rope.theta as f32))];
-    let mut scaling = |kind: &str, factor: f64| {
-        keys.push(("rope.scaling.type", Value::Text(kind.into())));
-        keys.push(("rope.scaling.factor", Value::F32(factor as f32)));
-    };
-    match &rope.kind {
-        RopeKind::Linear { factor } => scaling("linear", *factor),
-        RopeKind::Yarn { factor, beta_fast, beta_slow, original, .. } => {
-            scaling("yarn", *factor);
-            keys.push((
-                "rope.scaling.original_context_length",
-                Value::U32(u32::try_from(*original).unwrap_or(u32::MAX)),
-            ));
-            keys.push(("rope.scaling.yarn_beta_fast", Value::F32(*beta_fast as f32)));
-            keys.push(("rope.scaling.yarn_beta_slow", Value::F32(*beta_slow as f32)));
+/// Sizes of a spec fit into 32 bits: its reader sees to that.
+fn size(n: usize) -> Value {
+    Value::U32(u32::try_from(n).unwrap_or(u32::MAX))
+}
+
+fn real(v: f64) -> Value {
+    Value::F32(v as f32)
+}
+
+type Key = (&'static str, Value);
+
+/// What every architecture has.
+fn sizes(spec: &ModelSpec) -> Vec<Key> {
+    vec![
+        ("context_length", size(spec.max_positions)),
+        ("embedding_length", size(spec.hidden)),
+        ("block_count", size(spec.layers)),
+        ("feed_forward_length", size(spec.intermediate)),
+        ("attention.head_count", size(spec.heads)),
+        ("attention.head_count_kv", size(spec.kv_heads)),
+        ("attention.key_length", size(spec.head_dim)),
+        ("attention.value_length", size(spec.head_dim)),
+        ("vocab_size", size(spec.vocab)),
+    ]
+}
+
+fn encoder(input: &Checkpoint, spec: &ModelSpec) -> Result<Vec<Key>, Error> {
+    let mut keys = sizes(spec);
+    keys.push(("attention.layer_norm_epsilon", real(spec.norm_eps)));
+    keys.push(("attention.causal", Value::Bool(false)));
+    // A plain encoder says nothing of sentences.
+    if let Some(number) = Sentences::stated(input)?.and_then(Pooling::gguf) {
+        keys.push(("pooling_type", Value::U32(number as u32)));
+    }
+    // llama.cpp approximates GELU in any case; who computes it exactly has to know.
+    if spec.act == Act::GeluTanh {
+        keys.push(("hidden_activation", Value::Text("gelu_pytorch_tanh".into())));
+    }
+    Ok(keys)
+}
+
+fn decoder(architecture: &str, input: &Checkpoint, spec: &ModelSpec) -> Vec<Key> {
+    let mut keys = sizes(spec);
+    keys.push(("attention.layer_norm_rms_epsilon", real(spec.norm_eps)));
+    let of = |windowed: bool| spec.ropes.iter().zip(&spec.windows).find(|(_, w)| w.is_some() == windowed)?.0.as_ref();
+    let local = of(true).filter(|_| architecture == "gemma3");
+    let rope_of_all = of(false).or(of(true).filter(|_| architecture != "gemma3"));
+    keys.push(("rope.dimension_count", size(rope_of_all.or(local).map_or(spec.head_dim, |rope| rope.dim))));
+    keys.extend(rope_of_all.into_iter().flat_map(rope));
+    keys.extend(local.map(|rope| ("rope.freq_base_swa", real(rope.theta))));
+    keys.extend(spec.factors.attention_cap.map(|cap| ("attn_logit_softcapping", real(cap))));
+    keys.extend(spec.factors.logit_cap.map(|cap| ("final_logit_softcapping", real(cap))));
+    match architecture {
+        "gemma2" => keys.extend(windows(spec, 2)),
+        "gemma3" if spec.windows.iter().any(Option::is_some) => keys.extend(windows(spec, 6)),
+        "phi3" => {
+            // llama.cpp takes zero for none, and some of its versions miss the key.
+            keys.push(("attention.sliding_window", size(spec.windows.iter().flatten().next().copied().unwrap_or(0))));
+            if !keys.iter().any(|(key, _)| *key == ORIGINAL) {
+                let own = input.config()["original_max_position_embeddings"].as_u64();
+                keys.push((ORIGINAL, size(own.map_or(spec.max_positions, |n| n as usize))));
+            }
         }
-        // Llama 3's factors go into a tensor; the others are refused while planning.
         _ => {}
     }
     keys
 }
 
-/// The divisors of the rotary frequencies, which GGUF keeps as a tensor: what Llama 3's scaling divides each by.
-pub(super) fn rope_factors(spec: &ModelSpec) -> Vec<(GgufSpec, Vec<u8>)> {
-    let Some(own) = spec.rope().filter(|rope| matches!(rope.kind, RopeKind::Llama3 { .. })) else {
-        return Vec::new();
+/// The key of the context length before scaling.
+const ORIGINAL: &str = "rope.scaling.original_context_length";
+
+/// The width of windows, and which blocks have them where it is not all but each `every`-th.
+fn windows(spec: &ModelSpec, every: usize) -> Vec<Key> {
+    let width = spec.windows.iter().flatten().next().copied().unwrap_or(spec.max_positions);
+    let mut keys = vec![("attention.sliding_window", size(width))];
+    let windowed: Vec<bool> = spec.windows.iter().map(Option::is_some).collect();
+    if (0..spec.layers).any(|i| windowed[i] == (i + 1).is_multiple_of(every)) {
+        let flags = windowed.into_iter().map(Value::Bool).collect();
+        keys.push(("attention.sliding_window_pattern", Value::Array(ValueType::Bool, flags)));
+    }
+    keys
+}
+
+fn rope(rope: &Rope) -> Vec<Key> {
+    let mut keys = vec![("rope.freq_base", real(rope.theta))];
+    let mut scaling = |kind: &str, factor: f64| {
+        keys.push(("rope.scaling.type", Value::Text(kind.into())));
+        keys.push(("rope.scaling.factor", real(factor)));
     };
-    let plain = Rope { kind: RopeKind::Default, ..own.clone() };
-    let (scaled, plain) = (own.frequencies(1), plain.frequencies(1));
-    let factors: Vec<f32> = plain.iter().zip(&scaled).map(|(p, s)| p / s).collect();
-    constant(super::ROPE_FACTORS, &factors)
+    match &rope.kind {
+        RopeKind::Linear { factor } => scaling("linear", *factor),
+        RopeKind::Yarn { factor, beta_fast, beta_slow, original, .. } => {
+            scaling("yarn", *factor);
+            keys.push((ORIGINAL, size(*original)));
+            keys.push(("rope.scaling.yarn_beta_fast", real(*beta_fast)));
+            keys.push(("rope.scaling.yarn_beta_slow", real(*beta_slow)));
+        }
+        RopeKind::LongRope { attention, original, .. } => {
+            keys.push((ORIGINAL, size(*original)));
+            keys.push(("rope.scaling.attn_factor", real(*attention)));
+        }
+        _ => {}
+    }
+    keys
+}
+
+/// The divisors of the rotary frequencies, which GGUF keeps as tensors: what Llama 3's scaling divides each by, or those
+/// of longrope for long texts and for short ones.
+pub(super) fn rope_factors(spec: &ModelSpec) -> Vec<(GgufSpec, Vec<u8>)> {
+    let [all, short_texts, long_texts] = gguf::ROPE_FACTORS;
+    let Some(own) = spec.rope() else { return Vec::new() };
+    match &own.kind {
+        RopeKind::Llama3 { .. } => {
+            let plain = Rope { kind: RopeKind::Default, ..own.clone() };
+            let (scaled, plain) = (own.frequencies(1), plain.frequencies(1));
+            let factors: Vec<f32> = plain.iter().zip(&scaled).map(|(p, s)| p / s).collect();
+            constant(all, &factors)
+        }
+        RopeKind::LongRope { short, long, .. } => {
+            let narrow = |list: &[f64]| list.iter().map(|&v| v as f32).collect::<Vec<f32>>();
+            [constant(long_texts, &narrow(long)), constant(short_texts, &narrow(short))].concat()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// A vector that is written with the header.

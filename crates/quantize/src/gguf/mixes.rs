@@ -2,7 +2,7 @@
 //!
 //! A mixture is a base type and exceptions by the matrix' place: its role, its block's number among all, how many heads
 //! share a key, and whether there is calibration data. The rules are facts of llama-quantize (as of September 2026),
-//! for the dense architectures written here; a test holds them against what that program printed.
+//! for the architectures written here; a test holds them against what that program printed.
 
 use bitmill_models::{ModelSpec, Role};
 
@@ -110,6 +110,12 @@ impl Mix {
         if matches!(self.base, "F32" | "F16" | "BF16") {
             return self.base;
         }
+        // Matrices that hold several follow the rules of the one that counts most.
+        let place = match place {
+            Place::Linear(Role::Qkv, i) => Place::Linear(Role::V, i),
+            Place::Linear(Role::GateUp, i) => Place::Linear(Role::Up, i),
+            other => other,
+        };
         match place {
             Place::Output if !row.is_multiple_of(block) => "Q8_0",
             Place::Output if self.is_tiny() || self.name == "iq3_xxs" => "Q5_K",
@@ -239,6 +245,25 @@ mod tests {
             name = fallback(name);
         }
         if row.is_multiple_of(block(name)) { name.to_lowercase() } else { "f16".into() }
+    }
+
+    #[test]
+    fn fused_matrices_follow_the_rules_of_values_and_of_up() {
+        let c = Circumstances { layers: 16, sharing: 2, data: false, seventy: false };
+        let of = |mix: &str, role, i| gguf_mix(mix).unwrap().type_of(Place::Linear(role, i), &c, 256, 256);
+        for (mix, role, i, kind) in [
+            ("q4_k_m", Role::Qkv, 0, "Q6_K"),
+            ("q4_k_m", Role::Qkv, 2, "Q4_K"),
+            ("q3_k_m", Role::Qkv, 1, "Q5_K"),
+            ("q3_k_m", Role::Qkv, 2, "Q4_K"),
+            ("iq2_xs", Role::Qkv, 5, "Q2_K"),
+            ("iq3_xxs", Role::Qkv, 5, "IQ3_S"),
+            ("iq3_xs", Role::GateUp, 1, "IQ3_S"),
+            ("iq3_xs", Role::GateUp, 5, "IQ3_XXS"),
+            ("q8_0", Role::GateUp, 5, "Q8_0"),
+        ] {
+            assert_eq!(of(mix, role, i), kind, "{mix} {role:?} {i}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Which type each matrix of a GGUF file gets: asked for by name, by a pattern, by a mixture, or the scheme's own.
 
+use super::GgufSettings;
 use super::mixes::{Circumstances, MIXES, Mix, Place, fallback};
-use super::{EMBEDDING, GgufSettings, HEAD};
 use crate::{Error, Settings};
 use bitmill_checkpoint::Dtype;
 use bitmill_checkpoint::gguf::{self, GgmlType, Storage};
@@ -35,7 +35,11 @@ pub(crate) struct TensorTypes<'a> {
     mix: Option<&'static Mix>,
     base: &'static GgmlType,
     pure: bool,
+    architecture: &'static str,
+    /// The module of the token embedding, which is the output matrix too where there is no other.
+    tokens: String,
     tied: bool,
+    head: Option<String>,
     embedding: Option<&'static GgmlType>,
     output: Option<&'static GgmlType>,
     overrides: Vec<(Regex, &'static GgmlType)>,
@@ -87,7 +91,10 @@ impl<'a> TensorTypes<'a> {
             mix,
             base,
             pure,
-            tied: spec.tied,
+            architecture: gguf::architecture(&spec.model_type).unwrap_or_default(),
+            tokens: spec.embedding().strip_suffix(".weight").unwrap_or_default().to_owned(),
+            tied: spec.tied || spec.head().is_none(),
+            head: spec.head(),
             embedding: token_embedding.as_ref().map(named).transpose()?,
             output: output.as_ref().map(named).transpose()?,
             overrides: overrides.iter().map(compile).collect::<Result<_, _>>()?,
@@ -99,8 +106,8 @@ impl<'a> TensorTypes<'a> {
     pub(crate) fn place(&self, module: &str, linear: Option<(Role, usize)>) -> Option<Place> {
         match linear {
             Some((role, block)) => Some(Place::Linear(role, block)),
-            None if module == HEAD || (module == EMBEDDING && self.tied) => Some(Place::Output),
-            None if module == EMBEDDING => Some(Place::Embedding),
+            None if self.head.as_deref() == Some(module) || (module == self.tokens && self.tied) => Some(Place::Output),
+            None if module == self.tokens => Some(Place::Embedding),
             None => None,
         }
     }
@@ -113,13 +120,13 @@ impl<'a> TensorTypes<'a> {
     /// [`Error::Gguf`] where the mixture needs a type that is not written here.
     pub(crate) fn of(&self, name: &str, place: Place, row: usize) -> Result<Chosen, Error> {
         let plain = |kind| Ok(Chosen { kind, instead_of: None });
-        let embedding = name.strip_suffix(".weight") == Some(EMBEDDING);
+        let embedding = name.strip_suffix(".weight") == Some(&self.tokens);
         match (place, self.embedding, self.output) {
             (Place::Embedding | Place::Output, Some(kind), _) if embedding => return plain(kind),
             (Place::Output, _, Some(kind)) => return plain(kind),
             _ => {}
         }
-        let gguf = gguf::gguf_name(name).unwrap_or_else(|| name.to_owned());
+        let gguf = gguf::gguf_name(self.architecture, name).unwrap_or_else(|| name.to_owned());
         let found = self.overrides.iter().find(|(regex, _)| regex.is_match(&gguf).unwrap_or(false));
         let wanted = match (found, self.mix, place) {
             (Some((_, kind)), _, _) => kind,

@@ -32,6 +32,7 @@ fn weighed(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
     if !plan.method.takes_diagonal() {
         return Err(Error::DiagonalOnly { method: plan.method.name() });
     }
+    let model_type = plan.spec.as_ref().map_or("", |spec| &spec.model_type);
     let blocks = plan.units.iter().filter(|unit| unit.block.is_some());
     for tensor in blocks.flat_map(|unit| &unit.tensors) {
         let Action::Quantize { module, shape, scheme, .. } = &tensor.action else { continue };
@@ -39,7 +40,7 @@ fn weighed(plan: &Plan, imatrix: &Imatrix) -> Result<(), Error> {
             let reason = "an importance matrix does not hold the largest".into();
             return Err(Error::NeedsInputs { scheme: *scheme, reason });
         }
-        let got = imatrix.importance(module).map(<[f32]>::len);
+        let got = imatrix.importance(model_type, module).map(<[f32]>::len);
         if got != Some(shape[1]) {
             return Err(Error::Importance { module: module.clone(), inputs: shape[1], got: got.unwrap_or(0) });
         }
@@ -91,9 +92,10 @@ impl Worker<'_, '_> {
             self.copy(&tensor.name)?;
         }
         let mut records = Vec::new();
+        let model_type = self.plan.spec.as_ref().map_or("", |spec| &spec.model_type);
         for target in unit.tensors.iter().filter_map(Target::of) {
             // Checked before the run began.
-            let Some(h) = imatrix.importance(target.module) else { continue };
+            let Some(h) = imatrix.importance(model_type, target.module) else { continue };
             let linear = Linear::new(target.module, &[], target.shape, target.scheme);
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
             records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
