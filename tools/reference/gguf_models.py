@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -85,6 +85,19 @@ CASES = {
         },
         {"rope_local_base_freq": 1000000.0},
     ),
+    "gemma3-listed": (
+        {
+            "model_type": "gemma3_text",
+            "architectures": ["Gemma3ForCausalLM"],
+            **SECOND,
+            "tie_word_embeddings": False,
+            "sliding_window_pattern": 3,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "final_logit_softcapping": 6.0,
+        },
+        {"sliding_window_pattern": 6},
+    ),
     "phi3": (PHI3, {"rope_theta": 500.0}),
     "phi3-short": (
         PHI3 | {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 1024},
@@ -93,6 +106,10 @@ CASES = {
     "phi3-long": (
         PHI3 | {"partial_rotary_factor": 0.75, "rope_scaling": LONGROPE, "original_max_position_embeddings": 256},
         {"original_max_position_embeddings": 1024},
+    ),
+    "phi3-bytes": (
+        PHI3 | {"tie_word_embeddings": True, "partial_rotary_factor": 0.75, "bos_token_id": PIECES},
+        {"partial_rotary_factor": 1.0},
     ),
     "bert": (
         {
@@ -110,6 +127,14 @@ CASES = {
 }
 """Configs, and what makes them plainer."""
 
+SEEDS = ["bert", "gemma", "gemma2", "gemma3", "phi3", "phi3-long", "phi3-short", "gemma3-listed", "phi3-bytes"]
+"""Seeds are places in this list, so what is new comes last."""
+WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Phi-4-mini cuts text into words, which llama.cpp calls gpt-4o."""
 CONTROLS = {"gemma": ["<start_of_turn>", "<unused0>"], "phi3": ["<|endoftext|>", "<|user|>", "<|end|>"]}
 BREAKS = ["\n\n", "▁▁", "<b>"]
 """What text is cut at in Gemma's vocabularies."""
@@ -125,10 +150,13 @@ def write(name: str, text: Path, out: Path) -> Path:
     if name == "bert":
         word_pieces(text, folder)
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    elif name == "phi3-bytes":
+        byte_pairs(text, folder)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     else:
         sentence_pieces(text, folder, "gemma" if name.startswith("gemma") else "phi3")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    generator = torch.Generator().manual_seed(sorted(CASES).index(name))
+    generator = torch.Generator().manual_seed(SEEDS.index(name))
     state = {}
     for key, value in sorted(model.state_dict().items()):
         noise = torch.randn(value.shape, generator=generator)
@@ -219,6 +247,23 @@ def tokenizer(pieces: sentencepiece.SentencePieceProcessor, added: dict[int, tup
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, built.token_to_id(bos))]
     )
     return built
+
+
+def byte_pairs(text: Path, folder: Path) -> None:
+    """A byte-level `tokenizer.json`, as Phi-4-mini has it."""
+    built = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    built.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
+    built.train_from_iterator([text.read_text()], trainer)
+    built.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROLS["phi3"]])
+    built.post_processor = processors.ByteLevel(trim_offsets=False)
+    built.decoder = decoders.ByteLevel()
+    built.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": False}
+    settings |= {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk", "pad")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def word_pieces(text: Path, folder: Path) -> None:

@@ -48,9 +48,30 @@ pub(super) fn metadata(
             }
         }
     }
+    rename(&mut keys);
     keys.push(("bitmill.version".to_owned(), Value::Text(env!("CARGO_PKG_VERSION").into())));
     keys.push(("bitmill.method".to_owned(), Value::Text(settings.method.clone())));
     Ok(keys)
+}
+
+/// Tokens that llama.cpp looks for in a model by the name of Phi-3, and does not load it without.
+const PHI3_TOKENS: [&str; 4] = ["<s>", "</s>", "<unk>", "<|endoftext|>"];
+
+/// Writes a name that llama.cpp takes for Phi-3's otherwise, where the vocabulary is another.
+fn rename(keys: &mut [(String, Value)]) {
+    let of = |wanted: &str| keys.iter().find(|(key, _)| key == wanted).map(|(_, value)| value);
+    let tokens = of("tokenizer.ggml.tokens").and_then(Value::items).unwrap_or_default();
+    if PHI3_TOKENS.iter().all(|wanted| tokens.iter().any(|token| token.text() == Some(wanted))) {
+        return;
+    }
+    for (_, value) in keys.iter_mut().filter(|(key, _)| key == "general.name") {
+        let Value::Text(name) = value else { continue };
+        // Letters of ASCII keep their places in lower case.
+        while let Some(at) = ["phi3", "phi-3"].iter().find_map(|own| name.to_ascii_lowercase().find(own)) {
+            let digit = name[at..].find('3').map_or(at, |i| at + i);
+            name.replace_range(at + 3..digit, " ");
+        }
+    }
 }
 
 /// The number of the mixture, or of the type most weights have.
@@ -193,4 +214,24 @@ pub(super) fn constant(name: &str, values: &[f32]) -> Vec<(GgufSpec, Vec<u8>)> {
     let kind = by_storage(Storage::Dense(Dtype::F32));
     let spec = kind.map(|kind| GgufSpec { name: name.into(), kind, shape: vec![values.len()] });
     spec.map(|spec| (spec, values.iter().flat_map(|f| f.to_le_bytes()).collect())).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_promises_no_vocabulary_that_is_not_there() {
+        let named = |name: &str, tokens: &[&str]| {
+            let mut keys = vec![
+                ("general.name".to_owned(), Value::Text(name.into())),
+                ("tokenizer.ggml.tokens".to_owned(), Value::texts(tokens.iter().map(|t| (*t).to_owned()))),
+            ];
+            rename(&mut keys);
+            keys[0].1.text().unwrap().to_owned()
+        };
+        assert_eq!(named("My-Phi-3-and-phi3é", &["<s>"]), "My-Phi 3-and-phi 3é");
+        assert_eq!(named("Phi-3-mini", &PHI3_TOKENS), "Phi-3-mini");
+        assert_eq!(named("phi-4", &[]), "phi-4");
+    }
 }
