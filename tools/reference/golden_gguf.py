@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from llama_cpp import blocks_to_values
+
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0",
          "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "NVFP4", "Q1_0", "Q2_0")
 
@@ -28,8 +30,6 @@ HALVES = {
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
     "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,), "Q1_0": (0,), "Q2_0": (0,),
 }
-# The level of each code, for codes of one and of two bits that lie beside each other from the low bits of byte 2 on.
-LEVELS = {"Q1_0": (-1, 1), "Q2_0": (-1, 0, 1, 2)}
 
 
 def blocks(generator, name, rows):
@@ -58,18 +58,6 @@ def blocks(generator, name, rows):
     return data.reshape(rows, -1)
 
 
-def values_of(data, name):
-    """What the blocks hold, in f32."""
-    if name not in LEVELS:
-        return gguf.quants.dequantize(data, Type[name]).astype(np.float32)
-    length, size = GGML_QUANT_SIZES[Type[name]]
-    each = data.reshape(-1, size)
-    bits = np.unpackbits(each[:, 2:], axis=1, bitorder="little").reshape(len(each), length, -1)
-    codes = (bits << np.arange(bits.shape[-1])).sum(-1)
-    levels = np.array(LEVELS[name], np.float32)[codes]
-    return (each[:, :2].copy().view(np.float16).astype(np.float32) * levels).reshape(len(data), -1)
-
-
 def main():
     here = Path(__file__).resolve().parent
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else here.parents[1] / "crates/checkpoint/tests/golden/blocks.gguf"
@@ -80,7 +68,7 @@ def main():
     writer.add_float32("real", 0.25)
     for name in TYPES:
         data = blocks(generator, name, 3)
-        values = values_of(data, name)
+        values = blocks_to_values(data, Type[name])
         writer.add_tensor(f"{name}.weight", data, raw_dtype=Type[name])
         writer.add_tensor(f"{name}.values", values)
     writer.write_header_to_file()

@@ -2,10 +2,12 @@
 
 import re
 import subprocess
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -154,12 +156,29 @@ def restored(name: str, values: np.ndarray, heads: int, kv_heads: int) -> np.nda
     return values
 
 
+LEVELS = {"Q1_0": (-1, 1), "Q2_0": (-1, 0, 1, 2)}
+"""The level of each code, of one and of two bits, which lie beside each other from the low bits of byte 2 on: gguf-py does not read
+these types."""
+
+
+def blocks_to_values(data: np.ndarray, kind: IntEnum) -> np.ndarray:
+    """What rows of blocks hold, in f32, by gguf-py where it can."""
+    if kind.name not in LEVELS:
+        return dequantize(data, kind).astype(np.float32)
+    length, size = GGML_QUANT_SIZES[kind]
+    blocks = data.reshape(-1, size)
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), length, -1)
+    codes = (bits << np.arange(bits.shape[-1])).sum(-1)
+    levels = np.array(LEVELS[kind.name], np.float32)[codes]
+    return (blocks[:, :2].copy().view(np.float16).astype(np.float32) * levels).reshape(len(data), -1)
+
+
 def values(file: Path, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
     """Every tensor as gguf-py reads it, in f32, under the names and in the row order of a model folder."""
     found = {}
     for tensor in GGUFReader(file).tensors:
         shape = [int(d) for d in reversed(tensor.shape)]
-        numbers = dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
+        numbers = blocks_to_values(tensor.data, tensor.tensor_type).reshape(shape)
         found[hf_name(tensor.name)] = restored(tensor.name, numbers, heads, kv_heads)
     return found
 

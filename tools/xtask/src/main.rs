@@ -267,6 +267,10 @@ fn gguf(python: &Path, llama: &Path, scripts: Vec<Script>) -> Result<()> {
         check.arg(reference_dir().join(script));
         check.arg("--bitmill").arg(target_dir()?.join("release/bitmill"));
         for (name, value) in options.into_iter().filter(|(_, value)| !value.is_empty()) {
+            if name == "--source" {
+                // Its gguf-py knows types that the released one lacks.
+                check.env("PYTHONPATH", Path::new(&value).join("gguf-py"));
+            }
             check.arg(name).arg(value);
         }
         run(&mut check)?;
