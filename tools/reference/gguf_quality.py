@@ -2,6 +2,8 @@
 
 Both sides start from the same f32 weights; llama-quantize gets llama-imatrix's file of the calibration text. Types are compared with
 embedding and output matrix f16, mixtures as they are. `bitmill eval` is the meter of both, in f32 and against the original.
+
+Without data llama-quantize gets no imatrix, and bitmill either no text at all or, with `--written`, one that the model wrote itself.
 """
 
 import argparse
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from llama_cpp import CONTEXT, Programs, types
 
-TYPES = "q2_k q3_k q4_0 q4_1 q4_k q5_0 q5_1 q5_k q6_k q8_0 iq4_nl iq4_xs iq3_s iq3_xxs iq2_s iq2_xs iq2_xxs iq1_m iq1_s".split()
+TYPES = "q1_0 q2_0 q2_k q3_k q4_0 q4_1 q4_k q5_0 q5_1 q5_k q6_k q8_0 iq4_nl iq4_xs iq3_s iq3_xxs iq2_s iq2_xs iq2_xxs iq1_m iq1_s".split()
 MIXES = "q2_k q2_k_s q3_k_s q3_k_m q3_k_l q4_0 q4_1 q4_k_s q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k q8_0 iq4_nl iq4_xs iq3_m iq2_m".split()
 NAMES = {"q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s", "iq2_s": "iq2_m"}
 """What llama-quantize calls a file whose base is the type, where that is not the type's own name."""
@@ -41,6 +43,13 @@ class Meter:
         kl = json.loads(said)["divergence"]["kl"]
         return kl["mean"], kl["error"]
 
+    def written(self) -> Path:
+        """A text that the model wrote."""
+        file = self.work / "written.txt"
+        if not file.exists():
+            self.programs.bitmill("write", self.args.model, "-o", file, "--samples", self.args.samples, "--sequence-length", CONTEXT)
+        return file
+
     def theirs(self, name: str, mixture: bool, data: bool) -> tuple[float, float]:
         """llama-quantize's file."""
         file = self.work / "theirs.gguf"
@@ -53,7 +62,8 @@ class Meter:
     def ours(self, name: str, mixture: bool, data: bool) -> tuple[float, float]:
         """bitmill's file, with error feedback where there is text."""
         file = self.work / "ours.gguf"
-        how = ["--method", "gptq", "--calibration", self.args.calibration, "--samples", self.args.samples] if data else ["--method", "rtn"]
+        text = self.args.calibration if data else self.written() if self.args.written else None
+        how = ["--method", "gptq", "--calibration", text, "--samples", self.args.samples] if text else ["--method", "rtn"]
         self.programs.bitmill(
             "quantize", self.args.model, "-o", file, "--force", "--mix" if mixture else "--scheme", name, *how, "--sequence-length", CONTEXT
         )
@@ -75,6 +85,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=TYPES)
     parser.add_argument("--mixes", nargs="*", default=MIXES)
     parser.add_argument("--without-data", action="store_true", help="round without calibration text on both sides")
+    parser.add_argument("--written", action="store_true", help="with --without-data: bitmill calibrates on text by the model itself")
     args = parser.parse_args()
     meter, data = Meter(args), not args.without_data
     print("| file | ours | llama-quantize | ratio |\n| --- | --- | --- | --- |")
