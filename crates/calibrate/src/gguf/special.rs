@@ -59,6 +59,8 @@ pub(super) fn special(dir: &Path, config: &Value, whole: Option<&Value>, keys: &
             let bos = || name == "add_bos_token" && whole.is_some_and(begins_with_special);
             keys.push((key(name), Meta::Bool(written.unwrap_or_else(bos))));
         }
+        let between = whole.and_then(|whole| separates(whole, [named("eos"), named("sep")]));
+        keys.extend(between.map(|flag| (key("add_sep_token"), Meta::Bool(flag))));
     }
     let template = settings["chat_template"].as_str().map(str::to_owned);
     if let Some(template) = template.or_else(|| std::fs::read_to_string(dir.join("chat_template.jinja")).ok()) {
@@ -79,9 +81,49 @@ fn frame(whole: &Value) -> Option<(bool, bool)> {
     Some((special(single.first()), special(single.last())))
 }
 
+/// Of a template that puts tokens between two texts, whether they are of `ends` and close no text that stands alone.
+fn separates(whole: &Value, ends: [Option<&str>; 2]) -> Option<bool> {
+    let processor = &whole["post_processor"];
+    let all = processor["processors"].as_array().map_or(std::slice::from_ref(processor), Vec::as_slice);
+    let template = all.iter().find(|p| p["type"] == "TemplateProcessing")?;
+    let token = |part: &Value| part["SpecialToken"]["id"].as_str().map(str::to_owned);
+    let pair = template["pair"].as_array()?;
+    let texts: Vec<usize> = (0..pair.len()).filter(|&i| token(&pair[i]).is_none()).collect();
+    let &[first, second] = texts.as_slice() else { return None };
+    let between: Vec<String> = pair[first + 1..second].iter().filter_map(token).collect();
+    let closes =
+        template["single"].as_array().and_then(|single| single.last()).is_some_and(|part| token(part).is_some());
+    let ends = |own: &String| ends.contains(&Some(own.as_str()));
+    (!between.is_empty()).then(|| !closes && between.iter().any(ends))
+}
+
 /// Whether the post-processor puts a special token before a text.
 fn begins_with_special(whole: &Value) -> bool {
     let first = |p: &Value| p["single"][0].get("SpecialToken").is_some();
     let processor = &whole["post_processor"];
     first(processor) || processor["processors"].as_array().is_some_and(|all| all.iter().any(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn tokens_between_texts_are_told_as_the_converter_does() {
+        let token = |id: &str| json!({"SpecialToken": {"id": id, "type_id": 0}});
+        let text = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+        let of = |single: Vec<Value>, pair: Vec<Value>| {
+            let template = json!({"type": "TemplateProcessing", "single": single, "pair": pair});
+            let whole =
+                json!({"post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}});
+            separates(&whole, [Some("</s>"), None])
+        };
+        let single = vec![token("<s>"), text("A")];
+        assert_eq!(of(single.clone(), vec![token("<s>"), text("A"), token("<s>"), text("B")]), Some(false));
+        assert_eq!(of(single.clone(), vec![token("<s>"), text("A"), token("</s>"), text("B")]), Some(true));
+        assert_eq!(of(single, vec![token("<s>"), text("A"), text("B")]), None);
+        let closed = vec![text("A"), token("</s>")];
+        assert_eq!(of(closed, vec![text("A"), token("</s>"), text("B"), token("</s>")]), Some(false));
+    }
 }
