@@ -326,6 +326,17 @@ fn refusals_of_the_hub_say_what_to_do() {
         assert!(text.contains(words), "`{words}` is missing from: {text}");
     }
     assert!(!repository(dir.path()).join("refs").exists());
+    // Where `tiny` is a folder, `tiny/model` is a path that is not there, unless a revision is asked for.
+    std::fs::create_dir(dir.path().join("tiny")).unwrap();
+    let here = |args: &[&str]| {
+        let mut command = hub.bitmill(dir.path(), args);
+        failure(command.current_dir(dir.path()).env("HF_HUB_OFFLINE", "0"), 1)
+    };
+    let text = here(&["inspect", "tiny/model"]);
+    assert!(text.contains("tiny is a folder here") && text.contains("--revision main"), "{text}");
+    assert!(hub.requests().is_empty());
+    here(&["inspect", "tiny/model", "--revision", "v3"]);
+    assert!(!hub.requests().is_empty());
 }
 
 #[test]

@@ -64,6 +64,12 @@ impl Wanted<'_> {
         if let Some(switch) = account::offline(variable) {
             bail!("{}; {switch} forbids to fetch it: {}", self.lacking(held.as_deref()), self.elsewhere());
         }
+        // A slip in a path of one's own is nobody else's business.
+        let first = self.given.components().next().map(|first| Path::new(first.as_os_str()));
+        if let Some(folder) = first.filter(|first| first.is_dir() && held.is_none() && self.revision.is_none()) {
+            let (given, folder) = (self.given.display(), folder.display());
+            bail!("{given} does not exist, and {folder} is a folder here, so the hub is not asked for it; --revision {MAIN} asks");
+        }
         Ok(fetch::fetch(self)?.join(&self.inside))
     }
 
