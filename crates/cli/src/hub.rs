@@ -68,7 +68,9 @@ impl Wanted<'_> {
         let first = self.given.components().next().map(|first| Path::new(first.as_os_str()));
         if let Some(folder) = first.filter(|first| first.is_dir() && held.is_none() && self.revision.is_none()) {
             let (given, folder) = (self.given.display(), folder.display());
-            bail!("{given} does not exist, and {folder} is a folder here, so the hub is not asked for it; --revision {MAIN} asks");
+            bail!(
+                "{given} does not exist, and {folder} is a folder here, so the hub is not asked for it; --revision {MAIN} asks"
+            );
         }
         Ok(fetch::fetch(self)?.join(&self.inside))
     }
