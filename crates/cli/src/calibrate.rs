@@ -19,7 +19,7 @@ use std::time::Instant;
 /// importance matrix instead, which llama-quantize and `quantize --imatrix` read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the model, in Hugging Face layout
+    /// Folder of the model, in Hugging Face layout, its name on the hub (org/model), or a GGUF file
     pub(crate) model: PathBuf,
     /// File to write
     #[arg(short, long, value_name = "FILE")]

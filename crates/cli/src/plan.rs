@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// statistics, so give those with --stats, or text is run through the model.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the model, in Hugging Face layout
+    /// Folder of the model, in Hugging Face layout, its name on the hub (org/model), or a GGUF file
     pub(crate) model: PathBuf,
     /// File to write the plan to
     #[arg(short, long, value_name = "FILE")]

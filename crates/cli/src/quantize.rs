@@ -32,7 +32,7 @@ use std::time::Instant;
 /// finished block and ends in the same bytes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Folder of the model, in Hugging Face layout
+    /// Folder of the model, in Hugging Face layout, its name on the hub (org/model), or a GGUF file
     pub(crate) model: PathBuf,
     /// Folder to write, or a file whose name ends in .gguf; a log (OUT.log.jsonl) is written beside it
     #[arg(short, long, value_name = "OUT")]

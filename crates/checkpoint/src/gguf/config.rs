@@ -161,10 +161,8 @@ fn gemma(keys: &Keys<'_>, config: &mut Value) -> Result<(), String> {
         config["hidden_act"] = json!("gelu_pytorch_tanh");
         return Ok(());
     }
-    // llama.cpp knows the largest model of each generation, which has a scale of its own, by its number of blocks.
-    let largest = if architecture == "gemma2" { 46 } else { 62 };
-    let per_head = keys.size("embedding_length")? / keys.size("attention.head_count")?.max(1);
-    config["query_pre_attn_scalar"] = if layers == largest { json!(per_head) } else { config["head_dim"].clone() };
+    let sizes = [keys.size("embedding_length")?, keys.size("attention.head_count")?];
+    config["query_pre_attn_scalar"] = json!(query_scalar(architecture, layers, sizes, head_dim(keys)?));
     let cap = |name: &str, default: Option<f64>| json!(keys.real(name).or(default).filter(|&cap| cap != 0.0));
     let second = architecture == "gemma2";
     config["final_logit_softcapping"] = cap("final_logit_softcapping", second.then_some(30.0));
@@ -179,6 +177,14 @@ fn gemma(keys: &Keys<'_>, config: &mut Value) -> Result<(), String> {
     config["sliding_window"] = json!(window);
     config["layer_types"] = windowed.iter().map(kind).collect();
     Ok(())
+}
+
+/// What llama.cpp's gemma2 and gemma3 divide the squares of attention scores by. The largest model of each generation, which they
+/// know by its number of blocks, has the width of a head if heads made up the hidden width; others that of their heads.
+#[must_use]
+pub fn query_scalar(architecture: &str, layers: u64, [hidden, heads]: [u64; 2], head_dim: u64) -> u64 {
+    let largest = if architecture == "gemma2" { 46 } else { 62 };
+    if layers == largest { hidden / heads.max(1) } else { head_dim }
 }
 
 /// Which blocks have windows: those the file lists, or all but every so many.

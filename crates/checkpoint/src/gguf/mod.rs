@@ -13,6 +13,7 @@ mod rows;
 mod write;
 
 pub(crate) use blocks::{decode, encode};
+pub use config::query_scalar;
 pub(crate) use config::{Factors, config};
 pub use names::{always_f32, architecture, gguf_name, hf_name, interleaved_heads, lacks_one, model_types};
 pub use parse::{Gguf, GgufTensor, parse};

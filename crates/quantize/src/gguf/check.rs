@@ -102,7 +102,8 @@ fn gemma(architecture: &str, spec: &ModelSpec) -> Option<String> {
         return Some("llama.cpp's gemma2 bounds scores and logits, and this model does not".into());
     }
     let scale = spec.factors.attention.unwrap_or((spec.head_dim as f64).powf(-0.5));
-    let built_in = built_in_scale(architecture, spec);
+    let [layers, hidden, heads, dim] = [spec.layers, spec.hidden, spec.heads, spec.head_dim].map(|n| n as u64);
+    let built_in = (gguf::query_scalar(architecture, layers, [hidden, heads], dim) as f64).powf(-0.5);
     ((scale / built_in - 1.0).abs() > 1e-6).then(|| {
         format!(
             "its query_pre_attn_scalar is {:.6}, and llama.cpp's {architecture} of {} blocks has {:.6} built in",
@@ -111,13 +112,6 @@ fn gemma(architecture: &str, spec: &ModelSpec) -> Option<String> {
             built_in.powi(-2)
         )
     })
-}
-
-/// The factor of attention scores in llama.cpp, which knows the largest model of each generation by its number of blocks.
-fn built_in_scale(architecture: &str, spec: &ModelSpec) -> f64 {
-    let largest = if architecture == "gemma2" { 46 } else { 62 };
-    let scalar = if spec.layers == largest { spec.hidden / spec.heads } else { spec.head_dim };
-    (scalar as f64).powf(-0.5)
 }
 
 fn phi3(spec: &ModelSpec) -> Option<String> {

@@ -459,4 +459,4 @@ fn float4(x: f32) -> f32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

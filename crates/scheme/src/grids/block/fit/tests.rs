@@ -3,8 +3,8 @@
 use super::super::BLOCKS;
 use super::*;
 
-/// A heavy-tailed sample with a few dead inputs, and uneven costs.
-fn sample(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
+/// Heavy-tailed weights, uneven costs.
+pub(in crate::grids::block) fn sample(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut unit = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

@@ -1,19 +1,8 @@
 //! Tests of the fits side by side.
 
 use super::super::BLOCKS;
+use super::super::fit::tests::sample;
 use super::*;
-
-/// Heavy-tailed weights, uneven costs.
-fn sample(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut unit = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1u64 << 24) as f32
-    };
-    let w = (0..n).map(|_| 0.05 * ((0..4).map(|_| unit() - 0.5).sum::<f32>()) * (1.0 + 2.0 * unit().powi(8))).collect();
-    let h = (0..n).map(|_| (3.0 * unit()).exp()).collect();
-    (w, h)
-}
 
 fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[f32]) -> f64 {
     let value = |i: usize| {
