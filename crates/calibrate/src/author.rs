@@ -11,7 +11,7 @@ use rayon::prelude::*;
 /// Bytes of keys and values that texts in progress may take, which bounds how many grow at a time.
 const CACHE: usize = 1 << 30;
 /// Texts that grow at a time, at most: enough for their product with a weight to be worth reading it.
-const TOGETHER: usize = 32;
+const TOGETHER: usize = 128;
 
 /// A text.
 #[derive(Debug)]

@@ -57,8 +57,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let tokens_of_a_window = args.text.sequence_length.min(spec.max_positions);
         return to_imatrix(args, &input, &spec, stats, (&stats.display().to_string(), tokens_of_a_window));
     }
-    let Text { name, windows, .. } =
-        args.text.windows(&input, &spec, (args.text.samples(&input), args.text.sequence_length, args.text.seed))?;
+    let Text { name, windows, .. } = args.text.windows(
+        &input,
+        &spec,
+        (args.text.samples(&input), args.text.sequence_length, args.text.seed),
+        args.text.written.unwrap_or(0.0),
+    )?;
     eprintln!("calibrating on {} from {name}", amount(&windows));
     let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;

@@ -1,5 +1,6 @@
 //! `--effort`: how much work goes into a result, and what it is expected to cost.
 
+use crate::write::parameters;
 use bitmill_calibrate::Windows;
 use bitmill_checkpoint::Checkpoint;
 use bitmill_kernels::{View, ViewMut, gemm};
@@ -50,6 +51,13 @@ impl Effort {
         (passes > 0).then(|| Tuning::new(passes, scheme.bits().get()))
     }
 
+    /// Share of the calibration windows that `input` writes itself, unless that is said. A model rounded for prose alone loses
+    /// more on code: at 2 bits 0.74 nats on books-10m, and 0.27 where half of the windows are its own, at no loss on prose.
+    pub(crate) fn written(self, method: &str, input: &Checkpoint) -> f32 {
+        let writes = bitmill_models::spec_of(input).is_ok_and(|spec| spec.causal);
+        if method == METHODS[0].name() && writes && parameters(input) <= WRITES { 0.5 } else { 0.0 }
+    }
+
     /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it.
     pub(crate) fn shift(self, method: &str, input: &Checkpoint) -> TargetShift {
         match bitmill_models::spec_of(input) {
@@ -59,6 +67,10 @@ impl Effort {
         }
     }
 }
+
+/// Weights of a model, at most, that writes part of its calibration text unless told not to: writing takes the whole model in f32,
+/// and takes longer than the rest where a weight is read from memory for every few tokens.
+const WRITES: u64 = 500_000_000;
 
 /// What tuning on `windows` will cost here, as a sentence; `None` without tuning.
 pub(crate) fn expected(plan: &Plan, windows: &Windows) -> Option<String> {

@@ -28,10 +28,12 @@ pub(crate) struct GoalArgs {
     /// full-precision model's block does
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
     reconstruction_passes: u32,
-    /// Blocks after which outputs are compared: 1 is the block itself, 2 has the next one (in full precision) say which errors
-    /// matter
+    /// Blocks after which outputs are compared: 1 is the block itself, 2 has the next one say which errors matter
     #[arg(long, value_name = "N", default_value_t = 1, requires = "reconstruction_passes", value_parser = clap::value_parser!(u32).range(1..=8))]
     reconstruction_depth: u32,
+    /// Round the blocks behind to nearest and tune them too meanwhile (CBQ), instead of having them in full precision
+    #[arg(long, requires = "reconstruction_passes")]
+    reconstruction_together: bool,
     /// Try damping and shrinkage of each Hessian on held-out tokens, and take what loses least there
     #[arg(long)]
     damping_search: bool,
@@ -113,7 +115,8 @@ impl GoalArgs {
     /// How blocks whose codes have `bits` are refined, if they are.
     pub(crate) fn reconstruction(&self, bits: u32) -> Option<Reconstruction> {
         let passes = self.reconstruction_passes;
-        (passes > 0).then(|| Reconstruction::new(passes, self.reconstruction_depth, bits))
+        let new = || Reconstruction::new(passes, self.reconstruction_depth, bits);
+        (passes > 0).then(|| Reconstruction { together: self.reconstruction_together, ..new() })
     }
 
     /// How codes are learned after gptq, if they are.

@@ -117,6 +117,7 @@ impl std::error::Error for Broken {}
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
+    bitmill_kernels::keep_freed_memory();
     let mut cli = Cli::parse();
     let found = hub::resolve(cli.command.models(), cli.revision.as_deref());
     let result = found.and_then(|()| match cli.command {

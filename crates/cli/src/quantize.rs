@@ -59,8 +59,8 @@ pub(crate) struct How {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "kv_cache", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search", "arithmetic",
-          "reconstruction_passes", "reconstruction_depth",
-          "sequence_length", "seed", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
+          "reconstruction_passes", "reconstruction_depth", "reconstruction_together",
+          "sequence_length", "seed", "written", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
     /// A named scheme [default: w4a16]
     #[arg(long, value_name = "NAME", value_parser = preset_names(), hide_possible_values = true,
@@ -274,7 +274,6 @@ impl How {
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
             transforms: self.transforms.clone(),
-            method,
             format,
             scheme,
             layers: BTreeMap::new(),
@@ -306,9 +305,11 @@ impl How {
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,
+            written: self.text.written.unwrap_or_else(|| if flows { self.effort.written(&method, input) } else { 0.0 }),
             seed: self.text.seed,
             gguf: as_gguf.then(|| self.gguf.settings(self.scheme.as_ref())),
             shard_bytes: self.max_shard_size.unwrap_or(if as_gguf { u64::MAX } else { SHARD }),
+            method,
         })
     }
 }
@@ -324,7 +325,9 @@ pub(crate) struct Ready {
 pub(crate) enum Reads {
     /// Headers are enough.
     Headers,
-    /// The method's text or statistics are opened.
+    /// The method's text or statistics are opened, and nothing is written.
+    Given,
+    /// All that a run reads.
     Text,
 }
 
@@ -343,7 +346,7 @@ impl How {
         let goal = self.mixed.goal(self.bits)?;
         let source = match (reads, goal) {
             (Reads::Headers, None) => Source::Nothing,
-            _ => Source::open(self, input, &plan)?,
+            _ => Source::open(self, input, &plan, reads == Reads::Text || goal.is_some())?,
         };
         let Some(goal) = goal else {
             self.mixed.check_loaders(&plan)?;
@@ -377,7 +380,8 @@ impl How {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.common.set_threads()?;
     let input = Checkpoint::open(&args.model)?;
-    let ready = args.how.ready(&input, &args.output, args.common.stream_memory, Reads::Text)?;
+    let reads = if args.dry_run { Reads::Given } else { Reads::Text };
+    let ready = args.how.ready(&input, &args.output, args.common.stream_memory, reads)?;
     let (file, out) = (ready.plan.gguf.is_some(), args.output.display());
     if file != is_gguf(&args.output) {
         let why = if file {
@@ -437,10 +441,10 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    fn open(how: &How, input: &Checkpoint, plan: &Plan) -> anyhow::Result<Source> {
+    fn open(how: &How, input: &Checkpoint, plan: &Plan, writes: bool) -> anyhow::Result<Source> {
         if let Some(statistics) = how.mixed.statistics(input, plan)? {
-            if !how.text.calibration.is_empty() {
-                anyhow::bail!("--stats stands in for text; leave out either --stats or --calibration");
+            if !how.text.calibration.is_empty() || how.text.written.is_some_and(|share| share > 0.0) {
+                anyhow::bail!("--stats stands in for text; leave out either --stats or --calibration (and --written)");
             }
             return Ok(Source::Statistics(statistics));
         }
@@ -456,7 +460,8 @@ impl Source {
         }
         let spec = plan.spec.as_ref().context("a mixture needs a forward pass, and this architecture has none here")?;
         let (samples, length, seed) = (plan.settings.samples, plan.settings.sequence_length, plan.settings.seed);
-        let text = how.text.windows(input, spec, (samples, length, seed))?;
+        let written = if writes { plan.settings.written } else { 0.0 };
+        let text = how.text.windows(input, spec, (samples, length, seed), written)?;
         eprintln!("calibrating on {} from {}", amount(&text.windows), text.name);
         if let Some(cost) = effort::expected(plan, &text.windows) {
             eprintln!("{cost}");

@@ -2,7 +2,7 @@
 
 use crate::mixed::parse_weighted;
 use crate::quantize::amount;
-use crate::units;
+use crate::{units, write};
 use anyhow::{bail, ensure};
 use bitmill_calibrate::{BUNDLED_TEXT, PIXELS, Sentences, Tokenizer, Windows, read_texts};
 use bitmill_checkpoint::Checkpoint;
@@ -22,9 +22,18 @@ pub(crate) struct TextArgs {
     /// Tokens per window, or at most per sentence; shortened to the model's context
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = units::parse_positive)]
     pub(crate) sequence_length: usize,
+    /// Share of the windows that the model writes itself instead, by sampling from its predictions: what it was trained on is
+    /// then calibrated for too, and not the kind of text alone that was given [default: 0.5 for gptq and up to 500M weights, else 0]
+    #[arg(long, value_name = "SHARE", value_parser = parse_whole_share)]
+    pub(crate) written: Option<f32>,
     /// Moves the calibration windows; 0 spaces them evenly
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+fn parse_whole_share(text: &str) -> Result<f32, String> {
+    let valid = |d: &f32| (0.0..=1.0).contains(d);
+    text.parse().ok().filter(valid).ok_or_else(|| format!("`{text}` is not a number from 0 to 1"))
 }
 
 /// `samples` divided by `weights`, at least one each; what is over goes to the largest remainders.
@@ -58,13 +67,28 @@ impl TextArgs {
         self.samples.unwrap_or(if sentences { 2048 } else { 128 })
     }
 
-    /// Reads the text and cuts it into `samples` windows of `length` tokens; or `samples` images.
+    /// Reads the text and cuts it into `samples` windows of `length` tokens, of which the model writes a share of `written`; or
+    /// `samples` images.
     pub(crate) fn windows(
         &self,
         input: &Checkpoint,
         spec: &ModelSpec,
         (samples, length, seed): (usize, usize, u64),
+        written: f32,
     ) -> anyhow::Result<Text> {
+        ensure!(written == 0.0 || spec.causal, "a {} model does not write; leave out --written", spec.model_type);
+        let own = (samples as f64 * f64::from(written)).round() as usize;
+        let samples = samples - own;
+        if samples == 0 {
+            ensure!(
+                self.calibration.is_empty(),
+                "the model writes every window: leave out --calibration, or let --written be less"
+            );
+            let tokenizer = Tokenizer::of(input, spec.bos)?;
+            let windows = write::windows(input, spec, &tokenizer, (own, length.min(spec.max_positions), seed))?;
+            ensure!(windows.count() > 0, "the model ends its texts before one window is full: give --calibration FILE");
+            return Ok(Text { name: "text of its own".to_owned(), windows, held_out: None });
+        }
         let files: Vec<&Path> = self.calibration.iter().map(|(file, _)| file.as_path()).collect();
         only_what_it_reads(&files, spec)?;
         if let Some(images) = &spec.images {
@@ -107,7 +131,15 @@ impl TextArgs {
         if windows.count() < samples && (spec.causal || self.samples.is_some()) {
             eprintln!("note: {name} holds {}, not {samples}", amount(&windows));
         }
-        Ok(Text { name, windows, held_out })
+        if own == 0 {
+            return Ok(Text { name, windows, held_out });
+        }
+        let other = write::windows(input, spec, &tokenizer, (own, length, seed))?;
+        if other.count() < own {
+            eprintln!("note: the model ends its texts early and filled {}, not {own}", amount(&other));
+        }
+        let windows = if other.count() == 0 { windows } else { Windows::joined(vec![windows, other])? };
+        Ok(Text { name: format!("{name} and text of its own"), windows, held_out })
     }
 
     /// `samples` images of `files`.

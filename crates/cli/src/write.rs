@@ -4,7 +4,7 @@ use crate::progress::Progress;
 use crate::run::stops;
 use crate::{Common, units};
 use anyhow::{Context, bail, ensure};
-use bitmill_calibrate::{Author, Tokenizer, author_memory, splitmix, together};
+use bitmill_calibrate::{Author, Tokenizer, Windows, author_memory, splitmix, together};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, Ends, ModelSpec, RopeTable};
 use serde_json::json;
@@ -55,20 +55,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bail!("a {} model does not write; give it {} of its use with --calibration", spec.model_type, spec.reads());
     }
     let length = args.sequence_length.min(spec.max_positions);
-    let wanted = args.samples * length;
     let tokenizer = Tokenizer::of(&model, spec.bos)?;
-    let memory = 4 * parameters(&model) + author_memory(&spec, length) as u64;
-    eprintln!("writing {wanted} tokens, {} of memory", units::bytes(memory));
-    if let Some(free) = units::available_memory().filter(|&free| free < memory) {
-        eprintln!("note: only {} are free: expect it to swap or to be killed", units::bytes(free));
-    }
     let (parent, name) = (args.output.parent().filter(|p| !p.as_os_str().is_empty()), args.output.file_name());
     std::fs::create_dir_all(parent.unwrap_or(Path::new("."))).context("creating the folder of the text")?;
     let mut draft = name.context("the text needs the name of a file")?.to_owned();
     draft.push(".draft");
     let draft = args.output.with_file_name(draft);
     let started = Instant::now();
-    let (texts, tokens) = texts(&model, &spec, &tokenizer, (args.samples, length, args.seed))?;
+    let texts = texts(&model, &spec, &tokenizer, (args.samples, length, args.seed))?;
+    let tokens = texts.iter().map(Vec::len).sum::<usize>();
+    let texts = texts.iter().map(|text| tokenizer.decode(text)).collect::<Result<Vec<_>, _>>()?;
     std::fs::write(&draft, texts.join("\n\n"))
         .and_then(|()| std::fs::rename(&draft, &args.output))
         .with_context(|| format!("writing {}", args.output.display()))?;
@@ -83,27 +79,50 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Weights of the model.
-fn parameters(model: &Checkpoint) -> u64 {
+/// Weights of `model`.
+pub(crate) fn parameters(model: &Checkpoint) -> u64 {
     let sizes = model.names().filter_map(|name| model.shape_of(name));
     sizes.map(|shape| shape.iter().product::<usize>() as u64).sum()
 }
 
-/// Texts of `count · length` tokens or somewhat more, fewer only where the model keeps ending them early; and their tokens.
+/// `count` windows of `length` tokens that `model` writes itself, or fewer where it keeps ending its texts early.
+pub(crate) fn windows(
+    model: &Checkpoint,
+    spec: &ModelSpec,
+    tokenizer: &Tokenizer,
+    (count, length, seed): (usize, usize, u64),
+) -> anyhow::Result<Windows> {
+    let begin = tokenizer.bos();
+    let tokens = texts(model, spec, tokenizer, (count, length, seed))?.concat();
+    let window = |own: &[u32]| begin.into_iter().chain(own.iter().copied()).collect();
+    let own = length - usize::from(begin.is_some());
+    Ok(Windows::of_tokens(tokens.chunks_exact(own).take(count).map(window).collect()))
+}
+
+/// Texts that fill `count` windows of `length` tokens, fewer only where the model keeps ending them early; each without the token
+/// that begins all of them.
 fn texts(
     model: &Checkpoint,
     spec: &ModelSpec,
     tokenizer: &Tokenizer,
     (count, length, seed): (usize, usize, u64),
-) -> anyhow::Result<(Vec<String>, usize)> {
+) -> anyhow::Result<Vec<Vec<u32>>> {
+    let begins = usize::from(tokenizer.bos().is_some());
+    ensure!(length > begins, "a window of {length} tokens leaves the model nothing to write");
+    let wanted = count * (length - begins);
+    let memory = 4 * parameters(model) + author_memory(spec, length) as u64;
+    eprintln!("the model writes {wanted} tokens, which takes {} of memory", units::bytes(memory));
+    if let Some(free) = units::available_memory().filter(|&free| free < memory) {
+        eprintln!("note: only {} are free: expect it to swap or to be killed", units::bytes(free));
+    }
     let ends = Ends::load(spec, model)?;
     let blocks = (0..spec.layers).map(|i| Block::load(spec, i, model)).collect::<Result<Vec<_>, _>>()?;
     let rope = RopeTable::new(&spec.ropes, length)?;
     let author = Author { embedding: &ends.embedding, blocks: &blocks, head: &ends.head, rope: &rope, length };
-    let (stops, at_once) = (stops(model, spec), together(spec, length));
-    let bar = Progress::new((count * length) as u64);
+    let (stops, at_once) = (stops(model, spec), together(spec, length).min(count));
+    let bar = Progress::new(wanted as u64);
     let (mut texts, mut tokens, mut number) = (Vec::new(), 0, 0u64);
-    while tokens < count * length && number < (ROUNDS * count) as u64 {
+    while tokens < wanted && number < (ROUNDS * count) as u64 {
         // A model without a token to begin with begins with any.
         let random = |w: usize, at: u64| splitmix(splitmix(seed ^ splitmix(number + w as u64)) ^ splitmix(at));
         let begin = |w: usize| tokenizer.bos().unwrap_or_else(|| (random(w, 0) % spec.vocab as u64) as u32);
@@ -111,12 +130,12 @@ fn texts(
         for written in author.write(starts, &random)? {
             // What follows an end is another text, whose beginning nobody gave.
             let end = written.tokens.iter().skip(1).position(|t| stops.contains(t)).map_or(length, |at| at + 1);
-            tokens += end;
-            texts.push(tokenizer.decode(&written.tokens[..end])?);
+            tokens += end - begins;
+            texts.push(written.tokens[begins..end].to_vec());
         }
         number += at_once as u64;
         bar.set(tokens as u64);
     }
     bar.finish();
-    Ok((texts, tokens))
+    Ok(texts)
 }

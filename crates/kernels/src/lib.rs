@@ -5,9 +5,11 @@
 //! fixed order, so that results do not depend on the number of threads.
 
 mod level;
+mod memory;
 mod ops;
 
 pub use level::{Brain, Level};
+pub use memory::keep_freed_memory;
 pub use ops::axpy::axpy;
 pub use ops::blocks::fit_blocks;
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};

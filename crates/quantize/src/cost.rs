@@ -26,6 +26,9 @@ impl Kind {
 /// What a step of tuning does to a weight (its gradient, moments, code and value), as operations that take as long (measured).
 const STEP: u64 = 2000;
 
+/// Floating-point operations that a token written by the model takes, per weight: as long as a pass and a half (measured).
+const WRITTEN: f64 = 8.0;
+
 impl Plan {
     /// Quantized modules counted by role, the last part of their names, and scheme.
     #[must_use]
@@ -87,7 +90,12 @@ impl Plan {
                 total += streams * tokens as f64 * self.elementwise_operations();
             }
         }
-        total + self.reconstruction_operations(tokens)
+        total + self.reconstruction_operations(tokens) + self.writing_operations(tokens)
+    }
+
+    /// The same of the part of `tokens` that the model writes itself.
+    fn writing_operations(&self, tokens: u64) -> f64 {
+        f64::from(self.settings.written) * WRITTEN * self.parameters as f64 * tokens as f64
     }
 
     /// The same of what a block does to a token besides products with its weights: attention, norms and activations, and keeping
@@ -109,7 +117,9 @@ impl Plan {
         let (weights, tokens) = (self.quantized_size().0 as f64, tokens as f64);
         let length = self.settings.sequence_length.max(1) as f64;
         let steps = tokens / length / how.batch as f64;
-        let each = (6.0 + 4.0 * f64::from(how.depth - 1)) * tokens + STEP as f64 * steps;
+        // Of a block behind, gradients of its own weights only where they move.
+        let (behind, moving) = (f64::from(how.depth - 1), if how.together { f64::from(how.depth) } else { 1.0 });
+        let each = (2.0 * moving + 4.0 * (1.0 + behind)) * tokens + STEP as f64 * steps * moving;
         f64::from(how.passes) * each * weights
     }
 
@@ -119,8 +129,6 @@ impl Plan {
     /// rather than computes.
     #[must_use]
     pub fn tuning_operations(&self, windows: u64, tokens: u64) -> u64 {
-        /// The same of a token that is written, per weight: passes with texts take half as long again (measured).
-        const WRITTEN: f64 = 8.0;
         let Some(tuning) = &self.settings.tuning else { return 0 };
         let steps = windows.div_ceil(tuning.batch as u64);
         let writes = self.spec.as_ref().is_some_and(|spec| spec.head().is_some());
@@ -145,12 +153,12 @@ impl Plan {
             });
             let n = widest.max().unwrap_or(0);
             let weights: u64 = weights.sum();
-            // Blocks in full precision, and the one that learns twice, with latents and their moments.
-            let rebuilt = self
-                .settings
-                .reconstruction
-                .as_ref()
-                .map_or(0, |how| weights * (1 + u64::from(how.depth)) + crate::learn::memory(weights / 4, 0, None));
+            // Blocks in full precision, and those that learn twice, with latents and their moments.
+            let rebuilt = self.settings.reconstruction.as_ref().map_or(0, |how| {
+                let depth = u64::from(how.depth);
+                let learning = if how.together { depth } else { 1 };
+                weights * (1 + depth) + crate::learn::memory(learning * weights / 4, 0, None)
+            });
             weights * 3 + rebuilt + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
         };
         let experts = match self.spec.as_ref().map(|spec| (spec, spec.routing.as_ref())) {
@@ -160,7 +168,7 @@ impl Plan {
             _ => 0,
         };
         let blocks = self.units.iter().map(unit).max().unwrap_or(0) + experts;
-        blocks.max(self.tuning_memory()) + if self.calibrated { stream } else { 0 }
+        blocks.max(self.tuning_memory()).max(self.writing_memory()) + if self.calibrated { stream } else { 0 }
     }
 
     /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
@@ -182,6 +190,13 @@ impl Plan {
         let author = self.spec.as_ref().filter(|spec| spec.head().is_some() && tuning.written() > 0.0);
         let texts = author.map(|spec| (spec, self.settings.sequence_length.min(spec.max_positions)));
         crate::learn::memory(self.trained_weights(), self.parameters, texts)
+    }
+
+    /// Bytes of memory that the model takes while it writes its part of the calibration text, before anything is rounded.
+    fn writing_memory(&self) -> u64 {
+        let spec = self.spec.as_ref().filter(|_| self.calibrated && self.settings.written > 0.0);
+        let texts = spec.map(|spec| (spec, self.settings.sequence_length.min(spec.max_positions)));
+        texts.map_or(0, |(spec, length)| 4 * self.parameters + bitmill_calibrate::author_memory(spec, length) as u64)
     }
 
     /// Bytes of disk that the run takes while it works, beside its output.

@@ -1,9 +1,9 @@
 //! A block refined by gradients as soon as its linears are rounded, before anything flows on.
 
-use crate::block::{Flow, Moment, rows};
+use crate::block::{Flow, Moment, Target, rows};
 use crate::journal::StageChange;
-use crate::learn::{Rebuilding, Rebuilt, Start, ToStored, reconstruct, rounding_to};
-use crate::{Error, Reconstruction};
+use crate::learn::{Link, Rebuilding, Rebuilt, Start, ToStored, reconstruct, rounding_to};
+use crate::{Error, Linear, Plan, Reconstruction, ScaleSearch, SolverOptions, method};
 use bitmill_calibrate::{Stream, StreamKind};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, NormRole};
@@ -15,6 +15,8 @@ pub(crate) struct Rebuild<'a> {
     pub(crate) how: &'a Reconstruction,
     /// The full-precision model.
     pub(crate) model: &'a Checkpoint,
+    /// What becomes of every block.
+    pub(crate) plan: &'a Plan,
     pub(crate) seed: u64,
 }
 
@@ -50,7 +52,7 @@ impl Flow<'_> {
         entered: &Stream,
         on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let (Some(Rebuild { how, model, seed }), Some(after)) = (self.rebuild, self.full) else { return Ok(()) };
+        let (Some(Rebuild { how, model, plan, seed }), Some(after)) = (self.rebuild, self.full) else { return Ok(()) };
         let spec = self.spec;
         let mut block = rounded;
         block.multiply_by(None);
@@ -62,7 +64,6 @@ impl Flow<'_> {
             let rebuilding = Rebuilding {
                 how,
                 rope: self.rope,
-                behind: &behind,
                 windows: self.hidden.windows(),
                 input: &|w| self.tensor(entered, w),
                 goal: &|w| self.tensor(goal, w),
@@ -75,9 +76,14 @@ impl Flow<'_> {
                     from.set_bias(role, Some(bias.clone()));
                 }
             }
-            let norms = (self.stored_norms(index, model), spec.norm_offset);
-            let rebuilt =
-                reconstruct(&rebuilding, from, start, norms, &mut |done, total| on(Moment::Rebuilding(done, total)))?;
+            let mut links = vec![Link { block: from, start, norms: self.stored_norms(index, model) }];
+            for (next, block) in (index + 1..).zip(behind) {
+                let start = if how.together { nearest(plan, next, &block)? } else { Vec::new() };
+                let norms = if how.together { self.stored_norms(next, model) } else { Vec::new() };
+                links.push(Link { block, start, norms });
+            }
+            let observe = &mut |done, total| on(Moment::Rebuilding(done, total));
+            let rebuilt = reconstruct(&rebuilding, links, spec.norm_offset, observe)?;
             let Rebuilt { block: new, linears, norms, before, after } = rebuilt;
             block = new;
             let change = StageChange {
@@ -117,4 +123,19 @@ impl Flow<'_> {
         let norms = self.spec.block_norms(index).into_iter();
         norms.filter_map(|role| stored(role).map(|round| (role, round))).collect()
     }
+}
+
+/// What the linears of `block`, which is block `index` of `plan`, are rounded to nearest.
+fn nearest(plan: &Plan, index: usize, block: &Block) -> Result<Vec<Start>, Error> {
+    let options = SolverOptions { scale_search: Some(ScaleSearch::Mse), ..SolverOptions::default() };
+    let rtn = method("rtn")?;
+    let mut start = Vec::new();
+    for target in
+        plan.units.iter().filter(|unit| unit.block == Some(index)).flat_map(|u| &u.tensors).filter_map(Target::of)
+    {
+        let weight: Vec<f32> = block.linear(target.role).flatten_all()?.to_vec1()?;
+        let linear = Linear::new(target.module, &weight, target.shape, target.scheme);
+        start.extend(rtn.solve(&[linear], None, &options)?.into_iter().map(|solved| (target.role, solved.quantized)));
+    }
+    Ok(start)
 }

@@ -524,7 +524,7 @@ impl<'a> Calibrated<'a> {
         let observation = settings.observation;
         // Reconstruction keeps what entered the block besides, and what is to leave it.
         let rebuild = settings.reconstruction.as_ref();
-        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, seed: settings.seed });
+        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, plan: worker.plan, seed: settings.seed });
         let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
         let budget = worker.options.stream_memory / streams;
         let (count, lengths) = (windows.count(), windows.lengths());

@@ -242,9 +242,12 @@ impl Tuning {
 pub struct Reconstruction {
     /// Walks over the calibration windows.
     pub passes: u32,
-    /// Blocks after which outputs are compared: 1 is the block itself (BRECQ, AutoRound); with 2 the next one, in full
-    /// precision, says which of the errors matter, as in the two-block windows of CBQ.
+    /// Blocks after which outputs are compared: 1 is the block itself (BRECQ, AutoRound); with 2 the next one says which of
+    /// the errors matter, as in the two-block windows of CBQ.
     pub depth: u32,
+    /// Whether the blocks behind are rounded to nearest and tuned too, in every window anew; else they are in full precision and stay so.
+    #[serde(default)]
+    pub together: bool,
     /// Windows per step.
     pub batch: usize,
     /// Largest step of a weight's position on the axis of codes; 0 leaves the codes alone.
@@ -260,7 +263,7 @@ impl Reconstruction {
     #[must_use]
     pub fn new(passes: u32, depth: u32, bits: u32) -> Self {
         let Tuning { batch, codes, scales, norms, .. } = Tuning::new(passes, bits);
-        Reconstruction { passes, depth, batch, codes, scales, norms }
+        Reconstruction { passes, depth, together: false, batch, codes, scales, norms }
     }
 
     pub(crate) fn rates(&self) -> Rates {
@@ -305,6 +308,9 @@ pub struct Settings {
     pub samples: usize,
     /// Tokens per window, or at most per sentence; the model's context if that is shorter.
     pub sequence_length: usize,
+    /// Share of the calibration windows that the model writes itself.
+    #[serde(default)]
+    pub written: f32,
     /// Moves the calibration windows; 0 spaces them evenly.
     pub seed: u64,
     /// What becomes of the rest of the model, where the output is a GGUF file.
@@ -334,6 +340,7 @@ impl Settings {
             ignore: Vec::new(),
             samples: 128,
             sequence_length: 2048,
+            written: 0.0,
             seed: 0,
             gguf: None,
             shard_bytes: 5_000_000_000,

@@ -18,7 +18,7 @@ mod rounding;
 mod school;
 
 pub(crate) use dense::ToStored;
-pub(crate) use reconstruct::{Rebuilding, Rebuilt, reconstruct};
+pub(crate) use reconstruct::{Link, Rebuilding, Rebuilt, reconstruct};
 pub(crate) use rounding::Rates;
 pub(crate) use school::rounding_to;
 

@@ -38,6 +38,11 @@ impl Pupil {
         Ok(pupil)
     }
 
+    /// Whether anything of it is trained.
+    pub(super) fn moves(&self) -> bool {
+        !self.linears.is_empty() || !self.norms.is_empty()
+    }
+
     /// One step against the gradients at the present weights.
     pub(super) fn step(&mut self, gradients: &BlockGradients, rates: Rates) -> Result<(), Error> {
         for (role, rounding) in &mut self.linears {

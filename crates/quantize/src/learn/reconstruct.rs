@@ -4,9 +4,10 @@
 //! The block reads what the rounded blocks before it put out, and is held against what the full-precision block makes of
 //! what *its* predecessors put out (BRECQ, arXiv 2102.05426; AutoRound, arXiv 2309.05516), so it also makes up for some of what went
 //! wrong before it. Behind it may stand further blocks in full precision, through which the error is looked at: they
-//! know which of it matters (the two-block windows of CBQ, arXiv 2312.07950, without moving the second block). It takes the
-//! memory of a block, and so does what the whole model's tuning cannot do for large models. The pass that is best on windows
-//! held out from training is kept; if none beats the solvers' result, that is.
+//! know which of it matters. Or they are rounded too and move along (the overlapping windows of CBQ, arXiv 2312.07950), so that the
+//! block is made for a successor that makes up for some of what it leaves; what they became is given up, for their own turn starts
+//! from what the solvers make of what enters them then. It takes the memory of a few blocks, and so does what the whole model's tuning
+//! cannot do for large models. The pass that is best on windows held out from training is kept; if none beats the solvers' result, that is.
 
 use super::goal::distance;
 use super::pupil::Pupil;
@@ -28,14 +29,22 @@ type States<'a> = dyn Fn(usize) -> Result<Tensor, Error> + Sync + 'a;
 pub(crate) struct Rebuilding<'a> {
     pub(crate) how: &'a Reconstruction,
     pub(crate) rope: &'a RopeTable,
-    /// The full-precision blocks behind it, through which outputs are compared.
-    pub(crate) behind: &'a [Block],
     pub(crate) windows: usize,
     /// What enters the block in the rounded model.
     pub(crate) input: &'a States<'a>,
-    /// What leaves the last block of `behind` (or else the block) in the full-precision model.
+    /// What leaves the last of the blocks in the full-precision model.
     pub(crate) goal: &'a States<'a>,
     pub(crate) seed: u64,
+}
+
+/// A block that is rebuilt, or stands behind one that is.
+pub(crate) struct Link {
+    /// In full precision, with the biases it is to have.
+    pub(crate) block: Block,
+    /// What its linears were rounded to; nothing, and no norms either, has it stay as it is.
+    pub(crate) start: Vec<Start>,
+    /// Its norms, with the rounding to their stored type.
+    pub(crate) norms: Vec<(NormRole, ToStored)>,
 }
 
 /// What came of it.
@@ -50,13 +59,12 @@ pub(crate) struct Rebuilt {
     pub(crate) after: f64,
 }
 
-/// Rebuilds the full-precision `block` (with the biases it is to have), whose linears were rounded to `start`. `observe` is told
+/// Rebuilds the first of `links`, behind which the others stand; `norm_offset` is what their norms' weights lack. `observe` is told
 /// the steps done and their number, and may stop the work.
 pub(crate) fn reconstruct(
     rebuilding: &Rebuilding<'_>,
-    block: Block,
-    start: Vec<Start>,
-    norms: (Vec<(NormRole, ToStored)>, f32),
+    links: Vec<Link>,
+    norm_offset: f32,
     observe: &mut dyn FnMut(usize, usize) -> Result<(), Error>,
 ) -> Result<Rebuilt, Error> {
     let Rebuilding { how, windows, seed, .. } = *rebuilding;
@@ -64,9 +72,10 @@ pub(crate) fn reconstruct(
     if training.is_empty() {
         training.clone_from(&held);
     }
-    let mut pupil = Pupil::new(block, start, norms)?;
-    let before = rebuilding.loss(&pupil.block, &held)?;
-    let mut best = (pupil.clone(), before);
+    let pupil = |Link { block, start, norms }| Pupil::new(block, start, (norms, norm_offset));
+    let mut pupils = links.into_iter().map(pupil).collect::<Result<Vec<_>, _>>()?;
+    let before = rebuilding.loss(&pupils, &held)?;
+    let mut best = (pupils[0].clone(), before);
     let total = how.passes as usize * training.len().div_ceil(how.batch);
     let mut step = 0;
     for pass in 1..=u64::from(how.passes) {
@@ -74,25 +83,32 @@ pub(crate) fn reconstruct(
         order.sort_by_key(|&w| splitmix(splitmix(seed ^ splitmix(pass)) ^ splitmix(w as u64)));
         for some in order.chunks(how.batch) {
             observe(step, total)?;
-            let mut sum: Option<BlockGradients> = None;
-            let one = |i: usize| rebuilding.gradients(&pupil.block, some[i]);
+            let mut sum: Option<Vec<Option<BlockGradients>>> = None;
+            let one = |i: usize| rebuilding.gradients(&pupils, some[i]);
             in_order(some.len(), TOGETHER, one, |_, gradients| -> Result<(), Error> {
                 for gradients in gradients {
-                    match &mut sum {
-                        None => sum = Some(gradients),
-                        Some(sum) => sum.add(&gradients),
+                    let Some(sum) = &mut sum else {
+                        sum = Some(gradients);
+                        continue;
+                    };
+                    for pair in sum.iter_mut().zip(&gradients) {
+                        if let (Some(sum), Some(own)) = pair {
+                            sum.add(own);
+                        }
                     }
                 }
                 Ok(())
             })?;
-            if let Some(sum) = sum {
-                pupil.step(&sum, how.rates().eased(step, total))?;
+            for (pupil, sum) in pupils.iter_mut().zip(sum.into_iter().flatten()) {
+                if let Some(sum) = sum {
+                    pupil.step(&sum, how.rates().eased(step, total))?;
+                }
             }
             step += 1;
         }
-        let loss = rebuilding.loss(&pupil.block, &held)?;
+        let loss = rebuilding.loss(&pupils, &held)?;
         if loss < best.1 {
-            best = (pupil.clone(), loss);
+            best = (pupils[0].clone(), loss);
         }
     }
     let (Pupil { block, linears, norms }, after) = best;
@@ -103,12 +119,12 @@ pub(crate) fn reconstruct(
 
 impl Rebuilding<'_> {
     /// Mean over `windows` of the relative squared error of the output.
-    fn loss(&self, block: &Block, windows: &[usize]) -> Result<f64, Error> {
+    fn loss(&self, pupils: &[Pupil], windows: &[usize]) -> Result<f64, Error> {
         let mut total = 0.0;
         let one = |i: usize| -> Result<f64, Error> {
-            let mut h = block.forward(&(self.input)(windows[i])?, self.rope)?;
-            for behind in self.behind {
-                h = behind.forward(&h, self.rope)?;
+            let mut h = (self.input)(windows[i])?;
+            for pupil in pupils {
+                h = pupil.block.forward(&h, self.rope)?;
             }
             Ok(distance(&h, &(self.goal)(windows[i])?)?.0)
         };
@@ -119,21 +135,23 @@ impl Rebuilding<'_> {
         Ok(total / windows.len() as f64)
     }
 
-    /// The gradients that window `w` gives the block.
-    fn gradients(&self, block: &Block, w: usize) -> Result<BlockGradients, Error> {
-        let (mut h, trace) = block.forward_traced(&(self.input)(w)?, self.rope)?;
-        let mut traces = Vec::with_capacity(self.behind.len());
-        for behind in self.behind {
-            let (out, trace) = behind.forward_traced(&h, self.rope)?;
+    /// The gradients that window `w` gives each block; none where nothing moves.
+    fn gradients(&self, pupils: &[Pupil], w: usize) -> Result<Vec<Option<BlockGradients>>, Error> {
+        let mut h = (self.input)(w)?;
+        let mut traces = Vec::with_capacity(pupils.len());
+        for pupil in pupils {
+            let (out, trace) = pupil.block.forward_traced(&h, self.rope)?;
             traces.push(trace);
             h = out;
         }
         let (_, mut grad) = distance(&h, &(self.goal)(w)?)?;
-        for (behind, trace) in self.behind.iter().zip(&traces).rev() {
-            grad = behind.backward(trace, self.rope, grad, None)?;
+        let mut all = Vec::with_capacity(pupils.len());
+        for (pupil, trace) in pupils.iter().zip(&traces).rev() {
+            let mut gradients = pupil.moves().then(|| pupil.block.no_gradients());
+            grad = pupil.block.backward(trace, self.rope, grad, gradients.as_mut())?;
+            all.push(gradients);
         }
-        let mut gradients = block.no_gradients();
-        block.backward(&trace, self.rope, grad, Some(&mut gradients))?;
-        Ok(gradients)
+        all.reverse();
+        Ok(all)
     }
 }

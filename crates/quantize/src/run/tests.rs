@@ -92,19 +92,20 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
 
 #[test]
 fn reconstruction_lowers_the_error_of_blocks_and_ends_in_the_same_bytes() {
-    for (case, depth, codes) in [
-        ("llama-gqa", 1, 0.03),
-        ("bert", 2, 0.01),
-        ("gemma2", 2, 0.03),
-        ("phi3", 1, 0.03),
-        ("gpt2", 2, 0.01),
-        ("qwen3-moe", 1, 0.03),
+    for (case, depth, together, codes) in [
+        ("llama-gqa", 1, false, 0.03),
+        ("bert", 2, false, 0.01),
+        ("gemma2", 2, true, 0.03),
+        ("phi3", 1, false, 0.03),
+        ("gpt2", 2, false, 0.01),
+        ("llama-gqa", 2, true, 0.03),
+        ("qwen3-moe", 2, true, 0.03),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let plain = tiny::settings(&[]);
         let biases = Observation { biases: true, ..Observation::default() };
         let rebuilt = Settings {
-            reconstruction: Some(Reconstruction { codes, ..Reconstruction::new(4, depth, 3) }),
+            reconstruction: Some(Reconstruction { codes, together, ..Reconstruction::new(4, depth, 3) }),
             observation: biases,
             ..plain.clone()
         };
