@@ -10,7 +10,7 @@ mod ops;
 
 pub use level::{Brain, Level};
 pub use memory::keep_freed_memory;
-pub use ops::axpy::axpy;
+pub use ops::axpy::{axpy, axpys};
 pub use ops::blocks::fit_blocks;
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;

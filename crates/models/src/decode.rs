@@ -6,7 +6,7 @@
 use crate::attention::Scoring;
 use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
-use bitmill_kernels::{Level, axpy};
+use bitmill_kernels::{Level, axpys};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -204,15 +204,9 @@ impl Cache {
         let dim = q.len();
         let level = Level::best();
         let mut scores = vec![0.0f32; seen.len()];
-        for (j, &q) in q.iter().enumerate() {
-            let keys = &self.keys[(head * dim + j) * self.capacity..][seen.clone()];
-            axpy(level, q, keys, &mut scores);
-        }
+        axpys(level, q, (&self.keys[head * dim * self.capacity + seen.start..], self.capacity), &mut scores);
         scoring.weigh(&mut scores);
-        for (&p, at) in scores.iter().zip(seen) {
-            let value = &self.values[at * width + head * dim..][..dim];
-            axpy(level, p, value, out);
-        }
+        axpys(level, &scores, (&self.values[seen.start * width + head * dim..], width), out);
     }
 }
 

@@ -1,6 +1,9 @@
-//! y ← y + a·x, the inner loop of attention over kept keys and values.
+//! y ← y + a·x for one x or several, the inner loops of attention over kept keys and values.
 
 use crate::Level;
+
+/// Entries that several x are added to at a time, small enough to stay in registers meanwhile.
+const CHUNK: usize = 64;
 
 /// Adds `a·x` to `y`, each entry by one fused multiply-add.
 ///
@@ -9,32 +12,61 @@ use crate::Level;
 #[inline]
 pub fn axpy(level: Level, a: f32, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "lengths");
+    axpys(level, &[a], (x, x.len()), y);
+}
+
+/// Adds `Σ a[i]·x[i]` to `y`, in the order of i, each term by one fused multiply-add: the bits of [`axpy`] for one after another, with
+/// `y` read and written once. Each x is as long as `y` and starts `stride` entries after the one before.
+///
+/// # Panics
+/// When `x` is too short: a caller's bug.
+#[inline]
+pub fn axpys(level: Level, a: &[f32], (x, stride): (&[f32], usize), y: &mut [f32]) {
+    let needed = a.len().checked_sub(1).map_or(0, |last| last * stride + y.len());
+    assert!(x.len() >= needed, "{} entries of x, and {needed} needed", x.len());
     match level {
-        Level::Scalar => add(a, x, y),
+        Level::Scalar => add(a, x, stride, y),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(_) => {
             #[target_feature(enable = "avx2,fma")]
-            fn compiled(a: f32, x: &[f32], y: &mut [f32]) {
-                add(a, x, y);
+            fn compiled(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
+                add(a, x, stride, y);
             }
             // SAFETY: the level's token proves AVX2 and FMA.
-            unsafe { compiled(a, x, y) }
+            unsafe { compiled(a, x, stride, y) }
         }
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(_) => {
             #[target_feature(enable = "avx512f,fma")]
-            fn compiled(a: f32, x: &[f32], y: &mut [f32]) {
-                add(a, x, y);
+            fn compiled(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
+                add(a, x, stride, y);
             }
             // SAFETY: the level's token proves AVX-512 and FMA.
-            unsafe { compiled(a, x, y) }
+            unsafe { compiled(a, x, stride, y) }
         }
     }
 }
 
 #[inline(always)]
-fn add(a: f32, x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = a.mul_add(*x, *y));
+fn add(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
+    for (c, y) in y.chunks_mut(CHUNK).enumerate() {
+        let from = c * CHUNK;
+        if let Ok(y) = <&mut [f32; CHUNK]>::try_from(&mut *y) {
+            let mut sum = *y;
+            for (i, &a) in a.iter().enumerate() {
+                let x = &x[i * stride + from..][..CHUNK];
+                for j in 0..CHUNK {
+                    sum[j] = a.mul_add(x[j], sum[j]);
+                }
+            }
+            *y = sum;
+        } else {
+            for (i, &a) in a.iter().enumerate() {
+                let x = &x[i * stride + from..][..y.len()];
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = a.mul_add(*x, *y));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -43,15 +75,21 @@ mod tests {
 
     #[test]
     fn every_level_gives_the_bits_of_the_definition() {
-        for n in [0, 1, 7, 8, 33, 100] {
-            let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
-            let run = |level| {
-                let mut y: Vec<f32> = (0..n).map(|i| (i as f32 * 0.3).cos()).collect();
-                axpy(level, 0.37, &x, &mut y);
-                y
-            };
-            let expected: Vec<f32> = (0..n).map(|i| 0.37f32.mul_add(x[i], (i as f32 * 0.3).cos())).collect();
-            assert!(Level::all().into_iter().all(|level| run(level) == expected));
+        for (n, count) in [(0, 1), (1, 3), (7, 0), (8, 1), (33, 5), (64, 2), (100, 4), (130, 3)] {
+            let stride = n + 3;
+            let x: Vec<f32> = (0..count * stride).map(|i| (i as f32 * 0.7).sin()).collect();
+            let a: Vec<f32> = (0..count).map(|i| (i as f32 * 0.9).cos()).collect();
+            let start: Vec<f32> = (0..n).map(|i| (i as f32 * 0.3).cos()).collect();
+            let mut expected = start.clone();
+            for (i, &a) in a.iter().enumerate() {
+                expected.iter_mut().zip(&x[i * stride..]).for_each(|(y, x)| *y = a.mul_add(*x, *y));
+            }
+            for level in Level::all() {
+                let (mut at_once, mut in_turn) = (start.clone(), start.clone());
+                axpys(level, &a, (&x, stride), &mut at_once);
+                a.iter().enumerate().for_each(|(i, &a)| axpy(level, a, &x[i * stride..][..n], &mut in_turn));
+                assert!(at_once == expected && in_turn == expected, "{n} {count} {level:?}");
+            }
         }
     }
 }
