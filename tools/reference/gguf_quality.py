@@ -43,13 +43,6 @@ class Meter:
         kl = json.loads(said)["divergence"]["kl"]
         return kl["mean"], kl["error"]
 
-    def written(self) -> Path:
-        """A text that the model wrote."""
-        file = self.work / "written.txt"
-        if not file.exists():
-            self.programs.bitmill("write", self.args.model, "-o", file, "--samples", self.args.samples, "--sequence-length", CONTEXT)
-        return file
-
     def theirs(self, name: str, mixture: bool, data: bool) -> tuple[float, float]:
         """llama-quantize's file."""
         file = self.work / "theirs.gguf"
@@ -62,8 +55,8 @@ class Meter:
     def ours(self, name: str, mixture: bool, data: bool) -> tuple[float, float]:
         """bitmill's file, with error feedback where there is text."""
         file = self.work / "ours.gguf"
-        text = self.args.calibration if data else self.written() if self.args.written else None
-        how = ["--method", "gptq", "--calibration", text, "--samples", self.args.samples] if text else ["--method", "rtn"]
+        text = ["--calibration", self.args.calibration] if data else ["--written", "1"] if self.args.written else None
+        how = ["--method", "gptq", *text, "--samples", self.args.samples] if text else ["--method", "rtn"]
         self.programs.bitmill(
             "quantize", self.args.model, "-o", file, "--force", "--mix" if mixture else "--scheme", name, *how, "--sequence-length", CONTEXT
         )
