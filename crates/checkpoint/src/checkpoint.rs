@@ -3,7 +3,7 @@
 use crate::error::io;
 use crate::formats::modelopt;
 use crate::gguf::{self, Factors, Gguf, Storage};
-use crate::shard::Shard;
+use crate::shard::{Shard, Survey};
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Inputs, Quantized, ScaleType, Scheme};
@@ -370,10 +370,9 @@ impl Checkpoint {
         self.shards.iter().map(Shard::file)
     }
 
-    /// The shards in name order, and a fingerprint of each one's bytes: one that tells files apart which were not made to
-    /// be confused, at the speed of reading them.
-    pub fn fingerprints(&self) -> impl Iterator<Item = (&Path, String)> {
-        self.shards.iter().map(|shard| (shard.file(), format!("xxh3:{:032x}", shard.fingerprint())))
+    /// What reading every shard once shows, in name order.
+    pub fn survey(&self) -> impl Iterator<Item = Survey<'_>> {
+        self.shards.iter().map(Shard::survey)
     }
 
     /// Relative paths of all other regular files, sorted: tokenizer, generation config, licence and so on. Hidden

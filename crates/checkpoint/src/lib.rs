@@ -28,5 +28,6 @@ pub use formats::{FORMATS, Format, GGUF, MIXED, SIDECARS, cache_scheme, default_
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;
+pub use shard::Survey;
 pub use space::ensure_free;
 pub use tensor::{Order, TensorSpec, TensorView};

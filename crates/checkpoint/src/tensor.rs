@@ -133,10 +133,10 @@ impl TensorView<'_> {
     pub fn first_non_finite(&self) -> Option<usize> {
         let bytes = &*self.by_rows();
         match self.dtype {
-            Dtype::F32 => scan(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-            Dtype::BF16 => scan(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-            Dtype::F16 => scan(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-            Dtype::F64 => scan(bytes, |b| !f64::from_le_bytes(b).is_finite()),
+            Dtype::F32 => scan(bytes, f32_is_not_finite),
+            Dtype::BF16 => scan(bytes, bf16_is_not_finite),
+            Dtype::F16 => scan(bytes, f16_is_not_finite),
+            Dtype::F64 => scan(bytes, f64_is_not_finite),
             _ => None,
         }
     }
@@ -203,10 +203,40 @@ fn halves(bytes: &[u8]) -> Vec<f32> {
 fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
     let (elements, _) = bytes.as_chunks::<N>();
     elements.par_chunks(TASK).enumerate().find_map_first(|(i, chunk)| {
-        // Folding first lets the common, clean case vectorise; only a dirty chunk is searched.
-        let dirty = chunk.iter().fold(false, |any, &e| any | bad(e));
-        if dirty { chunk.iter().position(|&e| bad(e)).map(|j| i * TASK + j) } else { None }
+        // The common, clean case vectorises; only a dirty chunk is searched.
+        if any(chunk, &bad) { chunk.iter().position(|&e| bad(e)).map(|j| i * TASK + j) } else { None }
     })
+}
+
+fn any<const N: usize>(elements: &[[u8; N]], bad: impl Fn([u8; N]) -> bool) -> bool {
+    elements.iter().fold(false, |any, &e| any | bad(e))
+}
+
+/// Whether there is a NaN or infinity among the F32, F16, BF16 or F64 numbers in `bytes`.
+pub(crate) fn has_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    match dtype {
+        Dtype::F32 => any(bytes.as_chunks().0, f32_is_not_finite),
+        Dtype::BF16 => any(bytes.as_chunks().0, bf16_is_not_finite),
+        Dtype::F16 => any(bytes.as_chunks().0, f16_is_not_finite),
+        Dtype::F64 => any(bytes.as_chunks().0, f64_is_not_finite),
+        _ => false,
+    }
+}
+
+fn f32_is_not_finite(b: [u8; 4]) -> bool {
+    u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000
+}
+
+fn bf16_is_not_finite(b: [u8; 2]) -> bool {
+    u16::from_le_bytes(b) & 0x7f80 == 0x7f80
+}
+
+fn f16_is_not_finite(b: [u8; 2]) -> bool {
+    u16::from_le_bytes(b) & 0x7c00 == 0x7c00
+}
+
+fn f64_is_not_finite(b: [u8; 8]) -> bool {
+    !f64::from_le_bytes(b).is_finite()
 }
 
 #[cfg(test)]

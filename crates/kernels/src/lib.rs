@@ -11,7 +11,7 @@ mod ops;
 pub use level::{Brain, Level};
 pub use memory::keep_freed_memory;
 pub use ops::axpy::{axpy, axpys};
-pub use ops::blocks::fit_blocks;
+pub use ops::blocks::{Stored, fit_blocks};
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
@@ -19,7 +19,7 @@ pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
 pub use ops::moments::{Moments, add_moments};
-pub use ops::pack::{pack_bits, packed_words, unpack_bits};
+pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
     CHUNK, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
 };

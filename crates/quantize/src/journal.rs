@@ -8,7 +8,7 @@
 use crate::Calibration;
 use crate::{Error, Plan};
 use bitmill_calibrate::Spread;
-use bitmill_checkpoint::Checkpoint;
+use bitmill_checkpoint::{Checkpoint, Survey};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fs::{File, TryLockError};
@@ -260,11 +260,16 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// Everything that decides the bytes of the output: version, settings, weights, calibration.
-pub(crate) fn identity(input: &Checkpoint, plan: &Plan, calibration: Option<Calibration<'_>>) -> Result<Value, Error> {
+pub(crate) fn identity(
+    input: &Checkpoint,
+    surveys: &[Survey<'_>],
+    plan: &Plan,
+    calibration: Option<Calibration<'_>>,
+) -> Result<Value, Error> {
     let mut weights = serde_json::Map::new();
-    for (path, fingerprint) in input.fingerprints() {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        weights.insert(name, json!(fingerprint));
+    for survey in surveys {
+        let name = survey.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        weights.insert(name, json!(survey.fingerprint));
     }
     let calibration = match calibration {
         Some(Calibration::Text(w)) if w.are_images() => {

@@ -46,7 +46,7 @@ pub use factor::Factor;
 pub use gguf::{GgufOutput, GgufSettings, MIXES, Mix, gguf_mix, gguf_types};
 pub use journal::{SiteRecord, StageChange, StageRecord, TensorRecord};
 pub use loaders::{Demands, Subject, Verdict, loader_names, loaders, needed, refusal, tensors_of, verdicts};
-pub use methods::{Linear, METHODS, Method, Needs, Solved, method};
+pub use methods::{ByRows, Linear, METHODS, Method, Needs, Solved, method};
 pub use mixture::{Budget, Chosen, Mixing, Mixture, Survey, mix};
 pub use plan::{Action, Plan, PlannedTensor, Unit};
 pub use plan_file::{parse_scheme, read_plan, write_plan};

@@ -156,11 +156,14 @@ pub fn run(
     if !plan.transforms.is_empty() && !matches!(calibration, Some(Calibration::Text(_)) | None) {
         return Err(Error::TransformsNeedText);
     }
-    let identity = identity(input, plan, calibration)?;
+    let surveys: Vec<_> = input.survey().collect();
+    let identity = identity(input, &surveys, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
-        check_finite(input)?;
+        if surveys.iter().any(|survey| !survey.finite) {
+            check_finite(input)?;
+        }
         let work = plan.work_bytes() + transformed_bytes(input, plan);
         ensure_free(parent, plan.output.total_bytes() + extra_bytes(input, plan)? + work)?;
     }
@@ -292,6 +295,15 @@ pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
+/// Σ h(w − ŵ)² and Σ h·w², with h = 1 where no costs are given.
+fn lost(w: &[f32], rounded: &[f32], h: Option<&[f32]>) -> [f64; 2] {
+    let cost = |i: usize| h.map_or(1.0, |h| f64::from(h[i % h.len()]));
+    let each = w.iter().zip(rounded).enumerate();
+    each.fold([0.0; 2], |[error, energy], (i, (&w, &r))| {
+        [error + cost(i) * f64::from(w - r).powi(2), energy + cost(i) * f64::from(w).powi(2)]
+    })
+}
+
 /// What became of a unit's tensors, and what was seen at its sites.
 type Records = (Vec<TensorRecord>, Vec<SiteRecord>);
 
@@ -313,37 +325,17 @@ impl Worker<'_, '_> {
                 self.copy(&tensor.name)?;
                 continue;
             };
-            let started = Instant::now();
             let (method, solver) = self.plain_method()?;
             let amax = scheme.shares_scale().then(|| magnitudes.largest(module)).transpose()?;
             let linear = Linear { amax, ..Linear::new(module, &[], *shape, *scheme) };
-            if slabs::takes(&linear, method) {
-                records.push(self.by_slabs(&linear, None, (method, &solver), tensor.bytes)?);
-                continue;
-            }
-            let weight = weight(self.input, self.plan.spec.as_ref(), module)?;
-            let linear = Linear { weight: &weight, ..linear };
-            let solved = method.solve(&[linear], None, &solver)?;
-            for solved in solved {
-                self.write(module, &solved.quantized)?;
-                let squares = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>();
-                let back = solved.quantized.dequantize();
-                let error = squares(&mut back.iter().zip(&weight).map(|(a, b)| a - b));
-                let energy = squares(&mut weight.iter().copied());
-                let record = TensorRecord {
-                    relative_error: if energy > 0.0 { error / energy } else { 0.0 },
-                    seconds: started.elapsed().as_secs_f64(),
-                    ..TensorRecord::of(module, *shape, *scheme, method, tensor.bytes)
-                };
-                (self.observe)(Event::Tensor(&record));
-                records.push(record);
-            }
+            records.push(self.without_feedback(&linear, None, (method, &solver), tensor.bytes)?);
         }
         Ok(records)
     }
 
-    /// Rounds, encodes and writes a matrix slab by slab, where errors cost `h` if that is known.
-    fn by_slabs(
+    /// Rounds, encodes and writes the matrix of `linear`, whose weights are not read yet, where errors cost `h` by columns if that
+    /// is known: slab by slab, if the method can.
+    fn without_feedback(
         &mut self,
         linear: &Linear<'_>,
         h: Option<&[f32]>,
@@ -351,8 +343,21 @@ impl Worker<'_, '_> {
         bytes: u64,
     ) -> Result<TensorRecord, Error> {
         let started = Instant::now();
-        let stored = self.input.weight(linear.name)?;
-        let [error, energy] = slabs::round((self.plan, &self.output), linear, &stored, h, (method, solver))?;
+        let [error, energy] = match slabs::way(linear, method) {
+            Some(way) => {
+                let stored = self.input.weight(linear.name)?;
+                slabs::round((self.plan, &self.output), linear, &stored, h, way)?
+            }
+            None => {
+                let weight = weight(self.input, self.plan.spec.as_ref(), linear.name)?;
+                let mut sums = [0.0; 2];
+                for solved in method.solve(&[Linear { weight: &weight, ..*linear }], h, solver)? {
+                    self.write(linear.name, &solved.quantized)?;
+                    sums = lost(&weight, &solved.quantized.dequantize(), h);
+                }
+                sums
+            }
+        };
         let record = TensorRecord {
             relative_error: if energy > 0.0 { error / energy } else { 0.0 },
             error_of: if h.is_some() { "weighed weights".into() } else { "weights".into() },

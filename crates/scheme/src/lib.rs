@@ -16,8 +16,8 @@ mod scheme;
 pub use activations::{Activations, Inputs};
 pub use error::Error;
 pub use grids::block::{
-    Affine, BLOCKS, BlockForm, BlockParams, BlockType, Codebook, Flags, LANES, Metric, Shift, Sides, Step, Turned,
-    UNIT, turn,
+    Affine, BLOCKS, BlockForm, BlockParams, BlockType, Codebook, Fitted, Flags, LANES, Metric, Shift, Sides, Step,
+    Turned, UNIT, turn,
 };
 pub use grids::float::{FloatGrid, FloatType, exponent_byte, exponent_value};
 pub use grids::{Fit, Grid, GroupParams, int::IntGrid};

@@ -4,11 +4,13 @@
 //! one table of fields, so they are inverse by construction. Types with a codebook have fields for the index of each
 //! vector and for the flags of each unit instead. TQ1_0 alone packs base-3 digits and is written out below.
 
+mod plain;
 mod vectors;
 
 use bitmill_scheme::{BlockForm, BlockType, Quantized, Scheme};
 use half::f16;
 use rayon::prelude::*;
+use std::sync::LazyLock;
 use vectors::Vectors;
 
 /// Weights of a task. What a caller holds in its cache is one.
@@ -75,7 +77,7 @@ impl Layout {
             pack_ternary(codes, out);
         } else if let Some(vectors) = &self.vectors {
             vectors.pack(codes, out);
-        } else if !pack_bytes(self.kind, codes, out) && !pack_lanes(self.kind, codes, out) {
+        } else if !pack_lanes(self.kind, codes, out) {
             for (f, &c) in self.codes.iter().zip(codes) {
                 put(out, f, u32::from(c ^ self.code_mask()));
             }
@@ -118,34 +120,6 @@ fn half_bits(r: f32) -> u16 {
     // The exponents' biases lie 112 apart. What is subnormal counts steps of 2⁻²⁴.
     let normal = (size.to_bits() >> 13).wrapping_sub(112 << 10);
     sign | if size < 1.0 / 16_384.0 { (size * 16_777_216.0) as u16 } else { normal as u16 }
-}
-
-/// Packs the codes of the types whose bytes hold one or two whole codes, which is where time would go; `false` for others.
-fn pack_bytes(kind: BlockType, codes: &[u8], out: &mut [u8]) -> bool {
-    let from = match kind {
-        BlockType::Q8_0 => {
-            out[2..].iter_mut().zip(codes).for_each(|(o, &c)| *o = c ^ 0x80);
-            return true;
-        }
-        BlockType::Q4_0 | BlockType::Iq4Nl => 2,
-        BlockType::Q4_1 => 4,
-        BlockType::Q5_0 => 6,
-        BlockType::Q5_1 => 8,
-        _ => return false,
-    };
-    let ([low, high], Some(out)) = (codes.as_chunks::<16>().0, out.split_at_mut_checked(from)) else { return false };
-    let (head, Some(nibbles)) = (out.0, out.1.first_chunk_mut::<16>()) else { return false };
-    for (o, (a, b)) in nibbles.iter_mut().zip(low.iter().zip(high)) {
-        *o = a & 15 | b << 4;
-    }
-    if matches!(kind, BlockType::Q5_0 | BlockType::Q5_1) {
-        // The fifth bits of eight codes, each multiplied to its place in the highest byte.
-        for (o, codes) in head[from - 4..].iter_mut().zip(codes.as_chunks::<8>().0) {
-            let fifths = u64::from_le_bytes(*codes) >> 4 & 0x0101_0101_0101_0101;
-            *o = (fifths.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
-        }
-    }
-    true
 }
 
 #[inline]
@@ -337,16 +311,18 @@ fn unpack_ternary(bytes: &[u8], codes: &mut [u8]) {
 
 /// The blocks of a matrix, row after row.
 pub(crate) fn encode(form: &BlockForm, q: &Quantized) -> Vec<u8> {
-    let (layout, blocks) = (Layout::new(form), q.codes.len() / form.len);
+    let (layout, blocks) = (LazyLock::new(|| Layout::new(form)), q.codes.len() / form.len);
     let (reals, integers) = (form.reals(), form.integers());
     let mut out = vec![0u8; blocks * form.bytes];
     let task = (TASK / form.len).max(1);
     let tasks = out.par_chunks_mut(task * form.bytes).zip(q.codes.par_chunks(task * form.len));
     tasks.enumerate().for_each(|(i, (out, codes))| {
+        let (scales, zeros) = (&q.scales[i * task * reals..], &q.zeros[i * task * integers..]);
+        if plain::pack(form.kind, codes, scales, out) {
+            return;
+        }
         for (b, (out, codes)) in out.chunks_exact_mut(form.bytes).zip(codes.chunks_exact(form.len)).enumerate() {
-            let b = i * task + b;
-            let r = &q.scales[b * reals..][..reals];
-            layout.pack(codes, r, &q.zeros[b * integers..][..integers], out);
+            layout.pack(codes, &scales[b * reals..][..reals], &zeros[b * integers..][..integers], out);
         }
     });
     out
@@ -408,10 +384,15 @@ mod tests {
             let layout = Layout::new(form);
             let code = |i: usize| (i.wrapping_mul(2_654_435_761) >> 16) % form.levels.len();
             let codes: Vec<u8> = (0..form.len).map(|i| code(i) as u8).collect();
+            let reals = [-0.75, 3e-6];
             let (mut fast, mut slow) = (vec![0u8; form.bytes], vec![0u8; form.bytes]);
-            if pack_bytes(form.kind, &codes, &mut fast) || pack_lanes(form.kind, &codes, &mut fast) {
+            let plain = plain::pack(form.kind, &codes, &reals[..form.reals()], &mut fast);
+            if plain || pack_lanes(form.kind, &codes, &mut fast) {
                 for (f, &c) in layout.codes.iter().zip(&codes) {
                     put(&mut slow, f, u32::from(c ^ layout.code_mask()));
+                }
+                for (f, &r) in layout.reals.iter().zip(&reals).filter(|_| plain) {
+                    put(&mut slow, f, u32::from(half_bits(r)));
                 }
                 assert_eq!(fast, slow, "{}", form.name);
             }

@@ -3,37 +3,59 @@
 use super::Linear;
 use crate::sweep::{Part, SweepGrid, Unit};
 use crate::{Factor, Order, ScaleSearch, Sweep, sweep};
-use bitmill_kernels::{Level, fit_blocks};
-use bitmill_scheme::{BlockForm, BlockParams, Quantized, Step};
+use bitmill_kernels::{Level, Stored, fit_blocks};
+use bitmill_scheme::{BlockForm, BlockParams, Fitted, Quantized, Step};
 use rayon::prelude::*;
 
-/// Every block fitted to its own weights, whose errors cost `importance` by columns if that is known, and each weight at its
-/// nearest value. For types of which many blocks are fitted side by side, [`Solved::lost`](super::Solved::lost) comes along.
+/// Every block of the rows `w` of `linear` (whose own weights are not read) fitted to its own weights, whose errors cost
+/// `importance` by columns if that is known, and each weight at its nearest value; Σ h(w − ŵ)² and Σ h·w² come along, h being
+/// the importance, or 1.
 pub(crate) fn nearest(
     linear: &Linear<'_>,
     form: &BlockForm,
+    w: Stored<'_>,
     importance: Option<&[f32]>,
-) -> (Quantized, Option<[f64; 2]>) {
+) -> (Quantized, [f64; 2]) {
     let n = linear.shape[1];
     if form.has_lanes() {
-        let mut params = vec![BlockParams::zero(); linear.weight.len() / form.len];
-        let mut codes = vec![0u8; linear.weight.len()];
-        let lost = fit_blocks(Level::best(), form, linear.weight, importance, &mut params, &mut codes);
-        return (assemble(linear, form, codes, &params), Some(lost));
+        let blocks = w.len() / form.len;
+        let mut q = Quantized {
+            scheme: linear.scheme,
+            shape: linear.shape,
+            codes: vec![0; w.len()],
+            scales: vec![0.0; blocks * form.reals()],
+            zeros: vec![0; blocks * form.integers()],
+            group_of: Vec::new(),
+            input: None,
+        };
+        let to = Fitted { reals: &mut q.scales, integers: &mut q.zeros, codes: &mut q.codes };
+        let lost = fit_blocks(Level::best(), form, w, importance, to);
+        return (q, lost);
     }
+    let mut wide = Vec::new();
+    if let Stored::Bf16(w) = w {
+        wide.resize(w.len(), 0.0);
+    }
+    let w = w.wide(&mut wide);
     // Uneven costs want the points that are really nearest.
     let fit = if importance.is_some() { BlockForm::fit } else { BlockForm::fit_near };
     let importance = importance.map_or_else(|| vec![1.0; n], <[f32]>::to_vec);
-    let params: Vec<BlockParams> = (linear.weight.par_chunks(form.len).enumerate())
+    let params: Vec<BlockParams> = (w.par_chunks(form.len).enumerate())
         .map(|(i, w)| fit(form, w, &importance[i * form.len % n..][..form.len]))
         .collect();
     let round = |(i, (w, codes)): (usize, (&[f32], &mut [u8]))| {
         let a = form.affine(&params[i / form.subs()], i % form.subs());
         form.round(w, &importance[i * form.sub % n..][..form.sub], a, codes);
     };
-    let mut codes = vec![0u8; linear.weight.len()];
-    linear.weight.par_chunks(form.sub).zip(codes.par_chunks_mut(form.sub)).enumerate().for_each(round);
-    (assemble(linear, form, codes, &params), None)
+    let mut codes = vec![0u8; w.len()];
+    w.par_chunks(form.sub).zip(codes.par_chunks_mut(form.sub)).enumerate().for_each(round);
+    let q = assemble(linear, form, codes, &params);
+    let each = w.iter().zip(q.dequantize()).enumerate();
+    let lost = each.fold([0.0; 2], |[error, energy], (i, (&w, r))| {
+        let cost = f64::from(importance[i % n]);
+        [error + cost * f64::from(w - r).powi(2), energy + cost * f64::from(w).powi(2)]
+    });
+    (q, lost)
 }
 
 /// The sweep with the type as its grid.

@@ -105,7 +105,7 @@ fn solve_linear(
         let (of, change) = ("proxy loss".into(), if before > 0.0 { total(&quantized) / before - 1.0 } else { 0.0 });
         stages.push(StageChange { stage: "soft rounding".into(), of, change, shares: Vec::new() });
     }
-    Solved { quantized, damping: Some(factor.damping()), stages, lost: None }
+    Solved { quantized, damping: Some(factor.damping()), stages }
 }
 
 /// H with `share` of what lies beside its diagonal taken away.

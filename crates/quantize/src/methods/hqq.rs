@@ -41,7 +41,7 @@ impl Method for Hqq {
             let grid = linear.scheme.grid();
             let params = fitted(linear, |w, _| fit_group(grid, w));
             let codes = nearest(linear, &params, grid);
-            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new(), lost: None }
+            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())
     }

@@ -11,7 +11,8 @@ mod rtn;
 pub(crate) use gptq::order;
 
 use crate::{Error, SolverOptions, StageChange};
-use bitmill_scheme::{FloatGrid, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
+use bitmill_kernels::Stored;
+use bitmill_scheme::{BlockForm, FloatGrid, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -60,9 +61,11 @@ pub struct Solved {
     pub damping: Option<f32>,
     /// What single stages of the method brought, where it has any.
     pub stages: Vec<StageChange>,
-    /// Σ h(w − ŵ)² and Σ h·w², h being the diagonal of H or 1 without one, where the method summed them as it rounded.
-    pub lost: Option<[f64; 2]>,
 }
+
+/// Rounds rows of a linear, whose own weights are not read, to a form; errors cost as much as the last argument says of their
+/// columns, or alike. Returns Σ h(w − ŵ)² and Σ h·w² besides, h being what they cost.
+pub type ByRows = fn(&Linear<'_>, &BlockForm, Stored<'_>, Option<&[f32]>) -> (Quantized, [f64; 2]);
 
 /// A rounding method.
 pub trait Method: Sync {
@@ -76,9 +79,9 @@ pub trait Method: Sync {
     }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
-    /// Whether every row of a matrix of blocks is rounded by itself.
-    fn works_by_rows(&self) -> bool {
-        false
+    /// How rows of a matrix of blocks are rounded, where each is rounded by itself.
+    fn by_rows(&self) -> Option<ByRows> {
+        None
     }
     /// Whether the diagonal of H is enough.
     fn takes_diagonal(&self) -> bool {

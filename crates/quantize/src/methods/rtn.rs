@@ -1,7 +1,8 @@
 //! Rounding to nearest: every weight to the closest value of its group's grid.
 
-use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
+use super::{ByRows, GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
+use bitmill_kernels::Stored;
 use bitmill_scheme::{Fit, Granularity, Grid, GroupParams};
 use std::borrow::Cow;
 
@@ -20,8 +21,8 @@ impl Method for Rtn {
         if options.scale_search == Some(ScaleSearch::Hessian) { Needs::Hessian } else { Needs::Nothing }
     }
 
-    fn works_by_rows(&self) -> bool {
-        true
+    fn by_rows(&self) -> Option<ByRows> {
+        Some(blocks::nearest)
     }
 
     fn takes_diagonal(&self) -> bool {
@@ -33,8 +34,8 @@ impl Method for Rtn {
         let solve = |linear: &Linear<'_>| {
             if let Some(form) = linear.scheme.form() {
                 let importance = h.map(|_| importance(h, linear.shape[1]));
-                let (quantized, lost) = blocks::nearest(linear, form, importance.as_deref());
-                return Solved { quantized, damping: None, stages: Vec::new(), lost };
+                let (quantized, _) = blocks::nearest(linear, form, Stored::F32(linear.weight), importance.as_deref());
+                return Solved { quantized, damping: None, stages: Vec::new() };
             }
             let importance = importance(h, linear.shape[1]);
             let round = |grid: GroupGrid| match grid {
@@ -42,7 +43,7 @@ impl Method for Rtn {
                 GroupGrid::Float(grid) => rounded(linear, search, &importance, grid),
             };
             let (codes, params) = round(GroupGrid::of(linear));
-            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new(), lost: None }
+            Solved { quantized: assemble(linear, codes, params), damping: None, stages: Vec::new() }
         };
         Ok(linears.iter().map(solve).collect())
     }

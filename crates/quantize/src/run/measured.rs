@@ -98,7 +98,7 @@ impl Worker<'_, '_> {
             let Some(h) = imatrix.importance(model_type, target.module) else { continue };
             let linear = Linear::new(target.module, &[], target.shape, target.scheme);
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
-            records.push(self.by_slabs(&linear, Some(h), (method, solver), target.bytes)?);
+            records.push(self.without_feedback(&linear, Some(h), (method, solver), target.bytes)?);
         }
         Ok(records)
     }

@@ -1,19 +1,26 @@
-//! Matrices of GGUF types whose rows a method rounds one by one: in slabs of rows, each read, rounded, encoded and written by
-//! one thread while it is in its cache, so that memory holds a few slabs and no matrix.
+//! Matrices of GGUF types whose rows a method rounds one by one: in slabs of rows, each read, rounded and encoded by one thread
+//! while it is in its cache, and written with those before it, so that memory holds a few slabs and no matrix.
 
-use crate::{Error, Linear, Method, Plan, SolverOptions};
-use bitmill_checkpoint::{Order, Output, TensorView, Weight};
+use crate::{ByRows, Error, Linear, Method, Plan};
+use bitmill_checkpoint::{Dtype, Order, Output, TensorView, Weight};
+use bitmill_kernels::Stored;
+use bitmill_scheme::BlockForm;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
 /// Weights of a slab, about.
 const SLAB: usize = 1 << 15;
+/// Bytes that are worth a call of the system, which writes many pages at once for much less than one by one.
+const PIECE: usize = 1 << 20;
 
-/// Whether a matrix can be rounded here.
-pub(super) fn takes(linear: &Linear<'_>, method: &dyn Method) -> bool {
-    linear.scheme.form().is_some() && method.works_by_rows()
+/// How a matrix is rounded here, if it can be.
+pub(super) fn way(linear: &Linear<'_>, method: &dyn Method) -> Option<Way> {
+    linear.scheme.form().zip(method.by_rows())
 }
+
+/// A form, and what rounds rows to it.
+pub(super) type Way = (&'static BlockForm, ByRows);
 
 /// Rounds, encodes and writes `stored`, the weight of `linear` (whose own weights are not read). Returns Σ h(w − ŵ)² and
 /// Σ h·w², with h = 1 where none is given.
@@ -22,7 +29,7 @@ pub(super) fn round(
     linear: &Linear<'_>,
     stored: &Weight<'_>,
     h: Option<&[f32]>,
-    (method, solver): (&dyn Method, &SolverOptions),
+    (form, by_rows): Way,
 ) -> Result<[f64; 2], Error> {
     let [rows, n] = linear.shape;
     // A matrix of blocks is one tensor.
@@ -30,48 +37,62 @@ pub(super) fn round(
     let source = Source::new(plan, &name, stored, linear.shape)?;
     let writer = Writer { output, name: &name, waiting: Mutex::default(), turn: Mutex::default() };
     let count = (SLAB / n.max(1)).max(1);
-    let slabs = (0..rows.div_ceil(count)).into_par_iter().map(|i| {
+    let slab = |(mut piece, mut sums): (Piece, Vec<[f64; 2]>), i: usize| {
         let from = i * count;
-        let weight = source.rows(from, count.min(rows - from))?;
-        let slab = Linear { weight: &weight, shape: [weight.len() / n.max(1), n], ..*linear };
-        let mut sums = [0.0; 2];
-        for solved in method.solve(&[slab], h, solver)? {
-            for bytes in plan.format.encode(linear.name, &solved.quantized) {
-                writer.write(from * (bytes.len() / slab.shape[0]), bytes)?;
-            }
-            sums = solved.lost.unwrap_or_else(|| lost(&weight, &solved.quantized.dequantize(), h));
+        let count = count.min(rows - from);
+        let slab = Linear { shape: [count, n], ..*linear };
+        let (quantized, lost) = by_rows(&slab, form, source.rows(from, count)?.stored(), h);
+        for bytes in plan.format.encode(linear.name, &quantized) {
+            piece.push(from * (bytes.len() / count), &bytes);
         }
-        Ok::<_, Error>(sums)
-    });
-    let sums: Vec<[f64; 2]> = slabs.collect::<Result<_, _>>()?;
+        sums.push(lost);
+        if piece.bytes.len() >= PIECE {
+            writer.write(std::mem::take(&mut piece))?;
+        }
+        Ok::<_, Error>((piece, sums))
+    };
+    // What one thread folds are neighbours.
+    let runs = (0..rows.div_ceil(count)).into_par_iter().try_fold(Default::default, slab);
+    let runs = runs.map(|run| run.and_then(|(rest, sums)| writer.write(rest).map(|()| sums)));
+    let sums: Vec<Vec<[f64; 2]>> = runs.collect::<Result<_, _>>()?;
     writer.finish()?;
-    Ok([0, 1].map(|i| sums.iter().map(|s| s[i]).sum()))
+    Ok([0, 1].map(|i| sums.iter().flatten().map(|s| s[i]).sum()))
 }
 
-/// Σ h(w − ŵ)² and Σ h·w².
-fn lost(w: &[f32], rounded: &[f32], h: Option<&[f32]>) -> [f64; 2] {
-    let cost = |i: usize| h.map_or(1.0, |h| f64::from(h[i % h.len()]));
-    let each = w.iter().zip(rounded).enumerate();
-    each.fold([0.0; 2], |[error, energy], (i, (&w, &r))| {
-        [error + cost(i) * f64::from(w - r).powi(2), energy + cost(i) * f64::from(w).powi(2)]
-    })
+/// Bytes of neighbouring slabs.
+#[derive(Default)]
+struct Piece {
+    /// Where it begins, in bytes from the start of the tensor.
+    at: usize,
+    bytes: Vec<u8>,
 }
 
-/// Parts of a tensor on their way into the file. One thread writes at a time, and the others leave their parts to it: the system
+impl Piece {
+    /// Adds the bytes from `at` on, which are the next.
+    fn push(&mut self, at: usize, bytes: &[u8]) {
+        if self.bytes.is_empty() {
+            self.at = at;
+            // Memory that is not touched is not taken.
+            self.bytes.reserve_exact(PIECE + bytes.len());
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+}
+
+/// Pieces of a tensor on their way into the file. One thread writes at a time, and the others leave their pieces to it: the system
 /// lets nobody else into the file meanwhile, and waiting for it costs processor time.
 struct Writer<'a> {
     output: &'a Output,
     name: &'a str,
-    /// Parts and their places.
-    waiting: Mutex<Vec<(usize, Vec<u8>)>>,
+    waiting: Mutex<Vec<Piece>>,
     /// Held by who writes.
     turn: Mutex<()>,
 }
 
 impl Writer<'_> {
-    /// Leaves `bytes` to be written `at` so many bytes from the start of the tensor, and writes what there is if nobody does.
-    fn write(&self, at: usize, bytes: Vec<u8>) -> Result<(), Error> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push((at, bytes));
+    /// Leaves `piece` to be written, and writes what there is if nobody does.
+    fn write(&self, piece: Piece) -> Result<(), Error> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(piece);
         let Ok(_turn) = self.turn.try_lock() else { return Ok(()) };
         self.finish()
     }
@@ -79,12 +100,12 @@ impl Writer<'_> {
     /// Writes everything that waits.
     fn finish(&self) -> Result<(), Error> {
         loop {
-            let parts = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
-            if parts.is_empty() {
+            let pieces = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+            if pieces.is_empty() {
                 return Ok(());
             }
-            for (at, bytes) in parts {
-                self.output.write_part(self.name, at, &bytes)?;
+            for piece in pieces {
+                self.output.write_part(self.name, piece.at, &piece.bytes)?;
             }
         }
     }
@@ -114,22 +135,25 @@ impl<'a> Source<'a> {
     }
 
     /// `count` rows of the file from row `from` on.
-    fn rows(&self, from: usize, count: usize) -> Result<Cow<'_, [f32]>, Error> {
+    fn rows(&self, from: usize, count: usize) -> Result<Rows<'_>, Error> {
         let Some(order) = &self.order else { return self.run(from, count) };
-        let mut rows = Vec::with_capacity(count * self.shape[1]);
-        for row in from..from + count {
-            rows.extend_from_slice(&self.run(order(row), 1)?);
+        let mut rows = self.run(order(from), 1)?;
+        for row in from + 1..from + count {
+            rows.append(self.run(order(row), 1)?);
         }
-        Ok(rows.into())
+        Ok(rows)
     }
 
     /// `count` rows of the folder from row `from` on.
-    fn run(&self, from: usize, count: usize) -> Result<Cow<'_, [f32]>, Error> {
+    fn run(&self, from: usize, count: usize) -> Result<Rows<'_>, Error> {
         let Some(view) = self.view else {
-            return Ok(self.whole[from * self.shape[1]..(from + count) * self.shape[1]].into());
+            return Ok(Rows::F32(self.whole[from * self.shape[1]..(from + count) * self.shape[1]].into()));
         };
         let row = view.bytes.len() / self.shape[0].max(1);
         let bytes = &view.bytes[from * row..(from + count) * row];
+        if view.dtype == Dtype::BF16 {
+            return Ok(Rows::Bf16(bytes.as_chunks().0.into()));
+        }
         let shape = [count, self.shape[1]];
         let rows = TensorView {
             name: view.name,
@@ -139,6 +163,30 @@ impl<'a> Source<'a> {
             bytes,
             order: Order::Rows,
         };
-        Ok(rows.to_f32()?.into())
+        Ok(Rows::F32(rows.to_f32()?.into()))
+    }
+}
+
+/// Rows as they are stored, if a kernel reads that.
+enum Rows<'a> {
+    F32(Cow<'a, [f32]>),
+    Bf16(Cow<'a, [[u8; 2]]>),
+}
+
+impl Rows<'_> {
+    fn stored(&self) -> Stored<'_> {
+        match self {
+            Rows::F32(w) => Stored::F32(w),
+            Rows::Bf16(w) => Stored::Bf16(w),
+        }
+    }
+
+    /// Adds others of the same matrix.
+    fn append(&mut self, others: Rows<'_>) {
+        match (self, others) {
+            (Rows::F32(w), Rows::F32(others)) => w.to_mut().extend_from_slice(&others),
+            (Rows::Bf16(w), Rows::Bf16(others)) => w.to_mut().extend_from_slice(&others),
+            _ => unreachable!("rows of one matrix are of one type"),
+        }
     }
 }

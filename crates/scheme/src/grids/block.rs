@@ -18,7 +18,7 @@ mod codebook;
 mod fit;
 mod lanes;
 
-pub use lanes::{LANES, Sides, Turned, turn};
+pub use lanes::{Fitted, LANES, Sides, Turned, turn};
 
 pub use codebook::{Codebook, Flags, Metric, UNIT};
 

@@ -3,14 +3,15 @@
 //! The same two steps as in [`BlockForm::fit`] — every sub-block's own scale and offset, then d, dmin and the integers
 //! fitted to the weights in turns — with fewer starting points, and with every sum taken weight by weight, so that a lane
 //! computes the same bits whatever instructions carry it. This is the definition; kernels instantiate it per instruction
-//! set, where each loop over lanes becomes one instruction or two.
+//! set, where each loop over lanes becomes one instruction or two. Products are added without being rounded before: one
+//! instruction where there is one for it, and the same bits where there is none.
 
 mod costs;
 mod joint;
 mod own;
 mod rows;
 
-use super::{Affine, BlockForm, BlockParams, BlockType, IQ4, Shift, Step};
+use super::{Affine, BlockForm, BlockType, IQ4, Shift, Step};
 use costs::{BySize, Costs, Each, One};
 
 /// Sub-blocks side by side; a multiple of those of any block fitted here.
@@ -63,16 +64,20 @@ const NOTHING: Affines = Affines { scale: ZERO, offset: ZERO };
 trait Snap: Copy {
     /// The level nearest to `x`.
     fn level(self, x: f32) -> f32;
-    /// The code of the level nearest to `x`.
-    fn code(self, x: f32) -> u8;
+    /// The level nearest to `w · inverse`, the product not rounded before.
+    fn level_of(self, w: f32, inverse: f32) -> f32;
+    /// The level nearest to `x`, and its code.
+    fn coded(self, x: f32) -> (f32, u8);
+    /// The level nearest to `w · inverse`, and its code.
+    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8);
 }
 
+/// Neighbouring whole numbers.
 #[derive(Clone, Copy)]
 struct Even {
-    first: f32,
-    last: f32,
-    /// The first level as a byte.
-    lowest: u8,
+    /// Bits of the first and the last level after [`SHIFT`] is added, which are in the order of the numbers.
+    first: i32,
+    last: i32,
 }
 
 /// Added to what is small, it leaves the nearest whole number in the lowest bits.
@@ -80,20 +85,46 @@ const SHIFT: f32 = 12_582_912.0;
 
 impl Even {
     #[inline(always)]
-    fn limited(self, x: f32) -> f32 {
-        let x = if x > self.first { x } else { self.first };
-        if x < self.last { x } else { self.last }
+    fn new(first: f32, last: f32) -> Self {
+        let [first, last] = [first, last].map(|level| (level + SHIFT).to_bits() as i32);
+        Even { first, last }
     }
+
+    /// Limits what has been shifted. Integers are compared, which more of a processor's units can do than compare reals.
+    #[inline(always)]
+    fn limited(self, shifted: f32) -> i32 {
+        let bits = shifted.to_bits() as i32;
+        let bits = if bits > self.first { bits } else { self.first };
+        if bits < self.last { bits } else { self.last }
+    }
+
+    #[inline(always)]
+    fn coded(self, bits: i32) -> (f32, u8) {
+        (unshifted(bits), (bits as u8).wrapping_sub(self.first as u8))
+    }
+}
+
+#[inline(always)]
+fn unshifted(bits: i32) -> f32 {
+    f32::from_bits(bits as u32) - SHIFT
 }
 
 impl Snap for Even {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
-        self.limited(x).round_ties_even()
+        unshifted(self.limited(x + SHIFT))
     }
     #[inline(always)]
-    fn code(self, x: f32) -> u8 {
-        ((self.limited(x) + SHIFT).to_bits() as u8).wrapping_sub(self.lowest)
+    fn level_of(self, w: f32, inverse: f32) -> f32 {
+        unshifted(self.limited(w.mul_add(inverse, SHIFT)))
+    }
+    #[inline(always)]
+    fn coded(self, x: f32) -> (f32, u8) {
+        self.coded(self.limited(x + SHIFT))
+    }
+    #[inline(always)]
+    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8) {
+        self.coded(self.limited(w.mul_add(inverse, SHIFT)))
     }
 }
 
@@ -111,12 +142,20 @@ impl Snap for Uneven {
         level
     }
     #[inline(always)]
-    fn code(self, x: f32) -> u8 {
+    fn level_of(self, w: f32, inverse: f32) -> f32 {
+        self.level(w * inverse)
+    }
+    #[inline(always)]
+    fn coded(self, x: f32) -> (f32, u8) {
         let mut code = SHIFT;
         for i in 1..IQ4.len() {
             code += if x > 0.5 * (f32::from(IQ4[i - 1]) + f32::from(IQ4[i])) { 1.0 } else { 0.0 };
         }
-        code.to_bits() as u8
+        (self.level(x), code.to_bits() as u8)
+    }
+    #[inline(always)]
+    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8) {
+        self.coded(w * inverse)
     }
 }
 
@@ -131,13 +170,13 @@ struct Sums {
 
 // Divisions stand before the choices about them below, because choices around a division become branches, one for each lane.
 
-/// 1/x, and 0 for 0.
+/// 1/x, and 0 for 0 and what is too small to have an inverse.
 #[inline(always)]
 fn inverse(x: &Lanes) -> Lanes {
     let mut out = ZERO;
     for i in 0..LANES {
         let inverse = 1.0 / x[i];
-        out[i] = if x[i] == 0.0 { 0.0 } else { inverse };
+        out[i] = if x[i].abs() < f32::MIN_POSITIVE { 0.0 } else { inverse };
     }
     out
 }
@@ -167,7 +206,7 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
             let h = h.at(j);
             for i in 0..LANES {
                 costs[i] += h[i];
-                sum[i] += h[i] * w[i];
+                sum[i] = h[i].mul_add(w[i], sum[i]);
             }
         }
         Tile { w, h, costs, sum }
@@ -183,9 +222,9 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
             for i in 0..LANES {
                 let (l, e) = level_and_error::<SHIFTED>(w[i], [a.scale[i], a.offset[i], inverse[i]], snap);
                 let (he, hl) = (h[i] * e, h[i] * l);
-                s.ee[i] += he * e;
-                s.el[i] += he * l;
-                s.ll[i] += hl * l;
+                s.ee[i] = he.mul_add(e, s.ee[i]);
+                s.el[i] = he.mul_add(l, s.el[i]);
+                s.ll[i] = hl.mul_add(l, s.ll[i]);
                 if SHIFTED {
                     s.e[i] += he;
                     s.l[i] += hl;
@@ -205,7 +244,7 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
             for i in 0..LANES {
                 let (_, e) = level_and_error::<SHIFTED>(w[i], [a.scale[i], a.offset[i], inverse[i]], snap);
                 let he = h[i] * e;
-                ee[i] += he * e;
+                ee[i] = he.mul_add(e, ee[i]);
                 if SHIFTED {
                     sum[i] += he;
                 }
@@ -220,10 +259,10 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
 fn level_and_error<const SHIFTED: bool>(w: f32, [scale, offset, inverse]: [f32; 3], snap: impl Snap) -> (f32, f32) {
     if SHIFTED {
         let l = snap.level((w - offset) * inverse);
-        (l, w - (scale * l + offset))
+        (l, w - scale.mul_add(l, offset))
     } else {
-        let l = snap.level(w * inverse);
-        (l, w - scale * l)
+        let l = snap.level_of(w, inverse);
+        (l, (-scale).mul_add(l, w))
     }
 }
 
@@ -236,10 +275,38 @@ pub fn turn(len: usize, rows: &[f32], turned: &mut Turned) {
     }
 }
 
-/// Where blocks go.
-struct Fitted<'a> {
-    params: &'a mut [BlockParams],
-    codes: &'a mut [u8],
+/// Where blocks go: block after block, as a [`Quantized`](crate::Quantized) holds them.
+#[derive(Debug)]
+pub struct Fitted<'a> {
+    /// Real numbers, [so many](BlockForm::reals) of each block.
+    pub reals: &'a mut [f32],
+    /// Integers, [so many](BlockForm::integers) of each block.
+    pub integers: &'a mut [u8],
+    /// A code for each weight.
+    pub codes: &'a mut [u8],
+}
+
+impl<'a> Fitted<'a> {
+    /// Takes the first `blocks` blocks off.
+    ///
+    /// # Panics
+    /// Where there are fewer.
+    #[inline(always)]
+    pub fn take(&mut self, form: &BlockForm, blocks: usize) -> Fitted<'a> {
+        let (reals, rest_reals) = std::mem::take(&mut self.reals).split_at_mut(blocks * form.reals());
+        let (integers, rest_integers) = std::mem::take(&mut self.integers).split_at_mut(blocks * form.integers());
+        let (codes, rest_codes) = std::mem::take(&mut self.codes).split_at_mut(blocks * form.len);
+        *self = Fitted { reals: rest_reals, integers: rest_integers, codes: rest_codes };
+        Fitted { reals, integers, codes }
+    }
+
+    /// Whether there is exactly room for `blocks`.
+    #[must_use]
+    #[inline(always)]
+    pub fn holds(&self, form: &BlockForm, blocks: usize) -> bool {
+        let lengths = [self.reals.len(), self.integers.len(), self.codes.len()];
+        lengths == [form.reals(), form.integers(), form.len].map(|each| each * blocks)
+    }
 }
 
 impl BlockForm {
@@ -271,14 +338,14 @@ impl BlockForm {
     /// # Panics
     /// For a type without lanes, or more blocks than lanes: a caller's bug.
     #[inline(always)]
-    pub fn fit_lanes(&self, w: &[f32], h: Option<&[f32]>, params: &mut [BlockParams], codes: &mut [u8]) -> [f64; 2] {
+    pub fn fit_lanes(&self, w: &[f32], h: Option<&[f32]>, to: Fitted<'_>) -> [f64; 2] {
         let mut turned = [[ZERO; LONGEST]; 2];
         turn(self.sub, w, &mut turned[0]);
         if let Some(h) = h {
             turn(self.sub, h, &mut turned[1]);
         }
         let [w, h] = [(w, &turned[0]), (h.unwrap_or(&[]), &turned[1])].map(|(rows, turned)| Sides { rows, turned });
-        self.fit_turned(w, (!h.rows.is_empty()).then_some(h), params, codes)
+        self.fit_turned(w, (!h.rows.is_empty()).then_some(h), to)
     }
 
     /// [`BlockForm::fit_lanes`] of what is [turned](turn) already.
@@ -286,20 +353,12 @@ impl BlockForm {
     /// # Panics
     /// As that.
     #[inline(always)]
-    pub fn fit_turned(
-        &self,
-        w: Sides<'_>,
-        h: Option<Sides<'_>>,
-        params: &mut [BlockParams],
-        codes: &mut [u8],
-    ) -> [f64; 2] {
+    pub fn fit_turned(&self, w: Sides<'_>, h: Option<Sides<'_>>, to: Fitted<'_>) -> [f64; 2] {
         let len = w.rows.len();
-        assert!(len <= LANES * self.sub && params.len() * self.len == len, "whole blocks that fit the lanes");
-        assert!(codes.len() == len && h.is_none_or(|h| h.rows.len() == len), "a code and a cost for each weight");
-        let to = Fitted { params, codes };
+        assert!(len <= LANES * self.sub && len.is_multiple_of(self.len), "whole blocks that fit the lanes");
+        assert!(to.holds(self, len / self.len) && h.is_none_or(|h| h.rows.len() == len), "room and costs for them");
         if self.is_uniform() {
-            let (first, last) = (f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
-            let snap = Even { first, last, lowest: self.levels[0] as u8 };
+            let snap = Even::new(f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
             match h {
                 Some(_) => self.fit_tile::<Each<'_>>(w, h, to, snap),
                 None if self.levels.len() <= FEW => self.fit_tile::<BySize>(w, h, to, snap),
@@ -340,28 +399,37 @@ impl BlockForm {
         let own =
             if self.shift == Shift::None { own::scales(self, &tile, snap) } else { own::affines(self, &tile, snap) };
         let stored = match (self.step, self.shift) {
-            (Step::Scaled { .. }, Shift::None) => joint::fit::<C, false>(self, &tile, &own, to.params, snap),
-            (Step::Scaled { .. }, _) => joint::fit::<C, true>(self, &tile, &own, to.params, snap),
-            _ => self.reals_of(&own, to.params),
+            (Step::Scaled { .. }, Shift::None) => {
+                joint::fit::<C, false>(self, &tile, &own, (to.reals, to.integers), snap)
+            }
+            (Step::Scaled { .. }, _) => joint::fit::<C, true>(self, &tile, &own, (to.reals, to.integers), snap),
+            _ => self.reals_of(&own, to.reals),
         };
         let h = h.map(|h| h.rows);
-        match self.sub {
-            SHORT => rows::round::<SHORT>(w.rows, h, &stored, to.codes, snap),
-            _ => rows::round::<LONGEST>(w.rows, h, &stored, to.codes, snap),
+        match (self.sub, self.shift) {
+            (SHORT, Shift::None) => rows::round::<SHORT, false>(w.rows, h, &stored, to.codes, snap),
+            (SHORT, _) => rows::round::<SHORT, true>(w.rows, h, &stored, to.codes, snap),
+            (_, Shift::None) => rows::round::<LONGEST, false>(w.rows, h, &stored, to.codes, snap),
+            _ => rows::round::<LONGEST, true>(w.rows, h, &stored, to.codes, snap),
         }
     }
 
     /// Blocks of one sub-block store its scale, and maybe its offset, rounded.
     #[inline(always)]
-    fn reals_of(&self, own: &Affines, params: &mut [BlockParams]) -> Affines {
+    fn reals_of(&self, own: &Affines, reals: &mut [f32]) -> Affines {
         let mut stored = NOTHING;
         for i in 0..LANES {
             stored.scale[i] = half(own.scale[i]);
-            stored.offset[i] = if self.shift == Shift::Real { half(own.offset[i]) } else { 0.0 };
         }
-        for (p, (scale, offset)) in params.iter_mut().zip(stored.scale.iter().zip(&stored.offset)) {
-            *p = BlockParams::zero();
-            p.reals = [*scale, *offset];
+        if self.shift == Shift::Real {
+            for i in 0..LANES {
+                stored.offset[i] = half(own.offset[i]);
+            }
+            for (to, pair) in reals.as_chunks_mut::<2>().0.iter_mut().zip(stored.scale.iter().zip(&stored.offset)) {
+                *to = [*pair.0, *pair.1];
+            }
+        } else {
+            reals.copy_from_slice(&stored.scale[..reals.len()]);
         }
         stored
     }
@@ -370,7 +438,7 @@ impl BlockForm {
 /// The whole number from 0 to `most` nearest to `x`.
 #[inline(always)]
 fn whole(x: f32, most: f32) -> f32 {
-    Even { first: 0.0, last: most, lowest: 0 }.level(x)
+    Even::new(0.0, most).level(x)
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ impl Costs<'_> for BySize {
         let (mut squares, mut costs) = (ZERO, [ZERO; LONGEST]);
         for w in w {
             for i in 0..LANES {
-                squares[i] += w[i] * w[i];
+                squares[i] = w[i].mul_add(w[i], squares[i]);
             }
         }
         let mut sigma = ZERO;

@@ -1,8 +1,6 @@
 //! d, dmin and the integers of super-blocks, fitted to the weights in turns from every sub-block's own scale and offset.
 
-use super::{
-    Affines, BlockForm, BlockParams, BlockType, Costs, FEW, LANES, Lanes, NOTHING, Shift, Snap, Step, Sums, TURNS, Tile,
-};
+use super::{Affines, BlockForm, BlockType, Costs, FEW, LANES, Lanes, NOTHING, Shift, Snap, Step, Sums, TURNS, Tile};
 use super::{ZERO, half, inverse, whole};
 
 /// What blocks store, as numbers: d and dmin in every lane of a block, and the integers of each sub-block.
@@ -34,13 +32,13 @@ impl Limits {
     }
 }
 
-/// Fits `params` to the tile and returns the scales and offsets they stand for.
+/// Fits the reals and integers of the tile's blocks and returns the scales and offsets they stand for.
 #[inline(always)]
 pub(super) fn fit<'a, C: Costs<'a>, const SHIFTED: bool>(
     form: &BlockForm,
     tile: &Tile<'_, C>,
     own: &Affines,
-    params: &mut [BlockParams],
+    (reals, integers): (&mut [f32], &mut [u8]),
     snap: impl Snap,
 ) -> Affines {
     let limits = Limits::of(form);
@@ -66,14 +64,17 @@ pub(super) fn fit<'a, C: Costs<'a>, const SHIFTED: bool>(
             }
         }
     }
-    for (block, p) in params.iter_mut().enumerate() {
+    let blocks = reals.chunks_exact_mut(form.reals()).zip(integers.chunks_exact_mut(form.integers()));
+    for (block, (reals, integers)) in blocks.enumerate() {
         let lane = block * limits.subs;
-        *p = BlockParams::zero();
-        p.reals = [kept.d[lane], kept.dmin[lane]];
+        reals[0] = kept.d[lane];
+        if SHIFTED {
+            reals[1] = kept.dmin[lane];
+        }
         for sub in 0..limits.subs {
-            p.integers[sub] = kept.s[lane + sub] as u8;
+            integers[sub] = kept.s[lane + sub] as u8;
             if SHIFTED {
-                p.integers[limits.subs + sub] = kept.o[lane + sub] as u8;
+                integers[limits.subs + sub] = kept.o[lane + sub] as u8;
             }
         }
     }

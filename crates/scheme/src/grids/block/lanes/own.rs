@@ -25,101 +25,126 @@ impl Best {
 /// The best scale of every sub-block, without offset.
 #[inline(always)]
 pub(super) fn scales<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, snap: impl Snap) -> Affines {
-    // The first of the largest magnitudes, found in four runs of positions, because each comparison waits for the one before.
-    let mut runs = [ZERO; RUNS];
-    for at in 0..tile.w.len() / RUNS {
-        for (run, largest) in runs.iter_mut().enumerate() {
-            larger(largest, &tile.w[run * (tile.w.len() / RUNS) + at]);
-        }
+    let [lo, hi] = range(tile.w);
+    let mut largest = ZERO;
+    for i in 0..LANES {
+        largest[i] = if hi[i] > -lo[i] { hi[i] } else { lo[i] };
     }
-    let [mut largest, rest @ ..] = runs;
-    rest.iter().for_each(|run| larger(&mut largest, run));
+    let per_largest = inverse(&largest);
     let mut best = Best::new(tile);
-    for &start in starts(form) {
-        let mut scale = ZERO;
+    let (starts, refits) = starts(form);
+    for &start in starts {
+        let mut inverse = ZERO;
         for i in 0..LANES {
-            scale[i] = largest[i] / start;
+            inverse[i] = start * per_largest[i];
         }
-        tile.consider::<false>([&inverse(&scale), &ZERO], &mut best, snap);
+        tile.consider::<false>([&inverse, &ZERO], &mut best, snap);
     }
     // The refitted scale leads to other levels, and these to another scale.
-    for _ in 0..2 {
+    for _ in 0..refits {
         let inverse = inverse(&best.at.scale);
         tile.consider::<false>([&inverse, &ZERO], &mut best, snap);
     }
     best.at
 }
 
-/// Runs of positions, which divide the weights of a sub-block.
-const RUNS: usize = 4;
-
-/// `a`, or `b` where that is larger in magnitude.
+/// The least and the largest weights.
 #[inline(always)]
-fn larger(a: &mut Lanes, b: &Lanes) {
-    for i in 0..LANES {
-        a[i] = if b[i].abs() > a[i].abs() { b[i] } else { a[i] };
-    }
-}
-
-/// The best scale and offset of every sub-block.
-#[inline(always)]
-pub(super) fn affines<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, snap: impl Snap) -> Affines {
-    let (mut lo, mut hi) = (tile.w[0], tile.w[0]);
-    for w in tile.w {
+fn range(w: &[Lanes]) -> [Lanes; 2] {
+    let (mut lo, mut hi) = (w[0], w[0]);
+    for w in w {
         for i in 0..LANES {
             lo[i] = if w[i] < lo[i] { w[i] } else { lo[i] };
             hi[i] = if w[i] > hi[i] { w[i] } else { hi[i] };
         }
     }
-    let last = (form.levels.len() - 1) as f32;
-    let steps: &[f32] = if last < 8.0 { &[-0.2, 0.2, 0.6, 1.0, 1.4, 1.8] } else { &[-0.2, 0.5, 1.3, 2.2] };
-    let mut best = Best::new(tile);
-    for step in steps {
-        let mut scale = ZERO;
-        for i in 0..LANES {
-            scale[i] = (hi[i] - lo[i]) / (last + step);
-        }
-        let inverse = inverse(&scale);
-        // What the range leaves uncovered lies above, on both sides, or below.
-        for share in [0.0, 0.5, 1.0] {
-            let mut offset = ZERO;
-            for i in 0..LANES {
-                offset[i] = lo[i] + share * ((hi[i] - lo[i]) - last * scale[i]);
-            }
-            tile.consider::<true>([&inverse, &offset], &mut best, snap);
-        }
+    [lo, hi]
+}
+
+/// The best scale and offset of every sub-block.
+#[inline(always)]
+pub(super) fn affines<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, snap: impl Snap) -> Affines {
+    let [lo, hi] = range(tile.w);
+    let mut span = ZERO;
+    for i in 0..LANES {
+        span[i] = hi[i] - lo[i];
     }
-    for _ in 0..2 {
-        let (inverse, offset) = (inverse(&best.at.scale), best.at.offset);
-        tile.consider::<true>([&inverse, &offset], &mut best, snap);
+    let per_span = inverse(&span);
+    let last = (form.levels.len() - 1) as f32;
+    let mut best = Best::new(tile);
+    let (starts, refits) = pairs(form);
+    for &(more, share) in starts {
+        let (mut inverse, mut zero) = (ZERO, ZERO);
+        for i in 0..LANES {
+            inverse[i] = (last + more) * per_span[i];
+            zero[i] = (-lo[i]).mul_add(inverse[i], -share * more);
+        }
+        tile.consider::<true>([&inverse, &zero], &mut best, snap);
+    }
+    for _ in 0..refits {
+        let inverse = inverse(&best.at.scale);
+        let mut zero = ZERO;
+        for i in 0..LANES {
+            zero[i] = -best.at.offset[i] * inverse[i];
+        }
+        tile.consider::<true>([&inverse, &zero], &mut best, snap);
     }
     best.at
 }
 
-/// What the weight of largest magnitude may be in levels. The side with one level more comes first.
-fn starts(form: &BlockForm) -> &'static [f32] {
+/// What the weight of largest magnitude may be in levels, and how often the best is refitted. The side with one level more
+/// comes first. Those of blocks with one scale were chosen together, for the least error of Gaussian weights in as few.
+fn starts(form: &BlockForm) -> (&'static [f32], usize) {
     match form.kind {
-        BlockType::Q3K => &[-4.0, -3.6, -4.4, -3.2, -5.0, 3.3, 2.9, 3.8],
-        BlockType::Q4_0 => &[-8.0, -7.6, -8.4, -7.2, -8.9, 7.4, 7.0, 8.0],
-        BlockType::Q5_0 => &[-16.0, -15.5, -16.5, -17.2, 15.4],
-        BlockType::Q6K => &[-32.0, -31.5, -32.6, 31.4],
-        BlockType::Q8_0 => &[-127.5, 127.3],
-        _ => &[-127.0, -117.0, -108.0, -99.0, -138.0, 113.0, 104.0, 124.0],
+        BlockType::Q3K => (&[-4.0, -3.6, -4.4, -3.2, -5.0, 3.3, 2.9, 3.8], 2),
+        BlockType::Q4_0 => (&[-8.0, -7.1, -8.7, -8.3, -7.7], 1),
+        BlockType::Q5_0 => (&[-16.4, -15.1, -15.9, 14.2], 1),
+        BlockType::Q6K => (&[-32.0, -31.5, -32.6, 31.4], 2),
+        BlockType::Q8_0 => (&[-127.5, 127.3], 2),
+        _ => (&[-127.0, -117.0, -108.0, -99.0, -138.0, 113.0, 104.0, 124.0], 2),
     }
 }
 
+/// How much more than the levels the range of the weights may reach, in levels, and which share of that lies below; and how
+/// often the best is refitted.
+fn pairs(form: &BlockForm) -> (&'static [(f32, f32)], usize) {
+    const FEW_LEVELS: [[(f32, f32); 3]; 6] = shared([-0.2, 0.2, 0.6, 1.0, 1.4, 1.8]);
+    const LEVELS: [[(f32, f32); 3]; 4] = shared([-0.2, 0.5, 1.3, 2.2]);
+    match form.kind {
+        BlockType::Q4_1 => (&[(0.4, 0.0), (0.4, 1.0), (-0.8, 1.0), (0.2, 0.5)], 1),
+        BlockType::Q5_1 => (&[(0.2, 0.0), (0.4, 1.0), (-0.8, 0.0), (-0.8, 1.0)], 1),
+        BlockType::Q2K => (FEW_LEVELS.as_flattened(), 2),
+        _ => (LEVELS.as_flattened(), 2),
+    }
+}
+
+/// All, half or none of each lies below.
+const fn shared<const N: usize>(more: [f32; N]) -> [[(f32, f32); 3]; N] {
+    let mut pairs = [[(0.0, 0.0); 3]; N];
+    let mut i = 0;
+    while i < N {
+        pairs[i] = [(more[i], 0.0), (more[i], 0.5), (more[i], 1.0)];
+        i += 1;
+    }
+    pairs
+}
+
 impl<'a, C: Costs<'a>> Tile<'_, C> {
-    /// Σ h·w·l, Σ h·l² and Σ h·l for the levels that scales (given as their inverses) and offsets lead to.
+    /// Σ h·w·l, Σ h·l² and Σ h·l for the levels that scales (given as their inverses) and offsets (as the level of zero) lead to.
     #[inline(always)]
-    fn levels<const SHIFTED: bool>(&self, [inverse, offset]: [&Lanes; 2], snap: impl Snap) -> [Lanes; 3] {
+    fn levels<const SHIFTED: bool>(&self, [inverse, zero]: [&Lanes; 2], snap: impl Snap) -> [Lanes; 3] {
         let (mut xl, mut ll, mut sum) = (ZERO, ZERO, ZERO);
         for (j, w) in self.w.iter().enumerate() {
             let h = self.h.at(j);
             for i in 0..LANES {
-                let l = snap.level((if SHIFTED { w[i] - offset[i] } else { w[i] }) * inverse[i]);
+                let l = if SHIFTED {
+                    snap.level(w[i].mul_add(inverse[i], zero[i]))
+                } else {
+                    snap.level_of(w[i], inverse[i])
+                };
                 let hl = h[i] * l;
-                xl[i] += hl * w[i];
-                ll[i] += hl * l;
+                xl[i] = hl.mul_add(w[i], xl[i]);
+                ll[i] = hl.mul_add(l, ll[i]);
                 if SHIFTED {
                     sum[i] += hl;
                 }
@@ -128,19 +153,20 @@ impl<'a, C: Costs<'a>> Tile<'_, C> {
         [xl, ll, sum]
     }
 
-    /// The best of `best` and what the levels that `a`, inverse scales and offsets, leads to are fitted by.
+    /// The best of `best` and what the levels that `a`, inverse scales and levels of zero, leads to are fitted by.
     #[inline(always)]
     fn consider<const SHIFTED: bool>(&self, a: [&Lanes; 2], best: &mut Best, snap: impl Snap) {
         let [xl, ll, l] = self.levels::<SHIFTED>(a, snap);
         for i in 0..LANES {
             let (h, x) = (self.costs[i], self.sum[i]);
             let (scale, offset, explained) = if SHIFTED {
-                let determinant = ll[i] * h - l[i] * l[i];
-                let scale = (xl[i] * h - x * l[i]) / determinant;
-                let offset = (x * ll[i] - xl[i] * l[i]) / determinant;
+                let determinant = ll[i].mul_add(h, -(l[i] * l[i]));
+                let inverse = 1.0 / determinant;
+                let scale = xl[i].mul_add(h, -(x * l[i])) * inverse;
+                let offset = x.mul_add(ll[i], -(xl[i] * l[i])) * inverse;
                 let mean = best.mean[i];
                 let curved = determinant > 1e-6 * ll[i] * h;
-                let explained = scale * xl[i] + offset * x;
+                let explained = scale.mul_add(xl[i], offset * x);
                 (
                     if curved { scale } else { 0.0 },
                     if curved { offset } else { mean },

@@ -2,12 +2,9 @@
 
 use super::{Affines, Snap, inverse};
 
-/// Running sums, by the position within so many weights.
-const SUMS: usize = 16;
-
 /// Rounds sub-blocks of `SUB` weights under `stored` and returns Σ h(w − ŵ)² and Σ h·w², with h = 1 where there are no costs.
 #[inline(always)]
-pub(super) fn round<const SUB: usize>(
+pub(super) fn round<const SUB: usize, const SHIFTED: bool>(
     w: &[f32],
     h: Option<&[f32]>,
     stored: &Affines,
@@ -15,25 +12,28 @@ pub(super) fn round<const SUB: usize>(
     snap: impl Snap,
 ) -> [f64; 2] {
     let inverse = inverse(&stored.scale);
-    let (mut error, mut energy) = ([0.0; SUMS], [0.0; SUMS]);
+    let (mut error, mut energy) = ([0.0; SUB], [0.0; SUB]);
     let each = codes.as_chunks_mut::<SUB>().0.iter_mut().zip(w.as_chunks::<SUB>().0).enumerate();
     for (lane, (codes, w)) in each {
         let (scale, offset, inverse) = (stored.scale[lane], stored.offset[lane], inverse[lane]);
         let costs = h.map(|h| &h.as_chunks::<SUB>().0[lane]);
-        for from in (0..SUB).step_by(SUMS) {
-            for i in 0..SUMS {
-                let w = w[from + i];
-                let x = (w - offset) * inverse;
-                codes[from + i] = snap.code(x);
-                let e = w - (scale * snap.level(x) + offset);
-                let (e, w) = match costs {
-                    Some(costs) => (costs[from + i] * e * e, costs[from + i] * w * w),
-                    None => (e * e, w * w),
-                };
-                error[i] += e;
-                energy[i] += w;
-            }
+        // Written at once, so that nothing in the loop may be what another step reads, and sums stay in registers.
+        let mut rounded = [0; SUB];
+        for i in 0..SUB {
+            let w = w[i];
+            let (e, code) = if SHIFTED {
+                let (l, code) = snap.coded((w - offset) * inverse);
+                (w - scale.mul_add(l, offset), code)
+            } else {
+                let (l, code) = snap.coded_of(w, inverse);
+                ((-scale).mul_add(l, w), code)
+            };
+            rounded[i] = code;
+            let (he, hw) = costs.map_or((e, w), |costs| (costs[i] * e, costs[i] * w));
+            error[i] = he.mul_add(e, error[i]);
+            energy[i] = hw.mul_add(w, energy[i]);
         }
+        *codes = rounded;
     }
     [f64::from(error.iter().sum::<f32>()), f64::from(energy.iter().sum::<f32>())]
 }

@@ -1,7 +1,7 @@
 //! Tests of the fits side by side.
 
-use super::super::BLOCKS;
 use super::super::fit::tests::sample;
+use super::super::{BLOCKS, BlockParams};
 use super::*;
 
 fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[f32]) -> f64 {
@@ -12,10 +12,20 @@ fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[
     (0..w.len()).map(value).sum()
 }
 
-fn fitted(form: &BlockForm, w: &[f32], h: &[f32]) -> (Vec<BlockParams>, Vec<u8>) {
-    let (mut params, mut codes) = (vec![BlockParams::zero(); w.len() / form.len], vec![0; w.len()]);
-    form.fit_lanes(w, Some(h), &mut params, &mut codes);
-    (params, codes)
+fn fitted(form: &BlockForm, w: &[f32], h: Option<&[f32]>) -> (Vec<BlockParams>, Vec<u8>) {
+    let blocks = w.len() / form.len;
+    let (mut reals, mut integers) = (vec![0.0; blocks * form.reals()], vec![0; blocks * form.integers()]);
+    let mut codes = vec![0; w.len()];
+    form.fit_lanes(w, h, Fitted { reals: &mut reals, integers: &mut integers, codes: &mut codes });
+    let params = |block: usize| {
+        let mut p = BlockParams::zero();
+        let (reals, integers) =
+            (reals.chunks(form.reals()).nth(block), integers.chunks(form.integers().max(1)).nth(block));
+        p.reals.iter_mut().zip(reals.into_iter().flatten()).for_each(|(to, &real)| *to = real);
+        p.integers.iter_mut().zip(integers.into_iter().flatten()).for_each(|(to, &integer)| *to = integer);
+        p
+    };
+    ((0..blocks).map(params).collect(), codes)
 }
 
 #[test]
@@ -25,7 +35,7 @@ fn fewer_starting_points_cost_little() {
         for seed in 0..20 {
             let (w, h) = sample(LANES * form.sub, seed);
             for h in [&h, &vec![1.0; w.len()]] {
-                let (params, codes) = fitted(form, &w, h);
+                let (params, codes) = fitted(form, &w, Some(h));
                 ours += loss(form, &params, &codes, &w, h);
                 let params: Vec<BlockParams> =
                     w.chunks(form.len).zip(h.chunks(form.len)).map(|(w, h)| form.fit(w, h)).collect();
@@ -45,7 +55,7 @@ fn what_is_stored_is_what_was_rounded_to() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (w, h) = sample(LANES * form.sub, 77);
         for w in [w, vec![0.0; LANES * form.sub], vec![3e4; LANES * form.sub], vec![1e-9; LANES * form.sub]] {
-            let (params, codes) = fitted(form, &w, &h);
+            let (params, codes) = fitted(form, &w, Some(&h));
             for (i, (&x, &code)) in w.iter().zip(&codes).enumerate() {
                 let p = &params[i / form.len];
                 assert!(p.reals.iter().all(|&r| r.is_finite() && half(r) == r));
@@ -63,9 +73,9 @@ fn what_is_stored_is_what_was_rounded_to() {
 fn a_block_is_fitted_alike_in_any_company() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (w, h) = sample(LANES * form.sub, 5);
-        let (params, codes) = fitted(form, &w, &h);
+        let (params, codes) = fitted(form, &w, Some(&h));
         let at = w.len() - form.len;
-        let (alone, own) = fitted(form, &w[at..], &h[at..]);
+        let (alone, own) = fitted(form, &w[at..], Some(&h[at..]));
         assert_eq!((alone[0], &own[..]), (params[params.len() - 1], &codes[at..]), "{}", form.name);
     }
 }
@@ -74,14 +84,12 @@ fn a_block_is_fitted_alike_in_any_company() {
 fn without_costs_every_error_costs_one_or_by_size() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (w, _) = sample(LANES * form.sub, 6);
-        let (mut params, mut codes) = (vec![BlockParams::zero(); w.len() / form.len], vec![0; w.len()]);
-        form.fit_lanes(&w, None, &mut params, &mut codes);
         let costs: Vec<f32> = if form.levels.len() > FEW {
             vec![1.0; w.len()]
         } else {
-            let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| sum + x * x) / w.len() as f32).sqrt();
+            let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| x.mul_add(*x, sum)) / w.len() as f32).sqrt();
             w.chunks(form.sub).flat_map(|w| w.iter().map(move |x| sigma(w) + x.abs())).collect()
         };
-        assert_eq!(fitted(form, &w, &costs), (params, codes), "{}", form.name);
+        assert_eq!(fitted(form, &w, Some(&costs)), fitted(form, &w, None), "{}", form.name);
     }
 }

@@ -1,0 +1,58 @@
+//! Blocks of 32 with one scale, whose bytes hold one or two whole codes: packed many at once by loops of fixed size, which
+//! compilers turn into vectors. The bits lie as the fields say.
+
+use super::half_bits;
+use bitmill_scheme::BlockType;
+
+/// Weights of a block.
+const LEN: usize = 32;
+
+/// Packs whole blocks of the types made so, which are all that have real numbers and no integers beside 32 codes; `false` for others.
+pub(super) fn pack(kind: BlockType, codes: &[u8], reals: &[f32], out: &mut [u8]) -> bool {
+    match kind {
+        BlockType::Q8_0 => {
+            blocks::<34, 1>(codes, reals, out, |codes, out| out.iter_mut().zip(codes).for_each(|(o, c)| *o = c ^ 0x80));
+        }
+        BlockType::Q4_0 | BlockType::Iq4Nl => blocks::<18, 1>(codes, reals, out, nibbles),
+        BlockType::Q4_1 => blocks::<20, 2>(codes, reals, out, nibbles),
+        BlockType::Q5_0 => blocks::<22, 1>(codes, reals, out, fives),
+        BlockType::Q5_1 => blocks::<24, 2>(codes, reals, out, fives),
+        _ => return false,
+    }
+    true
+}
+
+/// Blocks of so many bytes, of which the `REALS` half-precision numbers come first and `rest` fills the others.
+#[inline(always)]
+fn blocks<const BYTES: usize, const REALS: usize>(
+    codes: &[u8],
+    reals: &[f32],
+    out: &mut [u8],
+    rest: impl Fn(&[u8; LEN], &mut [u8]),
+) {
+    let each = out.as_chunks_mut::<BYTES>().0.iter_mut().zip(codes.as_chunks::<LEN>().0);
+    for ((out, codes), reals) in each.zip(reals.as_chunks::<REALS>().0) {
+        let (head, tail) = out.split_at_mut(2 * REALS);
+        head.as_chunks_mut::<2>().0.iter_mut().zip(reals).for_each(|(o, &r)| *o = half_bits(r).to_le_bytes());
+        rest(codes, tail);
+    }
+}
+
+/// Code j in the lower half of byte j, code j + 16 in the upper.
+#[inline(always)]
+fn nibbles(codes: &[u8; LEN], out: &mut [u8]) {
+    let (low, high) = codes.split_at(LEN / 2);
+    let mut bytes = [0; LEN / 2];
+    for (o, (a, b)) in bytes.iter_mut().zip(low.iter().zip(high)) {
+        *o = a & 15 | b << 4;
+    }
+    out.copy_from_slice(&bytes);
+}
+
+/// The fifth bits, then [`nibbles`] of the others.
+#[inline(always)]
+fn fives(codes: &[u8; LEN], out: &mut [u8]) {
+    let (fifths, rest) = out.split_at_mut(LEN / 8);
+    fifths.copy_from_slice(&bitmill_kernels::fifths(codes).to_le_bytes());
+    nibbles(codes, rest);
+}
