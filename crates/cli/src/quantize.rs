@@ -305,7 +305,10 @@ impl How {
             ignore: self.ignore.clone(),
             samples: self.text.samples(input),
             sequence_length: self.text.sequence_length,
-            written: self.text.written.unwrap_or_else(|| if flows { self.effort.written(&method, input) } else { 0.0 }),
+            written: self
+                .text
+                .written
+                .unwrap_or_else(|| if flows { self.effort.written(&method, &scheme, input) } else { 0.0 }),
             seed: self.text.seed,
             gguf: as_gguf.then(|| self.gguf.settings(self.scheme.as_ref())),
             shard_bytes: self.max_shard_size.unwrap_or(if as_gguf { u64::MAX } else { SHARD }),

@@ -153,8 +153,12 @@ fn pack_lanes(kind: BlockType, codes: &[u8], out: &mut [u8]) -> bool {
         }
     };
     match kind {
-        BlockType::Q2K | BlockType::Q3K => {
-            let at = if kind == BlockType::Q2K { 16 } else { 32 };
+        BlockType::Q2K | BlockType::Q3K | BlockType::Tq2_0 => {
+            let at = match kind {
+                BlockType::Q2K => 16,
+                BlockType::Q3K => 32,
+                _ => 0,
+            };
             for (out, codes) in out[at..at + 64].chunks_exact_mut(32).zip(codes.chunks_exact(128)) {
                 stack(out, codes, 0, 2);
             }
@@ -318,7 +322,7 @@ pub(crate) fn encode(form: &BlockForm, q: &Quantized) -> Vec<u8> {
     let tasks = out.par_chunks_mut(task * form.bytes).zip(q.codes.par_chunks(task * form.len));
     tasks.enumerate().for_each(|(i, (out, codes))| {
         let (scales, zeros) = (&q.scales[i * task * reals..], &q.zeros[i * task * integers..]);
-        if plain::pack(form.kind, codes, scales, out) {
+        if plain::pack(form.kind, codes, (scales, zeros), out) {
             return;
         }
         for (b, (out, codes)) in out.chunks_exact_mut(form.bytes).zip(codes.chunks_exact(form.len)).enumerate() {
@@ -386,13 +390,17 @@ mod tests {
             let codes: Vec<u8> = (0..form.len).map(|i| code(i) as u8).collect();
             let reals = [-0.75, 3e-6];
             let (mut fast, mut slow) = (vec![0u8; form.bytes], vec![0u8; form.bytes]);
-            let plain = plain::pack(form.kind, &codes, &reals[..form.reals()], &mut fast);
+            let integers = [97];
+            let plain = plain::pack(form.kind, &codes, (&reals[..form.reals()], &integers), &mut fast);
             if plain || pack_lanes(form.kind, &codes, &mut fast) {
                 for (f, &c) in layout.codes.iter().zip(&codes) {
                     put(&mut slow, f, u32::from(c ^ layout.code_mask()));
                 }
                 for (f, &r) in layout.reals.iter().zip(&reals).filter(|_| plain) {
                     put(&mut slow, f, u32::from(half_bits(r)));
+                }
+                for (f, &integer) in layout.integers.iter().zip(&integers).filter(|_| plain) {
+                    put(&mut slow, f, u32::from(integer));
                 }
                 assert_eq!(fast, slow, "{}", form.name);
             }

@@ -52,7 +52,7 @@ struct Task<'a> {
 #[inline(always)]
 fn tiles(task: &Task<'_>, mut to: Fitted<'_>, turn: impl Fn(usize, &[f32], &mut Turned)) -> [f64; 2] {
     let Task { form, w, h, first } = *task;
-    let tile = LANES * form.sub;
+    let tile = if form.alone() { TILE } else { LANES * form.sub };
     let (mut wide, mut costs, mut sums) = ([0.0f32; TILE], [0.0f32; TILE], [0.0; 2]);
     let mut turned = [[[0.0f32; LANES]; SUB]; 2];
     for from in (0..w.len()).step_by(tile) {
@@ -64,6 +64,11 @@ fn tiles(task: &Task<'_>, mut to: Fitted<'_>, turn: impl Fn(usize, &[f32], &mut 
                 let column = (first + from + block * form.len) % h.len();
                 costs.copy_from_slice(&h[column..column + form.len]);
             }
+        }
+        if form.alone() {
+            let [error, energy] = form.fit_alone(w, h.map(|_| &*costs), to.take(form, w.len() / form.len));
+            sums = [sums[0] + error, sums[1] + energy];
+            continue;
         }
         let [own, by] = &mut turned;
         for (rows, turned) in [(w, &mut *own)].into_iter().chain(h.map(|_| (&*costs, &mut *by))) {

@@ -6,6 +6,7 @@
 //! set, where each loop over lanes becomes one instruction or two. Products are added without being rounded before: one
 //! instruction where there is one for it, and the same bits where there is none.
 
+mod alone;
 mod costs;
 mod joint;
 mod own;
@@ -310,7 +311,7 @@ impl<'a> Fitted<'a> {
 }
 
 impl BlockForm {
-    /// Whether [`BlockForm::fit_lanes`] fits the type.
+    /// Whether [`BlockForm::fit_lanes`] fits the type, side by side or [one at a time](BlockForm::alone).
     #[must_use]
     pub fn has_lanes(&self) -> bool {
         let scalar = matches!(
@@ -328,7 +329,7 @@ impl BlockForm {
                 | BlockType::Iq4Nl
                 | BlockType::Iq4Xs
         );
-        scalar && [SHORT, LONGEST].contains(&self.sub) && LANES.is_multiple_of(self.subs())
+        self.alone() || scalar && [SHORT, LONGEST].contains(&self.sub) && LANES.is_multiple_of(self.subs())
     }
 
     /// Fits whole blocks, [`LANES`] sub-blocks of them at most, to the weights `w`, and rounds them. Errors cost `h`, one for
@@ -339,6 +340,9 @@ impl BlockForm {
     /// For a type without lanes, or more blocks than lanes: a caller's bug.
     #[inline(always)]
     pub fn fit_lanes(&self, w: &[f32], h: Option<&[f32]>, to: Fitted<'_>) -> [f64; 2] {
+        if self.alone() {
+            return self.fit_alone(w, h, to);
+        }
         let mut turned = [[ZERO; LONGEST]; 2];
         turn(self.sub, w, &mut turned[0]);
         if let Some(h) = h {

@@ -20,7 +20,7 @@ fn fitted(form: &BlockForm, w: &[f32], h: Option<&[f32]>) -> (Vec<BlockParams>, 
     let params = |block: usize| {
         let mut p = BlockParams::zero();
         let (reals, integers) =
-            (reals.chunks(form.reals()).nth(block), integers.chunks(form.integers().max(1)).nth(block));
+            (reals.chunks(form.reals().max(1)).nth(block), integers.chunks(form.integers().max(1)).nth(block));
         p.reals.iter_mut().zip(reals.into_iter().flatten()).for_each(|(to, &real)| *to = real);
         p.integers.iter_mut().zip(integers.into_iter().flatten()).for_each(|(to, &integer)| *to = integer);
         p
@@ -84,7 +84,7 @@ fn a_block_is_fitted_alike_in_any_company() {
 fn without_costs_every_error_costs_one_or_by_size() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (w, _) = sample(LANES * form.sub, 6);
-        let costs: Vec<f32> = if form.levels.len() > FEW {
+        let costs: Vec<f32> = if form.levels.len() > FEW || form.alone() {
             vec![1.0; w.len()]
         } else {
             let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| x.mul_add(*x, sum)) / w.len() as f32).sqrt();
