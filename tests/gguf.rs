@@ -200,6 +200,13 @@ fn an_importance_matrix_weighs_errors_and_numbers_come_back() {
     let weighed = written("weighed.gguf", &["--imatrix", matrix.to_str().unwrap()]);
     assert_ne!(plain, weighed);
     assert_eq!(weighed, written("old.gguf", &["--imatrix", old.to_str().unwrap()]), "both layouts say the same");
+    // It weighs the errors of a folder's scheme, too.
+    let folder = |name: &str, extra: &[&str]| {
+        let out = dir.path().join(name);
+        json(bitmill(["quantize", "--method", "rtn"]).arg(books()).arg("-o").arg(&out).args(extra))["mean_relative_error"].clone()
+    };
+    let own = folder("folder", &["--scale-search", "mse"]);
+    assert_ne!(own, folder("weighed", &["--imatrix", matrix.to_str().unwrap()]));
     let out = dir.path().join("x.gguf");
     let refused = |extra: &[&str]| failure(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(extra), 1);
     let said = refused(&["--scheme", "q2_k", "--method", "gptq", "--imatrix", matrix.to_str().unwrap()]);

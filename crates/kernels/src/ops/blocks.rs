@@ -1,7 +1,7 @@
 //! Blocks of GGUF's scalar types, fitted and rounded by the widest instructions the machine has.
 //!
 //! The arithmetic is [`BlockForm::fit_turned`], compiled once per instruction set. Where it adds a product it does so in one
-//! step on every set, so each gives the same bits. What it works on, sixteen sub-blocks side by side, is turned by each set's own shuffles.
+//! step on every set, so each gives the same bits. What it works on, thirty-two sub-blocks side by side, is turned by each set's own shuffles.
 
 mod stored;
 mod turn;

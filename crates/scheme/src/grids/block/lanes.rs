@@ -1,4 +1,4 @@
-//! Blocks fitted and rounded side by side: sixteen sub-blocks at a time, one in each lane of a vector.
+//! Blocks fitted and rounded side by side: thirty-two sub-blocks at a time, one in each lane of a vector.
 //!
 //! The same two steps as in [`BlockForm::fit`] — every sub-block's own scale and offset, then d, dmin and the integers
 //! fitted to the weights in turns — with fewer starting points, and with every sum taken weight by weight, so that a lane
