@@ -34,7 +34,7 @@ fn quantized(dir: &Path, name: &str, extra: &[&str]) -> f64 {
 fn gptq_loses_less_than_the_peers_plain_gptq() {
     let dir = tempfile::tempdir().unwrap();
     // 0.05485 is the better of GPTQModel and llm-compressor on the same texts, of which half is enough here.
-    let plain = ["--bits", "3", "--group-size", "128", "--target-shift", "off", "--samples", "64"];
+    let plain = ["--bits", "3", "--group-size", "128", "--target-shift", "off", "--written", "0", "--samples", "64"];
     let kl = quantized(dir.path(), "w3", &plain);
     assert!(kl < 0.05485, "KL {kl} against 0.05485");
 }
@@ -43,7 +43,7 @@ fn gptq_loses_less_than_the_peers_plain_gptq() {
 fn a_default_run_loses_less_than_two_hundred_iterations_of_autoround() {
     // Two bits, where most is to be lost: 0.33599 is the best peer's GPTQ, 0.12730 AutoRound's, both on the same texts.
     let dir = tempfile::tempdir().unwrap();
-    // On half of the text: 0.1202, where all of it leaves 0.1158.
+    // With half of the windows: 0.1139, where all of them leave 0.1085.
     let kl = quantized(dir.path(), "w2", &["--bits", "2", "--group-size", "64", "--samples", "64"]);
     assert!(kl < 0.12730, "KL {kl} against 0.12730");
 }

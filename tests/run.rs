@@ -121,7 +121,12 @@ fn a_model_writes_a_share_of_its_calibration_windows() {
     assert!(!said(&mut quantize("x", &["--dry-run"])).contains("writes"));
     let plan = dir.path().join("plan.toml");
     success(bitmill(["plan"]).arg(books()).arg("-o").arg(&plan));
-    assert!(std::fs::read_to_string(plan).unwrap().contains("written = 0.5"));
+    let written = std::fs::read_to_string(&plan).unwrap();
+    assert!(written.contains("written = 0.5"));
+    std::fs::write(&plan, written.replace("written = 0.5", "written = 2.0")).unwrap();
+    let mut edited = bitmill(["quantize", "--plan"]);
+    edited.arg(&plan).arg(books()).arg("-o").arg(dir.path().join("x"));
+    assert!(failure(&mut edited, 1).contains("no share"));
     let encoder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("crates/models/tests/golden/bert");
     let mut asked = bitmill(["quantize", "--written", "0.5", "--group-size", "-1"]);
     assert!(failure(asked.arg(encoder).arg("-o").arg(dir.path().join("x")), 1).contains("does not write"));

@@ -52,7 +52,7 @@ impl Effort {
     }
 
     /// Share of the calibration windows that `input` writes itself, unless that is said. A model rounded for prose alone loses
-    /// more on code: at 2 bits 0.74 nats on books-10m, and 0.27 where half of the windows are its own, at no loss on prose.
+    /// more on code: at 2 bits 0.74 nats on books-10m, and 0.28 where half of the windows are its own, at no loss on prose.
     pub(crate) fn written(self, method: &str, scheme: &Scheme, input: &Checkpoint) -> f32 {
         let writes = bitmill_models::spec_of(input).is_ok_and(|spec| spec.causal);
         match (self, scheme.bits().get()) {

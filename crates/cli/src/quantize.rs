@@ -446,7 +446,7 @@ pub(crate) enum Source {
 impl Source {
     fn open(how: &How, input: &Checkpoint, plan: &Plan, writes: bool) -> anyhow::Result<Source> {
         if let Some(statistics) = how.mixed.statistics(input, plan)? {
-            if !how.text.calibration.is_empty() || how.text.written.is_some_and(|share| share > 0.0) {
+            if how.text.asked() {
                 anyhow::bail!("--stats stands in for text; leave out either --stats or --calibration (and --written)");
             }
             return Ok(Source::Statistics(statistics));
@@ -455,9 +455,8 @@ impl Source {
             return Ok(Source::Importance(imatrix));
         }
         if !plan.calibrated && how.mixed.goal(how.bits)?.is_none() {
-            if !how.text.calibration.is_empty() {
-                let method = plan.method.name();
-                eprintln!("note: method {method} needs no calibration; the text given is not used");
+            if how.text.asked() {
+                eprintln!("note: method {} needs no calibration; no text is used", plan.method.name());
             }
             return Ok(Source::Nothing);
         }

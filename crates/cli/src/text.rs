@@ -67,6 +67,11 @@ impl TextArgs {
         self.samples.unwrap_or(if sentences { 2048 } else { 128 })
     }
 
+    /// Whether text was asked for, given or written.
+    pub(crate) fn asked(&self) -> bool {
+        !self.calibration.is_empty() || self.written.is_some_and(|share| share > 0.0)
+    }
+
     /// Reads the text and cuts it into `samples` windows of `length` tokens, of which the model writes a share of `written`; or
     /// `samples` images.
     pub(crate) fn windows(
@@ -76,6 +81,10 @@ impl TextArgs {
         (samples, length, seed): (usize, usize, u64),
         written: f32,
     ) -> anyhow::Result<Text> {
+        ensure!(
+            (0.0..=1.0).contains(&written),
+            "the plan has {written} of the windows written, which is no share: from 0 to 1"
+        );
         ensure!(written == 0.0 || spec.causal, "a {} model does not write; leave out --written", spec.model_type);
         let own = (samples as f64 * f64::from(written)).round() as usize;
         let samples = samples - own;

@@ -95,7 +95,8 @@ impl Plan {
 
     /// The same of the part of `tokens` that the model writes itself.
     fn writing_operations(&self, tokens: u64) -> f64 {
-        f64::from(self.settings.written) * WRITTEN * self.parameters as f64 * tokens as f64
+        let share = if self.calibrated { self.settings.written } else { 0.0 };
+        f64::from(share) * WRITTEN * self.parameters as f64 * tokens as f64
     }
 
     /// The same of what a block does to a token besides products with its weights: attention, norms and activations, and keeping

@@ -295,15 +295,6 @@ pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-/// Σ h(w − ŵ)² and Σ h·w², with h = 1 where no costs are given.
-fn lost(w: &[f32], rounded: &[f32], h: Option<&[f32]>) -> [f64; 2] {
-    let cost = |i: usize| h.map_or(1.0, |h| f64::from(h[i % h.len()]));
-    let each = w.iter().zip(rounded).enumerate();
-    each.fold([0.0; 2], |[error, energy], (i, (&w, &r))| {
-        [error + cost(i) * f64::from(w - r).powi(2), energy + cost(i) * f64::from(w).powi(2)]
-    })
-}
-
 /// What became of a unit's tensors, and what was seen at its sites.
 type Records = (Vec<TensorRecord>, Vec<SiteRecord>);
 
@@ -353,7 +344,7 @@ impl Worker<'_, '_> {
                 let mut sums = [0.0; 2];
                 for solved in method.solve(&[Linear { weight: &weight, ..*linear }], h, solver)? {
                     self.write(linear.name, &solved.quantized)?;
-                    sums = lost(&weight, &solved.quantized.dequantize(), h);
+                    sums = crate::methods::blocks::lost(&weight, &solved.quantized.dequantize(), h);
                 }
                 sums
             }

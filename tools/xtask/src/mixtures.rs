@@ -124,7 +124,7 @@ impl Bench<'_> {
             std::fs::copy(&statistics, self.work.join(format!("{name}.stats.safetensors")))?;
             let mut quantize = Command::new(&self.bitmill);
             quantize.arg("quantize").arg(self.model).arg("-o").arg(&out).args(flags);
-            quantize.args(["--method", "gptq", "--tuning-passes", "0", "--target-shift", "off"]);
+            quantize.args(["--method", "gptq", "--tuning-passes", "0", "--target-shift", "off", "--written", "0"]);
             let made = self.json(quantize.args(["--sequence-length", "512", "--force", "--no-report"]))?;
             let evaluated = self.json(
                 Command::new(&self.bitmill)

@@ -50,12 +50,17 @@ pub(crate) fn nearest(
     let mut codes = vec![0u8; w.len()];
     w.par_chunks(form.sub).zip(codes.par_chunks_mut(form.sub)).enumerate().for_each(round);
     let q = assemble(linear, form, codes, &params);
-    let each = w.iter().zip(q.dequantize()).enumerate();
-    let lost = each.fold([0.0; 2], |[error, energy], (i, (&w, r))| {
-        let cost = f64::from(importance[i % n]);
-        [error + cost * f64::from(w - r).powi(2), energy + cost * f64::from(w).powi(2)]
-    });
+    let lost = lost(w, &q.dequantize(), Some(&importance));
     (q, lost)
+}
+
+/// Σ h(w − ŵ)² and Σ h·w², with h = 1 where no costs are given.
+pub(crate) fn lost(w: &[f32], rounded: &[f32], h: Option<&[f32]>) -> [f64; 2] {
+    let cost = |i: usize| h.map_or(1.0, |h| f64::from(h[i % h.len()]));
+    let each = w.iter().zip(rounded).enumerate();
+    each.fold([0.0; 2], |[error, energy], (i, (&w, &r))| {
+        [error + cost(i) * f64::from(w - r).powi(2), energy + cost(i) * f64::from(w).powi(2)]
+    })
 }
 
 /// The sweep with the type as its grid.
