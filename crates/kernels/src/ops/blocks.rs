@@ -1,7 +1,7 @@
 //! Blocks of GGUF's scalar types, fitted and rounded by the widest instructions the machine has.
 //!
 //! The arithmetic is [`BlockForm::fit_turned`], compiled once per instruction set. Where it adds a product it does so in one
-//! step on every set, so each gives the same bits. What it works on, thirty-two sub-blocks side by side, is turned by each set's own shuffles.
+//! step on every set, so each gives the same bits. What it works on, thirty-two rows of weights side by side, is turned by each set's own shuffles.
 
 mod stored;
 mod turn;
@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 /// Weights of a task.
 const TASK: usize = 1 << 15;
-/// Weights of the longest sub-block.
+/// Weights of a lane, at most.
 const SUB: usize = 32;
 /// Weights of the largest tile.
 const TILE: usize = SUB * LANES;
@@ -52,7 +52,7 @@ struct Task<'a> {
 #[inline(always)]
 fn tiles(task: &Task<'_>, mut to: Fitted<'_>, turn: impl Fn(usize, &[f32], &mut Turned)) -> [f64; 2] {
     let Task { form, w, h, first } = *task;
-    let tile = if form.alone() { TILE } else { LANES * form.sub };
+    let tile = LANES * form.lane();
     let (mut wide, mut costs, mut sums) = ([0.0f32; TILE], [0.0f32; TILE], [0.0; 2]);
     let mut turned = [[[0.0f32; LANES]; SUB]; 2];
     for from in (0..w.len()).step_by(tile) {
@@ -65,14 +65,13 @@ fn tiles(task: &Task<'_>, mut to: Fitted<'_>, turn: impl Fn(usize, &[f32], &mut 
                 costs.copy_from_slice(&h[column..column + form.len]);
             }
         }
-        if form.alone() {
-            let [error, energy] = form.fit_alone(w, h.map(|_| &*costs), to.take(form, w.len() / form.len));
-            sums = [sums[0] + error, sums[1] + energy];
-            continue;
-        }
         let [own, by] = &mut turned;
         for (rows, turned) in [(w, &mut *own)].into_iter().chain(h.map(|_| (&*costs, &mut *by))) {
-            if rows.len() == tile { turn(form.sub, rows, turned) } else { bitmill_scheme::turn(form.sub, rows, turned) }
+            if rows.len() == tile {
+                turn(form.lane(), rows, turned)
+            } else {
+                bitmill_scheme::turn(form.lane(), rows, turned)
+            }
         }
         let h = h.map(|_| Sides { rows: costs, turned: by });
         let [error, energy] = form.fit_turned(Sides { rows: w, turned: own }, h, to.take(form, w.len() / form.len));

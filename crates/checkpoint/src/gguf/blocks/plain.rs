@@ -1,5 +1,5 @@
-//! Blocks with one scale, whose bytes hold whole codes, neighbours or those of two halves: packed many at once by loops of fixed size,
-//! which compilers turn into vectors. The bits lie as the fields say.
+//! Blocks with one scale, whose bytes hold whole codes, neighbours or those of parts, or digits of a number in base three: packed many at
+//! once by loops of fixed size, which compilers turn into vectors. The bits lie as the fields say.
 
 use super::half_bits;
 use bitmill_scheme::BlockType;
@@ -20,6 +20,8 @@ pub(super) fn pack(kind: BlockType, codes: &[u8], (reals, integers): (&[f32], &[
         BlockType::Q5_1 => blocks::<LEN, 24, 2>(codes, reals, out, fives),
         BlockType::Q2_0 => blocks::<64, 18, 1>(codes, reals, out, pairs),
         BlockType::Q1_0 => blocks::<128, 18, 1>(codes, reals, out, bits),
+        BlockType::Tq1_0 => scaled_last::<54>(codes, reals, out, ternary),
+        BlockType::Tq2_0 => scaled_last::<66>(codes, reals, out, quarters),
         BlockType::Mxfp4 => {
             let each = out.as_chunks_mut::<17>().0.iter_mut().zip(codes.as_chunks::<LEN>().0);
             for (([exponent, rest @ ..], codes), integer) in each.zip(integers) {
@@ -46,6 +48,48 @@ fn blocks<const LEN: usize, const BYTES: usize, const REALS: usize>(
         head.as_chunks_mut::<2>().0.iter_mut().zip(reals).for_each(|(o, &r)| *o = half_bits(r).to_le_bytes());
         rest(codes, tail);
     }
+}
+
+/// As [`blocks`] of 256 weights, with their one real number last.
+#[inline(always)]
+fn scaled_last<const BYTES: usize>(codes: &[u8], reals: &[f32], out: &mut [u8], rest: impl Fn(&[u8; 256], &mut [u8])) {
+    let each = out.as_chunks_mut::<BYTES>().0.iter_mut().zip(codes.as_chunks::<256>().0);
+    for ((out, codes), &real) in each.zip(reals) {
+        let (head, tail) = out.split_at_mut(BYTES - 2);
+        tail.copy_from_slice(&half_bits(real).to_le_bytes());
+        rest(codes, head);
+    }
+}
+
+/// Of each half, code j, j + 32, j + 64 and j + 96 in byte j.
+#[inline(always)]
+fn quarters(codes: &[u8; 256], out: &mut [u8]) {
+    for (out, codes) in out.as_chunks_mut::<LEN>().0.iter_mut().zip(codes.as_chunks::<128>().0) {
+        let codes = codes.as_chunks::<LEN>().0;
+        for (i, o) in out.iter_mut().enumerate() {
+            *o = codes[0][i] | codes[1][i] << 2 | codes[2][i] << 4 | codes[3][i] << 6;
+        }
+    }
+}
+
+/// Five digits in a byte: of 160 codes in 32, of 80 in 16, and the last 16 four and four.
+#[inline(always)]
+fn ternary(codes: &[u8; 256], out: &mut [u8]) {
+    digits::<32, 5>(&codes[..160], &mut out[..32]);
+    digits::<16, 5>(&codes[160..240], &mut out[32..48]);
+    digits::<4, 4>(&codes[240..], &mut out[48..]);
+}
+
+/// Digits fill a byte as the fraction 0.d₁d₂d₃d₄d₅ in base 3, rounded up to 8 bits, so that multiplying by 3 brings out
+/// one digit after another. The n-th of each byte lie side by side; a fifth that is missing is zero.
+#[inline(always)]
+fn digits<const BYTES: usize, const DIGITS: usize>(codes: &[u8], out: &mut [u8]) {
+    let mut numbers = [0u16; BYTES];
+    for codes in &codes.as_chunks::<BYTES>().0[..DIGITS] {
+        numbers.iter_mut().zip(codes).for_each(|(number, &code)| *number = *number * 3 + u16::from(code));
+    }
+    let place = if DIGITS < 5 { 3 } else { 1 };
+    out.iter_mut().zip(numbers).for_each(|(o, number)| *o = (number * place * 256).div_ceil(243) as u8);
 }
 
 /// Four neighbours in a byte.

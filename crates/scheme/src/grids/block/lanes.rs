@@ -1,4 +1,5 @@
-//! Blocks fitted and rounded side by side: thirty-two sub-blocks at a time, one in each lane of a vector.
+//! Blocks fitted and rounded side by side: thirty-two sub-blocks at a time, one in each lane of a vector; of sub-blocks longer than
+//! that, their parts of thirty-two weights, whose sums are added up over neighbouring lanes.
 //!
 //! The same two steps as in [`BlockForm::fit`] — every sub-block's own scale and offset, then d, dmin and the integers
 //! fitted to the weights in turns — with fewer starting points, and with every sum taken weight by weight, so that a lane
@@ -6,18 +7,19 @@
 //! set, where each loop over lanes becomes one instruction or two. Products are added without being rounded before: one
 //! instruction where there is one for it, and the same bits where there is none.
 
-mod alone;
 mod costs;
 mod joint;
 mod own;
 mod rows;
+mod snap;
 
-use super::{Affine, BlockForm, BlockType, IQ4, Shift, Step};
+use super::{Affine, BlockForm, BlockType, Shift, Step};
 use costs::{BySize, Costs, Each, One};
+use snap::{DoubledE2M1, Even, Signs, Snap, Uneven};
 
-/// Sub-blocks side by side; a multiple of those of any block fitted here.
+/// Lanes; a multiple of those that any block fitted here takes.
 pub const LANES: usize = 32;
-/// Weights of the sub-blocks fitted here.
+/// Weights of a lane.
 const SHORT: usize = 16;
 const LONGEST: usize = 32;
 /// Turns of integers and reals in a joint fit.
@@ -60,105 +62,6 @@ struct Affines {
 }
 
 const NOTHING: Affines = Affines { scale: ZERO, offset: ZERO };
-
-/// Levels, as arithmetic.
-trait Snap: Copy {
-    /// The level nearest to `x`.
-    fn level(self, x: f32) -> f32;
-    /// The level nearest to `w · inverse`, the product not rounded before.
-    fn level_of(self, w: f32, inverse: f32) -> f32;
-    /// The level nearest to `x`, and its code.
-    fn coded(self, x: f32) -> (f32, u8);
-    /// The level nearest to `w · inverse`, and its code.
-    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8);
-}
-
-/// Neighbouring whole numbers.
-#[derive(Clone, Copy)]
-struct Even {
-    /// Bits of the first and the last level after [`SHIFT`] is added, which are in the order of the numbers.
-    first: i32,
-    last: i32,
-}
-
-/// Added to what is small, it leaves the nearest whole number in the lowest bits.
-const SHIFT: f32 = 12_582_912.0;
-
-impl Even {
-    #[inline(always)]
-    fn new(first: f32, last: f32) -> Self {
-        let [first, last] = [first, last].map(|level| (level + SHIFT).to_bits() as i32);
-        Even { first, last }
-    }
-
-    /// Limits what has been shifted. Integers are compared, which more of a processor's units can do than compare reals.
-    #[inline(always)]
-    fn limited(self, shifted: f32) -> i32 {
-        let bits = shifted.to_bits() as i32;
-        let bits = if bits > self.first { bits } else { self.first };
-        if bits < self.last { bits } else { self.last }
-    }
-
-    #[inline(always)]
-    fn coded(self, bits: i32) -> (f32, u8) {
-        (unshifted(bits), (bits as u8).wrapping_sub(self.first as u8))
-    }
-}
-
-#[inline(always)]
-fn unshifted(bits: i32) -> f32 {
-    f32::from_bits(bits as u32) - SHIFT
-}
-
-impl Snap for Even {
-    #[inline(always)]
-    fn level(self, x: f32) -> f32 {
-        unshifted(self.limited(x + SHIFT))
-    }
-    #[inline(always)]
-    fn level_of(self, w: f32, inverse: f32) -> f32 {
-        unshifted(self.limited(w.mul_add(inverse, SHIFT)))
-    }
-    #[inline(always)]
-    fn coded(self, x: f32) -> (f32, u8) {
-        self.coded(self.limited(x + SHIFT))
-    }
-    #[inline(always)]
-    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8) {
-        self.coded(self.limited(w.mul_add(inverse, SHIFT)))
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Uneven;
-
-impl Snap for Uneven {
-    #[inline(always)]
-    fn level(self, x: f32) -> f32 {
-        let mut level = f32::from(IQ4[0]);
-        for i in 1..IQ4.len() {
-            let (a, b) = (f32::from(IQ4[i - 1]), f32::from(IQ4[i]));
-            level += if x > 0.5 * (a + b) { b - a } else { 0.0 };
-        }
-        level
-    }
-    #[inline(always)]
-    fn level_of(self, w: f32, inverse: f32) -> f32 {
-        self.level(w * inverse)
-    }
-    #[inline(always)]
-    fn coded(self, x: f32) -> (f32, u8) {
-        let mut code = SHIFT;
-        for i in 1..IQ4.len() {
-            code += if x > 0.5 * (f32::from(IQ4[i - 1]) + f32::from(IQ4[i])) { 1.0 } else { 0.0 };
-        }
-        (self.level(x), code.to_bits() as u8)
-    }
-    #[inline(always)]
-    fn coded_of(self, w: f32, inverse: f32) -> (f32, u8) {
-        self.coded(w * inverse)
-    }
-}
 
 /// Sums over each sub-block for given scales and offsets, with l the nearest level and e = w − ŵ.
 struct Sums {
@@ -311,12 +214,14 @@ impl<'a> Fitted<'a> {
 }
 
 impl BlockForm {
-    /// Whether [`BlockForm::fit_lanes`] fits the type, side by side or [one at a time](BlockForm::alone).
+    /// Whether [`BlockForm::fit_lanes`] fits the type.
     #[must_use]
     pub fn has_lanes(&self) -> bool {
-        let scalar = matches!(
+        matches!(
             self.kind,
-            BlockType::Q4_0
+            BlockType::Q1_0
+                | BlockType::Q2_0
+                | BlockType::Q4_0
                 | BlockType::Q4_1
                 | BlockType::Q5_0
                 | BlockType::Q5_1
@@ -328,11 +233,25 @@ impl BlockForm {
                 | BlockType::Q6K
                 | BlockType::Iq4Nl
                 | BlockType::Iq4Xs
-        );
-        self.alone() || scalar && [SHORT, LONGEST].contains(&self.sub) && LANES.is_multiple_of(self.subs())
+                | BlockType::Tq1_0
+                | BlockType::Tq2_0
+                | BlockType::Mxfp4
+        )
     }
 
-    /// Fits whole blocks, [`LANES`] sub-blocks of them at most, to the weights `w`, and rounds them. Errors cost `h`, one for
+    /// Weights of a lane: a sub-block, or a part of one.
+    #[must_use]
+    #[inline]
+    pub const fn lane(&self) -> usize {
+        if self.sub < LONGEST { self.sub } else { LONGEST }
+    }
+
+    /// Neighbouring lanes with one scale.
+    const fn lanes_of_a_scale(&self) -> usize {
+        self.sub / self.lane()
+    }
+
+    /// Fits whole blocks, [`LANES`] [lanes](BlockForm::lane) of them at most, to the weights `w`, and rounds them. Errors cost `h`, one for
     /// each weight; without it, nothing is known of what the weights are multiplied by. Returns Σ h(w − ŵ)² and Σ h·w², where h
     /// is 1 without costs.
     ///
@@ -340,13 +259,10 @@ impl BlockForm {
     /// For a type without lanes, or more blocks than lanes: a caller's bug.
     #[inline(always)]
     pub fn fit_lanes(&self, w: &[f32], h: Option<&[f32]>, to: Fitted<'_>) -> [f64; 2] {
-        if self.alone() {
-            return self.fit_alone(w, h, to);
-        }
         let mut turned = [[ZERO; LONGEST]; 2];
-        turn(self.sub, w, &mut turned[0]);
+        turn(self.lane(), w, &mut turned[0]);
         if let Some(h) = h {
-            turn(self.sub, h, &mut turned[1]);
+            turn(self.lane(), h, &mut turned[1]);
         }
         let [w, h] = [(w, &turned[0]), (h.unwrap_or(&[]), &turned[1])].map(|(rows, turned)| Sides { rows, turned });
         self.fit_turned(w, (!h.rows.is_empty()).then_some(h), to)
@@ -359,19 +275,20 @@ impl BlockForm {
     #[inline(always)]
     pub fn fit_turned(&self, w: Sides<'_>, h: Option<Sides<'_>>, to: Fitted<'_>) -> [f64; 2] {
         let len = w.rows.len();
-        assert!(len <= LANES * self.sub && len.is_multiple_of(self.len), "whole blocks that fit the lanes");
+        assert!(len <= LANES * self.lane() && len.is_multiple_of(self.len), "whole blocks that fit the lanes");
         assert!(to.holds(self, len / self.len) && h.is_none_or(|h| h.rows.len() == len), "room and costs for them");
-        if self.is_uniform() {
-            let snap = Even::new(f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
-            match h {
-                Some(_) => self.fit_tile::<Each<'_>>(w, h, to, snap),
-                None if self.levels.len() <= FEW => self.fit_tile::<BySize>(w, h, to, snap),
-                None => self.fit_tile::<One>(w, h, to, snap),
-            }
-        } else if h.is_some() {
-            self.fit_tile::<Each<'_>>(w, h, to, Uneven)
-        } else {
-            self.fit_tile::<One>(w, h, to, Uneven)
+        let even = Even::new(f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
+        let few = self.levels.len() <= FEW && matches!(self.step, Step::Scaled { .. });
+        match (self.kind, h) {
+            (BlockType::Q1_0, Some(_)) => self.fit_plain::<Each<'_>>(w, h, to, Signs),
+            (BlockType::Q1_0, None) => self.fit_plain::<One>(w, h, to, Signs),
+            (BlockType::Mxfp4, Some(_)) => self.fit_plain::<Each<'_>>(w, h, to, DoubledE2M1),
+            (BlockType::Mxfp4, None) => self.fit_plain::<One>(w, h, to, DoubledE2M1),
+            (_, Some(_)) if self.is_uniform() => self.fit_tile::<Each<'_>>(w, h, to, even),
+            (_, None) if self.is_uniform() && few => self.fit_tile::<BySize>(w, h, to, even),
+            (_, None) if self.is_uniform() => self.fit_tile::<One>(w, h, to, even),
+            (_, Some(_)) => self.fit_tile::<Each<'_>>(w, h, to, Uneven),
+            (_, None) => self.fit_tile::<One>(w, h, to, Uneven),
         }
     }
 
@@ -399,7 +316,7 @@ impl BlockForm {
         to: Fitted<'_>,
         snap: impl Snap,
     ) -> [f64; 2] {
-        let tile = Tile::<C>::new(self.sub, w.turned, h.map_or(w.turned, |h| h.turned));
+        let tile = Tile::<C>::new(self.lane(), w.turned, h.map_or(w.turned, |h| h.turned));
         let own =
             if self.shift == Shift::None { own::scales(self, &tile, snap) } else { own::affines(self, &tile, snap) };
         let stored = match (self.step, self.shift) {
@@ -418,6 +335,24 @@ impl BlockForm {
         }
     }
 
+    /// As [`BlockForm::fit_tile`] for the two types whose scale is not searched from starting points.
+    #[inline(always)]
+    fn fit_plain<'a, C: Costs<'a>>(
+        &self,
+        w: Sides<'a>,
+        h: Option<Sides<'a>>,
+        to: Fitted<'_>,
+        snap: impl Snap,
+    ) -> [f64; 2] {
+        let tile = Tile::<C>::new(self.lane(), w.turned, h.map_or(w.turned, |h| h.turned));
+        let stored = if self.step == Step::Exponent {
+            own::exponents(&tile, to.integers, snap)
+        } else {
+            self.reals_of(&own::sizes(self, &tile), to.reals)
+        };
+        rows::round::<LONGEST, false>(w.rows, h.map(|h| h.rows), &stored, to.codes, snap)
+    }
+
     /// Blocks of one sub-block store its scale, and maybe its offset, rounded.
     #[inline(always)]
     fn reals_of(&self, own: &Affines, reals: &mut [f32]) -> Affines {
@@ -433,10 +368,25 @@ impl BlockForm {
                 *to = [*pair.0, *pair.1];
             }
         } else {
-            reals.copy_from_slice(&stored.scale[..reals.len()]);
+            reals.iter_mut().zip(stored.scale.iter().step_by(self.lanes_of_a_scale())).for_each(|(to, &d)| *to = d);
         }
         stored
     }
+}
+
+/// In every lane the sum over the `many` neighbours with one scale: 1, 2, 4 or 8.
+#[inline(always)]
+fn in_common(many: usize, mut x: Lanes) -> Lanes {
+    if many >= 2 {
+        x = std::array::from_fn(|i| x[i] + x[i ^ 1]);
+    }
+    if many >= 4 {
+        x = std::array::from_fn(|i| x[i] + x[i ^ 2]);
+    }
+    if many >= 8 {
+        x = std::array::from_fn(|i| x[i] + x[i ^ 4]);
+    }
+    x
 }
 
 /// The whole number from 0 to `most` nearest to `x`.

@@ -33,7 +33,7 @@ fn fewer_starting_points_cost_little() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (mut ours, mut full) = (0.0, 0.0);
         for seed in 0..20 {
-            let (w, h) = sample(LANES * form.sub, seed);
+            let (w, h) = sample(LANES * form.lane(), seed);
             for h in [&h, &vec![1.0; w.len()]] {
                 let (params, codes) = fitted(form, &w, Some(h));
                 ours += loss(form, &params, &codes, &w, h);
@@ -53,8 +53,8 @@ fn fewer_starting_points_cost_little() {
 #[test]
 fn what_is_stored_is_what_was_rounded_to() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
-        let (w, h) = sample(LANES * form.sub, 77);
-        for w in [w, vec![0.0; LANES * form.sub], vec![3e4; LANES * form.sub], vec![1e-9; LANES * form.sub]] {
+        let (w, h) = sample(LANES * form.lane(), 77);
+        for w in [w, vec![0.0; LANES * form.lane()], vec![3e4; LANES * form.lane()], vec![1e-9; LANES * form.lane()]] {
             let (params, codes) = fitted(form, &w, Some(&h));
             for (i, (&x, &code)) in w.iter().zip(&codes).enumerate() {
                 let p = &params[i / form.len];
@@ -72,7 +72,7 @@ fn what_is_stored_is_what_was_rounded_to() {
 #[test]
 fn a_block_is_fitted_alike_in_any_company() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
-        let (w, h) = sample(LANES * form.sub, 5);
+        let (w, h) = sample(LANES * form.lane(), 5);
         let (params, codes) = fitted(form, &w, Some(&h));
         let at = w.len() - form.len;
         let (alone, own) = fitted(form, &w[at..], Some(&h[at..]));
@@ -83,8 +83,8 @@ fn a_block_is_fitted_alike_in_any_company() {
 #[test]
 fn without_costs_every_error_costs_one_or_by_size() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
-        let (w, _) = sample(LANES * form.sub, 6);
-        let costs: Vec<f32> = if form.levels.len() > FEW || form.alone() {
+        let (w, _) = sample(LANES * form.lane(), 6);
+        let costs: Vec<f32> = if form.levels.len() > FEW || !matches!(form.step, Step::Scaled { .. }) {
             vec![1.0; w.len()]
         } else {
             let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| x.mul_add(*x, sum)) / w.len() as f32).sqrt();
