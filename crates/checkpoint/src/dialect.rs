@@ -60,7 +60,7 @@ impl Dialect {
                 return Ok(Some(dialect));
             }
         }
-        let known = "compressed-tensors, gptq, awq, auto-round, modelopt, fp8, mxfp4, bitsandbytes".to_owned();
+        let known = "compressed-tensors, gptq, awq, auto-round, modelopt, fp8, mxfp4, bitsandbytes, bitmill".to_owned();
         Err(Error::UnknownFormat { key: "quant_method", got: method.to_owned(), known })
     }
 

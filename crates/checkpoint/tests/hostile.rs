@@ -183,6 +183,45 @@ fn packed_tensors_of_the_wrong_shape() {
     }
 }
 
+#[test]
+fn binary_numbers_that_contradict_themselves() {
+    use safetensors::Dtype::{BF16, F16, I8, U8};
+    let config = |group: Value| json!({"quant_method": "bitmill", "format": "binary", "group_size": group});
+    let open = |packed: (_, &[usize]), salient: (_, &[usize]), params: (_, &[usize]), value: [u8; 2]| {
+        let bytes = |shape: &[usize], each: &[u8]| each.repeat(shape.iter().product());
+        let tensors = [
+            ("m.weight_packed", packed.0, packed.1, bytes(packed.1, &[0xe4])),
+            ("m.weight_salient", salient.0, salient.1, bytes(salient.1, &[0x81])),
+            ("m.weight_params", params.0, params.1, bytes(params.1, &value)),
+        ];
+        support::open(config(json!(8)), &tensors).weight("m").map(|w| w.to_f32().unwrap())
+    };
+    let (packed, salient, params, one) = ((U8, &[2, 4][..]), (U8, &[2][..]), (F16, &[2, 2, 7][..]), [0x00, 0x3c]);
+    let read = open(packed, salient, params, one).unwrap();
+    // Of parameters that are all 1: mean less magnitude, mean and magnitude, and of salient columns both magnitudes.
+    assert_eq!(read[..8], [-1.0, 2.0, 0.0, 2.0, 0.0, 2.0, 0.0, 3.0]);
+    for (said, result) in [
+        ("[2, 2, 7]", open(packed, salient, (F16, &[2, 2, 6]), one)),
+        ("[2, 2, 7]", open(packed, salient, (F16, &[28]), one)),
+        ("F16 is needed", open(packed, salient, (BF16, &[2, 2, 7]), one)),
+        ("[2]", open(packed, (U8, &[3]), params, one)),
+        ("U8 is needed", open(packed, (I8, &[2]), params, one)),
+        ("group size 8 does not divide the input width 12", open((U8, &[2, 3]), salient, params, one)),
+        ("not empty", open((U8, &[0, 4]), salient, params, one)),
+        ("the scale of row 0, group 0 is NaN", open(packed, salient, params, [0x01, 0x7e])),
+        ("the scale of row 0, group 0 is inf", open(packed, salient, params, [0x00, 0x7c])),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(said), "{said}: {error}");
+    }
+    for (group, said) in
+        [(json!(12), "a multiple of 8"), (json!(0), "a multiple of 8"), (json!("x"), "a multiple of 8")]
+    {
+        let error = Checkpoint::in_memory(json!({"quantization_config": config(group)}), support::shard(&[]));
+        assert!(error.unwrap_err().to_string().contains(said));
+    }
+}
+
 /// A valid quantized folder per format, as config and shard.
 fn samples() -> Vec<(Value, Vec<u8>)> {
     let mut random = Random(9);

@@ -133,6 +133,8 @@ fn bits_per_weight_are_the_bytes_on_disk() {
                     );
                     64.0 + said.len() as f64
                 }
+                // A bit for every column.
+                "binary" => shape[1] as f64 / 8.0,
                 other => panic!("what {other} adds is not known"),
             };
             let mapped = matches!(scheme.granularity, Granularity::Mapped(_)) && !format.name().starts_with("gptq");
@@ -215,10 +217,18 @@ fn refusals_name_tensor_scheme_format_and_remedy() {
             "no kernel for such inputs",
         ),
         ("awq", fp8, [128, 128], "awq cannot store fp8 channel"),
+        ("binary", w4, [128, 128], "choose --scheme binary"),
+        ("binary", Scheme::binary(128), [128, 192], "group size 128 does not divide the input width 192"),
+        ("binary", Scheme::binary(12), [128, 24], "groups are of a multiple of 8 inputs"),
     ] {
         let error = format(name).unwrap().check("down", &scheme, shape).unwrap_err();
         assert!(matches!(&error, Error::Unsupported { tensor, format, .. } if tensor == "down" && *format == name));
         assert!(error.to_string().contains(words), "{error}");
     }
     assert!(format("gguf").is_some() && format("ggml").is_none());
+    for other in FORMATS.iter().copied().chain(format("gguf")).filter(|f| f.name() != "binary") {
+        let said = other.check("down", &Scheme::binary(128), [128, 128]).unwrap_err().to_string();
+        assert!(said.contains(&format!("format {} cannot store binary g128", other.name())), "{said}");
+        assert!(said.contains("use binary"), "{said}");
+    }
 }

@@ -4,7 +4,7 @@ use crate::write::parameters;
 use bitmill_calibrate::Windows;
 use bitmill_checkpoint::Checkpoint;
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_quantize::{METHODS, Plan, ScaleSearch, TargetShift, Tuning};
+use bitmill_quantize::{METHODS, Method, Needs, Plan, ScaleSearch, SolverOptions, TargetShift, Tuning};
 use bitmill_scheme::Scheme;
 use clap::ValueEnum;
 use std::time::{Duration, Instant};
@@ -21,13 +21,16 @@ pub(crate) enum Effort {
 }
 
 impl Effort {
-    /// The method, unless one is named.
+    /// The method, unless one is named: the first that makes `scheme`, where the one of the effort does not.
     pub(crate) fn method(self, scheme: &Scheme) -> &'static str {
-        match self {
+        let own = match self {
             Effort::Fast if scheme.symmetric() => "rtn",
             Effort::Fast => "hqq",
             _ => METHODS[0].name(),
-        }
+        };
+        let makes = |m: &&&dyn Method| m.refuses(scheme).is_none();
+        let named = METHODS.iter().find(|m| m.name() == own).filter(makes);
+        named.or_else(|| METHODS.iter().find(makes)).map_or(own, |m| m.name())
     }
 
     /// The scale search, unless one is named; `None` leaves it to the method.
@@ -56,21 +59,26 @@ impl Effort {
     pub(crate) fn written(self, method: &str, scheme: &Scheme, input: &Checkpoint) -> f32 {
         let writes = bitmill_models::spec_of(input).is_ok_and(|spec| spec.causal);
         match (self, scheme.bits().get()) {
-            _ if method != METHODS[0].name() || !writes || parameters(input) > WRITES => 0.0,
+            _ if !feeds_back(method) || !writes || parameters(input) > WRITES => 0.0,
             // The many passes of tuning at 2 bits see so much of what the model writes that they want more of the given text.
             (Effort::Best, ..=2) => 0.25,
             _ => 0.5,
         }
     }
 
-    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it.
+    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it, and billm
     pub(crate) fn shift(self, method: &str, input: &Checkpoint) -> TargetShift {
         match bitmill_models::spec_of(input) {
-            Ok(spec) if method == METHODS[0].name() && spec.adds_plainly() => TargetShift::Outputs,
-            Ok(_) if method == METHODS[0].name() => TargetShift::Inputs,
+            Ok(spec) if feeds_back(method) && spec.adds_plainly() => TargetShift::Outputs,
+            Ok(_) if feeds_back(method) => TargetShift::Inputs,
             _ => TargetShift::Off,
         }
     }
+}
+
+/// Whether a method rounds against H without being asked to.
+pub(crate) fn feeds_back(method: &str) -> bool {
+    METHODS.iter().any(|m| m.name() == method && m.needs(&SolverOptions::default()) == Needs::Hessian)
 }
 
 /// Weights of a model, at most, that writes part of its calibration text unless told not to: writing takes the whole model in f32,

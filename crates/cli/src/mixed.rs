@@ -196,6 +196,9 @@ impl MixtureArgs {
         if let Some(other) = options.iter().find(of_format) {
             bail!("{other} cannot be stored as {format}; types of GGUF and other schemes do not mix in one output");
         }
+        if let Some((other, reason)) = options.iter().find_map(|s| plan.method.refuses(s).map(|reason| (s, reason))) {
+            bail!("method {} cannot make {other}: {reason}", plan.method.name());
+        }
         for loader in &self.loader {
             options.retain(|s| refusal(loader, format, s).is_none());
             if options.is_empty() {

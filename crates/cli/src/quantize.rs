@@ -270,7 +270,7 @@ impl How {
         let passes = self.tuning_passes.or((!integers || as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
-        let arithmetic = if flows && method == "gptq" { Arithmetic::best() } else { Arithmetic::F32 };
+        let arithmetic = if flows && effort::feeds_back(&method) { Arithmetic::best() } else { Arithmetic::F32 };
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
             transforms: self.transforms.clone(),

@@ -26,7 +26,10 @@ use toml::{Table, Value};
 /// # Errors
 /// What is wrong with it.
 pub fn parse_scheme(text: &str) -> Result<Scheme, String> {
-    // Floats have no symmetry to say, and the names they are known by.
+    // Others have no symmetry to say, and the names they are known by.
+    if text == Scheme::binary(128).to_string() {
+        return Ok(Scheme::binary(128));
+    }
     if let Some(float) = parse_float(text) {
         return Ok(float);
     }

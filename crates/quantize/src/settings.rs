@@ -367,11 +367,11 @@ impl Settings {
             if let Some(reason) = method.refuses(scheme) {
                 return Err(Error::MethodScheme { method: method.name(), scheme: *scheme, reason });
             }
-            let floats = matches!(scheme.grid, GridKind::Float(_));
-            if floats && (self.tuning.is_some() || self.reconstruction.is_some()) {
+            let others = matches!(scheme.grid, GridKind::Float(_) | GridKind::Binary);
+            if others && (self.tuning.is_some() || self.reconstruction.is_some()) {
                 return Err(Error::TuningFormat { format: self.format.clone() });
             }
-            if floats && self.solver.soft.is_some() {
+            if others && self.solver.soft.is_some() {
                 return Err(Error::SoftScheme { scheme: *scheme });
             }
         }

@@ -53,6 +53,14 @@ pub enum Error {
         /// First input of the unit.
         col: usize,
     },
+    /// A column of binary numbers that is salient in one row and not in another.
+    #[error("the code of row {row}, input {col} is of the other kind than those above it: a column is salient or not")]
+    Salient {
+        /// Output row.
+        row: usize,
+        /// Input.
+        col: usize,
+    },
     /// A code of a float grid that stands for no number.
     #[error("the code of row {row}, input {col} is NaN")]
     NaN {

@@ -1,6 +1,7 @@
 //! Codes and parameters of one matrix, and the weights they stand for.
 
-use crate::{BlockForm, BlockParams, Error, Granularity, Grid, GridKind, GroupParams, Inputs, Scheme};
+use crate::grids::binary::SALIENT;
+use crate::{BinaryParams, BlockForm, BlockParams, Error, Granularity, Grid, GridKind, GroupParams, Inputs, Scheme};
 
 /// A weight matrix `[out, in]` under a [`Scheme`]: the only thing that passes from a method to a format.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,7 +14,8 @@ pub struct Quantized {
     pub codes: Vec<u8>,
     /// Scales, row-major `[out, groups]` (one entry for [`Granularity::Tensor`]), each a value of the scheme's type.
     /// They may be negative. Those of [`Granularity::Tile`] are `[row tiles, groups]`, and those of
-    /// [`crate::ScaleType::E4m3`] have what all are divided by behind them. For a GGUF type, the real numbers of every block, `[out, blocks, form.reals()]`.
+    /// [`crate::ScaleType::E4m3`] have what all are divided by behind them. For a GGUF type, the real numbers of every block, `[out, blocks, form.reals()]`;
+    /// for binary numbers `[out, groups, 7]`, [`BinaryParams::reals`] of each group.
     pub scales: Vec<f32>,
     /// Zero points in code units, laid out as the scales; empty for a symmetric grid. For a GGUF type, the integers of
     /// every block as they are stored, `[out, blocks, form.integers()]`.
@@ -43,7 +45,7 @@ impl Quantized {
                 (groups_in_all + divisor, if self.scheme.symmetric() { 0 } else { groups_in_all })
             }
         };
-        if self.scheme.form().is_some() || matches!(self.scheme.grid, GridKind::Float(_)) {
+        if !matches!(self.scheme.grid, GridKind::Int { .. }) {
             self.scheme.check(cols)?;
         }
         let length =
@@ -67,6 +69,12 @@ impl Quantized {
             let divisor = self.divisor();
             if !(divisor.is_finite() && divisor > 0.0) {
                 return Err(Error::Divisor(divisor));
+            }
+        }
+        if let (GridKind::Binary, Some((first, rest))) = (self.scheme.grid, self.codes.split_at_checked(cols)) {
+            let other = |(i, code): (usize, &u8)| (code ^ first[i % cols]) & SALIENT != 0;
+            if let Some(i) = rest.iter().enumerate().position(other) {
+                return Err(Error::Salient { row: i / cols + 1, col: i % cols });
             }
         }
         if let Some(book) = self.scheme.form().and_then(BlockForm::codebook)
@@ -94,7 +102,8 @@ impl Quantized {
         }
         match self.scales.iter().position(|s| !s.is_finite()) {
             Some(i) => {
-                let group = i / self.scheme.form().map_or(1, BlockForm::reals);
+                let binary = if self.scheme.grid == GridKind::Binary { BinaryParams::REALS } else { 1 };
+                let group = i / self.scheme.form().map_or(binary, BlockForm::reals);
                 Err(Error::Scale { row: group / groups, group: group % groups, value: self.scales[i] })
             }
             None => Ok(()),
@@ -145,14 +154,31 @@ impl Quantized {
         p
     }
 
+    /// Parameters of group `group` of output `row`, under a scheme of binary numbers.
+    #[must_use]
+    pub fn binary(&self, row: usize, group: usize) -> BinaryParams {
+        let i = row * self.scheme.groups(self.shape[1]) + group;
+        let (all, _) = self.scales.as_chunks::<{ BinaryParams::REALS }>();
+        BinaryParams::from_reals(all[i])
+    }
+
+    /// Whether each input column is salient, under a scheme of binary numbers.
+    #[must_use]
+    pub fn salient(&self) -> Vec<bool> {
+        self.codes.iter().take(self.shape[1]).map(|code| code & SALIENT != 0).collect()
+    }
+
     /// The weights the codes stand for, row-major `[out, in]`: `scale · (code − zero)` in f32, for a float grid
-    /// `float(code) · (scale / divisor)`, or for a GGUF type
+    /// `float(code) · (scale / divisor)`, for binary numbers [`BinaryParams::value`], or for a GGUF type
     /// `scale · level(code) + offset` of its sub-block. This is the definition that every reader, kernel and loader is
     /// held to.
     #[must_use]
     pub fn dequantize(&self) -> Vec<f32> {
         if let Some(form) = self.scheme.form() {
             return self.dequantize_blocks(form);
+        }
+        if self.scheme.grid == GridKind::Binary {
+            return self.dequantize_binary();
         }
         match self.scheme.float_grid(self.divisor()) {
             Some(grid) => self.values(grid),
@@ -173,6 +199,18 @@ impl Quantized {
             } else {
                 let params = |col| self.params(row, self.group(col));
                 out.extend(codes.iter().enumerate().map(|(col, &code)| grid.value(code, params(col))));
+            }
+        }
+        out
+    }
+
+    fn dequantize_binary(&self) -> Vec<f32> {
+        let (cols, len) = (self.shape[1], self.scheme.group_len(self.shape[1]));
+        let mut out = Vec::with_capacity(self.codes.len());
+        for (row, codes) in self.codes.chunks(cols.max(1)).enumerate() {
+            for (group, codes) in codes.chunks(len).enumerate() {
+                let params = self.binary(row, group);
+                out.extend(codes.iter().map(|&code| params.value(code)));
             }
         }
         out
@@ -218,6 +256,30 @@ mod tests {
         q.scheme.granularity = Granularity::Mapped(2);
         q.validate().unwrap();
         assert_eq!(q.dequantize(), [-7.0, 7.5, 0.0, 4.0, 0.75, -26.0, 0.25, -22.0]);
+    }
+
+    #[test]
+    fn binary_numbers_are_means_and_magnitudes() {
+        let mut q = Quantized {
+            scheme: Scheme::binary(2),
+            shape: [2, 4],
+            codes: vec![0, 7, 3, 2, 1, 4, 0, 3],
+            scales: (0..28).map(|i| i as f32).collect(),
+            zeros: vec![],
+            group_of: vec![],
+            input: None,
+        };
+        q.validate().unwrap();
+        // 0 − 1, 4 + 5 + 6, 9 + 10, 9 − 10; then from 14 and from 21 on.
+        assert_eq!(q.dequantize(), [-1.0, 15.0, 19.0, -1.0, 29.0, -21.0, -1.0, 47.0]);
+        assert_eq!(q.salient(), [false, true, false, false]);
+        q.codes[5] = 3;
+        let said = "the code of row 1, input 1 is of the other kind than those above it: a column is salient or not";
+        assert_eq!(q.validate().unwrap_err().to_string(), said);
+        (q.codes[5], q.scales[8]) = (6, f32::NAN);
+        assert_eq!(q.validate().unwrap_err().to_string(), "the scale of row 0, group 1 is NaN");
+        q.scheme.granularity = Granularity::Group(3);
+        assert!(q.validate().is_err());
     }
 
     #[test]

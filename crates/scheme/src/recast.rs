@@ -79,7 +79,8 @@ impl Quantized {
         if to.grid == self.scheme.grid && to.granularity == self.scheme.granularity && to.scale == self.scheme.scale {
             return Ok(Quantized { scheme: to, input, ..self.clone() });
         }
-        if matches!(self.scheme.grid, GridKind::Float(_)) || matches!(to.grid, GridKind::Float(_)) {
+        let steps = |scheme: &Scheme| matches!(scheme.grid, GridKind::Int { .. } | GridKind::Block(_));
+        if !steps(&self.scheme) || !steps(&to) {
             return Ok(Quantized { input, ..self.recast_floats(to)? });
         }
         let [rows, cols] = self.shape;
@@ -128,7 +129,7 @@ impl Quantized {
         Ok(out)
     }
 
-    /// The same for a scheme of floats on either side: codes stay, and scales go to another type.
+    /// The same for a scheme of floats or binary numbers on either side: codes stay, and scales go to another type.
     fn recast_floats(&self, to: Scheme) -> Result<Quantized, Loss> {
         if to.grid != self.scheme.grid {
             return Err(Loss::Levels);

@@ -1,8 +1,8 @@
 //! Schemes: grid × granularity × scale encoding, and what they cost in bits.
 
 use crate::{
-    Activations, BLOCKS, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift, exponent_byte,
-    exponent_value,
+    Activations, BLOCKS, BinaryParams, BlockForm, BlockType, Error, FloatGrid, FloatType, IntGrid, Shift,
+    exponent_byte, exponent_value,
 };
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
@@ -74,6 +74,8 @@ pub enum GridKind {
     Float(FloatType),
     /// A quantized type of GGUF.
     Block(BlockType),
+    /// BiLLM's means and magnitudes; codes are those of [`BinaryParams`].
+    Binary,
 }
 
 /// Which weights of a matrix `[out, in]` share one scale and zero point.
@@ -194,16 +196,27 @@ impl Scheme {
         Scheme { grid: GridKind::Float(float), granularity, scale, activations: Activations::Full }
     }
 
+    /// BiLLM's binary numbers, in groups of `group` inputs; their real numbers are half precision.
+    #[must_use]
+    pub const fn binary(group: usize) -> Self {
+        Scheme {
+            grid: GridKind::Binary,
+            granularity: Granularity::Group(group),
+            scale: ScaleType::F16,
+            activations: Activations::Full,
+        }
+    }
+
     /// The GGUF type, where the scheme is one.
     #[must_use]
     pub fn form(&self) -> Option<&'static BlockForm> {
         match self.grid {
-            GridKind::Int { .. } | GridKind::Float(_) => None,
+            GridKind::Int { .. } | GridKind::Float(_) | GridKind::Binary => None,
             GridKind::Block(kind) => Some(kind.form()),
         }
     }
 
-    /// The same scheme with scales of type `scale`; those of a GGUF, MX or NVFP4 type are what they are.
+    /// The same scheme with scales of type `scale`; those of a GGUF, MX, NVFP4 or binary type are what they are.
     #[must_use]
     pub const fn with_scale(self, scale: ScaleType) -> Self {
         match self.grid {
@@ -219,6 +232,7 @@ impl Scheme {
             GridKind::Int { bits, .. } => bits,
             GridKind::Float(float) => Bits(float.bits() as u8),
             GridKind::Block(kind) => Bits((kind.form().levels.len() - 1).ilog2() as u8 + 1),
+            GridKind::Binary => Bits(3),
         }
     }
 
@@ -227,7 +241,7 @@ impl Scheme {
     pub fn symmetric(&self) -> bool {
         match self.grid {
             GridKind::Int { symmetric, .. } => symmetric,
-            GridKind::Float(_) => true,
+            GridKind::Float(_) | GridKind::Binary => true,
             GridKind::Block(kind) => kind.form().shift == Shift::None,
         }
     }
@@ -235,7 +249,7 @@ impl Scheme {
     /// The arithmetic of an integer grid.
     ///
     /// # Panics
-    /// For a GGUF type, whose arithmetic is that of [`Scheme::form`], and a float: a caller's bug.
+    /// For a GGUF type, whose arithmetic is that of [`Scheme::form`], a float and a binary number: a caller's bug.
     #[must_use]
     pub fn grid(&self) -> IntGrid {
         assert!(matches!(self.grid, GridKind::Int { .. }), "{self} has no integer grid");
@@ -281,10 +295,12 @@ impl Scheme {
         }
     }
 
-    /// Number of stored scales of a matrix `[out, in]`, a divisor not counted.
+    /// Number of stored scales of a matrix `[out, in]`, a divisor not counted; of binary numbers, of their means and
+    /// magnitudes.
     #[must_use]
     pub const fn scales(&self, [rows, cols]: [usize; 2]) -> usize {
-        match self.granularity {
+        let each = if matches!(self.grid, GridKind::Binary) { BinaryParams::REALS } else { 1 };
+        each * match self.granularity {
             Granularity::Tensor => 1,
             Granularity::Tile(side) => rows.div_ceil(side) * self.groups(cols),
             _ => rows * self.groups(cols),
@@ -294,13 +310,15 @@ impl Scheme {
     /// Whether the scheme fits a matrix with `cols` inputs.
     ///
     /// # Errors
-    /// [`Error::Group`] when the group size is zero or does not divide `cols`.
+    /// [`Error::Group`] when the group size is zero or does not divide `cols`, and for binary numbers that have none.
     pub const fn check(&self, cols: usize) -> Result<(), Error> {
         match self.granularity {
             Granularity::Group(group) | Granularity::Mapped(group) if group == 0 || !cols.is_multiple_of(group) => {
                 Err(Error::Group { group, cols })
             }
             Granularity::Tile(0) => Err(Error::Group { group: 0, cols }),
+            Granularity::Group(_) => Ok(()),
+            _ if matches!(self.grid, GridKind::Binary) => Err(Error::Group { group: 0, cols }),
             _ => Ok(()),
         }
     }
@@ -316,7 +334,9 @@ impl Scheme {
         let side = self.scales(shape) as f64 * f64::from(self.scale.bits() + zero)
             + if self.has_divisor() { 32.0 } else { 0.0 }
             + if self.activations.is_calibrated() { 32.0 } else { 0.0 };
-        f64::from(self.bits().get()) + side / (shape[0] as f64 * shape[1] as f64)
+        // What tells a salient column is a bit of the column, and no weight's.
+        let code = if self.grid == GridKind::Binary { 2 } else { self.bits().get() };
+        f64::from(code) + side / (shape[0] as f64 * shape[1] as f64)
     }
 }
 
@@ -327,6 +347,7 @@ impl std::fmt::Display for Scheme {
             return f.write_str(form.name);
         }
         match (self.grid, self.scale) {
+            (GridKind::Binary, _) => write!(f, "binary")?,
             (GridKind::Float(FloatType::E4m3), ScaleType::E8m0) => write!(f, "mxfp8")?,
             (GridKind::Float(FloatType::E2m1), ScaleType::E8m0) => write!(f, "mxfp4")?,
             (GridKind::Float(FloatType::E2m1), ScaleType::E4m3) => write!(f, "nvfp4")?,
@@ -353,7 +374,7 @@ impl std::fmt::Display for Scheme {
             Granularity::Mapped(g) => write!(f, " g{g} mapped")?,
         }
         match self.grid {
-            GridKind::Float(_) => Ok(()),
+            GridKind::Float(_) | GridKind::Binary => Ok(()),
             _ => write!(f, " {}", if self.symmetric() { "sym" } else { "asym" }),
         }
     }
@@ -497,6 +518,11 @@ pub static SCHEMES: &[Preset] = &[
         summary: "4-bit floats with an f32 per 64, of bitsandbytes; 4.5 bits per weight",
         scheme: Scheme::float(FloatType::Fp4, Granularity::Group(64), ScaleType::F32),
     },
+    Preset {
+        name: "binary",
+        summary: "BiLLM's signs in two parts and salient columns, for --method billm; as stored 2.9 bits per weight, not 1.1",
+        scheme: Scheme::binary(128),
+    },
 ];
 
 #[cfg(test)]
@@ -517,6 +543,10 @@ mod tests {
         ] {
             assert_eq!(Scheme::int(Bits(bits), symmetric, granularity).bits_per_weight(shape), expected);
         }
+        // Section 2.8: a sign, a side of the split, and seven half-precision numbers per 128 weights.
+        assert_eq!(Scheme::binary(128).bits_per_weight(shape), 2.875);
+        assert_eq!(Scheme::binary(128).with_scale(ScaleType::Bf16), Scheme::binary(128));
+        assert_eq!(scheme("binary").map(|s| s.to_string()).as_deref(), Some("binary g128"));
     }
 
     #[test]

@@ -14,9 +14,10 @@ fuzz_target!(|input: (u8, u8, &[u8])| {
     let group = [-1, 1, 8, 32][usize::from(details >> 4) % 4];
     let format = ["pack-quantized", "int-quantized", "naive-quantized"][usize::from(method) % 3];
     let version = if details & 64 == 0 { "gptq" } else { "gptq_v2" };
-    let block = match method % 5 {
+    let block = match method % 6 {
         3 => json!({"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "checkpoint_format": version}),
         4 => json!({"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": true}),
+        5 => json!({"quant_method": "bitmill", "format": "binary", "group_size": group}),
         _ => json!({"quant_method": "compressed-tensors", "format": format, "config_groups": {"g": {
             "targets": ["Linear"],
             "weights": {"num_bits": bits, "symmetric": symmetric, "group_size": group}

@@ -11,8 +11,8 @@
 //! and names exceptions by any part of their names.
 
 use super::{
-    Format, assert_encodable, check_matrix, part, read_scales, scale_bytes, transpose, unsupported, validated,
-    word_bytes,
+    Format, assert_encodable, check_matrix, part, read_scales, refuse_binary, scale_bytes, transpose, unsupported,
+    validated, word_bytes,
 };
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
@@ -55,6 +55,7 @@ impl Format for Awq {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         let refuse = |reason: &str| Err(unsupported(self, module, scheme, reason));
         if scheme.activations != Activations::Full {
             return refuse("it quantizes weights only; use int-quantized");

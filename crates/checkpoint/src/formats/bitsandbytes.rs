@@ -11,7 +11,7 @@
 //! `weight.nested_absmax` F32 (one for `nested_blocksize` of them) plus `nested_offset`. Blocks that cross rows, which the
 //! library makes where a block does not divide the inputs, are not read.
 
-use super::{Format, assert_encodable, check_shape, part, scale_bytes, unsupported, validated};
+use super::{Format, assert_encodable, check_shape, part, refuse_binary, scale_bytes, unsupported, validated};
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Checkpoint, Dialect, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme};
@@ -151,6 +151,7 @@ impl Format for BitsAndBytes {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         let refuse = |reason: &str| Err(unsupported(self, module, scheme, reason));
         if table(scheme).is_none() {
             return refuse("its numbers are NF4 or FP4; choose --scheme nf4");

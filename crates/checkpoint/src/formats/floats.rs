@@ -19,7 +19,7 @@
 use super::pack_quantized::{check_scale_shape, scale_shape};
 use super::{
     Format, assert_encodable, check_shape, compressed_tensors, default_format, fine_grained, gpt_oss, modelopt, part,
-    read_scales, scale_bytes, scale_dtype, unsupported, validated,
+    read_scales, refuse_binary, scale_bytes, scale_dtype, unsupported, validated,
 };
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Activations, FloatType, Granularity, GridKind, Quantized, ScaleType, Scheme, exponent_value};
@@ -238,6 +238,7 @@ impl Format for Floats {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         let refuse = |reason: String| Err(unsupported(self, module, scheme, reason));
         if !self.grid_matches(scheme) {
             let own = match (scheme.grid, default_format(scheme)) {

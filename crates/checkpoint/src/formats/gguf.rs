@@ -1,7 +1,7 @@
 //! The block types of GGUF as a format: one tensor of bytes per matrix, its blocks row after row. The container around
 //! it is [`crate::gguf`]'s matter; it is no dialect of safetensors, so nothing recognises it in a `config.json`.
 
-use super::{Format, assert_encodable, part, unsupported, validated};
+use super::{Format, assert_encodable, part, refuse_binary, unsupported, validated};
 use crate::{Checkpoint, Dialect, Error, Order, TensorSpec, gguf};
 use bitmill_scheme::{Activations, BlockForm, BlockType, Quantized, ScaleType, Scheme, Shift};
 use safetensors::Dtype;
@@ -45,6 +45,7 @@ impl Format for Gguf {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, [rows, cols]: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         let Some(form) = scheme.form() else {
             let reason = "it stores the types q1_0 to q6_k, iq1_s to iq4_xs, mxfp4, nvfp4, tq1_0 and tq2_0: choose one with --scheme";
             return Err(unsupported(self, module, scheme, reason));

@@ -13,8 +13,8 @@
 //! version 1 is written with symmetric matrices, or with those whose zero points happen to be above 0.
 
 use super::{
-    Format, assert_encodable, check_matrix, group_map_bytes, part, read_group_map, read_scales, scale_bytes, transpose,
-    unsupported, validated, word_bytes,
+    Format, assert_encodable, check_matrix, group_map_bytes, part, read_group_map, read_scales, refuse_binary,
+    scale_bytes, transpose, unsupported, validated, word_bytes,
 };
 use crate::dialect::{Rule, Target, wrong};
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
@@ -257,6 +257,7 @@ impl Format for Gptq {
 impl Gptq {
     /// What both versions ask of a matrix.
     fn check_layout(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         let refuse = |reason: &str| Err(unsupported(self, module, scheme, reason));
         if scheme.activations != Activations::Full {
             return refuse("it quantizes weights only; use int-quantized");

@@ -2,7 +2,7 @@
 //! 8-bit activations. The storage is that of [`super::int8`]; what the format adds is that inputs are rounded too, one scale per
 //! token, at run time.
 
-use super::{Format, assert_encodable, check_matrix, compressed_tensors, int8, unsupported};
+use super::{Format, assert_encodable, check_matrix, compressed_tensors, int8, refuse_binary, unsupported};
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Activations, Quantized, Scheme};
 use serde_json::Value;
@@ -34,6 +34,7 @@ impl Format for IntQuantized {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         if scheme.activations != Activations::DynamicInt8 {
             let reason = "it is for 8-bit activations; use pack-quantized or naive-quantized for weights alone";
             return Err(unsupported(self, module, scheme, reason));

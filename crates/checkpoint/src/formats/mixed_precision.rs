@@ -1,7 +1,7 @@
 //! `mixed-precision`: a folder of compressed-tensors whose groups are stored in different formats, each matrix in the one that
 //! its scheme is written in by default. Only the configuration says that they belong together.
 
-use super::{Format, compressed_tensors, default_format, format, unsupported};
+use super::{Format, compressed_tensors, default_format, format, refuse_binary, unsupported};
 use crate::{Checkpoint, Dialect, Error, TensorSpec};
 use bitmill_scheme::{Quantized, Scheme};
 use serde_json::Value;
@@ -41,6 +41,7 @@ impl Format for MixedPrecision {
     }
 
     fn check(&self, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+        refuse_binary(self, module, scheme)?;
         match format_of(scheme) {
             Some(format) => format.check(module, scheme, shape),
             None if scheme.form().is_some() => {

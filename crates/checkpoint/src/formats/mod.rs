@@ -2,6 +2,7 @@
 
 pub(crate) mod auto_round;
 mod awq;
+mod binary;
 mod bitsandbytes;
 mod compressed_tensors;
 mod fine_grained;
@@ -151,6 +152,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &gptq::V2,
     &awq::Awq,
     &bitsandbytes::BitsAndBytes,
+    &binary::Binary,
 ];
 
 /// The format called `name`: a row of [`FORMATS`], or [`GGUF`].
@@ -164,6 +166,7 @@ pub fn format(name: &str) -> Option<&'static dyn Format> {
 pub fn default_format(scheme: &Scheme) -> &'static str {
     match (scheme.grid, scheme.activations) {
         (GridKind::Block(_), _) => GGUF.name(),
+        (GridKind::Binary, _) => binary::NAME,
         (GridKind::Float(FloatType::Nf4 | FloatType::Fp4), _) => bitsandbytes::NAME,
         (GridKind::Float(_), _) => floats::name_for(scheme).unwrap_or(floats::FP8.name()),
         (GridKind::Int { .. }, Activations::DynamicInt8) => "int-quantized",
@@ -171,8 +174,19 @@ pub fn default_format(scheme: &Scheme) -> &'static str {
     }
 }
 
+/// Refuses binary numbers in the name of every format but theirs.
+fn refuse_binary(format: &dyn Format, module: &str, scheme: &Scheme) -> Result<(), Error> {
+    match scheme.grid {
+        GridKind::Binary => {
+            Err(unsupported(format, module, scheme, "means and magnitudes have a format of their own; use binary"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What every format of integers asks of a matrix and its scheme.
 fn check_matrix(format: &dyn Format, module: &str, scheme: &Scheme, shape: [usize; 2]) -> Result<(), Error> {
+    refuse_binary(format, module, scheme)?;
     if let GridKind::Float(_) = scheme.grid {
         let name = default_format(scheme);
         return Err(unsupported(format, module, scheme, format!("its numbers are integers; use {name} for floats")));

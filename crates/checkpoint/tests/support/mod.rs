@@ -43,6 +43,11 @@ pub(crate) fn quantized(scheme: Scheme, shape: [usize; 2], random: &mut Random) 
         // Of which the reciprocal is exact, too.
         input: scheme.activations.is_calibrated().then_some(0.25),
     };
+    if scheme.grid == GridKind::Binary {
+        // A column is salient for all rows or for none.
+        let (cols, first) = (shape[1], q.codes[..shape[1]].to_vec());
+        q.codes.iter_mut().enumerate().for_each(|(i, code)| *code = *code & 3 | first[i % cols] & 4);
+    }
     if scheme.has_divisor() {
         // Of which the reciprocal is exact.
         q.scales.push(0.125);
@@ -91,6 +96,7 @@ pub(crate) fn schemes() -> Vec<Scheme> {
     floats(FloatType::Nf4, &[ScaleType::F32], &[Granularity::Group(64), Granularity::Group(32)]);
     floats(FloatType::Fp4, &[ScaleType::F32], &[Granularity::Group(64), Granularity::Group(32)]);
     floats(FloatType::E2m1, &[ScaleType::E4m3], &[Granularity::Group(16), Granularity::Group(8)]);
+    all.extend([8, 32].map(Scheme::binary));
     all
 }
 

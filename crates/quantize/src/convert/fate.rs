@@ -278,7 +278,7 @@ impl<'a> Decider<'a> {
             for symmetric in symmetries {
                 let grid = match candidate.grid {
                     GridKind::Int { bits, .. } => GridKind::Int { bits, symmetric },
-                    other @ (GridKind::Block(_) | GridKind::Float(_)) => other,
+                    other @ (GridKind::Block(_) | GridKind::Float(_) | GridKind::Binary) => other,
                 };
                 // The model's own type first: what was widened for another format comes back as it was.
                 for scale in [format.scale_type(model_type(self.input)), candidate.scale] {

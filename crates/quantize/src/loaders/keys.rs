@@ -19,7 +19,7 @@ pub(super) fn config(subject: &Subject, loader: &Loader, _: &Demands) -> Vec<Str
         "auto-round" => broken.extend(missing(block, &["bits", "group_size", "sym"])),
         "awq" => broken.extend(missing(block, if loader.strict { &["zero_point"] } else { &[] })),
         // Readers here need of these what loaders need.
-        "gguf" | "dense" | "modelopt" | "fp8" | "bitsandbytes" => {}
+        "gguf" | "dense" | "modelopt" | "fp8" | "bitsandbytes" | "binary" => {}
         _ => broken.extend(compressed(subject, loader, block)),
     }
     broken

@@ -261,7 +261,7 @@ fn transformers(format: &str, scheme: &Scheme) -> Option<String> {
         "pack-quantized" if !scheme.symmetric() => {
             Some("asymmetric packed weights need CompressedTensorsConfig(dequantize=True)".into())
         }
-        "modelopt" => Some("it does not read modelopt".into()),
+        "modelopt" | "binary" => Some(format!("it does not read {format}")),
         _ => None,
     }
 }

@@ -1,13 +1,14 @@
 //! GPTQ (Frantar et al. 2023), with what has been learned since: group-aware activation order, scales searched under
 //! what an error of each input still costs, coordinate descent over the codes, and scales refitted under the full Hessian.
 
+use super::billm::ONLY;
 use super::rtn::{fit, importance};
 use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
 use crate::soft::soften;
 use crate::sweep::SweepGrid;
 use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
-use bitmill_scheme::{Granularity, Grid, GroupParams, Quantized, Scheme};
+use bitmill_scheme::{Granularity, Grid, GridKind, GroupParams, Quantized, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Gptq;
@@ -19,6 +20,10 @@ impl Method for Gptq {
 
     fn summary(&self) -> &'static str {
         "error feedback through the Hessian of the layer's input, then coordinate descent and refitted scales"
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<&'static str> {
+        (scheme.grid == GridKind::Binary).then_some(ONLY)
     }
 
     fn needs(&self, _: &SolverOptions) -> Needs {
@@ -109,7 +114,7 @@ fn solve_linear(
 }
 
 /// H with `share` of what lies beside its diagonal taken away.
-fn shrunk(h: &[f32], share: f32) -> Cow<'_, [f32]> {
+pub(super) fn shrunk(h: &[f32], share: f32) -> Cow<'_, [f32]> {
     if share == 0.0 {
         return Cow::Borrowed(h);
     }

@@ -6,6 +6,7 @@
 //! store integers, so here the zero point is rounded at the end and the scale refitted, and a symmetric grid, which has
 //! no zero point to move, has its scale moved instead.
 
+use super::billm::ONLY;
 use super::{Linear, Method, Needs, Solved, assemble, fitted, nearest};
 use crate::{Error, SolverOptions};
 use bitmill_scheme::{Fit, Grid, GridKind, GroupParams, IntGrid, Scheme};
@@ -29,7 +30,11 @@ impl Method for Hqq {
 
     fn refuses(&self, scheme: &Scheme) -> Option<&'static str> {
         let reason = "it fits the zero points of integer grids; use --method rtn, which needs no data either";
-        (!matches!(scheme.grid, GridKind::Int { .. })).then_some(reason)
+        match scheme.grid {
+            GridKind::Int { .. } => None,
+            GridKind::Binary => Some(ONLY),
+            GridKind::Block(_) | GridKind::Float(_) => Some(reason),
+        }
     }
 
     fn needs(&self, _: &SolverOptions) -> Needs {

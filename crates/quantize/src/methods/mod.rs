@@ -3,6 +3,7 @@
 //! To add one, write `methods/x.rs`, its `mod` line, and a row of [`METHODS`]: `--method x`, help and the conformance
 //! tests below come with it.
 
+mod billm;
 pub(crate) mod blocks;
 mod gptq;
 mod hqq;
@@ -96,7 +97,7 @@ pub trait Method: Sync {
 }
 
 /// Every method.
-pub static METHODS: &[&dyn Method] = &[&gptq::Gptq, &rtn::Rtn, &hqq::Hqq];
+pub static METHODS: &[&dyn Method] = &[&gptq::Gptq, &rtn::Rtn, &hqq::Hqq, &billm::Billm];
 
 /// The method called `name`.
 ///
@@ -116,7 +117,7 @@ enum GroupGrid {
 }
 
 impl GroupGrid {
-    /// That of a linear whose scheme is no GGUF type.
+    /// That of a linear whose scheme is no GGUF type and not binary.
     fn of(linear: &Linear<'_>) -> Self {
         match linear.scheme.float_grid(divisor(linear)) {
             Some(grid) => GroupGrid::Float(grid),
@@ -205,6 +206,7 @@ mod tests {
             }
         }
         all.extend(SCHEMES.iter().map(|p| p.scheme).filter(|s| matches!(s.grid, GridKind::Float(_))));
+        all.extend([128, 32].map(Scheme::binary));
         all.push(Scheme { granularity: Granularity::Tensor, ..bitmill_scheme::scheme("fp8_dynamic").unwrap() });
         all.extend(BLOCKS.iter().map(|form| Scheme::block(form.kind)));
         all
@@ -254,6 +256,7 @@ mod tests {
             floats[1],
             block[0],
             block[1],
+            Scheme::binary(128),
         ];
         for (method, scheme) in METHODS.iter().flat_map(|m| schemes.map(|s| (m, s))) {
             if method.refuses(&scheme).is_some() {
@@ -303,6 +306,16 @@ mod tests {
     }
 
     #[test]
+    fn every_scheme_has_a_method() {
+        for scheme in SCHEMES.iter().map(|p| p.scheme).chain(BLOCKS.iter().map(|form| Scheme::block(form.kind))) {
+            assert!(METHODS.iter().any(|m| m.refuses(&scheme).is_none()), "{scheme}");
+        }
+        for method in METHODS.iter().filter(|m| m.name() != "billm") {
+            assert!(method.refuses(&Scheme::binary(128)).is_some_and(|reason| reason.contains("--method billm")));
+        }
+    }
+
+    #[test]
     fn identity_hessian_makes_gptq_round_to_nearest() {
         // Oracle 6 through the method: same scale criterion, same codes.
         let n = 64;
@@ -319,7 +332,7 @@ mod tests {
     fn unknown_methods_are_refused_by_name() {
         assert_eq!(
             method("gtpq").err().unwrap().to_string(),
-            "method `gtpq` does not exist; the methods are gptq, rtn, hqq"
+            "method `gtpq` does not exist; the methods are gptq, rtn, hqq, billm"
         );
     }
 }

@@ -1,9 +1,10 @@
 //! Rounding to nearest: every weight to the closest value of its group's grid.
 
+use super::billm::ONLY;
 use super::{ByRows, GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
 use bitmill_kernels::Stored;
-use bitmill_scheme::{Fit, Granularity, Grid, GroupParams};
+use bitmill_scheme::{Fit, Granularity, Grid, GridKind, GroupParams, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Rtn;
@@ -15,6 +16,10 @@ impl Method for Rtn {
 
     fn summary(&self) -> &'static str {
         "round to nearest; the range of each group sets its scale unless --scale-search says otherwise"
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<&'static str> {
+        (scheme.grid == GridKind::Binary).then_some(ONLY)
     }
 
     fn needs(&self, options: &SolverOptions) -> Needs {

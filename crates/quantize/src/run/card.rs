@@ -11,10 +11,11 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
     let (weights, bytes) = plan.quantized_size();
     let scheme = plan.label();
     let format = plan.format.name();
-    let tag = match format {
-        "gptq" | "gptq_v2" => "gptq",
-        "awq" => "awq",
-        _ => "compressed-tensors",
+    let (library, tag) = match format {
+        "gptq" | "gptq_v2" => ("transformers", "gptq"),
+        "awq" => ("transformers", "awq"),
+        "binary" => ("bitmill", "billm"),
+        _ => ("transformers", "compressed-tensors"),
     };
     let task = match &plan.spec {
         Some(spec) if spec.causal => "pipeline_tag: text-generation\n",
@@ -22,7 +23,7 @@ pub(super) fn card(plan: &Plan, manifest: &Value) -> String {
         Some(_) => "pipeline_tag: sentence-similarity\n",
         None => "",
     };
-    let mut text = format!("---\nlibrary_name: transformers\n{task}tags:\n- bitmill\n- quantized\n- {tag}\n---\n\n");
+    let mut text = format!("---\nlibrary_name: {library}\n{task}tags:\n- bitmill\n- quantized\n- {tag}\n---\n\n");
     text += &format!("# {kind}, {bits:.3} bits per weight\n\n");
     text += &format!(
         "Quantized with bitmill {} from a full-precision checkpoint of {} parameters: {weights} weights of linear layers as \

@@ -100,7 +100,9 @@ impl<'b> Candidate<'b> {
 fn step(w: &[f32], scheme: &Scheme) -> f64 {
     match scheme.grid {
         // Their own levels lie unevenly; the spread of a group says as much.
-        GridKind::Block(_) | GridKind::Float(_) => w.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max),
+        GridKind::Block(_) | GridKind::Float(_) | GridKind::Binary => {
+            w.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max)
+        }
         GridKind::Int { .. } => f64::from(scheme.grid().fit(w, Fit::MinMax).scale),
     }
 }

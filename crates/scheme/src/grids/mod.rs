@@ -1,5 +1,6 @@
 //! Grids: which values a group of weights may take, and how their parameters are fitted.
 
+pub(crate) mod binary;
 pub(crate) mod block;
 pub(crate) mod float;
 pub(crate) mod int;
