@@ -66,7 +66,8 @@ impl Effort {
         }
     }
 
-    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it, and billm
+    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it, billm
+    /// nine tenths.
     pub(crate) fn shift(self, method: &str, input: &Checkpoint) -> TargetShift {
         match bitmill_models::spec_of(input) {
             Ok(spec) if feeds_back(method) && spec.adds_plainly() => TargetShift::Outputs,

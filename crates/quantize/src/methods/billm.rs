@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The published program rounds a block to T at once and passes every column's error on to later blocks as if the columns beside it
-//! had none. On books-10m that leaves a seventh more KL divergence than the last loop, which is GPTQ's.
+//! had none. On books-10m that leaves a KL divergence of 0.151, and the last loop, which is GPTQ's, 0.141.
 
 mod choice;
 
