@@ -66,8 +66,7 @@ impl Effort {
         }
     }
 
-    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it, billm
-    /// nine tenths.
+    /// What the linears of `input` make up for, unless that is said: gptq loses a quarter to two fifths less by it, billm half.
     pub(crate) fn shift(self, method: &str, input: &Checkpoint) -> TargetShift {
         match bitmill_models::spec_of(input) {
             Ok(spec) if feeds_back(method) && spec.adds_plainly() => TargetShift::Outputs,

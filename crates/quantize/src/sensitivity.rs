@@ -19,7 +19,7 @@ use crate::{Action, Error, Factor, Linear, Needs, Order, Plan, SolverOptions, Un
 use bitmill_calibrate::{Pass, Replacement, SiteStats, Statistics, Windows, probe};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, ModelSpec, Role, SITES, Site};
-use bitmill_scheme::{Bits, Fit, FloatGrid, FloatType, Granularity, Grid, GridKind, Scheme};
+use bitmill_scheme::{Binary, Bits, Fit, FloatGrid, FloatType, Granularity, Grid, GridKind, Scheme};
 use serde::Serialize;
 
 /// Width of the probes: errors large enough to stand out of rounding noise, small enough to add up.
@@ -282,6 +282,15 @@ fn closed_form(rows: &[f32], scheme: &Scheme, order: &Order, factor: &Factor) ->
     match scheme.form() {
         None if let GridKind::Float(float) = scheme.grid => {
             total = fitted.map(|row| float_error(row, &d, scheme, float)).sum();
+        }
+        // What columns and parts are split by is not known yet; binarized as a whole, groups still compare.
+        None if scheme.grid == GridKind::Binary => {
+            let length = scheme.group_len(n);
+            for (group, d) in fitted.flat_map(|row| row.chunks(length).zip(d.chunks(length))) {
+                let fit = Binary::fit(group.iter().copied());
+                let error = |w: f32| f64::from(w - fit.value(fit.plus(w))).powi(2);
+                total += 12.0 * group.iter().zip(d).map(|(&w, d)| d * error(w)).sum::<f64>();
+            }
         }
         None => {
             let (grid, length) = (scheme.grid(), scheme.group_len(n));

@@ -15,7 +15,7 @@ mod snap;
 
 use super::{Affine, BlockForm, BlockType, Shift, Step};
 use costs::{BySize, Costs, Each, One};
-use snap::{DoubledE2M1, Even, Signs, Snap, Uneven};
+use snap::{DoubledE2M1, Even, Levels, Signs, Snap, Uneven, Unlimited};
 
 /// Lanes; a multiple of those that any block fitted here takes.
 pub const LANES: usize = 32;
@@ -52,6 +52,8 @@ struct Tile<'a, C> {
     costs: Lanes,
     /// Σ h·w.
     sum: Lanes,
+    /// The least and the largest weights.
+    range: [Lanes; 2],
 }
 
 /// Scales and offsets.
@@ -105,15 +107,17 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
     fn new(len: usize, w: &'a Turned, h: &'h Turned) -> Self {
         let w = &w[..len];
         let h = C::new(w, h);
-        let (mut costs, mut sum) = (ZERO, ZERO);
+        let (mut costs, mut sum, [mut lo, mut hi]) = (ZERO, ZERO, [w[0]; 2]);
         for (j, w) in w.iter().enumerate() {
             let h = h.at(j);
             for i in 0..LANES {
                 costs[i] += h[i];
                 sum[i] = h[i].mul_add(w[i], sum[i]);
+                lo[i] = if w[i] < lo[i] { w[i] } else { lo[i] };
+                hi[i] = if w[i] > hi[i] { w[i] } else { hi[i] };
             }
         }
-        Tile { w, h, costs, sum }
+        Tile { w, h, costs, sum, range: [lo, hi] }
     }
 
     /// Sums under `a`, whose offsets are zero unless `SHIFTED`; then e and l are not summed.
@@ -160,7 +164,7 @@ impl<'a, 'h, C: Costs<'h>> Tile<'a, C> {
 
 /// The level nearest to `w`, and w − ŵ.
 #[inline(always)]
-fn level_and_error<const SHIFTED: bool>(w: f32, [scale, offset, inverse]: [f32; 3], snap: impl Snap) -> (f32, f32) {
+fn level_and_error<const SHIFTED: bool>(w: f32, [scale, offset, inverse]: [f32; 3], snap: impl Levels) -> (f32, f32) {
     if SHIFTED {
         let l = snap.level((w - offset) * inverse);
         (l, w - scale.mul_add(l, offset))
@@ -364,9 +368,12 @@ impl BlockForm {
             for i in 0..LANES {
                 stored.offset[i] = half(own.offset[i]);
             }
-            for (to, pair) in reals.as_chunks_mut::<2>().0.iter_mut().zip(stored.scale.iter().zip(&stored.offset)) {
-                *to = [*pair.0, *pair.1];
+            let mut pairs = [0.0; 2 * LANES];
+            for i in 0..LANES {
+                pairs[2 * i] = stored.scale[i];
+                pairs[2 * i + 1] = stored.offset[i];
             }
+            reals.copy_from_slice(&pairs[..reals.len()]);
         } else {
             reals.iter_mut().zip(stored.scale.iter().step_by(self.lanes_of_a_scale())).for_each(|(to, &d)| *to = d);
         }

@@ -1,6 +1,9 @@
 //! Every sub-block's own scale and offset: starting points, each refitted to the levels it leads to, and the best of them.
 
-use super::{Affines, BlockForm, BlockType, Costs, LANES, Lanes, NOTHING, Snap, Tile, ZERO, in_common, inverse};
+use super::{
+    Affines, BlockForm, BlockType, Costs, LANES, Lanes, Levels, NOTHING, Snap, Tile, Unlimited, ZERO, in_common,
+    inverse,
+};
 
 /// The best scales and offsets so far, and what they explain of Σ h·w².
 struct Best {
@@ -26,7 +29,7 @@ impl Best {
 #[inline(always)]
 pub(super) fn scales<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, snap: impl Snap) -> Affines {
     match form.lanes_of_a_scale() {
-        1 => search::<C, false>(form, tile, &largest(tile.w), snap),
+        1 => search::<C, false>(form, tile, &largest(&tile.range), snap),
         many => search::<C, true>(form, tile, &deviations(tile, many), snap),
     }
 }
@@ -60,8 +63,7 @@ fn search<'a, C: Costs<'a>, const JOINED: bool>(
 
 /// The weights of largest magnitude.
 #[inline(always)]
-fn largest(w: &[Lanes]) -> Lanes {
-    let [lo, hi] = range(w);
+fn largest([lo, hi]: &[Lanes; 2]) -> Lanes {
     let mut largest = ZERO;
     for i in 0..LANES {
         largest[i] = if hi[i] > -lo[i] { hi[i] } else { lo[i] };
@@ -111,7 +113,7 @@ pub(super) fn sizes<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>) -> A
 pub(super) fn exponents<'a, C: Costs<'a>>(tile: &Tile<'_, C>, integers: &mut [u8], snap: impl Snap) -> Affines {
     /// The largest exponent stored, which stands for 2¹²⁶.
     const MOST: i32 = 254;
-    let largest = largest(tile.w);
+    let largest = largest(&tile.range);
     let mut top = [0i32; LANES];
     for i in 0..LANES {
         // The least power of two that twelve times is not below the largest weight; stored exponents exceed theirs by 128.
@@ -143,23 +145,10 @@ pub(super) fn exponents<'a, C: Costs<'a>>(tile: &Tile<'_, C>, integers: &mut [u8
     at
 }
 
-/// The least and the largest weights.
-#[inline(always)]
-fn range(w: &[Lanes]) -> [Lanes; 2] {
-    let (mut lo, mut hi) = (w[0], w[0]);
-    for w in w {
-        for i in 0..LANES {
-            lo[i] = if w[i] < lo[i] { w[i] } else { lo[i] };
-            hi[i] = if w[i] > hi[i] { w[i] } else { hi[i] };
-        }
-    }
-    [lo, hi]
-}
-
 /// The best scale and offset of every sub-block.
 #[inline(always)]
 pub(super) fn affines<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, snap: impl Snap) -> Affines {
-    let [lo, hi] = range(tile.w);
+    let [lo, hi] = tile.range;
     let mut span = ZERO;
     for i in 0..LANES {
         span[i] = hi[i] - lo[i];
@@ -174,7 +163,13 @@ pub(super) fn affines<'a, C: Costs<'a>>(form: &BlockForm, tile: &Tile<'_, C>, sn
             inverse[i] = (last + more) * per_span[i];
             zero[i] = (-lo[i]).mul_add(inverse[i], -share * more);
         }
-        tile.consider::<true, false>([&inverse, &zero], 1, &mut best, snap);
+        // Half a level beyond the outermost is still nearest to it.
+        let [below, above] = [share, 1.0 - share].map(|side| side * more);
+        if below < 0.5 && above < 0.5 {
+            tile.consider::<true, false>([&inverse, &zero], 1, &mut best, Unlimited);
+        } else {
+            tile.consider::<true, false>([&inverse, &zero], 1, &mut best, snap);
+        }
     }
     for _ in 0..refits {
         let inverse = inverse(&best.at.scale);
@@ -232,7 +227,7 @@ const fn shared<const N: usize>(more: [f32; N]) -> [[(f32, f32); 3]; N] {
 impl<'a, C: Costs<'a>> Tile<'_, C> {
     /// Σ h·w·l, Σ h·l² and Σ h·l for the levels that scales (given as their inverses) and offsets (as the level of zero) lead to.
     #[inline(always)]
-    fn levels<const SHIFTED: bool>(&self, [inverse, zero]: [&Lanes; 2], snap: impl Snap) -> [Lanes; 3] {
+    fn levels<const SHIFTED: bool>(&self, [inverse, zero]: [&Lanes; 2], snap: impl Levels) -> [Lanes; 3] {
         let (mut xl, mut ll, mut sum) = (ZERO, ZERO, ZERO);
         for (j, w) in self.w.iter().enumerate() {
             let h = self.h.at(j);
@@ -261,7 +256,7 @@ impl<'a, C: Costs<'a>> Tile<'_, C> {
         a: [&Lanes; 2],
         many: usize,
         best: &mut Best,
-        snap: impl Snap,
+        snap: impl Levels,
     ) {
         let [mut xl, mut ll, l] = self.levels::<SHIFTED>(a, snap);
         if JOINED {

@@ -22,8 +22,9 @@ pub(super) fn round<const SUB: usize, const SHIFTED: bool>(
         for i in 0..SUB {
             let w = w[i];
             let (e, code) = if SHIFTED {
-                let (l, code) = snap.coded((w - offset) * inverse);
-                (w - scale.mul_add(l, offset), code)
+                let w = w - offset;
+                let (l, code) = snap.coded(w * inverse);
+                ((-scale).mul_add(l, w), code)
             } else {
                 let (l, code) = snap.coded_of(w, inverse);
                 ((-scale).mul_add(l, w), code)
@@ -35,5 +36,18 @@ pub(super) fn round<const SUB: usize, const SHIFTED: bool>(
         }
         *codes = rounded;
     }
-    [f64::from(error.iter().sum::<f32>()), f64::from(energy.iter().sum::<f32>())]
+    [error, energy].map(|sums| f64::from(folded(sums)))
+}
+
+/// The sum of numbers, a power of two of them: the upper half onto the lower again and again, which takes few steps.
+#[inline(always)]
+fn folded<const N: usize>(mut sums: [f32; N]) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }

@@ -3,15 +3,34 @@
 use super::super::IQ4;
 
 /// Levels, as arithmetic.
-pub(super) trait Snap: Copy {
+pub(super) trait Levels: Copy {
     /// The level nearest to `x`.
     fn level(self, x: f32) -> f32;
     /// The level nearest to `w · inverse`, the product not rounded before.
     fn level_of(self, w: f32, inverse: f32) -> f32;
+}
+
+/// Levels and their codes.
+pub(super) trait Snap: Levels {
     /// The level nearest to `x`, and its code.
     fn coded(self, x: f32) -> (f32, u8);
     /// The level nearest to `w · inverse`, and its code.
     fn coded_of(self, w: f32, inverse: f32) -> (f32, u8);
+}
+
+/// Neighbouring whole numbers, where what is rounded lies between the first and the last by itself.
+#[derive(Clone, Copy)]
+pub(super) struct Unlimited;
+
+impl Levels for Unlimited {
+    #[inline(always)]
+    fn level(self, x: f32) -> f32 {
+        x.round_ties_even()
+    }
+    #[inline(always)]
+    fn level_of(self, w: f32, inverse: f32) -> f32 {
+        self.level(w * inverse)
+    }
 }
 
 /// Neighbouring whole numbers.
@@ -51,7 +70,7 @@ fn unshifted(bits: i32) -> f32 {
     f32::from_bits(bits as u32) - SHIFT
 }
 
-impl Snap for Even {
+impl Levels for Even {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
         unshifted(self.limited(x + SHIFT))
@@ -60,6 +79,9 @@ impl Snap for Even {
     fn level_of(self, w: f32, inverse: f32) -> f32 {
         unshifted(self.limited(w.mul_add(inverse, SHIFT)))
     }
+}
+
+impl Snap for Even {
     #[inline(always)]
     fn coded(self, x: f32) -> (f32, u8) {
         self.coded(self.limited(x + SHIFT))
@@ -74,7 +96,7 @@ impl Snap for Even {
 #[derive(Clone, Copy)]
 pub(super) struct Uneven;
 
-impl Snap for Uneven {
+impl Levels for Uneven {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
         let mut level = f32::from(IQ4[0]);
@@ -88,6 +110,9 @@ impl Snap for Uneven {
     fn level_of(self, w: f32, inverse: f32) -> f32 {
         self.level(w * inverse)
     }
+}
+
+impl Snap for Uneven {
     #[inline(always)]
     fn coded(self, x: f32) -> (f32, u8) {
         let mut code = SHIFT;
@@ -106,7 +131,7 @@ impl Snap for Uneven {
 #[derive(Clone, Copy)]
 pub(super) struct Signs;
 
-impl Snap for Signs {
+impl Levels for Signs {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
         if x > 0.0 { 1.0 } else { -1.0 }
@@ -115,6 +140,9 @@ impl Snap for Signs {
     fn level_of(self, w: f32, inverse: f32) -> f32 {
         self.level(w * inverse)
     }
+}
+
+impl Snap for Signs {
     #[inline(always)]
     fn coded(self, x: f32) -> (f32, u8) {
         (self.level(x), u8::from(x > 0.0))
@@ -129,7 +157,7 @@ impl Snap for Signs {
 #[derive(Clone, Copy)]
 pub(super) struct DoubledE2M1;
 
-impl Snap for DoubledE2M1 {
+impl Levels for DoubledE2M1 {
     #[inline(always)]
     fn level(self, x: f32) -> f32 {
         let size = x.abs();
@@ -143,6 +171,9 @@ impl Snap for DoubledE2M1 {
     fn level_of(self, w: f32, inverse: f32) -> f32 {
         self.level(w * inverse)
     }
+}
+
+impl Snap for DoubledE2M1 {
     #[inline(always)]
     fn coded(self, x: f32) -> (f32, u8) {
         let level = self.level(x);
