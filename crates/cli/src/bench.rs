@@ -8,6 +8,8 @@ use crate::beside::{beside, replace};
 use crate::progress::Progress;
 use crate::text::holds_images;
 use anyhow::{Context, bail};
+use bitmill_quantize::METHODS;
+use bitmill_scheme::{GridKind, SCHEMES};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,7 +20,7 @@ use std::process::{Command, Stdio};
 
 /// Compare ways to quantize a model: KL divergence, perplexity, bits, seconds and memory of each, in one table
 ///
-/// Rows are recipes at every width. A recipe is a method, an effort, or flags of `quantize` under a name of your own:
+/// Rows are recipes at every width, or once where they name a --scheme. A recipe is a method, an effort, or flags of `quantize` under a name of your own:
 /// `--recipe 'no descent=--method gptq --tuning-passes 0 --descent-sweeps 0'`. The table goes to standard output; with
 /// `-o RESULTS` also to RESULTS.json and RESULTS.csv, from which a stopped bench goes on.
 #[derive(Debug, clap::Args)]
@@ -31,7 +33,7 @@ pub(crate) struct Args {
     /// Weights per scale at every width, or one number per width
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "128")]
     group_size: Vec<usize>,
-    /// Methods by themselves (rtn, gptq, hqq: no tuning) and efforts (fast, balanced, best)
+    /// Methods by themselves (rtn, gptq, hqq, billm: no tuning) and efforts (fast, balanced, best)
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "rtn,gptq")]
     methods: Vec<String>,
     /// A row of its own: a name, and the flags of `quantize` it stands for
@@ -69,6 +71,7 @@ pub(crate) struct Args {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Cell {
     recipe: String,
+    /// Zero, as the group size, where the recipe names a scheme.
     bits: u32,
     group_size: usize,
     /// Every argument that decides the numbers, and the version of the program: what a cell is known by.
@@ -97,6 +100,18 @@ struct Cell {
 struct Recipe {
     name: String,
     flags: Vec<String>,
+}
+
+impl Recipe {
+    /// Whether it says its own scheme, which no width and group size go with.
+    fn names_scheme(&self) -> bool {
+        self.flags.iter().any(|flag| flag == "--scheme" || flag.starts_with("--scheme="))
+    }
+
+    /// What a cell of it is called.
+    fn at(&self, bits: u32) -> String {
+        if self.names_scheme() { self.name.clone() } else { format!("{} at {bits} bits", self.name) }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -130,18 +145,21 @@ fn matrix(
     mut known: Vec<Cell>,
     models: &Path,
 ) -> anyhow::Result<Vec<Cell>> {
-    let total = args.bits.len() * recipes.len();
+    let once = recipes.iter().filter(|r| r.names_scheme()).count();
+    let total = args.bits.len() * (recipes.len() - once) + once;
     let bar = Progress::new(total as u64);
     let mut cells = Vec::with_capacity(total);
-    for (&bits, &group) in args.bits.iter().zip(groups) {
-        for recipe in recipes {
-            bar.message(format!("{} at {bits} bits", recipe.name));
+    for (round, (&bits, &group)) in args.bits.iter().zip(groups).enumerate() {
+        for recipe in recipes.iter().filter(|r| round == 0 || !r.names_scheme()) {
+            let (bits, group) = if recipe.names_scheme() { (0, 0) } else { (bits, group) };
+            let name = recipe.at(bits);
+            bar.message(name.clone());
             let key = key(args, recipe, bits, group);
             let cell = match known.iter().position(|cell| cell.key == key) {
                 Some(i) => known.swap_remove(i),
                 None => measured(args, recipe, (bits, group), key, models)?,
             };
-            bar.plain_line(&format!("{} at {bits} bits", recipe.name));
+            bar.plain_line(&name);
             cells.push(cell);
             bar.set(cells.len() as u64);
             if let Some(output) = &args.output {
@@ -158,8 +176,16 @@ fn recipes(args: &Args) -> anyhow::Result<Vec<Recipe>> {
     for name in &args.methods {
         let flags = match name.as_str() {
             effort if crate::effort::Effort::from_str(effort, true).is_ok() => vec!["--effort".into(), name.clone()],
-            method if bitmill_quantize::METHODS.iter().any(|m| m.name() == method) => {
-                ["--method", name, "--tuning-passes", "0"].map(String::from).to_vec()
+            method if let Some(method) = METHODS.iter().find(|m| m.name() == method) => {
+                let mut flags = ["--method", name, "--tuning-passes", "0"].map(String::from).to_vec();
+                // One that makes no integers is asked for what it makes.
+                let integers = SCHEMES
+                    .iter()
+                    .any(|p| matches!(p.scheme.grid, GridKind::Int { .. }) && method.refuses(&p.scheme).is_none());
+                if !integers && let Some(own) = SCHEMES.iter().find(|p| method.refuses(&p.scheme).is_none()) {
+                    flags.extend(["--scheme", own.name].map(String::from));
+                }
+                flags
             }
             _ => bail!("{name} is neither a method nor an effort; --recipe 'NAME=FLAGS' names anything else"),
         };
@@ -198,7 +224,9 @@ fn number(flag: &str, value: Option<usize>) -> Vec<OsString> {
 /// Arguments of `quantize`, output aside.
 fn quantize_args(args: &Args, recipe: &Recipe, bits: u32, group: usize) -> Vec<OsString> {
     let mut all: Vec<OsString> = vec![args.model.clone().into()];
-    all.extend(["--bits".into(), bits.to_string().into(), "--group-size".into(), group.to_string().into()]);
+    if !recipe.names_scheme() {
+        all.extend(["--bits".into(), bits.to_string().into(), "--group-size".into(), group.to_string().into()]);
+    }
     all.extend(recipe.flags.iter().map(OsString::from));
     all.extend(texts("--calibration", &args.calibration));
     all.extend(number("--samples", args.samples));
@@ -233,9 +261,9 @@ fn measured(
     let out = models.join(format!("{plain}-{bits}-{group}"));
     let quantize = quantize_args(args, recipe, bits, group).into_iter();
     let quantize = quantize.chain(["-o".into(), out.clone().into(), "--force".into(), "--no-report".into()]);
-    let made = child(args, "quantize", quantize).with_context(|| format!("{} at {bits} bits", recipe.name))?;
+    let made = child(args, "quantize", quantize).with_context(|| recipe.at(bits))?;
     let eval = std::iter::once(out.clone().into()).chain(eval_args(args));
-    let found = child(args, "eval", eval).with_context(|| format!("evaluating {} at {bits} bits", recipe.name))?;
+    let found = child(args, "eval", eval).with_context(|| format!("evaluating {}", recipe.at(bits)))?;
     if !args.keep {
         let _ = std::fs::remove_dir_all(&out);
     }
@@ -331,7 +359,8 @@ fn table(cells: &[Cell]) -> String {
     let _ = writeln!(out, "  {:>8}  {:>9}", "seconds", "memory");
     for cell in cells {
         let Cell { recipe, bits, group_size, bits_per_weight, .. } = cell;
-        let _ = write!(out, "{recipe:<width$}  {bits:>4}  {group_size:>5}  {bits_per_weight:>7.3}");
+        let [bits, group] = [*bits as usize, *group_size].map(|n| if n == 0 { "-".to_owned() } else { n.to_string() });
+        let _ = write!(out, "{recipe:<width$}  {bits:>4}  {group:>5}  {bits_per_weight:>7.3}");
         for (_, of) in &columns {
             let _ = write!(out, "  {:>18}", of(cell).unwrap_or_default());
         }
