@@ -83,17 +83,7 @@ fn killed_runs_with_every_stage_end_in_the_same_bytes() {
     let (whole, out) = (dir.path().join("whole"), dir.path().join("killed"));
     let extra =
         ["--bits", "3", "--tuning-passes", "1", "--transforms", "rotate,rotate-heads,awq", "--target-shift", "outputs"];
-    let more = [
-        "--token-weights",
-        "attention",
-        "--soft-rounding",
-        "sign",
-        "--soft-steps",
-        "10",
-        "--correct-biases",
-        "--threads",
-        "1",
-    ];
+    let more = ["--token-weights", "attention", "--soft-rounding", "sign", "--soft-steps", "10", "--threads", "1"];
     let stages = [&FEWER, &extra[..], &more].concat();
     success(&mut command(&whole, &stages));
     // The first kills fall into the transforms, the others into blocks with two streams and into tuning. The number of

@@ -21,9 +21,9 @@ pub(crate) struct GoalArgs {
     /// Share of the full-precision model's activations in each Hessian, the rest being the rounded model's
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
     full_share: f32,
-    /// Have biases take up the mean of their linear's error
+    /// Leave biases as they are, instead of having them take up the mean of their linear's error [default: gptq on text corrects them]
     #[arg(long)]
-    correct_biases: bool,
+    keep_biases: bool,
     /// Passes over the calibration text in which each block, as soon as it is rounded, is tuned until it puts out what the
     /// full-precision model's block does
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
@@ -86,9 +86,9 @@ fn parse_share(text: &str) -> Result<f32, String> {
 }
 
 impl GoalArgs {
-    /// What a calibrated run takes the goal of every linear to be; `shift` is what it makes up for and `arithmetic` what it
-    /// multiplies in, unless that is said.
-    pub(crate) fn observation(&self, shift: TargetShift, arithmetic: Arithmetic) -> Observation {
+    /// What a calibrated run takes the goal of every linear to be; `shift` is what it makes up for, `biases` whether its biases help
+    /// and `arithmetic` what it multiplies in, unless that is said.
+    pub(crate) fn observation(&self, shift: TargetShift, biases: bool, arithmetic: Arithmetic) -> Observation {
         Observation {
             shift: match self.target_shift {
                 None => shift,
@@ -102,7 +102,7 @@ impl GoalArgs {
                 Weights::NoSinks => TokenWeights::NoSinks,
             },
             full_share: self.full_share,
-            biases: self.correct_biases,
+            biases: biases && !self.keep_biases,
             damping_search: self.damping_search,
             arithmetic: match self.arithmetic {
                 None => arithmetic,

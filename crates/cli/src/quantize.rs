@@ -58,7 +58,7 @@ pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
     #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
           "transforms", "format", "kv_cache", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
-          "soft_rounding", "target_shift", "token_weights", "full_share", "correct_biases", "damping_search", "arithmetic",
+          "soft_rounding", "target_shift", "token_weights", "full_share", "keep_biases", "damping_search", "arithmetic",
           "reconstruction_passes", "reconstruction_depth", "reconstruction_together",
           "sequence_length", "seed", "written", "size", "decode_time", "max_kl", "max_perplexity_ratio", "options", "least", "ignore", "max_shard_size"])]
     plan: Option<PathBuf>,
@@ -270,7 +270,8 @@ impl How {
         let passes = self.tuning_passes.or((!integers || as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
-        let arithmetic = if flows && effort::feeds_back(&method) { Arithmetic::best() } else { Arithmetic::F32 };
+        let feeds_back = flows && effort::feeds_back(&method);
+        let arithmetic = if feeds_back { Arithmetic::best() } else { Arithmetic::F32 };
         Ok(Settings {
             tuning: self.effort.tuning(&method, &scheme, passes),
             transforms: self.transforms.clone(),
@@ -299,7 +300,7 @@ impl How {
                 scale_refits: self.scale_refits,
                 soft: self.goal.soft(),
             },
-            observation: self.goal.observation(shift, arithmetic),
+            observation: self.goal.observation(shift, feeds_back, arithmetic),
             reconstruction: self.goal.reconstruction(scheme.bits().get()),
             kv_cache: self.kv_cache.is_some(),
             ignore: self.ignore.clone(),
