@@ -63,7 +63,7 @@ class Meter:
         kinds = types(file)
         differ = [n for n in kinds if kinds[n] != self.kinds.get(n)]
         if differ:
-            raise ValueError(f"{name}: {differ[0]} is {kinds[differ[0]]} here and {self.kinds.get(differ[0])} there")
+            raise RuntimeError(f"{name}: {differ[0]} is {kinds[differ[0]]} here and {self.kinds.get(differ[0])} there")
         return self.kl(file)
 
 

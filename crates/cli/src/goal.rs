@@ -78,6 +78,18 @@ enum Weights {
     Attention,
     /// As any other, but attention sinks do not count
     NoSinks,
+    /// By the norm of what enters the block
+    Norm,
+    /// By its distance from the other tokens of its window
+    Distinct,
+    /// The less a block changes it, the more
+    Change,
+    /// The rarer it is in the text, the more
+    Rare,
+    /// The first eighth of each window alone
+    First,
+    /// The first and the last 32nd of each window alone
+    FirstLast,
 }
 
 fn parse_share(text: &str) -> Result<f32, String> {
@@ -100,6 +112,12 @@ impl GoalArgs {
                 Weights::Equal => TokenWeights::Equal,
                 Weights::Attention => TokenWeights::Attention,
                 Weights::NoSinks => TokenWeights::NoSinks,
+                Weights::Norm => TokenWeights::Norm,
+                Weights::Distinct => TokenWeights::Distinct,
+                Weights::Change => TokenWeights::Change,
+                Weights::Rare => TokenWeights::Rare,
+                Weights::First => TokenWeights::First,
+                Weights::FirstLast => TokenWeights::FirstLast,
             },
             full_share: self.full_share,
             biases: biases && !self.keep_biases,

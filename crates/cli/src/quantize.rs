@@ -13,7 +13,7 @@ use bitmill_calibrate::{Imatrix, Pass, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, FORMATS, GGUF, default_format};
 use bitmill_quantize::{
     Arithmetic, Calibration, Finished, METHODS, Plan, RunOptions, ScaleSearch, Settings, SolverOptions, TRANSFORMS,
-    TargetShift, read_plan,
+    TargetShift, Tuning, read_plan,
 };
 use bitmill_scheme::{BLOCKS, Bits, BlockType, Granularity, GridKind, SCHEMES, ScaleType, Scheme, block_scheme};
 use clap::builder::PossibleValuesParser;
@@ -56,7 +56,7 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 pub(crate) struct How {
     /// A plan file in place of the flags that say how: `bitmill plan` writes one, people edit it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes",
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["scheme", "bits", "group_size", "asymmetric", "effort", "method", "tuning_passes", "tuning_top_k",
           "transforms", "format", "kv_cache", "scale_type", "scale_search", "damping", "no_act_order", "descent_sweeps", "scale_refits", "samples",
           "soft_rounding", "target_shift", "token_weights", "full_share", "keep_biases", "damping_search", "arithmetic",
           "reconstruction_passes", "reconstruction_depth", "reconstruction_together",
@@ -86,6 +86,9 @@ pub(crate) struct How {
     /// full-precision logits, after gptq; 0 leaves it out [default: what the effort says]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1000))]
     tuning_passes: Option<u32>,
+    /// Have tuning look at so many of the full-precision model's likeliest tokens instead of all
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(2..))]
+    tuning_top_k: Option<u64>,
     /// What is done to the weights before they are rounded; the model's function stays as it is [default: nothing]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = transform_names(), hide_possible_values = true,
           long_help = transform_help())]
@@ -270,10 +273,11 @@ impl How {
         let passes = self.tuning_passes.or((!integers || as_gguf || !self.mixed.stats.is_empty()).then_some(0));
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
+        let top = self.tuning_top_k.map(|k| usize::try_from(k).unwrap_or(usize::MAX));
         let feeds_back = flows && effort::feeds_back(&method);
         let arithmetic = if feeds_back { Arithmetic::best() } else { Arithmetic::F32 };
         Ok(Settings {
-            tuning: self.effort.tuning(&method, &scheme, passes),
+            tuning: self.effort.tuning(&method, &scheme, passes).map(|t| Tuning { top, ..t }),
             transforms: self.transforms.clone(),
             format,
             scheme,

@@ -9,9 +9,10 @@ use crate::fused::together;
 use crate::journal::{SiteRecord, StageChange, TensorRecord};
 use crate::learn::{Start, ToStored};
 use crate::reconstruction::{Rebuild, RebuiltBlock};
-use crate::seen::{Glimpse, Seen, token_weights};
+use crate::seen::{Glimpse, Seen};
 use crate::sensitivity::quick;
 use crate::shift::targets as targets_of;
+use crate::token_weights::{Look, token_weights};
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
 use bitmill_calibrate::{Stream, StreamKind, in_order};
@@ -30,6 +31,8 @@ pub(crate) struct Flow<'a> {
     pub(crate) rope: &'a RopeTable,
     /// Tokens of each window.
     pub(crate) lengths: &'a [usize],
+    /// How often each token of each window occurs in the text; empty unless tokens count by that.
+    pub(crate) occurrences: &'a [Vec<f32>],
     /// Bytes one stream may take in memory.
     pub(crate) budget: u64,
     /// Folder of spilled streams.
@@ -272,18 +275,35 @@ impl Flow<'_> {
         Ok(out)
     }
 
-    /// Weights of the tokens of every window, by the block's own attention; `None` where all count alike.
+    /// Weights of the tokens of every window; `None` where all count alike.
     fn token_weights(&self, block: &Block) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        let sinks_alone = match self.observation.tokens {
-            TokenWeights::Equal => return Ok(None),
-            TokenWeights::Attention => false,
-            TokenWeights::NoSinks => true,
+        let how = self.observation.tokens;
+        if how == TokenWeights::Equal {
+            return Ok(None);
+        }
+        let compute = |w: usize| -> Result<Vec<f32>, Error> {
+            let enters = || self.tensor(self.hidden, w);
+            let width = self.spec.hidden;
+            Ok(match how {
+                TokenWeights::Equal | TokenWeights::First | TokenWeights::FirstLast => {
+                    token_weights(how, Look::Places(self.lengths[w]))
+                }
+                TokenWeights::Attention | TokenWeights::NoSinks => {
+                    let shares = block.concentration(&block.attn_in(&enters()?)?, self.rope)?;
+                    token_weights(how, Look::Attention(&shares))
+                }
+                TokenWeights::Norm | TokenWeights::Distinct => {
+                    token_weights(how, Look::Entering(&rows(&enters()?)?, width))
+                }
+                TokenWeights::Change => {
+                    let x = enters()?;
+                    let y = block.forward(&x, self.rope)?;
+                    token_weights(how, Look::Passing([&rows(&x)?, &rows(&y)?], width))
+                }
+                TokenWeights::Rare => token_weights(how, Look::Occurrences(&self.occurrences[w])),
+            })
         };
         let mut weights = Vec::new();
-        let compute = |w: usize| -> Result<Vec<f32>, Error> {
-            let x = block.attn_in(&self.tensor(self.hidden, w)?)?;
-            Ok(token_weights(&block.concentration(&x, self.rope)?, sinks_alone))
-        };
         self.windows(compute, &mut |_, part| weights.extend(part))?;
         Ok(Some(weights))
     }

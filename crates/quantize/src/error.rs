@@ -43,6 +43,12 @@ pub enum Error {
         /// The model folder.
         dir: PathBuf,
     },
+    /// Tokens that count by how often they occur, of a model that reads none.
+    #[error("--token-weights rare cannot be used with {dir}: it reads images, which have no tokens; choose another", dir = dir.display())]
+    TokenWeights {
+        /// The model folder.
+        dir: PathBuf,
+    },
     /// A stage that does not know experts.
     #[error(
         "{what} cannot be used with {dir}: it does not know mixtures of experts; leave it out: one scheme for all is rounded from text, tuned if need be", dir = dir.display()

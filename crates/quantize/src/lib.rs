@@ -34,6 +34,7 @@ mod soft;
 mod sweep;
 #[cfg(test)]
 mod tiny;
+mod token_weights;
 mod transforms;
 mod weight;
 

@@ -3,7 +3,8 @@
 use crate::gguf::TensorTypes;
 use crate::weight::is_transposed;
 use crate::{
-    Arithmetic, Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, Transform, gguf, method, transforms,
+    Arithmetic, Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, TokenWeights, Transform, gguf,
+    method, transforms,
 };
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{CACHE_SCALES, Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
@@ -128,6 +129,9 @@ impl Plan {
             complete(input, spec)?;
             if settings.observation.shift == TargetShift::Outputs && !spec.adds_plainly() {
                 return Err(Error::TargetShift { dir: input.dir().into() });
+            }
+            if settings.observation.tokens == TokenWeights::Rare && spec.images.is_some() {
+                return Err(Error::TokenWeights { dir: input.dir().into() });
             }
             if settings.observation.arithmetic == Arithmetic::Bf16 && settings.observation.arithmetic.brain().is_none()
             {

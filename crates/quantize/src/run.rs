@@ -17,9 +17,10 @@ use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::plan::model_scale_type;
 use crate::reconstruction::{Rebuild, RebuiltBlock};
+use crate::token_weights::occurrences;
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
-use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, Unit, method};
+use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, TokenWeights, Unit, method};
 use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
 use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
@@ -495,6 +496,7 @@ struct Calibrated<'a> {
     spec: &'a ModelSpec,
     rope: RopeTable,
     lengths: Vec<usize>,
+    occurrences: Vec<Vec<f32>>,
     budget: u64,
     spill: PathBuf,
     hidden: Stream,
@@ -524,6 +526,9 @@ impl<'a> Calibrated<'a> {
         let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
         let budget = worker.options.stream_memory / streams;
         let (count, lengths) = (windows.count(), windows.lengths());
+        let rare = observation.tokens == TokenWeights::Rare;
+        let texts = (0..if rare { count } else { 0 }).map(|w| windows.tokens(w));
+        let occurrences = occurrences(texts);
         let spill = journal.dir().join("stream-spill");
         let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
         let second = journal.dir().join("stream-full-spill");
@@ -557,15 +562,28 @@ impl<'a> Calibrated<'a> {
         }
         let spill = journal.dir().to_owned();
         let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
-        Ok(Some(Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }))
+        Ok(Some(Calibrated {
+            spec,
+            rope,
+            lengths,
+            occurrences,
+            budget,
+            spill,
+            hidden,
+            full,
+            observation,
+            cache,
+            rebuild,
+        }))
     }
 }
 
 impl Calibrated<'_> {
     fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild } = self;
-        let (budget, full, observation, cache, rebuild) = (*budget, full.as_ref(), *observation, *cache, *rebuild);
-        Flow { spec, rope, lengths, budget, spill, hidden, full, observation, cache, rebuild }
+        let Calibrated { spec, rope, lengths, occurrences, budget, spill, hidden, full, .. } = self;
+        let (budget, full, observation, cache, rebuild) =
+            (*budget, full.as_ref(), self.observation, self.cache, self.rebuild);
+        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, observation, cache, rebuild }
     }
 }
 

@@ -186,6 +186,18 @@ pub enum TokenWeights {
     Attention,
     /// As any other, but for attention sinks, which do not count.
     NoSinks,
+    /// By the norm of what enters the block, sinks capped.
+    Norm,
+    /// By its distance from the other tokens of the window in what enters the block, sinks capped.
+    Distinct,
+    /// The less the block changes it, the more.
+    Change,
+    /// The less often it occurs in the text, the more.
+    Rare,
+    /// Those of the first eighth of a window alone.
+    First,
+    /// Those of the first and the last part of 32 alone.
+    FirstLast,
 }
 
 /// Refinement of the whole rounded model by gradients, after the last block.
@@ -209,6 +221,10 @@ pub struct Tuning {
     /// Share of the windows in whose place the full-precision model writes one of its own, from the second pass on.
     #[serde(default)]
     pub generated: f32,
+    /// Likeliest tokens of the full-precision model whose probabilities alone make up the gradient (KL-Top of OSTQuant); all without it.
+    /// Which pass is best is told by all in any case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<usize>,
 }
 
 impl Tuning {
@@ -221,7 +237,17 @@ impl Tuning {
             3 => (0.004, 0.001),
             _ => (0.002, 0.0005),
         };
-        Tuning { passes, batch: 2, codes: 0.01, scales, norms: scales / 2.0, head, resample: 0.3, generated: 0.5 }
+        Tuning {
+            passes,
+            batch: 2,
+            codes: 0.01,
+            scales,
+            norms: scales / 2.0,
+            head,
+            resample: 0.3,
+            generated: 0.5,
+            top: None,
+        }
     }
 
     /// The step sizes that these rates are of a pass's full.

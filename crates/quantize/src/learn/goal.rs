@@ -17,6 +17,8 @@ pub(super) enum Goal<'a> {
         teacher: &'a Head,
         /// The one under training.
         student: &'a TrainedHead,
+        /// Likeliest tokens of the teacher's that the gradient is of, if not all.
+        top: Option<usize>,
     },
     /// The full-precision hidden states, by mean squared error relative to their mean square: for models without a head.
     States,
@@ -27,7 +29,9 @@ impl Goal<'_> {
     pub(super) fn loss(self, h: &Tensor, reference: &Tensor) -> Result<f64, Error> {
         match self {
             Goal::States => Ok(distance(h, reference)?.0),
-            Goal::Logits { teacher, student } => Ok(divergence([teacher, &student.head], h, reference, None)?.0),
+            Goal::Logits { teacher, student, .. } => {
+                Ok(divergence([teacher, &student.head], h, reference, None, None)?.0)
+            }
         }
     }
 
@@ -35,9 +39,9 @@ impl Goal<'_> {
     pub(super) fn gradients(self, h: &Tensor, reference: &Tensor) -> Result<(Vec<f32>, Option<HeadGradients>), Error> {
         match self {
             Goal::States => Ok((distance(h, reference)?.1, None)),
-            Goal::Logits { teacher, student } => {
+            Goal::Logits { teacher, student, top } => {
                 let mut of_head = student.no_gradients();
-                let (_, grad) = divergence([teacher, &student.head], h, reference, Some(&mut of_head))?;
+                let (_, grad) = divergence([teacher, &student.head], h, reference, top, Some(&mut of_head))?;
                 Ok((grad, Some(of_head)))
             }
         }
@@ -53,11 +57,13 @@ pub(super) fn distance(h: &Tensor, reference: &Tensor) -> Result<(f64, Vec<f32>)
     Ok((error / energy, h.iter().zip(&r).map(slope).collect()))
 }
 
-/// KL(softmax p ‖ softmax q), q the logits of `h` and p those of `reference`; the gradient at the logits is q − p.
+/// KL(softmax p ‖ softmax q), q the logits of `h` and p those of `reference`; the gradient at the logits is q − p. Both are of the `top`
+/// likeliest tokens alone, if that is said.
 fn divergence(
     [teacher, student]: [&Head; 2],
     h: &Tensor,
     reference: &Tensor,
+    top: Option<usize>,
     mut gradients: Option<&mut HeadGradients>,
 ) -> Result<(f64, Vec<f32>), Error> {
     let tokens = h.dim(0)?;
@@ -69,7 +75,10 @@ fn divergence(
         let p = teacher.logits(&reference.narrow(0, from, rows)?)?.flatten_all()?.to_vec1::<f32>()?;
         let vocab = q.len() / rows;
         for (q, p) in q.chunks_exact_mut(vocab).zip(p.chunks_exact(vocab)) {
-            total += softmax_divergence(q, p);
+            total += match top.filter(|&top| top < vocab) {
+                Some(top) => top_divergence(q, p, top),
+                None => softmax_divergence(q, p),
+            };
             q.iter_mut().for_each(|slope| *slope /= tokens as f32);
         }
         if let Some(of_head) = gradients.as_deref_mut() {
@@ -77,6 +86,25 @@ fn divergence(
         }
     }
     Ok((total / tokens as f64, grad))
+}
+
+/// [`softmax_divergence`] over the `top` largest logits of `p` alone; elsewhere the gradient is zero.
+fn top_divergence(q: &mut [f32], p: &[f32], top: usize) -> f64 {
+    let mut likeliest: Vec<u32> = (0..p.len() as u32).collect();
+    let of = |row: &[f32], token: u32| row[token as usize];
+    // Equal logits in the order of their tokens, so that the choice is always the same.
+    let likelier = |&a: &u32, &b: &u32| of(p, b).total_cmp(&of(p, a)).then(a.cmp(&b));
+    if (1..p.len()).contains(&top) {
+        likeliest.select_nth_unstable_by(top - 1, likelier);
+    }
+    likeliest.truncate(top);
+    likeliest.sort_unstable();
+    let mut own: Vec<f32> = likeliest.iter().map(|&token| of(q, token)).collect();
+    let full: Vec<f32> = likeliest.iter().map(|&token| of(p, token)).collect();
+    let divergence = softmax_divergence(&mut own, &full);
+    q.fill(0.0);
+    likeliest.iter().zip(own).for_each(|(&token, slope)| q[token as usize] = slope);
+    divergence
 }
 
 /// Replaces each token after the first by what the full-precision model itself would have said there, with probability
@@ -130,7 +158,7 @@ mod tests {
         let moved = |x: &Tensor, along: &Tensor, t: f64| (x + (along * t).unwrap()).unwrap();
         let random = |like: &Tensor| Tensor::randn(0f32, 1.0, like.shape(), &Device::Cpu).unwrap();
         let trained = |head: &Head| TrainedHead::new(head, Some(|v| v), Some(|v| v), 0.0).unwrap();
-        for goal in [Goal::Logits { teacher: &head, student: &trained(&head) }, Goal::States] {
+        for goal in [Goal::Logits { teacher: &head, student: &trained(&head), top: None }, Goal::States] {
             let value = goal.loss(&h, &r).unwrap();
             let (grad, of_head) = goal.gradients(&h, &r).unwrap();
             assert!(value > 0.0 && grad.len() == 140 * 16);
@@ -145,12 +173,26 @@ mod tests {
                 let mut student = head.clone();
                 student.set_weight(moved(head.weight(), &to_weight, t));
                 student.set_norm(moved(head.norm().unwrap(), &to_norm, t));
-                Goal::Logits { teacher: &head, student: &trained(&student) }.loss(&h, &r).unwrap()
+                Goal::Logits { teacher: &head, student: &trained(&student), top: None }.loss(&h, &r).unwrap()
             };
             let (slope, expected) =
                 ((at(1e-2) - at(-1e-2)) / 2e-2, dot(&to_weight, &of_head.linear) + dot(&to_norm, &of_head.norm));
             assert!(near(slope, expected), "{slope} {expected}");
         }
+    }
+
+    #[test]
+    fn of_the_likeliest_alone_is_a_divergence_of_what_they_share() {
+        let (q, p) = ([0.1, 2.0, -1.0, 0.7, 0.7], [3.0, -2.0, 0.5, 2.5, 0.5]);
+        let mut slopes = q;
+        // Tokens 0, 3 and, of two alike, 2.
+        let all = top_divergence(&mut slopes, &p, 3);
+        let (mut own, full) = ([0.1f32, -1.0, 0.7], [3.0f32, 0.5, 2.5]);
+        assert!((all - softmax_divergence(&mut own, &full)).abs() < 1e-9);
+        assert_eq!(slopes, [own[0], 0.0, own[1], own[2], 0.0]);
+        let (mut some, mut every) = (q, q);
+        assert_eq!(top_divergence(&mut some, &p, 5), softmax_divergence(&mut every, &p));
+        assert_eq!(some, every);
     }
 
     #[test]

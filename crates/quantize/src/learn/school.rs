@@ -85,7 +85,7 @@ impl<'a> School<'a> {
 
     fn goal<'b>(&'b self, student: &'b Student) -> Goal<'b> {
         match (&self.head, &student.head) {
-            (Some(teacher), Some(student)) => Goal::Logits { teacher, student },
+            (Some(teacher), Some(student)) => Goal::Logits { teacher, student, top: self.lesson.tuning.top },
             _ => Goal::States,
         }
     }
