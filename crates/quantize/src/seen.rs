@@ -1,7 +1,7 @@
 //! What a run sees at one site of a block: statistics of the tokens it learns from and of those it judges by, and the
 //! drift between two streams where there are two.
 
-use crate::{Observation, TargetShift};
+use crate::{Observation, TargetShift, TokenWeights};
 use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, held_out};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -73,14 +73,20 @@ impl Seen {
             if seen.is_empty() {
                 continue;
             }
-            let largest = |part: &[f32]| part.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-            self.largest = self.largest.max(seen.par_chunks(1 << 16).map(largest).reduce(|| 0.0, f32::max));
             let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
             let r: Option<Vec<f32>> = weights.map(|weights| {
                 (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
             });
             let share = self.observation.full_share;
             let (stats, cross) = &mut self.parts[part];
+            // Sinks that are left out are so from ranges, too; what other weights leave out, a model still reads.
+            let ranged = r.as_ref().filter(|_| self.observation.tokens == TokenWeights::NoSinks);
+            let largest = |(t, row): (usize, &[f32])| match ranged {
+                Some(r) if r[t] == 0.0 => 0.0,
+                _ => row.iter().fold(0.0f32, |most, v| most.max(v.abs())),
+            };
+            let tokens = seen.par_chunks(stats.width()).enumerate().with_min_len(64);
+            self.largest = self.largest.max(tokens.map(largest).reduce(|| 0.0, f32::max));
             let add = |stats: &mut SiteStats, r: &[f32]| match counted {
                 true => stats.add_weighted(&seen, r),
                 false => stats.add_gram(&seen, r),
@@ -192,5 +198,21 @@ impl Seen {
 pub(crate) fn subtract_outer(m: &mut [f32], a: &[f32], b: &[f32]) {
     for (row, a) in m.chunks_exact_mut(b.len()).zip(a) {
         row.iter_mut().zip(b).for_each(|(m, b)| *m = (f64::from(*m) - f64::from(*a) * f64::from(*b)) as f32);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sinks_that_are_left_out_set_no_range() {
+        let glimpse = || Glimpse { seen: vec![9.0, -40.0, 1.0, -2.0], drift: Vec::new(), residual: Vec::new() };
+        let largest = |tokens| {
+            let mut seen = Seen::new(Observation { tokens, ..Observation::default() }, 2, 0, 1);
+            seen.add(0, &[glimpse()], Some(&[vec![0.0, 2.0]]));
+            seen.largest()
+        };
+        assert_eq!([TokenWeights::NoSinks, TokenWeights::First].map(largest), [2.0, 40.0]);
     }
 }

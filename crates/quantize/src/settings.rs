@@ -184,7 +184,7 @@ pub enum TokenWeights {
     Equal,
     /// By how much it is attended to in its block (RSQ); attention sinks are capped.
     Attention,
-    /// As any other, but for attention sinks, which do not count.
+    /// As any other, but for attention sinks, which count neither in H nor in the ranges of inputs.
     NoSinks,
     /// By the norm of what enters the block, sinks capped.
     Norm,
