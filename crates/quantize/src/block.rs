@@ -373,7 +373,17 @@ impl Flow<'_> {
                     });
                 }
                 if let (Some(means), Some(bias), Some(round)) = (&means, block.bias(*role), group[i].bias) {
-                    let bias = corrected_bias(&rows(bias)?, &weights[i], &done.solved.quantized.dequantize(), means);
+                    let (own, rounded) = (rows(bias)?, done.solved.quantized.dequantize());
+                    let bias = corrected_bias(&own, &weights[i], &rounded, means);
+                    // The mean of the error, which is gone, and what is left about it.
+                    let gone: f64 = own.iter().zip(&bias).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+                    let left: f64 = loss(&goals[i], &rounded, &moments.h).iter().sum();
+                    done.record.stages.push(StageChange {
+                        stage: "bias".into(),
+                        of: "output error".into(),
+                        change: if gone > 0.0 { -gone / (gone + left) } else { 0.0 },
+                        shares: Vec::new(),
+                    });
                     done.bias = Some(bias.into_iter().map(round).collect());
                 }
             }

@@ -78,7 +78,7 @@ fn the_joint_fit_beats_the_plain_one() {
 
 #[test]
 fn signs_and_their_mean_magnitude_are_the_best_of_all() {
-    // Oracle 15 as far as there is a type for it: all 2^12 choices of signs, each with its own best scale.
+    // Oracle 15 for the type of GGUF: all 2^12 choices of signs, each with its own best scale.
     let form = BlockType::Q1_0.form();
     for seed in 0..20 {
         let (w, h) = sample(12, 70 + seed);
