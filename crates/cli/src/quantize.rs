@@ -274,10 +274,16 @@ impl How {
         let flows = self.mixed.stats.is_empty() && !self.gguf.weighs();
         let shift = if flows { self.effort.shift(&method, input) } else { TargetShift::Off };
         let top = self.tuning_top_k.map(|k| usize::try_from(k).unwrap_or(usize::MAX));
+        let tuning = self.effort.tuning(&method, &scheme, passes);
+        if top.is_some() && tuning.is_none() {
+            bail!(
+                "--tuning-top-k says what tuning looks at, and nothing is tuned; ask for it by --tuning-passes or --effort best"
+            );
+        }
         let feeds_back = flows && effort::feeds_back(&method);
         let arithmetic = if feeds_back { Arithmetic::best() } else { Arithmetic::F32 };
         Ok(Settings {
-            tuning: self.effort.tuning(&method, &scheme, passes).map(|t| Tuning { top, ..t }),
+            tuning: tuning.map(|t| Tuning { top, ..t }),
             transforms: self.transforms.clone(),
             format,
             scheme,

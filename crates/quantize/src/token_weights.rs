@@ -46,10 +46,8 @@ pub(crate) fn token_weights(how: TokenWeights, look: Look<'_>) -> Vec<f32> {
         (TokenWeights::Rare, Look::Occurrences(counts)) => spread(counts.iter().map(|count| -count).collect(), false),
         (TokenWeights::First, Look::Places(tokens)) => in_parts(tokens, &[0], 8),
         (TokenWeights::FirstLast, Look::Places(tokens)) => in_parts(tokens, &[0, 31], 32),
-        (_, Look::Attention(x) | Look::Entering(x, _) | Look::Passing([x, _], _) | Look::Occurrences(x)) => {
-            vec![1.0; x.len()]
-        }
-        (_, Look::Places(tokens)) => vec![1.0; tokens],
+        (TokenWeights::Equal, Look::Places(tokens)) => vec![1.0; tokens],
+        (how, look) => unreachable!("{how:?} does not look at {look:?}"),
     }
 }
 
