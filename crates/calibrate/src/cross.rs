@@ -83,25 +83,14 @@ impl CrossStats {
         }
     }
 
-    /// Adds what `other` has seen.
-    pub fn merge(&mut self, other: &CrossStats) {
-        self.weight += other.weight;
-        let floats = [(&mut self.drift, &other.drift), (&mut self.residual, &other.residual)];
-        floats.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
-        let sums = [(&mut self.drift_sum, &other.drift_sum), (&mut self.residual_sum, &other.residual_sum)];
-        sums.into_iter().for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
-    }
-
-    /// E[(x − x̂)·x̂ᵀ], `[n, n]`.
+    /// E[(x − x̂)·x̂ᵀ], `[n, n]`, and E[(h − ĥ)·x̂ᵀ], `[rows, n]`, both times `share`, in the memory of the sums.
     #[must_use]
-    pub fn drift(&self) -> Vec<f32> {
-        self.mean_of(&self.drift)
-    }
-
-    /// E[(h − ĥ)·x̂ᵀ], `[rows, n]`.
-    #[must_use]
-    pub fn residual(&self) -> Vec<f32> {
-        self.mean_of(&self.residual)
+    pub fn into_moments(mut self, share: f32) -> [Vec<f32>; 2] {
+        let scale = if self.weight > 0.0 { share * (1.0 / self.weight) as f32 } else { 0.0 };
+        for sums in [&mut self.drift, &mut self.residual] {
+            sums.iter_mut().for_each(|v| *v *= scale);
+        }
+        [self.drift, self.residual]
     }
 
     /// E[x − x̂], `[n]`.
@@ -119,11 +108,6 @@ impl CrossStats {
     fn means_of(&self, sums: &[f64]) -> Vec<f32> {
         let scale = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
         sums.iter().map(|s| (s * scale) as f32).collect()
-    }
-
-    fn mean_of(&self, sums: &[f32]) -> Vec<f32> {
-        let scale = if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 };
-        sums.iter().map(|v| v * scale).collect()
     }
 }
 
@@ -162,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_follow_their_definition_in_parts_and_merged() {
+    fn moments_follow_their_definition_in_one_part_and_in_two() {
         let (tokens, n, rows) = (30, 5, 70);
         let values = |count: usize, step: usize| -> Vec<f32> {
             (0..count).map(|i| ((i * step % 1013) as f32 - 500.0) / 400.0).collect()
@@ -177,24 +161,24 @@ mod tests {
                 weights: Some(&weights[from..to]),
             });
         };
-        let (mut one, mut a, mut b) = (CrossStats::new(n, rows), CrossStats::new(n, rows), CrossStats::new(n, rows));
+        let (mut one, mut two) = (CrossStats::new(n, rows), CrossStats::new(n, rows));
         part(&mut one, 0, tokens);
-        part(&mut a, 0, 11);
-        part(&mut b, 11, tokens);
-        a.merge(&b);
+        part(&mut two, 0, 11);
+        part(&mut two, 11, tokens);
+        let mean = drift.iter().step_by(n).zip(&weights).map(|(d, r)| d * r).sum::<f32>() / weights.iter().sum::<f32>();
+        assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (two.mean_drift()[0] - mean).abs() < 1e-6);
         let total: f32 = weights.iter().sum();
-        for (values, rows, found, merged) in
-            [(&drift, n, one.drift(), a.drift()), (&residual, rows, one.residual(), a.residual())]
+        let ([drift_of, residual_of], [drift_of_two, residual_of_two]) = (one.into_moments(0.5), two.into_moments(0.5));
+        for (values, rows, found, of_two) in
+            [(&drift, n, drift_of, drift_of_two), (&residual, rows, residual_of, residual_of_two)]
         {
             for i in 0..rows {
                 for j in 0..n {
                     let term = |t: usize| weights[t] * values[t * rows + i] * seen[t * n + j];
-                    let expected = (0..tokens).map(term).sum::<f32>() / total;
-                    assert!((found[i * n + j] - expected).abs() < 1e-5 && (merged[i * n + j] - expected).abs() < 1e-5);
+                    let expected = 0.5 * (0..tokens).map(term).sum::<f32>() / total;
+                    assert!((found[i * n + j] - expected).abs() < 1e-5 && (of_two[i * n + j] - expected).abs() < 1e-5);
                 }
             }
         }
-        let mean = drift.iter().step_by(n).zip(&weights).map(|(d, r)| d * r).sum::<f32>() / total;
-        assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (a.mean_drift()[0] - mean).abs() < 1e-6);
     }
 }

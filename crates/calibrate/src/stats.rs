@@ -104,18 +104,6 @@ impl SiteStats {
         });
     }
 
-    /// Adds what `other` has seen.
-    pub fn merge(&mut self, other: &SiteStats) {
-        self.tokens += other.tokens;
-        self.weight += other.weight;
-        self.gram.iter_mut().zip(&other.gram).for_each(|(a, b)| *a += b);
-        self.weighted_sum.iter_mut().zip(&other.weighted_sum).for_each(|(a, b)| *a += b);
-        self.sum.iter_mut().zip(&other.sum).for_each(|(a, b)| *a += b);
-        self.abs_sum.iter_mut().zip(&other.abs_sum).for_each(|(a, b)| *a += b);
-        self.fourth_sum.iter_mut().zip(&other.fourth_sum).for_each(|(a, b)| *a += b);
-        self.abs_max.iter_mut().zip(&other.abs_max).for_each(|(a, &b)| *a = a.max(b));
-    }
-
     /// Width of the input.
     #[must_use]
     pub fn width(&self) -> usize {
@@ -137,8 +125,19 @@ impl SiteStats {
     /// H = E[x·xᵀ], weighted where tokens were, row-major `[n, n]`.
     #[must_use]
     pub fn hessian(&self) -> Vec<f32> {
-        let scale = if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 };
-        self.gram.iter().map(|v| v * scale).collect()
+        self.gram.iter().map(|v| v * self.scale()).collect()
+    }
+
+    /// The same in the memory of the sums.
+    #[must_use]
+    pub fn into_hessian(mut self) -> Vec<f32> {
+        let scale = self.scale();
+        self.gram.iter_mut().for_each(|v| *v *= scale);
+        self.gram
+    }
+
+    fn scale(&self) -> f32 {
+        if self.weight > 0.0 { (1.0 / self.weight) as f32 } else { 0.0 }
     }
 
     /// E[x], per input, weighted as H is: H minus its outer product is the second moment about it.
@@ -175,9 +174,7 @@ impl SiteStats {
     /// The shape of the distribution: what makes an activation hard to round.
     #[must_use]
     pub fn spread(&self) -> Spread {
-        let scale = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
-        let square: Vec<f64> = (0..self.n).map(|i| f64::from(self.gram[i * self.n + i]) * scale).collect();
-        Spread::of(&square, Some(&self.fourth()), &self.abs_max)
+        Spread::of_parts(&[self])
     }
 
     /// Whether every number is finite.
@@ -200,6 +197,21 @@ pub struct Spread {
 }
 
 impl Spread {
+    /// That of everything that `parts` have seen, which are of one width.
+    ///
+    /// # Panics
+    /// Where there is none: a caller's bug.
+    #[must_use]
+    pub fn of_parts(parts: &[&SiteStats]) -> Self {
+        let (n, sum) = (parts[0].n, |of: &dyn Fn(&SiteStats) -> f64| parts.iter().map(|s| of(s)).sum::<f64>());
+        let (weight, tokens) = (sum(&|s| s.weight), sum(&|s| s.tokens as f64));
+        let scale = if weight > 0.0 { 1.0 / weight } else { 0.0 };
+        let square: Vec<f64> = (0..n).map(|i| sum(&|s| f64::from(s.gram[i * n + i])) * scale).collect();
+        let fourth: Vec<f32> = (0..n).map(|i| (sum(&|s| s.fourth_sum[i]) / tokens.max(1.0)) as f32).collect();
+        let most = |i: usize| parts.iter().fold(0.0f32, |most, s| most.max(s.abs_max[i]));
+        Spread::of(&square, Some(&fourth), &(0..n).map(most).collect::<Vec<_>>())
+    }
+
     /// From E[x²], E[x⁴] and max |x|, each per input.
     #[must_use]
     pub fn of(square: &[f64], fourth: Option<&[f32]>, abs_max: &[f32]) -> Self {

@@ -375,6 +375,11 @@ impl Checkpoint {
         self.shards.iter().map(Shard::survey)
     }
 
+    /// Takes what was read so far out of the memory of this process. Tensors stay readable.
+    pub fn release(&self) {
+        self.shards.iter().for_each(Shard::release);
+    }
+
     /// Relative paths of all other regular files, sorted: tokenizer, generation config, licence and so on. Hidden
     /// files and folders are skipped; links to files count as files, since download caches are made of them.
     ///

@@ -329,6 +329,13 @@ impl Block {
         self.at_mut(role).matrix = Matrix::Dense(weight);
     }
 
+    /// Drops a linear that no piece to come runs through.
+    pub fn forget(&mut self, role: Role) {
+        if let Some(at) = role.index() {
+            self.linears[at] = None;
+        }
+    }
+
     /// Has dense linears multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded to eight bits
     /// of mantissa then, and products take half the time.
     pub fn multiply_by(&mut self, brain: Option<Brain>) {

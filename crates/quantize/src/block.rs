@@ -11,7 +11,7 @@ use crate::learn::{Start, ToStored};
 use crate::reconstruction::{Rebuild, RebuiltBlock};
 use crate::seen::{Glimpse, Seen};
 use crate::sensitivity::quick;
-use crate::shift::targets as targets_of;
+use crate::shift::{Shifted, choose};
 use crate::token_weights::{Look, token_weights};
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
@@ -19,11 +19,19 @@ use bitmill_calibrate::{Stream, StreamKind, in_order};
 use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
 use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::Instant;
 
 /// Tokens whose activations are in memory at a time. It fixes the order of sums, so it is a constant.
 pub(crate) const BATCH_TOKENS: usize = 16_384;
+/// Numbers of them of one stream, which limit the tokens of wide sites: 256 MB.
+const BATCH_NUMBERS: usize = 1 << 26;
+
+/// Bytes of the activations of one stream that are in memory at a time, where they are of width `n`.
+pub(crate) fn batch_bytes(n: u64) -> u64 {
+    4 * (BATCH_TOKENS as u64 * n).min(BATCH_NUMBERS as u64)
+}
 
 /// The calibration text on its way through the model.
 pub(crate) struct Flow<'a> {
@@ -120,7 +128,7 @@ impl Flow<'_> {
         on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let spec = self.spec;
-        let full = self.full.map(|hidden| (block.clone(), hidden));
+        let mut full = self.full.map(|hidden| (block.clone(), hidden));
         // The stream is overwritten on its way through the block, which reconstruction enters again.
         let entered = self.rebuild.map(|_| self.entered()).transpose()?;
         let mut start = entered.as_ref().map(|_| Vec::new());
@@ -147,12 +155,19 @@ impl Flow<'_> {
                 on(Moment::Cache(scales))?;
             }
             let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
-            self.windows(glimpse, &mut |first, glimpses| {
+            self.windows(width, glimpse, &mut |first, glimpses| {
                 if let Some(seen) = &mut seen {
                     let weights = weights.as_ref().map(|all| &all[first..first + glimpses.len()]);
-                    seen.add(first, &glimpses, weights);
+                    seen.add(first, glimpses, weights);
                 }
             })?;
+            if let (Some(before), None) = (i.checked_sub(1), &entered) {
+                // Nothing runs through them again.
+                for role in spec.sites(index)[before].linears {
+                    block.forget(*role);
+                    full.iter_mut().for_each(|(full, _)| full.forget(*role));
+                }
+            }
             x = Some(next);
             if let (2, Some(_), Some(x)) = (i, spec.routed(index), &x) {
                 let from = Routed { x, weights: weights.as_deref(), full: full.as_ref().map(|(block, _)| block) };
@@ -166,7 +181,7 @@ impl Flow<'_> {
             }
             let (site, tokens) = (at.name.into(), seen.tokens());
             on(Moment::Seen(SiteRecord { block: index, site, tokens, prior: None, spread: seen.spread() }))?;
-            self.round_site(&mut block, &wanted, &seen, (method, options), &mut start, on)?;
+            self.round_site(&mut block, &wanted, seen, (method, options), &mut start, on)?;
         }
         let Some(x) = x else { return Ok(()) };
         let finish = |w: usize| {
@@ -178,7 +193,7 @@ impl Flow<'_> {
             }
             Ok(())
         };
-        self.windows(finish, &mut |_, _| {})?;
+        self.windows(0, finish, &mut |_, _| {})?;
         match (entered, full, start) {
             (Some(entered), Some((full, _)), Some(start)) => self.rebuild(index, [block, full], start, &entered, on),
             _ => Ok(()),
@@ -191,7 +206,7 @@ impl Flow<'_> {
         &self,
         block: &mut Block,
         targets: &[&Target<'_>],
-        seen: &Seen,
+        seen: Seen,
         (method, options): (&dyn Method, &SolverOptions),
         start: &mut Option<Vec<Start>>,
         on: &mut dyn FnMut(Moment<'_>) -> Result<(), Error>,
@@ -216,7 +231,7 @@ impl Flow<'_> {
     fn cache_scales(&self, block: &Block, x: &Stream, scale: ScaleType) -> Result<[f32; 2], Error> {
         let mut most = [0.0f32; 2];
         let one = |w: usize| Ok(block.cache_range(&self.tensor(x, w)?, self.rope)?);
-        self.windows(one, &mut |_, ranges| {
+        self.windows(0, one, &mut |_, ranges| {
             ranges.iter().for_each(|range| most.iter_mut().zip(range).for_each(|(m, r)| *m = m.max(*r)));
         })?;
         Ok(most.map(|amax| Activations::StaticFp8.calibrated(amax, scale).unwrap_or(1.0)))
@@ -304,19 +319,21 @@ impl Flow<'_> {
             })
         };
         let mut weights = Vec::new();
-        self.windows(compute, &mut |_, part| weights.extend(part))?;
+        self.windows(0, compute, &mut |_, part| weights.extend(part))?;
         Ok(Some(weights))
     }
 
-    /// Runs `compute` for all windows and hands what it returns to `consume`, in window order, with the first window of
-    /// each batch.
+    /// Runs `compute` for all windows and hands what it returns, which is of `width` numbers for each token and stream, to
+    /// `consume`, in window order, with the first window of each batch.
     pub(crate) fn windows<T: Send>(
         &self,
+        width: usize,
         compute: impl Fn(usize) -> Result<T, Error> + Sync,
         consume: &mut dyn FnMut(usize, Vec<T>),
     ) -> Result<(), Error> {
         let longest = self.lengths.iter().copied().max().unwrap_or(1);
-        let batch = (BATCH_TOKENS / longest).clamp(1, 64);
+        let batch = BATCH_TOKENS.min(BATCH_NUMBERS / width.max(1)) / longest;
+        let batch = batch.clamp(1, 64);
         in_order(self.hidden.windows(), batch, compute, |first, results| {
             consume(first, results);
             Ok(())
@@ -340,56 +357,75 @@ impl Flow<'_> {
         &self,
         block: &Block,
         targets: &[&Target<'_>],
-        seen: &Seen,
+        seen: Seen,
         method: &dyn Method,
         options: &SolverOptions,
     ) -> Result<Vec<(Role, Done)>, Error> {
-        let mut all = Vec::new();
         let corrected = |t: &Target<'_>| self.observation.biases && t.bias.is_some();
-        for centred in [false, true] {
-            let group: Vec<&Target<'_>> = targets.iter().copied().filter(|t| corrected(t) == centred).collect();
-            if group.is_empty() {
-                continue;
+        let (centred, plain): (Vec<&Target<'_>>, Vec<_>) = targets.iter().partition(|t| corrected(t));
+        let mut all = Vec::new();
+        // Who comes last takes what was seen; both are there in few models.
+        let mut seen = Some(seen);
+        for (group, is_centred) in [(plain, false), (centred.clone(), true)] {
+            let others = !is_centred && !centred.is_empty();
+            let seen = if group.is_empty() || others { seen.clone() } else { seen.take() };
+            if let (Some(seen), false) = (seen, group.is_empty()) {
+                all.extend(self.solve_group(block, &group, (seen, is_centred), (method, options))?);
             }
-            let weights = group.iter().map(|t| rows(block.linear(t.role))).collect::<Result<Vec<_>, _>>()?;
-            let shifted = targets_of(&weights, seen, centred);
-            let goals = match &shifted {
-                Some(shifted) => shifted.iter().map(|s| s.target.clone()).collect(),
-                None => weights.clone(),
-            };
-            let moments = seen.all(centred);
-            let means = if centred { Some(seen.means()) } else { None };
-            let (options, damping) = self.damped(&group, &goals, seen, centred, (method, options))?;
-            let mut solved =
-                solve_targets(&group, &goals, (&moments.h, seen.tokens(), seen.largest()), method, &options)?;
-            for (i, (role, done)) in solved.iter_mut().enumerate() {
-                done.record.stages.extend(damping.clone());
-                if let Some(shift) = shifted.as_ref().map(|s| &s[i]) {
-                    done.record.stages.push(StageChange {
-                        stage: "target shift".into(),
-                        of: "output error on held-out tokens".into(),
-                        change: shift.change,
-                        shares: shift.shares.to_vec(),
-                    });
-                }
-                if let (Some(means), Some(bias), Some(round)) = (&means, block.bias(*role), group[i].bias) {
-                    let (own, rounded) = (rows(bias)?, done.solved.quantized.dequantize());
-                    let bias = corrected_bias(&own, &weights[i], &rounded, means);
-                    // The mean of the error, which is gone, and what is left about it.
-                    let gone: f64 = own.iter().zip(&bias).map(|(a, b)| f64::from(a - b).powi(2)).sum();
-                    let left: f64 = loss(&goals[i], &rounded, &moments.h).iter().sum();
-                    done.record.stages.push(StageChange {
-                        stage: "bias".into(),
-                        of: "output error".into(),
-                        change: if gone > 0.0 { -gone / (gone + left) } else { 0.0 },
-                        shares: Vec::new(),
-                    });
-                    done.bias = Some(bias.into_iter().map(round).collect());
-                }
-            }
-            all.extend(solved);
         }
         Ok(all)
+    }
+
+    /// Rounds linears of one site that are all corrected by their biases, or none of them.
+    fn solve_group(
+        &self,
+        block: &Block,
+        group: &[&Target<'_>],
+        (seen, centred): (Seen, bool),
+        (method, options): (&dyn Method, &SolverOptions),
+    ) -> Result<Vec<(Role, Done)>, Error> {
+        let weights = group.iter().map(|t| rows(block.linear(t.role))).collect::<Result<Vec<_>, _>>()?;
+        let (tokens, largest) = (seen.tokens(), seen.largest());
+        let (learnt, held) = seen.moments(centred);
+        let shifts = self.observation.shift != TargetShift::Off;
+        let choice = held.as_ref().filter(|_| shifts).and_then(|held| choose(&weights, &learnt, held));
+        let apart = held.as_ref().filter(|_| self.observation.damping_search && !learnt.is_empty());
+        let apart = apart.map(|held| [learnt.h.clone(), held.h.clone()]);
+        let moments = match held {
+            Some(held) => learnt.merged(held),
+            None => learnt,
+        };
+        let shifted = choice.and_then(|choice| choice.targets(&weights, &moments));
+        let (h, [mean, mean_drift, mean_residual]) = moments.into_parts();
+        let means = if shifts { [mean, mean_drift, mean_residual] } else { [mean, Vec::new(), Vec::new()] };
+        let (goals, shifts): (Cow<'_, [Vec<f32>]>, Option<Vec<StageChange>>) = match shifted {
+            Some(shifted) => {
+                let (goals, stages) = shifted.into_iter().map(Shifted::apart).unzip();
+                (Cow::Owned(goals), Some(stages))
+            }
+            None => (Cow::Borrowed(&weights), None),
+        };
+        let (options, damping) = self.damped(group, &goals, (apart, largest), (method, options))?;
+        let mut solved = solve_targets(group, &goals, (&h, tokens, largest), method, &options)?;
+        for (i, (role, done)) in solved.iter_mut().enumerate() {
+            done.record.stages.extend(damping.clone());
+            done.record.stages.extend(shifts.as_ref().map(|s| s[i].clone()));
+            if let (true, Some(bias), Some(round)) = (centred, block.bias(*role), group[i].bias) {
+                let (own, rounded) = (rows(bias)?, done.solved.quantized.dequantize());
+                let bias = corrected_bias(&own, &weights[i], &rounded, &means);
+                // The mean of the error, which is gone, and what is left about it.
+                let gone: f64 = own.iter().zip(&bias).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+                let left: f64 = loss(&goals[i], &rounded, &h).iter().sum();
+                done.record.stages.push(StageChange {
+                    stage: "bias".into(),
+                    of: "output error".into(),
+                    change: if gone > 0.0 { -gone / (gone + left) } else { 0.0 },
+                    shares: Vec::new(),
+                });
+                done.bias = Some(bias.into_iter().map(round).collect());
+            }
+        }
+        Ok(solved)
     }
 }
 
@@ -397,21 +433,19 @@ impl Flow<'_> {
 const DAMPINGS: [(f32, f32); 6] = [(0.001, 0.0), (0.01, 0.0), (0.05, 0.0), (0.01, 0.05), (0.01, 0.15), (0.01, 0.4)];
 
 impl Flow<'_> {
-    /// The options with the damping and shrinkage of H that lose least on held-out tokens, where that is asked for:
-    /// rounded against H of the others, without refinements.
+    /// The options with the damping and shrinkage of H that lose least on held-out tokens, where there are H of the others and
+    /// of these `apart`: rounded against the first, without refinements.
     fn damped(
         &self,
         targets: &[&Target<'_>],
         goals: &[Vec<f32>],
-        seen: &Seen,
-        centred: bool,
+        (apart, largest): (Option<[Vec<f32>; 2]>, f32),
         (method, options): (&dyn Method, &SolverOptions),
     ) -> Result<(SolverOptions, Option<StageChange>), Error> {
-        let apart = if self.observation.damping_search { seen.apart(centred) } else { None };
         let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
         let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
             let options = SolverOptions { damping, shrinkage, ..quick(options) };
-            let solved = solve_targets(targets, goals, (&learnt, 0, seen.largest()), method, &options)?;
+            let solved = solve_targets(targets, goals, (&learnt, 0, largest), method, &options)?;
             let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
                 let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
                 let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
@@ -520,7 +554,7 @@ impl TensorRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::seen::subtract_outer;
+    use crate::seen::add_outer;
     use crate::sweep::tests::{Random, random_w};
 
     #[test]
@@ -543,7 +577,7 @@ mod tests {
             x.chunks(n).map(|x| (0..m).map(|i| one(x, i)).sum::<f64>()).sum::<f64>() / tokens as f64
         };
         let mut centred = stats.hessian();
-        subtract_outer(&mut centred, &mean, &mean);
+        add_outer(-1.0, &mut centred, &mean, &mean);
         let predicted: f64 = loss(&w, &rounded, &centred).iter().sum();
         assert!((error(&new) / predicted - 1.0).abs() < 1e-4, "{} {predicted}", error(&new));
         for i in 0..m {

@@ -1,6 +1,7 @@
 //! What a plan costs, from headers alone: arithmetic, memory and disk, and bytes by role and scheme.
 
-use crate::{Action, Arithmetic, Needs, Plan, ScaleSearch, Unit};
+use crate::block::batch_bytes;
+use crate::{Action, Arithmetic, Needs, Plan, ScaleSearch, TargetShift, Unit};
 use bitmill_models::{Expert, ModelSpec, Role, SITES};
 use std::collections::BTreeMap;
 
@@ -138,29 +139,36 @@ impl Plan {
             + written as u64
     }
 
-    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: one block in f32
-    /// twice (the weights, and the working copy of its largest site), the Hessian of its widest site in the forms the
-    /// solver holds at once, and the activations of one batch.
+    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: what is known of the
+    /// widest site, and either what collects it (one block in f32, twice with two streams, and the activations of one batch)
+    /// or what solves it (a factor of its Hessian in f64, and a few copies of its largest matrix).
     #[must_use]
     pub fn peak_memory(&self, stream: u64) -> u64 {
+        let observation = &self.settings.observation;
+        let lanes = 1 + u64::from(self.settings.two_streams());
+        let parts = 1 + u64::from(observation.damping_search || observation.shift != TargetShift::Off);
         let unit = |u: &Unit| -> u64 {
-            let weights = u.tensors.iter().map(|t| match &t.action {
-                Action::Quantize { shape, .. } => (shape[0] * shape[1]) as u64 * 4,
-                Action::Copy => 0,
-            });
-            let widest = u.tensors.iter().filter_map(|t| match &t.action {
-                Action::Quantize { shape, .. } => Some(shape[1] as u64),
+            let shapes = u.tensors.iter().filter_map(|t| match &t.action {
+                Action::Quantize { shape, .. } => Some(shape.map(|n| n as u64)),
                 Action::Copy => None,
             });
-            let n = widest.max().unwrap_or(0);
-            let weights: u64 = weights.sum();
+            let shapes: Vec<[u64; 2]> = shapes.collect();
+            let weights: u64 = shapes.iter().map(|[rows, n]| rows * n * 4).sum();
+            let largest = shapes.iter().map(|[rows, n]| rows * n * 4).max().unwrap_or(0);
+            let [rows, n] = shapes.iter().copied().max_by_key(|[_, n]| *n).unwrap_or_default();
             // Blocks in full precision, and those that learn twice, with latents and their moments.
             let rebuilt = self.settings.reconstruction.as_ref().map_or(0, |how| {
                 let depth = u64::from(how.depth);
                 let learning = if how.together { depth } else { 1 };
                 weights * (1 + depth) + crate::learn::memory(learning * weights / 4, 0, None)
             });
-            weights * 3 + rebuilt + if self.calibrated { n * n * 24 + n * 16384 * 12 } else { 0 }
+            if !self.calibrated {
+                return weights * 3 + rebuilt;
+            }
+            let sums = 4 * parts * (lanes * n * n + (lanes - 1) * rows * n);
+            // Each window's part, and all of them on their way into sums.
+            let batch = 2 * lanes * batch_bytes(n);
+            sums + (lanes * weights + batch).max(8 * n * n + 4 * largest) + rebuilt
         };
         let experts = match self.spec.as_ref().map(|spec| (spec, spec.routing.as_ref())) {
             Some((spec, Some(routing))) if self.calibrated => {

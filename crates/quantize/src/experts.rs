@@ -120,7 +120,7 @@ impl Flow<'_> {
                     let own = |t: &&Target<'_>| t.role.expert() == Some(expert) && reads(t.role);
                     let own: Vec<&Target<'_>> = targets.iter().filter(own).collect();
                     if !own.is_empty() {
-                        self.round_site(block, &own, &seen, how, start, on)?;
+                        self.round_site(block, &own, seen, how, start, on)?;
                     }
                 }
             }
@@ -136,7 +136,7 @@ impl Flow<'_> {
             let routes = routes.map(|routes| routes.tokens).unwrap_or_default();
             Ok(routes.into_iter().map(|t| t.into_iter().map(|(token, _)| token).collect()).collect())
         };
-        self.windows(one, &mut |_, results| tokens.extend(results))?;
+        self.windows(0, one, &mut |_, results| tokens.extend(results))?;
         Ok(Dealt { tokens, sample: spaced(self.lengths, SAMPLE) })
     }
 
@@ -173,7 +173,7 @@ impl Flow<'_> {
             group.iter().map(of).collect()
         };
         let sampled: usize = dealt.sample.iter().map(Vec::len).sum();
-        self.windows(one, &mut |first, mut batch| {
+        self.windows(0, one, &mut |first, mut batch| {
             let windows = first..first + batch.len();
             let weight = |w: usize, t: usize| from.weights.map_or(1.0, |weights| weights[w][t]);
             for (i, (&expert, seen)) in group.iter().zip(&mut seen).enumerate() {
@@ -182,10 +182,10 @@ impl Flow<'_> {
                 };
                 let own = |w: usize| dealt.of(w, expert, self.lengths[w]).into_iter().map(|t| weight(w, t)).collect();
                 let weights: Option<Vec<Vec<f32>>> = from.weights.map(|_| windows.clone().map(own).collect());
-                seen.add(first, &part(0), weights.as_deref());
+                seen.add(first, part(0), weights.as_deref());
                 let each = self.input_width(site, expert) as f32 / sampled as f32;
                 let prior = |w: usize| dealt.sample[w].iter().map(|&t| each * weight(w, t)).collect();
-                seen.add_prior(first, &part(1), &windows.clone().map(prior).collect::<Vec<_>>());
+                seen.add_prior(first, part(1), &windows.clone().map(prior).collect::<Vec<_>>());
             }
         })?;
         Ok(seen)

@@ -93,11 +93,11 @@ impl Factor {
 }
 
 /// H with `damping` times its mean diagonal added, and the mean diagonal where an input was never active.
-pub(crate) fn damped(h: &[f32], n: usize, damping: f32) -> Vec<f32> {
+pub(crate) fn damped<T: From<f32> + Copy>(h: &[f32], n: usize, damping: f32) -> Vec<T> {
     let mean = mean_diagonal(h, n);
-    let mut out = h.to_vec();
-    for d in out.iter_mut().step_by(n + 1) {
-        *d = raised(f64::from(*d), mean, damping) as f32;
+    let mut out: Vec<T> = h.iter().map(|&v| T::from(v)).collect();
+    for (d, h) in out.iter_mut().step_by(n + 1).zip(h.iter().step_by(n + 1)) {
+        *d = T::from(raised(f64::from(*h), mean, damping) as f32);
     }
     out
 }
@@ -182,6 +182,6 @@ mod tests {
         assert!(f.diagonal.iter().all(|&d| d > 0.0));
         assert_eq!(Factor::new(&vec![0.0; n * n], &order, 0.01).unwrap().diagonal, vec![1.01; n]);
         assert!(Factor::new(&vec![f32::NAN; n * n], &order, 0.01).is_err());
-        assert_eq!(damped(&h, n, 0.5)[3 * n + 3], 1.5 * mean_diagonal(&h, n) as f32);
+        assert_eq!(damped::<f32>(&h, n, 0.5)[3 * n + 3], 1.5 * mean_diagonal(&h, n) as f32);
     }
 }

@@ -225,6 +225,8 @@ pub fn run(
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
         let _ = std::fs::remove_file(journal.full_stream(unit));
+        // No unit reads the weights of another.
+        input.release();
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);

@@ -4,13 +4,12 @@
 use crate::{Observation, TargetShift, TokenWeights};
 use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, held_out};
 use rayon::prelude::*;
-use std::borrow::Cow;
 
 /// One window in this many is held out.
 const HELD_OUT: usize = 8;
 
 /// Activations of one window at a site, row-major.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(crate) struct Glimpse {
     /// x̂ `[tokens, n]`.
     pub(crate) seen: Vec<f32>,
@@ -21,6 +20,7 @@ pub(crate) struct Glimpse {
 }
 
 /// Everything seen at a site.
+#[derive(Clone)]
 pub(crate) struct Seen {
     observation: Observation,
     /// Windows in all.
@@ -31,13 +31,19 @@ pub(crate) struct Seen {
     largest: f32,
 }
 
-/// Second moments of a site, and what they are used for.
+/// Second moments of some tokens at a site, and means that go with them.
 pub(crate) struct Moments {
+    /// Σ r over them.
+    weight: f64,
     /// H `[n, n]`.
     pub(crate) h: Vec<f32>,
     /// E[(x − x̂)·x̂ᵀ] `[n, n]` and E[(h − ĥ)·x̂ᵀ] `[hidden, n]`; empty without two streams.
     pub(crate) drift: Vec<f32>,
     pub(crate) residual: Vec<f32>,
+    /// E[x̂], E[x − x̂] and E[h − ĥ]; the last two are empty without two streams.
+    pub(crate) means: [Vec<f32>; 3],
+    /// Whether the moments are about the means.
+    centred: bool,
 }
 
 impl Seen {
@@ -51,29 +57,32 @@ impl Seen {
     }
 
     /// Adds windows from `first` on, with the `weights` of their tokens.
-    pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
+    pub(crate) fn add(&mut self, first: usize, glimpses: Vec<Glimpse>, weights: Option<&[Vec<f32>]>) {
         self.take(first, glimpses, weights, true);
     }
 
     /// Adds tokens, as many times as their weights say, to the moments alone: they do not count as seen.
-    pub(crate) fn add_prior(&mut self, first: usize, glimpses: &[Glimpse], weights: &[Vec<f32>]) {
+    pub(crate) fn add_prior(&mut self, first: usize, glimpses: Vec<Glimpse>, weights: &[Vec<f32>]) {
         self.take(first, glimpses, Some(weights), false);
     }
 
-    fn take(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>, counted: bool) {
+    fn take(&mut self, first: usize, mut glimpses: Vec<Glimpse>, weights: Option<&[Vec<f32>]>, counted: bool) {
         let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
-            let of = |what: fn(&Glimpse) -> &Vec<f32>| -> Vec<f32> {
-                let parts: Vec<&[f32]> =
-                    (first..).zip(glimpses).filter(|(w, _)| mine(*w)).map(|(_, g)| &what(g)[..]).collect();
-                parts.concat()
+            // Each window's numbers go as they are taken: at a wide site they are what memory is full of.
+            let mut of = |what: fn(&mut Glimpse) -> &mut Vec<f32>| -> Vec<f32> {
+                let mut all = Vec::new();
+                for (_, glimpse) in (first..).zip(&mut glimpses).filter(|(w, _)| mine(*w)) {
+                    all.append(&mut std::mem::take(what(glimpse)));
+                }
+                all
             };
-            let seen = of(|g| &g.seen);
+            let seen = of(|g| &mut g.seen);
             if seen.is_empty() {
                 continue;
             }
-            let (drift, residual) = (of(|g| &g.drift), of(|g| &g.residual));
+            let (drift, residual) = (of(|g| &mut g.drift), of(|g| &mut g.residual));
             let r: Option<Vec<f32>> = weights.map(|weights| {
                 (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
             });
@@ -125,80 +134,79 @@ impl Seen {
 
     /// How far the activation is from evenly spread numbers, over all tokens.
     pub(crate) fn spread(&self) -> Spread {
-        self.merged().0.spread()
+        Spread::of_parts(&self.parts.each_ref().map(|(stats, _)| stats))
     }
 
-    /// Moments of what was learnt from and of what was held out; `None` where either is empty or nothing is to be shifted.
-    pub(crate) fn split(&self, centred: bool) -> Option<[Moments; 2]> {
-        let filled = self.parts.iter().all(|(stats, cross)| stats.weight() > 0.0 && cross.is_some());
-        (filled && self.observation.shift != TargetShift::Off)
-            .then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred)))
-    }
-
-    /// H of what was learnt from and of what was held out; `None` where either is empty.
-    pub(crate) fn apart(&self, centred: bool) -> Option<[Vec<f32>; 2]> {
-        let filled = self.parts.iter().all(|(stats, _)| stats.weight() > 0.0);
-        filled.then(|| self.parts.each_ref().map(|part| self.moments_of(part, centred).h))
-    }
-
-    /// Moments of everything. `centred` takes the means out, for linears whose bias takes care of them.
-    pub(crate) fn all(&self, centred: bool) -> Moments {
-        self.moments_of(&self.merged(), centred)
-    }
-
-    /// Both parts as one.
-    fn merged(&self) -> Cow<'_, (SiteStats, Option<CrossStats>)> {
-        let [first, (stats, cross)] = &self.parts;
-        let mut all = Cow::Borrowed(first);
-        if stats.weight() > 0.0 {
-            let (both, both_cross) = all.to_mut();
-            both.merge(stats);
-            if let (Some(a), Some(b)) = (both_cross, cross) {
-                a.merge(b);
-            }
-        }
-        all
-    }
-
-    /// E[x̂], E[x − x̂] and E[h − ĥ]; the last two are empty without two streams.
-    pub(crate) fn means(&self) -> [Vec<f32>; 3] {
-        let merged = self.merged();
-        let (stats, cross) = &*merged;
-        let shifted = cross.as_ref().filter(|_| self.observation.shift != TargetShift::Off);
-        let share = 1.0 - self.observation.full_share;
-        let scaled = |m: Vec<f32>| m.into_iter().map(|v| v * share).collect();
-        let means = |c: &CrossStats| [scaled(c.mean_drift()), scaled(c.mean_residual())];
-        let [drift, residual] = shifted.map_or([Vec::new(), Vec::new()], means);
-        [stats.centre(), drift, residual]
-    }
-
-    fn moments_of(&self, (stats, cross): &(SiteStats, Option<CrossStats>), centred: bool) -> Moments {
-        let share = 1.0 - self.observation.full_share;
-        let scaled = |mut m: Vec<f32>| {
-            m.iter_mut().for_each(|v| *v *= share);
-            m
-        };
-        let mut moments = Moments { h: stats.hessian(), drift: Vec::new(), residual: Vec::new() };
-        if let Some(cross) = cross {
-            (moments.drift, moments.residual) = (scaled(cross.drift()), scaled(cross.residual()));
-        }
-        if centred {
-            let mean = stats.centre();
-            subtract_outer(&mut moments.h, &mean, &mean);
-            if let Some(cross) = cross {
-                subtract_outer(&mut moments.drift, &scaled(cross.mean_drift()), &mean);
-                subtract_outer(&mut moments.residual, &scaled(cross.mean_residual()), &mean);
-            }
-        }
-        moments
+    /// Moments of what was learnt from, and of what was held out if anything was. `centred` takes the means out, for linears
+    /// whose bias takes care of them.
+    pub(crate) fn moments(self, centred: bool) -> (Moments, Option<Moments>) {
+        let [learnt, held] = self.parts;
+        let held = (held.0.weight() > 0.0).then_some(held);
+        (
+            Moments::of(learnt, &self.observation, centred),
+            held.map(|held| Moments::of(held, &self.observation, centred)),
+        )
     }
 }
 
-/// `m −= a·bᵀ`.
-pub(crate) fn subtract_outer(m: &mut [f32], a: &[f32], b: &[f32]) {
-    for (row, a) in m.chunks_exact_mut(b.len()).zip(a) {
-        row.iter_mut().zip(b).for_each(|(m, b)| *m = (f64::from(*m) - f64::from(*a) * f64::from(*b)) as f32);
+impl Moments {
+    fn of((stats, cross): (SiteStats, Option<CrossStats>), observation: &Observation, centred: bool) -> Self {
+        let share = 1.0 - observation.full_share;
+        let scaled = |m: Vec<f32>| -> Vec<f32> { m.into_iter().map(|v| v * share).collect() };
+        let means = |c: &CrossStats| [scaled(c.mean_drift()), scaled(c.mean_residual())];
+        let [mean_drift, mean_residual] = cross.as_ref().map(means).unwrap_or_default();
+        let (weight, means) = (stats.weight(), [stats.centre(), mean_drift, mean_residual]);
+        let [drift, residual] = cross.map(|cross| cross.into_moments(share)).unwrap_or_default();
+        let mut moments = Moments { weight, h: stats.into_hessian(), drift, residual, means, centred };
+        if centred {
+            moments.add_products(-1.0, &moments.means.clone());
+        }
+        moments
     }
+
+    /// Adds `by` times the products of `means` with the first of them.
+    fn add_products(&mut self, by: f64, means: &[Vec<f32>; 3]) {
+        for (m, mean) in [&mut self.h, &mut self.drift, &mut self.residual].into_iter().zip(means) {
+            add_outer(by, m, mean, &means[0]);
+        }
+    }
+
+    /// H and the means; what else there is goes.
+    pub(crate) fn into_parts(self) -> (Vec<f32>, [Vec<f32>; 3]) {
+        (self.h, self.means)
+    }
+
+    /// Whether they are of no tokens.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.weight <= 0.0
+    }
+
+    /// Moments of both, in the memory of the first.
+    pub(crate) fn merged(mut self, other: Moments) -> Self {
+        let weight = self.weight + other.weight;
+        let share = other.weight / weight;
+        let mix = |a: &mut [f32], b: &[f32]| {
+            a.par_iter_mut().zip(b).for_each(|(a, &b)| *a += (f64::from(b - *a) * share) as f32);
+        };
+        mix(&mut self.h, &other.h);
+        mix(&mut self.drift, &other.drift);
+        mix(&mut self.residual, &other.residual);
+        if self.centred {
+            // Each is about its own mean, and these lie apart.
+            let mut apart = self.means.clone();
+            apart.iter_mut().zip(&other.means).for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a -= b));
+            self.add_products(share * (1.0 - share), &apart);
+        }
+        self.means.iter_mut().zip(&other.means).for_each(|(a, b)| mix(a, b));
+        Moments { weight, ..self }
+    }
+}
+
+/// `m += by·a·bᵀ`.
+pub(crate) fn add_outer(by: f64, m: &mut [f32], a: &[f32], b: &[f32]) {
+    m.par_chunks_exact_mut(b.len()).zip(a).for_each(|(row, a)| {
+        row.iter_mut().zip(b).for_each(|(m, b)| *m = (f64::from(*m) + by * f64::from(*a) * f64::from(*b)) as f32);
+    });
 }
 
 #[cfg(test)]
@@ -210,7 +218,7 @@ mod tests {
         let glimpse = || Glimpse { seen: vec![9.0, -40.0, 1.0, -2.0], drift: Vec::new(), residual: Vec::new() };
         let largest = |tokens| {
             let mut seen = Seen::new(Observation { tokens, ..Observation::default() }, 2, 0, 1);
-            seen.add(0, &[glimpse()], Some(&[vec![0.0, 2.0]]));
+            seen.add(0, vec![glimpse()], Some(&[vec![0.0, 2.0]]));
             seen.largest()
         };
         assert_eq!([TokenWeights::NoSinks, TokenWeights::First].map(largest), [2.0, 40.0]);

@@ -6,15 +6,18 @@
 //! how far to go, and how much to damp H for it, is read off held-out tokens, where the loss is a parabola in each.
 
 use crate::factor::damped;
-use crate::loss;
-use crate::seen::{Moments, Seen};
+use crate::seen::Moments;
+use crate::{StageChange, loss};
 use bitmill_kernels::{View, ViewMut, cholesky, gemm, solve};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Shares of the mean diagonal that are tried as damping.
 const DAMPINGS: [f32; 3] = [0.01, 0.1, 1.0];
 /// Rows of one task.
 const ROWS: usize = 32;
+/// Rows whose shifts are in memory at a time. It fixes the order of sums, so it is a constant.
+const BAND: usize = 512;
 
 /// The target of a linear.
 pub(crate) struct Shifted {
@@ -26,60 +29,115 @@ pub(crate) struct Shifted {
     pub(crate) change: f64,
 }
 
-/// Targets of the linears of a site from their `weights`; `None` where nothing is to be shifted. `centred` as in [`Seen::all`].
-pub(crate) fn targets(weights: &[Vec<f32>], seen: &Seen, centred: bool) -> Option<Vec<Shifted>> {
-    let [learnt, held] = seen.split(centred)?;
+impl Shifted {
+    /// The target, and what is told of it.
+    pub(crate) fn apart(self) -> (Vec<f32>, StageChange) {
+        let of = "output error on held-out tokens".into();
+        let stage = StageChange { stage: "target shift".into(), of, change: self.change, shares: self.shares.to_vec() };
+        (self.target, stage)
+    }
+}
+
+/// How far the linears of a site go, and under which damping.
+pub(crate) struct Choice {
+    damping: f32,
+    /// By linear, with the energy of its output on held-out tokens.
+    fits: Vec<(Fit, f64)>,
+}
+
+/// What becomes of the linears of a site with these `weights`, from moments of tokens to learn from and of held-out ones;
+/// `None` where nothing can be said.
+pub(crate) fn choose(weights: &[Vec<f32>], learnt: &Moments, held: &Moments) -> Option<Choice> {
+    if learnt.is_empty() || held.drift.is_empty() {
+        return None;
+    }
     let total = |fits: &[Fit]| fits.iter().map(|f| f.gain).sum::<f64>();
     let fit = |damping: f32| -> Option<(f32, Vec<Fit>)> {
-        let regression = Regression::new(&learnt, damping)?;
-        Some((damping, weights.iter().map(|w| Fit::new(w, &regression.shifts(w), &held)).collect()))
+        let regression = Regression::new(learnt, damping, weights)?;
+        Some((damping, weights.iter().map(|w| Fit::new(w, &regression, held)).collect()))
     };
     let fits = DAMPINGS.into_iter().filter_map(fit);
     let (damping, fits) = fits.reduce(|a, b| if total(&b.1) > total(&a.1) { b } else { a })?;
-    // How far was settled on held-out tokens; the direction is that of all.
-    let all = seen.all(centred);
-    let regression = Regression::new(&all, damping)?;
-    let shifted = weights.iter().zip(fits).map(|(w, fit)| {
-        let mut target = w.clone();
-        for (shift, share) in regression.shifts(w).iter().zip(fit.shares) {
-            target.iter_mut().zip(shift).for_each(|(t, s)| *t += share as f32 * s);
-        }
-        let energy: f64 = loss(w, &vec![0.0; w.len()], &held.h).iter().sum();
-        Shifted { target, shares: fit.shares, change: if energy > 0.0 { -fit.gain / energy } else { 0.0 } }
-    });
-    Some(shifted.collect())
+    let energy = |w: &Vec<f32>| loss(w, &vec![0.0; w.len()], &held.h).iter().sum::<f64>();
+    Some(Choice { damping, fits: fits.into_iter().zip(weights.iter().map(energy)).collect() })
 }
 
-/// E[(x − x̂)x̂ᵀ]·H⁻¹ and E[(h − ĥ)x̂ᵀ]·H⁻¹.
-struct Regression {
+impl Choice {
+    /// The targets of linears with these `weights`: how far was settled on held-out tokens, the direction is that of `all`.
+    pub(crate) fn targets(self, weights: &[Vec<f32>], all: &Moments) -> Option<Vec<Shifted>> {
+        let regression = Regression::new(all, self.damping, weights)?;
+        let n = regression.n;
+        let shifted = weights.iter().zip(self.fits).map(|(w, (fit, energy))| {
+            let mut target = w.clone();
+            for (i, target) in target.chunks_mut(BAND * n).enumerate() {
+                for (shift, share) in regression.shifts(w, i * BAND).iter().zip(fit.shares) {
+                    target.iter_mut().zip(shift).for_each(|(t, s)| *t += share as f32 * s);
+                }
+            }
+            Shifted { target, shares: fit.shares, change: if energy > 0.0 { -fit.gain / energy } else { 0.0 } }
+        });
+        Some(shifted.collect())
+    }
+}
+
+/// Regression of what is missing on what is there: D·H⁻¹ for D = W·E[(x − x̂)x̂ᵀ] and D = E[(h − ĥ)x̂ᵀ].
+struct Regression<'a> {
     n: usize,
-    drift: Vec<f32>,
-    residual: Vec<f32>,
+    /// L·Lᵀ = H, damped.
+    l: Vec<f64>,
+    /// E[(x − x̂)x̂ᵀ], or that by H⁻¹ where there are more rows to multiply it with than it has.
+    drift: Cow<'a, [f32]>,
+    residual: &'a [f32],
 }
 
-impl Regression {
-    /// `None` where the damped H is not positive definite.
-    fn new(moments: &Moments, damping: f32) -> Option<Self> {
+impl<'a> Regression<'a> {
+    /// For linears with these `weights`; `None` where the damped H is not positive definite.
+    fn new(moments: &'a Moments, damping: f32, weights: &[Vec<f32>]) -> Option<Self> {
         let n = moments.h.len().isqrt();
-        let mut l: Vec<f64> = damped(&moments.h, n, damping).iter().map(|&v| f64::from(v)).collect();
-        cholesky(&mut l, n).then(|| Regression {
-            n,
-            drift: over(&l, &moments.drift, n),
-            residual: over(&l, &moments.residual, n),
-        })
+        let mut l = damped(&moments.h, n, damping);
+        if !cholesky(&mut l, n) {
+            return None;
+        }
+        let rows = weights.iter().map(|w| w.len() / n).sum::<usize>();
+        let drift = match rows > n {
+            true => Cow::Owned(over(&l, moments.drift.clone(), n)),
+            false => Cow::Borrowed(&moments.drift[..]),
+        };
+        Some(Regression { n, l, drift, residual: &moments.residual })
     }
 
-    /// What the two drifts ask of the weights `w [rows, n]`; the second is empty where there is no such drift.
-    fn shifts(&self, w: &[f32]) -> [Vec<f32>; 2] {
-        [times(w, &self.drift, self.n), self.residual.clone()]
+    /// What the two drifts ask of up to [`BAND`] rows of the weights `w [rows, n]`, from row `first` on; the second is empty
+    /// where there is no such drift.
+    fn shifts(&self, w: &[f32], first: usize) -> [Vec<f32>; 2] {
+        let n = self.n;
+        let of_inputs = times(band(w, first, n), &self.drift, n);
+        let of_inputs = match self.drift {
+            Cow::Owned(_) => of_inputs,
+            Cow::Borrowed(_) => over(&self.l, of_inputs, n),
+        };
+        let of_outputs = match self.residual.is_empty() {
+            true => Vec::new(),
+            false => over(&self.l, band(self.residual, first, n).to_vec(), n),
+        };
+        [of_inputs, of_outputs]
     }
 }
 
-/// `b·(L·Lᵀ)⁻¹` for rows `b: [rows, n]`.
-fn over(l: &[f64], b: &[f32], n: usize) -> Vec<f32> {
-    let mut x: Vec<f64> = b.iter().map(|&v| f64::from(v)).collect();
-    solve(l, n, &mut x);
-    x.into_iter().map(|v| v as f32).collect()
+/// Up to [`BAND`] rows of `m [rows, n]` from row `first` on.
+fn band(m: &[f32], first: usize, n: usize) -> &[f32] {
+    &m[first * n..m.len().min((first + BAND) * n)]
+}
+
+/// `b·(L·Lᵀ)⁻¹` for rows `b: [rows, n]`, in the place of `b`.
+fn over(l: &[f64], mut b: Vec<f32>, n: usize) -> Vec<f32> {
+    /// Right-hand sides that read L together.
+    const TASK: usize = 64;
+    b.par_chunks_mut(TASK * n).for_each(|b| {
+        let mut x: Vec<f64> = b.iter().map(|&v| f64::from(v)).collect();
+        solve(l, n, &mut x);
+        b.iter_mut().zip(x).for_each(|(b, x)| *b = x as f32);
+    });
+    b
 }
 
 /// `a·b` for `a: [rows, n]` and `b: [n, n]`.
@@ -92,6 +150,14 @@ fn times(a: &[f32], b: &[f32], n: usize) -> Vec<f32> {
     out
 }
 
+/// Σ a·b in f64.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    const TASK: usize = 1 << 14;
+    let part = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    let parts: Vec<f64> = a.par_chunks(TASK).zip(b.par_chunks(TASK)).map(part).collect();
+    parts.iter().sum()
+}
+
 /// How far a linear goes along its shifts.
 struct Fit {
     shares: [f64; 2],
@@ -101,15 +167,23 @@ struct Fit {
 
 impl Fit {
     /// Minimizes E‖Σ aᵢSᵢx̂ − (W(x − x̂) + (h − ĥ))‖² = aᵀQa − 2aᵀb + const over shares from 0 to 1.
-    fn new(w: &[f32], shifts: &[Vec<f32>; 2], held: &Moments) -> Self {
-        let n = held.h.len().isqrt();
-        let mut goal = times(w, &held.drift, n);
-        goal.iter_mut().zip(&held.residual).for_each(|(g, r)| *g += r);
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let image = shifts.each_ref().map(|s| times(s, &held.h, n));
-        let q = |i: usize, j: usize| if shifts[j].is_empty() { 0.0 } else { dot(&image[i], &shifts[j]) };
-        let q = [[q(0, 0), q(0, 1)], [q(1, 0), q(1, 1)]];
-        let b = shifts.each_ref().map(|s| dot(s, &goal));
+    fn new(w: &[f32], regression: &Regression<'_>, held: &Moments) -> Self {
+        let n = regression.n;
+        let (mut q, mut b) = ([[0.0f64; 2]; 2], [0.0f64; 2]);
+        for first in (0..w.len() / n).step_by(BAND) {
+            let shifts = regression.shifts(w, first);
+            let mut goal = times(band(w, first, n), &held.drift, n);
+            if !held.residual.is_empty() {
+                goal.iter_mut().zip(band(&held.residual, first, n)).for_each(|(g, r)| *g += r);
+            }
+            for (i, shift) in shifts.iter().enumerate().filter(|(_, shift)| !shift.is_empty()) {
+                let image = times(shift, &held.h, n);
+                b[i] += dot(shift, &goal);
+                for (j, other) in shifts.iter().enumerate().filter(|(_, other)| !other.is_empty()) {
+                    q[i][j] += dot(&image, other);
+                }
+            }
+        }
         let mut a = [0.0f64; 2];
         // Two numbers in a box: coordinate steps settle at once unless the shifts are nearly the same.
         for _ in 0..100 {
@@ -126,7 +200,7 @@ impl Fit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::seen::Glimpse;
+    use crate::seen::{Glimpse, Seen};
     use crate::sweep::tests::{Random, random_w};
     use crate::{Observation, TargetShift};
 
@@ -150,11 +224,18 @@ mod tests {
         (0..windows).map(window).collect()
     }
 
-    fn seen(shift: TargetShift, glimpses: &[Glimpse]) -> Seen {
+    fn moments(shift: TargetShift, glimpses: &[Glimpse], centred: bool) -> (Moments, Moments) {
         let observation = Observation { shift, ..Observation::default() };
         let mut seen = Seen::new(observation, N, ROWS, glimpses.len());
-        seen.add(0, glimpses, None);
-        seen
+        seen.add(0, glimpses.to_vec(), None);
+        let (learnt, held) = seen.moments(centred);
+        (learnt, held.unwrap())
+    }
+
+    fn targets(w: &[f32], shift: TargetShift, glimpses: &[Glimpse], centred: bool) -> Shifted {
+        let (weights, (learnt, held)) = ([w.to_vec()], moments(shift, glimpses, centred));
+        let choice = choose(&weights, &learnt, &held).unwrap();
+        choice.targets(&weights, &learnt.merged(held)).unwrap().remove(0)
     }
 
     /// Σ‖Ŵx̂ − (Wx + h − ĥ)‖² / tokens over all windows, in f64.
@@ -183,11 +264,11 @@ mod tests {
         // Oracle 12, with all of the shift and no damping to speak of, for both kinds of drift.
         let (glimpses, w) = (glimpses(16, 0.3), random_w(ROWS * N, 3));
         for (shift, residual) in [(TargetShift::Inputs, false), (TargetShift::Outputs, true)] {
-            let seen = seen(shift, &glimpses);
-            let all = seen.all(false);
-            let regression = Regression::new(&all, 1e-9).unwrap();
+            let (learnt, held) = moments(shift, &glimpses, false);
+            let all = learnt.merged(held);
+            let regression = Regression::new(&all, 1e-9, std::slice::from_ref(&w)).unwrap();
             let mut target = w.clone();
-            for shift in regression.shifts(&w) {
+            for shift in regression.shifts(&w, 0) {
                 target.iter_mut().zip(shift).for_each(|(t, s)| *t += s);
             }
             let constant = |seed: u64| {
@@ -203,10 +284,9 @@ mod tests {
     fn without_drift_the_target_is_the_weight() {
         // Oracle 12: X̂ = X gives W* = W, and so any solver its own result.
         let (glimpses, w) = (glimpses(16, 0.0), random_w(ROWS * N, 3));
-        let shifted = targets(std::slice::from_ref(&w), &seen(TargetShift::Outputs, &glimpses), false).unwrap();
-        assert_eq!(shifted[0].target, w);
-        assert_eq!((shifted[0].change, shifted[0].shares), (0.0, [0.0, 0.0]));
-        assert!(targets(&[w], &seen(TargetShift::Off, &glimpses), false).is_none());
+        let shifted = targets(&w, TargetShift::Outputs, &glimpses, false);
+        assert_eq!(shifted.target, w);
+        assert_eq!((shifted.change, shifted.shares), (0.0, [0.0, 0.0]));
     }
 
     #[test]
@@ -216,12 +296,43 @@ mod tests {
         let (learnt, fresh) = all.split_at(24);
         for (shift, residual) in [(TargetShift::Inputs, false), (TargetShift::Outputs, true)] {
             for centred in [false, true] {
-                let shifted = targets(std::slice::from_ref(&w), &seen(shift, learnt), centred).unwrap();
+                let shifted = targets(&w, shift, learnt, centred);
                 let (before, after) =
-                    (output_error(&w, &w, fresh, residual), output_error(&shifted[0].target, &w, fresh, residual));
-                assert!(after < 0.7 * before && shifted[0].change < 0.0, "{after} {before}");
-                assert!(shifted[0].shares.iter().all(|a| (0.0..=1.0).contains(a)));
+                    (output_error(&w, &w, fresh, residual), output_error(&shifted.target, &w, fresh, residual));
+                assert!(after < 0.7 * before && shifted.change < 0.0, "{after} {before}");
+                assert!(shifted.shares.iter().all(|a| (0.0..=1.0).contains(a)));
             }
+        }
+    }
+
+    #[test]
+    fn both_ways_of_solving_give_the_same_shifts() {
+        // More rows than inputs, so that the drift itself is solved for, and fewer, so that the rows are.
+        let (glimpses, w) = (glimpses(16, 0.3), random_w(2 * N * N, 5));
+        let (learnt, _) = moments(TargetShift::Outputs, &glimpses, false);
+        let of =
+            |w: &Vec<f32>| Regression::new(&learnt, 0.01, std::slice::from_ref(w)).unwrap().shifts(w, 0)[0].clone();
+        let (many, few) = (of(&w), of(&w[..3 * N].to_vec()));
+        assert!(
+            many.iter().zip(&few).all(|(a, b)| (a - b).abs() < 1e-5 * few.iter().fold(0.0f32, |m, v| m.max(v.abs())))
+        );
+    }
+
+    #[test]
+    fn moments_of_two_parts_are_those_of_all_tokens() {
+        let glimpses = glimpses(16, 0.3);
+        for centred in [false, true] {
+            let (learnt, held) = moments(TargetShift::Outputs, &glimpses, centred);
+            let all = learnt.merged(held);
+            let mut one = Seen::new(Observation { full_share: 1e-9, ..Observation::default() }, N, ROWS, 16);
+            let mut whole = glimpses.clone();
+            whole.iter_mut().for_each(|g| g.residual.clear());
+            one.add(0, whole, None);
+            let (one, none) = one.moments(centred);
+            assert!(none.is_none());
+            let near = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+            assert!(near(&all.h, &one.h) && near(&all.drift, &one.drift));
+            assert!(near(&all.means[0], &one.means[0]) && near(&all.means[1], &one.means[1]));
         }
     }
 }
