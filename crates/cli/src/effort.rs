@@ -35,7 +35,7 @@ impl Effort {
 
     /// The scale search, unless one is named; `None` leaves it to the method.
     pub(crate) fn scale_search(self) -> Option<ScaleSearch> {
-        (self == Effort::Fast).then_some(ScaleSearch::Mse)
+        (self == Effort::Fast).then_some(ScaleSearch::Squares)
     }
 
     /// Tuning for `scheme`, unless passes are named: only what gptq rounded is worth it.

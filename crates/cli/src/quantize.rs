@@ -102,7 +102,7 @@ pub(crate) struct How {
     /// Number type of the stored scales [default: the model's own, or f16 for f32 models and for GPTQ files]
     #[arg(long, value_enum, value_name = "TYPE")]
     scale_type: Option<Scales>,
-    /// How the scale of a group is chosen [default: hessian for gptq, minmax for rtn]
+    /// How the scale of a group is chosen [default: hessian for gptq, minmax for rtn, squares with --effort fast]
     #[arg(long, value_enum, value_name = "SEARCH")]
     scale_search: Option<Search>,
     /// Share of its mean diagonal added to each Hessian
@@ -140,8 +140,10 @@ const SHARD: u64 = 5_000_000_000;
 enum Search {
     /// Cover smallest to largest weight
     Minmax,
-    /// Shrink the range for the smallest mean error
+    /// Shrink the range for the smallest mean error, of many ranges
     Mse,
+    /// The smallest mean squared error that a few ranges lead to, which takes no time
+    Squares,
     /// Weigh the errors by the importance of each input (runs calibration)
     Hessian,
 }
@@ -299,6 +301,7 @@ impl How {
                     .map(|s| match s {
                         Search::Minmax => ScaleSearch::MinMax,
                         Search::Mse => ScaleSearch::Mse,
+                        Search::Squares => ScaleSearch::Squares,
                         Search::Hessian => ScaleSearch::Hessian,
                     })
                     .or(self.gguf.weighs().then_some(ScaleSearch::Hessian))

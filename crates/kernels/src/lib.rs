@@ -15,6 +15,7 @@ pub use ops::blocks::{Stored, fit_blocks};
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
+pub use ops::groups::fit_groups;
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};

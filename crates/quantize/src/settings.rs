@@ -15,6 +15,8 @@ pub enum ScaleSearch {
     MinMax,
     /// Shrink the range for the smallest Σ|w − ŵ|^2.4.
     Mse,
+    /// The smallest Σ(w − ŵ)² that a few starting points lead to.
+    Squares,
     /// Search the smallest Σ h(w − ŵ)² with h the importance of each input.
     Hessian,
 }
@@ -26,6 +28,7 @@ impl ScaleSearch {
         match self {
             ScaleSearch::MinMax => Fit::MinMax,
             ScaleSearch::Mse => Fit::Mse,
+            ScaleSearch::Squares => Fit::Squares,
             ScaleSearch::Hessian => Fit::Weighted(importance),
         }
     }

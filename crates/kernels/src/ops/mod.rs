@@ -5,6 +5,7 @@ pub(crate) mod blocks;
 pub(crate) mod brain;
 pub(crate) mod cholesky;
 pub(crate) mod eigen;
+pub(crate) mod groups;
 pub(crate) mod hadamard;
 pub(crate) mod half;
 pub(crate) mod matrix;

@@ -3,8 +3,8 @@
 use super::billm::ONLY;
 use super::{ByRows, GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
-use bitmill_kernels::Stored;
-use bitmill_scheme::{Fit, Granularity, Grid, GridKind, GroupParams, Scheme};
+use bitmill_kernels::{Level, Stored, fit_groups};
+use bitmill_scheme::{Fit, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Rtn;
@@ -42,6 +42,11 @@ impl Method for Rtn {
                 let (quantized, _) = blocks::nearest(linear, form, Stored::F32(linear.weight), importance.as_deref());
                 return Solved { quantized, damping: None, stages: Vec::new() };
             }
+            if let (GroupGrid::Int(grid), ScaleSearch::Squares, false) =
+                (GroupGrid::of(linear), search, shares_rows(linear.scheme.granularity))
+            {
+                return Solved { quantized: squares(linear, grid), damping: None, stages: Vec::new() };
+            }
             let importance = importance(h, linear.shape[1]);
             let round = |grid: GroupGrid| match grid {
                 GroupGrid::Int(grid) => rounded(linear, search, &importance, grid),
@@ -52,6 +57,21 @@ impl Method for Rtn {
         };
         Ok(linears.iter().map(solve).collect())
     }
+}
+
+/// Whether several rows share a scale.
+fn shares_rows(granularity: Granularity) -> bool {
+    matches!(granularity, Granularity::Tensor | Granularity::Tile(_))
+}
+
+/// Every group fitted by [`ScaleSearch::Squares`].
+fn squares(linear: &Linear<'_>, grid: IntGrid) -> Quantized {
+    let [rows, n] = linear.shape;
+    let len = linear.scheme.group_len(n).max(1);
+    let mut params = vec![GroupParams { scale: 1.0, zero: 0 }; rows * n.div_ceil(len)];
+    let mut codes = vec![0; rows * n];
+    fit_groups(Level::best(), grid, (n, len), Stored::F32(linear.weight), &mut params, &mut codes);
+    assemble(linear, codes, params)
 }
 
 /// The diagonal of H, which `h` may be already, or ones without one.

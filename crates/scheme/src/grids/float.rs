@@ -245,6 +245,7 @@ impl Grid for FloatGrid {
                 (w.iter().map(|&x| (x - self.value(self.nearest(x, p), p)).abs().powf(MSE_NORM)).sum(), s)
             }),
             Fit::Weighted(h) => self.search(cover, |s| self.moments(w, h, s)),
+            Fit::Squares => self.search(cover, |s| self.moments(w, &vec![1.0; w.len()], s)),
         }
     }
 
@@ -412,7 +413,7 @@ mod tests {
     fn zeros_stay_zero() {
         for float in TYPES {
             for scale in [ScaleType::F16, ScaleType::F32, ScaleType::E8m0, ScaleType::E4m3] {
-                for fit in [Fit::MinMax, Fit::Mse, Fit::Weighted(&[1.0; 4])] {
+                for fit in [Fit::MinMax, Fit::Mse, Fit::Weighted(&[1.0; 4]), Fit::Squares] {
                     let g = FloatGrid { divisor: 1024.0, ..grid(float, scale) };
                     let p = g.fit(&[0.0; 4], fit);
                     assert_eq!(g.value(g.nearest(0.0, p), p), 0.0);

@@ -32,6 +32,7 @@ impl Grid for IntGrid {
                 self.search(lo, hi, |p| w.iter().map(|&x| (x - self.round_trip(x, p)).abs().powf(MSE_NORM)).sum())
             }
             Fit::Weighted(h) => self.weighted(w, h, lo, hi),
+            Fit::Squares => self.squares(w),
         }
     }
 
@@ -116,6 +117,93 @@ impl IntGrid {
         best.1
     }
 
+    /// The fit of [`Fit::Squares`]. Sums run in a fixed number of lanes without fused steps, so that every instruction set gives
+    /// the same bits, and kernels instantiate this very function.
+    #[inline(always)]
+    #[must_use]
+    pub fn squares(&self, w: &[f32]) -> GroupParams {
+        let (lo, hi) = range(w);
+        // Of the two ends of a symmetric grid one lies a level farther out: it belongs to the longer tail.
+        let largest = if hi > -lo { hi } else { lo };
+        let reaches = reaches(self.bits.get());
+        let (mut explained, mut best) = (0.0f32, self.span(lo, hi));
+        // Loops rather than closures, which need not become part of what is compiled for an instruction set.
+        for i in 0..reaches.len() + REFITS {
+            let p = match (reaches.get(i), self.symmetric) {
+                (None, _) => best,
+                (Some(reach), true) => {
+                    let zero = self.bits.middle();
+                    GroupParams { scale: -largest / (f32::from(zero) * reach), zero }
+                }
+                (Some(reach), false) => self.span(lo / reach, hi / reach),
+            };
+            let [xq, qq] = self.products(w, p);
+            // What the best scale for these levels explains of Σ w².
+            let scale = xq / qq;
+            if scale * xq > explained {
+                (explained, best) = (scale * xq, GroupParams { scale, ..p });
+            }
+        }
+        GroupParams { scale: self.storable(best.scale), ..best }
+    }
+
+    /// The codes [nearest](Grid::nearest) to a group's weights, in arithmetic that vectors have too.
+    #[inline(always)]
+    pub fn code(&self, w: &[f32], p: GroupParams, codes: &mut [u8]) {
+        let zero = f32::from(p.zero);
+        let (lowest, highest) = (-zero, f32::from(self.bits.max_code()) - zero);
+        for (code, &x) in codes.iter_mut().zip(w) {
+            // A whole number lies in the lowest bits of its sum with the shift.
+            *code = (clamped(x / p.scale, lowest, highest) + SHIFT).to_bits().wrapping_add(u32::from(p.zero)) as u8;
+        }
+    }
+
+    /// Σ(w − ŵ)² and Σ w² over a group.
+    #[inline(always)]
+    pub fn lost(&self, w: &[f32], p: GroupParams, codes: &[u8]) -> [f32; 2] {
+        const LANES: usize = 16;
+        let zero = f32::from(p.zero);
+        let (mut error, mut energy) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (whole, rest) = w.as_chunks::<LANES>();
+        let (whole_codes, rest_codes) = codes.as_chunks::<LANES>();
+        for (w, codes) in whole.iter().zip(whole_codes) {
+            for i in 0..LANES {
+                let e = w[i] - (f32::from(codes[i]) - zero) * p.scale;
+                error[i] += e * e;
+                energy[i] += w[i] * w[i];
+            }
+        }
+        for (i, (&x, &code)) in rest.iter().zip(rest_codes).enumerate() {
+            let e = x - (f32::from(code) - zero) * p.scale;
+            error[i] += e * e;
+            energy[i] += x * x;
+        }
+        [folded(error), folded(energy)]
+    }
+
+    /// Σ w·q and Σ q² over a group, with q = code − zero.
+    #[inline(always)]
+    fn products(&self, w: &[f32], p: GroupParams) -> [f32; 2] {
+        const LANES: usize = 32;
+        let inverse = 1.0 / p.scale;
+        let (lowest, highest) = (-f32::from(p.zero), f32::from(self.bits.max_code()) - f32::from(p.zero));
+        let (mut xq, mut qq) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (whole, rest) = w.as_chunks::<LANES>();
+        for w in whole {
+            for i in 0..LANES {
+                let q = round_small(clamped(w[i] * inverse, lowest, highest));
+                xq[i] += w[i] * q;
+                qq[i] += q * q;
+            }
+        }
+        for (i, &x) in rest.iter().enumerate() {
+            let q = round_small(clamped(x * inverse, lowest, highest));
+            xq[i] += x * q;
+            qq[i] += q * q;
+        }
+        [folded(xq), folded(qq)]
+    }
+
     /// Σ h(w − ŵ)², Σ h·w·q and Σ h·q² over a group, with q = code − zero: what a candidate costs and what its refit
     /// needs, in one pass. Sums run in a fixed number of lanes, which compilers turn into vectors of any width.
     fn moments(&self, w: &[f32], h: &[f32], p: GroupParams) -> [f32; 3] {
@@ -146,10 +234,63 @@ impl IntGrid {
     }
 }
 
+/// Times the best of the starting points is refitted.
+const REFITS: usize = 2;
+
+/// How far beyond the outermost level the largest weight may lie, as a factor: the fewer levels there are, the more is gained
+/// by cutting tails off. The range itself comes first.
+const fn reaches(bits: u32) -> &'static [f32] {
+    match bits {
+        ..=2 => &[1.0, 0.87, 1.15, 1.32, 1.52, 1.75],
+        3 => &[1.0, 0.93, 1.1, 1.21, 1.33],
+        4 => &[1.0, 0.94, 1.07, 1.15],
+        _ => &[1.0, 0.98, 1.03],
+    }
+}
+
+/// The least and the largest weight, and zero.
+#[inline(always)]
+fn range(w: &[f32]) -> (f32, f32) {
+    const LANES: usize = 32;
+    let (mut lo, mut hi) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (whole, rest) = w.as_chunks::<LANES>();
+    for w in whole {
+        for i in 0..LANES {
+            lo[i] = if w[i] < lo[i] { w[i] } else { lo[i] };
+            hi[i] = if w[i] > hi[i] { w[i] } else { hi[i] };
+        }
+    }
+    let lo = lo.iter().chain(rest).fold(0.0f32, |a, &x| if x < a { x } else { a });
+    let hi = hi.iter().chain(rest).fold(0.0f32, |a, &x| if x > a { x } else { a });
+    (lo, hi)
+}
+
+/// `x.clamp(lowest, highest)` as two choices; what is no number becomes a level.
+#[inline(always)]
+fn clamped(x: f32, lowest: f32, highest: f32) -> f32 {
+    let x = if x > lowest { x } else { lowest };
+    if x < highest { x } else { highest }
+}
+
+/// The sum of numbers, a power of two of them: the upper half onto the lower again and again, which takes few steps.
+#[inline(always)]
+pub(super) fn folded<const N: usize>(mut sums: [f32; N]) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+/// 1.5·2²³: what is added to it is rounded to a whole number.
+const SHIFT: f32 = 12_582_912.0;
+
 /// Round half to even for |x| below 2^22: adding 1.5·2^23 leaves no bits for a fraction. Unlike
 /// [`f32::round_ties_even`] it needs no instruction beyond the oldest x86-64 and no call.
 pub(crate) fn round_small(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }
 
@@ -244,10 +385,40 @@ mod tests {
     }
 
     #[test]
+    fn few_starting_points_lose_little() {
+        let mut state = 7u64;
+        let mut uniform = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 24) as f32
+        };
+        for len in [32, 70, 128, 256] {
+            for bits in 2..=8 {
+                for symmetric in [true, false] {
+                    let g = grid(bits, symmetric);
+                    let (mut few, mut many) = (0.0, 0.0);
+                    for _ in 0..100 {
+                        let w: Vec<f32> = (0..len).map(|_| (0..4).map(|_| uniform() - 0.5).sum()).collect();
+                        let error = |p| w.iter().map(|&x| (x - g.round_trip(x, p)).powi(2)).sum::<f32>();
+                        let p = g.fit(&w, Fit::Squares);
+                        few += error(p);
+                        many += error(g.fit(&w, Fit::Weighted(&vec![1.0; len])));
+                        let mut codes = vec![0; len];
+                        g.code(&w, p, &mut codes);
+                        assert!(codes.iter().zip(&w).all(|(&code, &x)| code == g.nearest(x, p)));
+                    }
+                    // Where levels are many, many starting points gain by luck.
+                    let most = if bits > 5 { 1.3 } else { 1.05 };
+                    assert!(few < most * many, "{len} {bits} {symmetric}: {few} against {many}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn zeros_stay_zero() {
         for bits in 1..=8 {
             for symmetric in [true, false] {
-                for fit in [Fit::MinMax, Fit::Mse, Fit::Weighted(&[1.0; 5])] {
+                for fit in [Fit::MinMax, Fit::Mse, Fit::Weighted(&[1.0; 5]), Fit::Squares] {
                     let g = grid(bits, symmetric);
                     let p = g.fit(&[0.0; 5], fit);
                     assert_eq!(g.round_trip(0.0, p), 0.0);

@@ -243,6 +243,11 @@ impl BlockForm {
         )
     }
 
+    /// Whether errors of large weights cost more where nothing is known of the inputs.
+    fn weighs_by_size(&self) -> bool {
+        self.is_uniform() && self.levels.len() <= 16 && matches!(self.step, Step::Scaled { .. })
+    }
+
     /// Weights of a lane: a sub-block, or a part of one.
     #[must_use]
     #[inline]
@@ -282,14 +287,13 @@ impl BlockForm {
         assert!(len <= LANES * self.lane() && len.is_multiple_of(self.len), "whole blocks that fit the lanes");
         assert!(to.holds(self, len / self.len) && h.is_none_or(|h| h.rows.len() == len), "room and costs for them");
         let even = Even::new(f32::from(self.levels[0]), f32::from(self.levels[self.levels.len() - 1]));
-        let few = self.levels.len() <= FEW && matches!(self.step, Step::Scaled { .. });
         match (self.kind, h) {
             (BlockType::Q1_0, Some(_)) => self.fit_plain::<Each<'_>>(w, h, to, Signs),
             (BlockType::Q1_0, None) => self.fit_plain::<One>(w, h, to, Signs),
             (BlockType::Mxfp4, Some(_)) => self.fit_plain::<Each<'_>>(w, h, to, DoubledE2M1),
             (BlockType::Mxfp4, None) => self.fit_plain::<One>(w, h, to, DoubledE2M1),
             (_, Some(_)) if self.is_uniform() => self.fit_tile::<Each<'_>>(w, h, to, even),
-            (_, None) if self.is_uniform() && few => self.fit_tile::<BySize>(w, h, to, even),
+            (_, None) if self.weighs_by_size() => self.fit_tile::<BySize>(w, h, to, even),
             (_, None) if self.is_uniform() => self.fit_tile::<One>(w, h, to, even),
             (_, Some(_)) => self.fit_tile::<Each<'_>>(w, h, to, Uneven),
             (_, None) => self.fit_tile::<One>(w, h, to, Uneven),

@@ -1,6 +1,7 @@
 //! The last step: every weight to its code, row by row as weights lie, and what that loses.
 
 use super::{Affines, Snap, inverse};
+use crate::grids::int::folded;
 
 /// Rounds sub-blocks of `SUB` weights under `stored` and returns Σ h(w − ŵ)² and Σ h·w², with h = 1 where there are no costs.
 #[inline(always)]
@@ -37,17 +38,4 @@ pub(super) fn round<const SUB: usize, const SHIFTED: bool>(
         *codes = rounded;
     }
     [error, energy].map(|sums| f64::from(folded(sums)))
-}
-
-/// The sum of numbers, a power of two of them: the upper half onto the lower again and again, which takes few steps.
-#[inline(always)]
-fn folded<const N: usize>(mut sums: [f32; N]) -> f32 {
-    let mut half = N / 2;
-    while half > 0 {
-        for i in 0..half {
-            sums[i] += sums[i + half];
-        }
-        half /= 2;
-    }
-    sums[0]
 }

@@ -84,7 +84,7 @@ fn a_block_is_fitted_alike_in_any_company() {
 fn without_costs_every_error_costs_one_or_by_size() {
     for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
         let (w, _) = sample(LANES * form.lane(), 6);
-        let costs: Vec<f32> = if form.levels.len() > FEW || !matches!(form.step, Step::Scaled { .. }) {
+        let costs: Vec<f32> = if !form.weighs_by_size() {
             vec![1.0; w.len()]
         } else {
             let sigma = |w: &[f32]| (w.iter().fold(0.0, |sum, x| x.mul_add(*x, sum)) / w.len() as f32).sqrt();
