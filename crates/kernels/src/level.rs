@@ -44,6 +44,28 @@ impl Avx512 {
     }
 }
 
+/// Proof that the CPU adds four products of bytes to a lane at once: Armv8.2 with dot products (Cortex-A76, Neoverse N1, Apple A13
+/// and later).
+#[cfg(target_arch = "aarch64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Dot(());
+
+#[cfg(target_arch = "aarch64")]
+impl Dot {
+    /// The token, where the feature is there.
+    fn here() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("dotprod").then_some(Dot(()))
+    }
+}
+
+/// Proof of NEON, which every CPU of this target has, and maybe of what multiplies bytes faster.
+#[cfg(target_arch = "aarch64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neon {
+    /// Dot products, where they may be used.
+    pub(crate) dot: Option<Dot>,
+}
+
 /// Proof that the CPU multiplies pairs of bfloat16 in one instruction, at twice the rate of f32: AVX-512 with BF16 (Cooper
 /// Lake, Zen 4 and later).
 #[cfg(target_arch = "x86_64")]
@@ -69,8 +91,8 @@ impl Brain {
 
     /// What holding the token contradicts.
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn never(self) -> std::convert::Infallible {
-        self.0
+    pub(crate) fn never(self) -> ! {
+        match self.0 {}
     }
 }
 
@@ -86,6 +108,9 @@ pub enum Level {
     /// x86-64 with AVX-512 and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// 64-bit Arm with NEON, with or without dot products.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Level {
@@ -98,6 +123,9 @@ impl Level {
         } else if let Some(token) = Avx2::here() {
             return Level::Avx2(token);
         }
+        #[cfg(target_arch = "aarch64")]
+        return Level::Neon(Neon { dot: Dot::here() });
+        #[cfg(not(target_arch = "aarch64"))]
         Level::Scalar
     }
 
@@ -109,6 +137,11 @@ impl Level {
         {
             all.extend(Avx2::here().map(Level::Avx2));
             all.extend(Avx512::here().map(Level::Avx512));
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            all.push(Level::Neon(Neon { dot: None }));
+            all.extend(Dot::here().map(|dot| Level::Neon(Neon { dot: Some(dot) })));
         }
         all
     }

@@ -44,6 +44,9 @@ pub fn axpys(level: Level, a: &[f32], (x, stride): (&[f32], usize), y: &mut [f32
             // SAFETY: the level's token proves AVX-512 and FMA.
             unsafe { compiled(a, x, stride, y) }
         }
+        // NEON is what the target is compiled for.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(_) => add(a, x, stride, y),
     }
 }
 

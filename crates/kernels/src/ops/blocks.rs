@@ -3,6 +3,8 @@
 //! The arithmetic is [`BlockForm::fit_turned`], compiled once per instruction set. Where it adds a product it does so in one
 //! step on every set, so each gives the same bits. What it works on, thirty-two rows of weights side by side, is turned by each set's own shuffles.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod stored;
 mod turn;
 
@@ -87,6 +89,9 @@ fn run(level: Level, task: &Task<'_>, to: Fitted<'_>) -> [f64; 2] {
         Level::Avx2(token) => avx2(token, task, to),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => avx512(token, task, to),
+        // NEON is what the target is compiled for, so only the turning has instructions of its own.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => tiles(task, to, |sub, rows, turned| neon::turn(token, sub, rows, turned)),
     }
 }
 

@@ -73,7 +73,7 @@ fn round_panel(brain: Brain, matrix: View<'_, f32>, first: usize, out: &mut [u32
 
 #[cfg(not(target_arch = "x86_64"))]
 fn round_panel(brain: Brain, _: View<'_, f32>, _: usize, _: &mut [u32]) {
-    match brain.never() {}
+    brain.never()
 }
 
 /// `c ← c + a·bᵀ` for `a: [m, depth]`, `b: [n, depth]`, `c: [m, n]`, on the calling thread.
@@ -85,7 +85,7 @@ pub fn brain_gemm(brain: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<
     #[cfg(target_arch = "x86_64")]
     avx512::gemm(brain, a, b, c);
     #[cfg(not(target_arch = "x86_64"))]
-    match brain.never() {}
+    brain.never()
 }
 
 /// [`syrk`](crate::syrk) of what `x` is when rounded to bfloat16.

@@ -1,5 +1,8 @@
 //! Products with a dense matrix of 16-bit floats: y = x·Wᵀ, read as it is stored.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 use super::strips::{Strip, Strips};
 use crate::Level;
 use half::{bf16, f16};
@@ -51,6 +54,11 @@ pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &m
         Level::Avx512(token) => match w {
             Halves::F16(bits) => avx512::strip::<false>(token, bits, cols, x, strip),
             Halves::Bf16(bits) => avx512::strip::<true>(token, bits, cols, x, strip),
+        },
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => match w {
+            Halves::F16(bits) => neon::strip::<false>(token, bits, cols, x, strip),
+            Halves::Bf16(bits) => neon::strip::<true>(token, bits, cols, x, strip),
         },
     });
 }

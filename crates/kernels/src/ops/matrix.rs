@@ -74,17 +74,20 @@ impl<'a, T: Element> View<'a, T> {
     }
 
     /// Whether the entries of a row lie in one piece.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_whole_rows(&self) -> bool {
         self.col_stride == 1
     }
 
     /// The entries of row `i`, where they lie in one piece.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn row(&self, i: usize) -> &'a [T] {
         assert!(self.col_stride == 1 && i < self.rows, "a row in one piece");
         &self.data[i * self.row_stride..][..self.cols]
     }
 
     /// The entries of column `j`, where they lie in one piece.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn column(&self, j: usize) -> &'a [T] {
         assert!(self.row_stride == 1 && j < self.cols, "a column in one piece");
         &self.data[j * self.col_stride..][..self.rows]
@@ -133,6 +136,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 
     /// Up to `count` entries of row `i` from column `j` on; `None` outside of the matrix.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn part(&mut self, i: usize, j: usize, count: usize) -> Option<&mut [T]> {
         let inside = i < self.rows && j < self.cols;
         inside.then(|| &mut self.data[i * self.stride + j..][..count.min(self.cols - j)])

@@ -46,6 +46,9 @@ pub fn add_moments(level: Level, x: &[f32], stride: usize, moments: &mut Moments
             // SAFETY: the level's token proves AVX-512.
             unsafe { compiled(x, stride, moments) }
         }
+        // NEON is what the target is compiled for.
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(_) => add(x, stride, moments),
     }
 }
 

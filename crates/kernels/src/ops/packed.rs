@@ -40,6 +40,8 @@ macro_rules! each_vector {
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -273,6 +275,8 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
         Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => avx512::round(token, x, cols, values, scales),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => neon::round(token, x, cols, values, scales),
     }
 }
 
@@ -323,6 +327,8 @@ pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &
         Level::Avx2(token) => avx2::int8(token, w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => avx512::int8(token, w, x, &sums, strip),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => neon::int8(token, w, x, &sums, strip),
     });
 }
 
@@ -353,5 +359,7 @@ pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) 
         Level::Avx2(token) => avx2::full(token, w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => avx512::full(token, w, x, &sums, strip),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => neon::full(token, w, x, &sums, strip),
     });
 }

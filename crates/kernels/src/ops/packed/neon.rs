@@ -1,0 +1,500 @@
+//! Packed products with NEON: eight rows are two registers.
+//!
+//! With dot products (Armv8.2), one instruction adds four products of signed bytes to a 32-bit lane and takes its input from a
+//! lane of another register, so nothing is broadcast. A code of eight bits is multiplied as code − 128, and 128 · Σ x is what
+//! the sum of its chunk starts from.
+//!
+//! Without them, products are widened to sixteen bits: eight of a code of at most four bits and an input of eight stay below
+//! 2¹⁵ (8 · 15 · 128 = 15,360), so a chunk is folded in 16-bit lanes and widened once. Codes wider than four bits are two
+//! such sums.
+
+use super::super::strips::Strip;
+use super::{CHUNK, LANES, Packed, ROUNDER, Rounded, Scales};
+use crate::level::{Dot, Neon};
+use std::arch::{aarch64::*, asm};
+
+/// Tokens that one pass over the codes serves where activations are rounded.
+const TOKENS: usize = 4;
+/// The same where they are not: as many sums are under way as two units with a latency of four take, twice.
+const MANY: usize = 8;
+/// Blocks that one token meets side by side where activations are not rounded.
+const BLOCKS: usize = 4;
+
+/// Numbers of eight rows.
+type Rows = [float32x4_t; 2];
+/// Integers of eight rows.
+type Sums = [int32x4_t; 2];
+
+/// [`super::round`]: the compiler would fold the largest magnitude number by number.
+pub(super) fn round(_: Neon, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+    let chunks = cols.div_ceil(CHUNK);
+    let each = values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(scales).enumerate();
+    for (i, (values, scale)) in each {
+        let x = &x[i / chunks * cols..][..cols][i % chunks * CHUNK..];
+        let x = &x[..x.len().min(CHUNK)];
+        let mut padded = [0.0; CHUNK];
+        padded[..x.len()].copy_from_slice(x);
+        // SAFETY: every CPU of the target has NEON.
+        unsafe { *scale = round_chunk(&padded, values) };
+    }
+}
+
+/// Rounds one chunk and returns its scale.
+#[inline]
+#[target_feature(enable = "neon")]
+fn round_chunk(x: &[f32; CHUNK], values: &mut [i8; CHUNK]) -> f32 {
+    let mut numbers = [vdupq_n_f32(0.0); CHUNK / 4];
+    let mut most = vdupq_n_f32(0.0);
+    for (number, x) in numbers.iter_mut().zip(x.as_chunks::<4>().0) {
+        // SAFETY: four numbers are there.
+        *number = unsafe { vld1q_f32(x.as_ptr()) };
+        most = vmaxnmq_f32(most, vabsq_f32(*number));
+    }
+    let most = vmaxnmvq_f32(most);
+    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+    // The low bits of each, as [`ROUNDER`] has them.
+    let low = |x| vreinterpretq_s32_f32(vaddq_f32(vmulq_n_f32(x, inverse), vdupq_n_f32(ROUNDER)));
+    for (values, [a, b, c, d]) in values.as_chunks_mut::<16>().0.iter_mut().zip(numbers.as_chunks::<4>().0) {
+        let first = vmovn_high_s32(vmovn_s32(low(*a)), low(*b));
+        let second = vmovn_high_s32(vmovn_s32(low(*c)), low(*d));
+        // SAFETY: sixteen numbers are there.
+        unsafe { vst1q_s8(values.as_mut_ptr(), vmovn_high_s16(vmovn_s16(first), second)) };
+    }
+    most / 127.0
+}
+
+/// [`super::scalar::int8`].
+pub(super) fn int8(token: Neon, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+    match token.dot {
+        Some(dot) => by_parts!(w.form.bits, strip_int8)(dot, w, x, sums, strip),
+        None => by_parts!(w.form.bits, strip_int8)(Widened, w, x, sums, strip),
+    }
+}
+
+/// [`super::scalar::full`].
+pub(super) fn full(_: Neon, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
+    by_parts!(w.form.bits, strip_full)(w, x, sums, strip);
+}
+
+/// How products of bytes are folded.
+trait Fold: Copy {
+    /// Sums of one chunk, a row each.
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T];
+}
+
+impl Fold for Dot {
+    #[inline(always)]
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+        // SAFETY: every CPU of the target has NEON.
+        unsafe { chunk_dot::<LOW, HIGH, T>(self, codes, x) }
+    }
+}
+
+/// Without dot products.
+#[derive(Clone, Copy)]
+struct Widened;
+
+impl Fold for Widened {
+    #[inline(always)]
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+        // SAFETY: every CPU of the target has NEON.
+        unsafe { chunk_widened::<LOW, HIGH, T>(codes, x) }
+    }
+}
+
+/// Goes over the blocks of a strip, a few tokens at a time: their inputs stay in the first cache and the strip's codes in
+/// the second.
+fn strip_int8<const LOW: u32, const HIGH: u32>(
+    fold: impl Fold,
+    w: &Packed<'_>,
+    x: &Rounded<'_>,
+    sums: &[f32],
+    strip: &mut Strip<'_>,
+) {
+    let mut token = 0;
+    while token < strip.tokens() {
+        let many = strip.tokens() - token >= TOKENS;
+        for block in strip.rows.start / LANES..strip.rows.end.div_ceil(LANES) {
+            let at = [token, block];
+            // SAFETY: every CPU of the target has NEON.
+            unsafe {
+                if many {
+                    put([block_int8::<LOW, HIGH, TOKENS>(fold, w, x, sums, at)], at, strip);
+                } else {
+                    put([block_int8::<LOW, HIGH, 1>(fold, w, x, sums, at)], at, strip);
+                }
+            }
+        }
+        token += if many { TOKENS } else { 1 };
+    }
+}
+
+/// A multiply-add takes four cycles and waits for the one before it, so that many sums are under way: of as many tokens, or
+/// of as many blocks.
+fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
+    let end = strip.rows.end.div_ceil(LANES);
+    let mut token = 0;
+    while token < strip.tokens() {
+        let count = match strip.tokens() - token {
+            MANY.. => MANY,
+            TOKENS.. => TOKENS,
+            _ => 1,
+        };
+        let mut block = strip.rows.start / LANES;
+        while block < end {
+            let at = [token, block];
+            let blocks = if count == 1 && end - block >= BLOCKS { BLOCKS } else { 1 };
+            // SAFETY: every CPU of the target has NEON.
+            unsafe {
+                match (count, blocks) {
+                    (MANY, _) => put(blocks_full::<LOW, HIGH, MANY, 1>(w, x, sums, at), at, strip),
+                    (TOKENS, _) => put(blocks_full::<LOW, HIGH, TOKENS, 1>(w, x, sums, at), at, strip),
+                    (_, BLOCKS) => put(blocks_full::<LOW, HIGH, 1, BLOCKS>(w, x, sums, at), at, strip),
+                    _ => put(blocks_full::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip),
+                }
+            }
+            block += blocks;
+        }
+        token += count;
+    }
+}
+
+/// Writes what `N` blocks from `block` on are for `T` tokens from `token` on.
+#[inline]
+#[target_feature(enable = "neon")]
+fn put<const T: usize, const N: usize>(y: [[Rows; T]; N], [token, block]: [usize; 2], strip: &mut Strip<'_>) {
+    for (n, y) in y.iter().enumerate() {
+        for (t, [low, high]) in y.iter().enumerate() {
+            let mut lanes = [0.0f32; LANES];
+            // SAFETY: four numbers are there, and four after them.
+            unsafe {
+                vst1q_f32(lanes.as_mut_ptr(), *low);
+                vst1q_f32(lanes[4..].as_mut_ptr(), *high);
+            }
+            strip.put(token + t, (block + n) * LANES, &lanes);
+        }
+    }
+}
+
+/// Eight rows for `T` tokens.
+#[inline]
+#[target_feature(enable = "neon")]
+fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
+    fold: impl Fold,
+    w: &Packed<'_>,
+    x: &Rounded<'_>,
+    sums: &[f32],
+    [token, block]: [usize; 2],
+) -> [Rows; T] {
+    let bytes = 32 * (LOW + HIGH) as usize;
+    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
+    let codes = &w.codes[block * chunks * bytes..][..chunks * bytes];
+    let values = x.values.as_chunks::<CHUNK>().0;
+    let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
+    let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
+    let mut y = [[vdupq_n_f32(0.0); 2]; T];
+    for (group, codes) in codes.chunks(per_group * bytes).enumerate() {
+        let mut sum = [[vdupq_n_f32(0.0); 2]; T];
+        for (c, codes) in codes.chunks_exact(bytes).enumerate() {
+            let chunk = group * per_group + c;
+            let dots = fold.chunk::<LOW, HIGH, T>(codes, std::array::from_fn(|t| &values[t][chunk]));
+            for t in 0..T {
+                for half in 0..2 {
+                    sum[t][half] = vfmaq_n_f32(sum[t][half], vcvtq_f32_s32(dots[t][half]), scales[t][chunk]);
+                }
+            }
+        }
+        let params = params(w, (block * groups + group) * LANES);
+        for t in 0..T {
+            y[t] = add_group(y[t], sum[t], sums[(token + t) * groups + group], params);
+        }
+    }
+    y
+}
+
+/// Adds scale · (sum − zero · total) of one group.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_group(mut y: Rows, sum: Rows, total: f32, [scale, zero]: [Rows; 2]) -> Rows {
+    for half in 0..2 {
+        let centred = vfmsq_n_f32(sum[half], zero[half], total);
+        y[half] = vfmaq_f32(y[half], centred, scale[half]);
+    }
+    y
+}
+
+/// Sums of one chunk by dot products.
+#[inline]
+#[target_feature(enable = "neon")]
+fn chunk_dot<const LOW: u32, const HIGH: u32, const T: usize>(
+    dot: Dot,
+    codes: &[u8],
+    x: [&[i8; CHUNK]; T],
+) -> [Sums; T] {
+    let mut inputs = [[vdupq_n_s8(0); 2]; T];
+    let mut sum = [[vdupq_n_s32(0); 2]; T];
+    for t in 0..T {
+        // SAFETY: sixteen numbers are there, and sixteen after them.
+        inputs[t] = unsafe { [vld1q_s8(x[t].as_ptr()), vld1q_s8(x[t][16..].as_ptr())] };
+        if LOW + HIGH == 8 {
+            let [first, second] = inputs[t];
+            let all = vaddlvq_s16(vaddq_s16(vpaddlq_s8(first), vpaddlq_s8(second)));
+            sum[t] = [vshlq_n_s32::<7>(vdupq_n_s32(all)); 2];
+        }
+    }
+    each_vector!(add_quads::<LOW, HIGH, T>(dot, codes, &inputs, &mut sum));
+    sum
+}
+
+/// Adds the four columns of vector `J`.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_quads<const LOW: u32, const HIGH: u32, const T: usize, const J: usize>(
+    dot: Dot,
+    codes: &[u8],
+    x: &[[int8x16_t; 2]; T],
+    sum: &mut [Sums; T],
+) {
+    let codes = code_bytes::<LOW, HIGH, J>(codes);
+    for half in 0..2 {
+        let codes = if LOW + HIGH == 8 { veorq_u8(codes[half], vdupq_n_u8(0x80)) } else { codes[half] };
+        for t in 0..T {
+            sum[t][half] = sdot::<J>(dot, sum[t][half], vreinterpretq_s8_u8(codes), x[t][J / 4]);
+        }
+    }
+}
+
+/// Adds to each lane its four products of `codes` with the four bytes of lane `J % 4` of `x`. What the standard library calls
+/// `vdotq_laneq_s32` became stable later than the oldest compiler supported here.
+#[inline(always)]
+fn sdot<const J: usize>(_: Dot, mut sum: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: the token proves the instruction, which touches nothing but its operands.
+    unsafe {
+        asm!(
+            ".arch_extension dotprod",
+            "sdot {sum:v}.4s, {codes:v}.16b, {x:v}.4b[{lane}]",
+            sum = inout(vreg) sum,
+            codes = in(vreg) codes,
+            x = in(vreg) x,
+            lane = const J % 4,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// Sums of one chunk by products of sixteen bits.
+#[inline]
+#[target_feature(enable = "neon")]
+fn chunk_widened<const LOW: u32, const HIGH: u32, const T: usize>(codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+    let (low, high) = codes.split_at(32 * LOW as usize);
+    let mut sum = widened::<LOW, T>(low, x);
+    if HIGH > 0 {
+        let high = widened::<HIGH, T>(high, x);
+        for t in 0..T {
+            for half in 0..2 {
+                sum[t][half] = vaddq_s32(sum[t][half], vshlq_n_s32::<4>(high[t][half]));
+            }
+        }
+    }
+    sum
+}
+
+/// Sums of one chunk over codes of `B` bits.
+#[inline]
+#[target_feature(enable = "neon")]
+fn widened<const B: u32, const T: usize>(codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+    let mut columns = [[vdupq_n_s16(0); 4]; T];
+    each_vector!(add_widened::<B, T>(codes, &x, &mut columns));
+    let mut sum = [[vdupq_n_s32(0); 2]; T];
+    for t in 0..T {
+        let [a, b, c, d] = columns[t].map(|two_rows| vpaddlq_s16(two_rows));
+        sum[t] = [vpaddq_s32(a, b), vpaddq_s32(c, d)];
+    }
+    sum
+}
+
+/// Adds the four columns of vector `J`, each by itself, of two rows in a register.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_widened<const B: u32, const T: usize, const J: usize>(
+    codes: &[u8],
+    x: &[&[i8; CHUNK]; T],
+    columns: &mut [[int16x8_t; 4]; T],
+) {
+    let codes = vector::<B, J>(codes);
+    for t in 0..T {
+        let quad = i32::from_le_bytes([x[t][4 * J], x[t][4 * J + 1], x[t][4 * J + 2], x[t][4 * J + 3]].map(|v| v as u8));
+        let x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+        for half in 0..2 {
+            let codes = vreinterpretq_s8_u8(codes[half]);
+            let [first, second] = [columns[t][2 * half], columns[t][2 * half + 1]];
+            columns[t][2 * half] = vmlal_s8(first, vget_low_s8(codes), vget_low_s8(x));
+            columns[t][2 * half + 1] = vmlal_high_s8(second, codes, x);
+        }
+    }
+}
+
+/// `N` blocks of eight rows for `T` tokens.
+#[inline]
+#[target_feature(enable = "neon")]
+fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
+    w: &Packed<'_>,
+    x: &[f32],
+    sums: &[f32],
+    [token, block]: [usize; 2],
+) -> [[Rows; T]; N] {
+    let bytes = 32 * (LOW + HIGH) as usize;
+    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
+    let codes: [&[u8]; N] = std::array::from_fn(|n| &w.codes[(block + n) * chunks * bytes..][..chunks * bytes]);
+    let values = x.as_chunks::<CHUNK>().0;
+    let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
+    let mut y = [[[vdupq_n_f32(0.0); 2]; T]; N];
+    for group in 0..groups {
+        let mut sum = [[[vdupq_n_f32(0.0); 2]; T]; N];
+        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+            let inputs: [&[f32; CHUNK]; T] = std::array::from_fn(|t| &values[t][chunk]);
+            let these: [&[u8]; N] = std::array::from_fn(|n| &codes[n][chunk * bytes..][..bytes]);
+            each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
+        }
+        for n in 0..N {
+            let params = params(w, ((block + n) * groups + group) * LANES);
+            for t in 0..T {
+                y[n][t] = add_group(y[n][t], sum[n][t], sums[(token + t) * groups + group], params);
+            }
+        }
+    }
+    y
+}
+
+/// Adds the four columns of vector `J`, one after another.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_columns<const LOW: u32, const HIGH: u32, const T: usize, const N: usize, const J: usize>(
+    codes: &[&[u8]; N],
+    x: &[&[f32; CHUNK]; T],
+    sum: &mut [[Rows; T]; N],
+) {
+    let mut quads = [vdupq_n_f32(0.0); T];
+    for t in 0..T {
+        let quad = &x[t][4 * J..][..4];
+        // SAFETY: four numbers are there.
+        quads[t] = unsafe { vld1q_f32(quad.as_ptr()) };
+    }
+    for n in 0..N {
+        for (half, codes) in code_bytes::<LOW, HIGH, J>(codes[n]).into_iter().enumerate() {
+            let columns = numbers(vreinterpretq_u32_u8(codes));
+            for t in 0..T {
+                let mut s = sum[n][t][half];
+                s = vfmaq_laneq_f32::<0>(s, columns[0], quads[t]);
+                s = vfmaq_laneq_f32::<1>(s, columns[1], quads[t]);
+                s = vfmaq_laneq_f32::<2>(s, columns[2], quads[t]);
+                sum[n][t][half] = vfmaq_laneq_f32::<3>(s, columns[3], quads[t]);
+            }
+        }
+    }
+}
+
+/// The four bytes of every lane as numbers. A byte in the low bits of 2²³ is 2²³ + byte, and the difference is exact: both
+/// steps run on every unit, and a conversion on one.
+#[inline]
+#[target_feature(enable = "neon")]
+fn numbers(v: uint32x4_t) -> [float32x4_t; 4] {
+    let number = |v: uint32x4_t| {
+        let two_23 = 8_388_608.0f32;
+        let beside = vbslq_u32(vdupq_n_u32(0xff), v, vdupq_n_u32(two_23.to_bits()));
+        vsubq_f32(vreinterpretq_f32_u32(beside), vdupq_n_f32(two_23))
+    };
+    [number(v), number(vshrq_n_u32::<8>(v)), number(vshrq_n_u32::<16>(v)), number(vshrq_n_u32::<24>(v))]
+}
+
+/// Vector `J` of a chunk, a code in each byte.
+#[inline]
+#[target_feature(enable = "neon")]
+fn code_bytes<const LOW: u32, const HIGH: u32, const J: usize>(codes: &[u8]) -> [uint8x16_t; 2] {
+    let (low, high) = codes.split_at(32 * LOW as usize);
+    let mut v = vector::<LOW, J>(low);
+    if HIGH > 0 {
+        let high = vector::<HIGH, J>(high);
+        for half in 0..2 {
+            v[half] = vsliq_n_u8::<4>(v[half], high[half]);
+        }
+    }
+    v
+}
+
+/// Vector `J` of a part of a chunk, `B` bits in each byte.
+#[inline]
+#[target_feature(enable = "neon")]
+fn vector<const B: u32, const J: usize>(bytes: &[u8]) -> [uint8x16_t; 2] {
+    match B {
+        4 => low_bits::<4>(bytes, J % 4, J / 4 * 4),
+        2 => low_bits::<2>(bytes, J % 2, J / 2 * 2),
+        3 => {
+            let (mut v, top) = (low_bits::<2>(bytes, J % 2, J / 2 * 2), low_bits::<1>(bytes, 2, J));
+            for half in 0..2 {
+                v[half] = vsliq_n_u8::<2>(v[half], top[half]);
+            }
+            v
+        }
+        _ => low_bits::<1>(bytes, 0, J),
+    }
+}
+
+/// `B` bits of every byte of the `i`th vector, from bit `from` on.
+#[inline]
+#[target_feature(enable = "neon")]
+fn low_bits<const B: u32>(bytes: &[u8], i: usize, from: usize) -> [uint8x16_t; 2] {
+    let bytes = &bytes[32 * i..][..32];
+    // SAFETY: sixteen bytes are there, and sixteen after them.
+    let v = unsafe { [vld1q_u8(bytes.as_ptr()), vld1q_u8(bytes[16..].as_ptr())] };
+    v.map(|v| {
+        let v = match from {
+            0 => v,
+            1 => vshrq_n_u8::<1>(v),
+            2 => vshrq_n_u8::<2>(v),
+            3 => vshrq_n_u8::<3>(v),
+            4 => vshrq_n_u8::<4>(v),
+            5 => vshrq_n_u8::<5>(v),
+            6 => vshrq_n_u8::<6>(v),
+            _ => vshrq_n_u8::<7>(v),
+        };
+        // A shift leaves nothing above the topmost bits.
+        if from + B as usize == 8 { v } else { vandq_u8(v, vdupq_n_u8(((1u32 << B) - 1) as u8)) }
+    })
+}
+
+/// Scales and zero points of eight rows.
+#[inline]
+#[target_feature(enable = "neon")]
+fn params(w: &Packed<'_>, at: usize) -> [Rows; 2] {
+    let halves = |s: &[u16]| {
+        let s = &s[at..][..LANES];
+        // SAFETY: eight numbers are there.
+        unsafe { vld1q_u16(s.as_ptr()) }
+    };
+    let scale = match w.scales {
+        Scales::F32(s) => {
+            let s = &s[at..][..LANES];
+            // SAFETY: four numbers are there, and four after them.
+            unsafe { [vld1q_f32(s.as_ptr()), vld1q_f32(s[4..].as_ptr())] }
+        }
+        Scales::F16(s) => {
+            let bits = vreinterpretq_f16_u16(halves(s));
+            [vcvt_f32_f16(vget_low_f16(bits)), vcvt_high_f32_f16(bits)]
+        }
+        Scales::Bf16(s) => {
+            let bits = halves(s);
+            [vshll_n_u16::<16>(vget_low_u16(bits)), vshll_high_n_u16::<16>(bits)].map(|v| vreinterpretq_f32_u32(v))
+        }
+    };
+    let zero = if w.zeros.is_empty() {
+        [vdupq_n_f32((1u32 << (w.form.bits - 1)) as f32); 2]
+    } else {
+        let z = &w.zeros[at..][..LANES];
+        // SAFETY: eight bytes are there.
+        let z = vmovl_u8(unsafe { vld1_u8(z.as_ptr()) });
+        [vmovl_u16(vget_low_u16(z)), vmovl_high_u16(z)].map(|v| vcvtq_f32_u32(v))
+    };
+    [scale, zero]
+}
