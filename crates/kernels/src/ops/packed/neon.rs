@@ -324,7 +324,8 @@ fn add_widened<const B: u32, const T: usize, const J: usize>(
 ) {
     let codes = vector::<B, J>(codes);
     for t in 0..T {
-        let quad = i32::from_le_bytes([x[t][4 * J], x[t][4 * J + 1], x[t][4 * J + 2], x[t][4 * J + 3]].map(|v| v as u8));
+        let quad =
+            i32::from_le_bytes([x[t][4 * J], x[t][4 * J + 1], x[t][4 * J + 2], x[t][4 * J + 3]].map(|v| v as u8));
         let x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
         for half in 0..2 {
             let codes = vreinterpretq_s8_u8(codes[half]);
@@ -395,17 +396,17 @@ fn add_columns<const LOW: u32, const HIGH: u32, const T: usize, const N: usize, 
     }
 }
 
-/// The four bytes of every lane as numbers. A byte in the low bits of 2²³ is 2²³ + byte, and the difference is exact: both
-/// steps run on every unit, and a conversion on one.
+/// The four bytes of every lane as numbers: each stays where it is, and its conversion is told how many bits lie below.
 #[inline]
 #[target_feature(enable = "neon")]
 fn numbers(v: uint32x4_t) -> [float32x4_t; 4] {
-    let number = |v: uint32x4_t| {
-        let two_23 = 8_388_608.0f32;
-        let beside = vbslq_u32(vdupq_n_u32(0xff), v, vdupq_n_u32(two_23.to_bits()));
-        vsubq_f32(vreinterpretq_f32_u32(beside), vdupq_n_f32(two_23))
-    };
-    [number(v), number(vshrq_n_u32::<8>(v)), number(vshrq_n_u32::<16>(v)), number(vshrq_n_u32::<24>(v))]
+    let byte = |mask| vandq_u32(v, vdupq_n_u32(mask));
+    [
+        vcvtq_f32_u32(byte(0xff)),
+        vcvtq_n_f32_u32::<8>(byte(0xff00)),
+        vcvtq_n_f32_u32::<16>(byte(0xff_0000)),
+        vcvtq_n_f32_u32::<24>(byte(0xff00_0000)),
+    ]
 }
 
 /// Vector `J` of a chunk, a code in each byte.
