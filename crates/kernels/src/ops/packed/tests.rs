@@ -133,6 +133,22 @@ fn rounding_is_to_nearest_even_of_what_it_says() {
 }
 
 #[test]
+fn every_level_rounds_every_token_alike() {
+    for (tokens, cols) in [(1, 1), (3, 31), (2, 32), (5, 33), (3, 129)] {
+        let mut x: Vec<f32> = (0..tokens * cols).map(|i| number(i) * (i % 7) as f32).collect();
+        x[0] = f32::NAN;
+        let run = |level| {
+            let scales = tokens * cols.div_ceil(CHUNK);
+            let (mut values, mut scales) = (vec![1; scales * CHUNK], vec![1.0; scales]);
+            round_activations(level, &x, cols, &mut values, &mut scales);
+            (values, scales)
+        };
+        let found = run(Level::Scalar);
+        assert!(Level::all().into_iter().all(|level| run(level) == found), "{tokens} {cols}");
+    }
+}
+
+#[test]
 fn what_cannot_be_laid_out_is_not() {
     assert!(PackedForm::new(4, [8, 64], 16).is_none() && PackedForm::new(9, [8, 64], 32).is_none());
     assert!(PackedForm::new(4, [8, 0], 32).is_none() && PackedForm::new(0, [8, 64], 32).is_none());
