@@ -3,6 +3,9 @@
 //! A token exists only where the CPU has its features, so holding one is what makes calling a function compiled for them
 //! sound. One row of [`Level`] names the features of a level once.
 
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
+
 /// Proof that the CPU has AVX2, FMA and F16C.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,11 +69,74 @@ pub struct Neon {
     pub(crate) dot: Option<Dot>,
 }
 
-/// Proof that the CPU multiplies pairs of bfloat16 in one instruction, at twice the rate of f32: AVX-512 with BF16 (Cooper
-/// Lake, Zen 4 and later).
+/// Proof that the CPU multiplies tiles of bfloat16 and of eight-bit integers (AMX: Sapphire Rapids and later), that the system
+/// lets this process use their registers, and what [`Avx512`] proves.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Brain(Avx512);
+pub struct Amx(Avx512);
+
+#[cfg(target_arch = "x86_64")]
+impl Amx {
+    /// The token, where the features are there and the system grants them, which it is asked for once a process.
+    #[must_use]
+    pub fn here() -> Option<Self> {
+        static GRANTED: OnceLock<bool> = OnceLock::new();
+        Avx512::here().filter(|_| *GRANTED.get_or_init(|| has_tiles() && asks_for_tiles())).map(Amx)
+    }
+
+    /// What it proves besides.
+    #[must_use]
+    pub fn avx512(self) -> Avx512 {
+        self.0
+    }
+}
+
+/// Whether CPUID names the features of [`Amx`], which the standard library has no stable names for, and the system switches
+/// their registers between threads. The CPU is known to have AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn has_tiles() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+    /// Products of bfloat16, tiles, products of eight bits.
+    const FEATURES: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    /// The tiles' shapes, and what is in them.
+    const STATES: u64 = 1 << 17 | 1 << 18;
+    #[target_feature(enable = "xsave")]
+    fn states() -> u64 {
+        // SAFETY: register 0 is there wherever the instruction is.
+        unsafe { _xgetbv(0) }
+    }
+    if __cpuid(0).eax < 7 || __cpuid_count(7, 0).edx & FEATURES != FEATURES {
+        return false;
+    }
+    // SAFETY: AVX-512 is only reported where the system has switched XSAVE on.
+    let states = unsafe { states() };
+    states & STATES == STATES
+}
+
+/// Linux reserves the 8 KB that a thread's tiles are saved in only for processes that ask; other systems are not asked.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn asks_for_tiles() -> bool {
+    /// ARCH_REQ_XCOMP_PERM of asm/prctl.h.
+    const REQUEST: libc::c_long = 0x1023;
+    /// The state that a tile's contents are.
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: the call takes two numbers, touches no memory of the process, and fails where the system knows it not.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn asks_for_tiles() -> bool {
+    false
+}
+
+/// Proof that the CPU multiplies pairs of bfloat16 in one instruction, at twice the rate of f32: AVX-512 with BF16 (Cooper
+/// Lake, Zen 4 and later). Where there are tiles too ([`Amx`]), products use them.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Brain {
+    avx512: Avx512,
+    amx: Option<Amx>,
+}
 
 /// Never there on this target.
 #[cfg(not(target_arch = "x86_64"))]
@@ -78,15 +144,29 @@ pub struct Brain(Avx512);
 pub struct Brain(std::convert::Infallible);
 
 impl Brain {
-    /// The token, where the features are there.
+    /// The token, where the features are there, for the fastest way.
     #[must_use]
     pub fn here() -> Option<Self> {
+        Brain::all().pop()
+    }
+
+    /// Tokens for every way this CPU has, slowest first.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
         {
-            Avx512::here().filter(|_| is_x86_feature_detected!("avx512bf16")).map(Brain)
+            let Some(avx512) = Avx512::here().filter(|_| is_x86_feature_detected!("avx512bf16")) else { return vec![] };
+            let tiles = Amx::here().map(|amx| Brain { avx512, amx: Some(amx) });
+            [Brain { avx512, amx: None }].into_iter().chain(tiles).collect()
         }
         #[cfg(not(target_arch = "x86_64"))]
-        None
+        vec![]
+    }
+
+    /// Whether there are tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn amx(self) -> Option<Amx> {
+        self.amx
     }
 
     /// What holding the token contradicts.
@@ -111,6 +191,9 @@ pub enum Level {
     /// 64-bit Arm with NEON, with or without dot products.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
+    /// x86-64 with AMX.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
 }
 
 impl Level {
@@ -118,7 +201,9 @@ impl Level {
     #[must_use]
     pub fn best() -> Level {
         #[cfg(target_arch = "x86_64")]
-        if let Some(token) = Avx512::here() {
+        if let Some(token) = Amx::here() {
+            return Level::Amx(token);
+        } else if let Some(token) = Avx512::here() {
             return Level::Avx512(token);
         } else if let Some(token) = Avx2::here() {
             return Level::Avx2(token);
@@ -137,6 +222,7 @@ impl Level {
         {
             all.extend(Avx2::here().map(Level::Avx2));
             all.extend(Avx512::here().map(Level::Avx512));
+            all.extend(Amx::here().map(Level::Amx));
         }
         #[cfg(target_arch = "aarch64")]
         {

@@ -36,7 +36,7 @@ pub fn axpys(level: Level, a: &[f32], (x, stride): (&[f32], usize), y: &mut [f32
             unsafe { compiled(a, x, stride, y) }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(_) => {
+        Level::Avx512(_) | Level::Amx(_) => {
             #[target_feature(enable = "avx512f,fma")]
             fn compiled(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
                 add(a, x, stride, y);

@@ -92,6 +92,8 @@ fn run(level: Level, task: &Task<'_>, to: Fitted<'_>) -> [f64; 2] {
         // NEON is what the target is compiled for, so only the turning has instructions of its own.
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => tiles(task, to, |sub, rows, turned| neon::turn(token, sub, rows, turned)),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => avx512(token.avx512(), task, to),
     }
 }
 

@@ -2,12 +2,15 @@
 //!
 //! One instruction multiplies two neighbouring entries of sixteen rows and adds both to an f32, which is twice what it does
 //! with f32, so both sides are laid out in panels of sixteen rows, two columns beside each other. A panel serves as either
-//! side: as B by a register, as A by one pair at a time.
+//! side: as B by a register, as A by one pair at a time. Sixteen pairs of a panel's columns are also a tile of B as AMX reads
+//! it, so panels begin at a line of the cache and end with a whole tile, in zeros.
 //!
 //! An entry is rounded to nearest even, once, to a relative error of at most 2⁻⁹; products of two are exact in f32. Sums are
 //! folded over the columns in one order, so results are the same bits at any thread count. There is no scalar level: who
 //! has no [`Brain`] multiplies in f32, and the tests hold results to the sums, in f64, of what was rounded.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(test)]
@@ -17,11 +20,13 @@ use super::matrix::{TOKENS, View, ViewMut, band, mirror};
 use crate::level::Brain;
 use rayon::prelude::*;
 
-/// Rows of a panel.
+/// Rows of a panel, and pairs of a row that make a tile.
 const LANES: usize = 16;
+/// Pairs beyond a matrix's own, for the first panel to begin at a line of the cache wherever the slice does.
+const SPARE: usize = LANES - 1;
 
 /// A matrix `[rows, depth]` rounded to bfloat16, in panels: `[rows / 16, depth / 2, 16]` pairs, the entry of the lower column
-/// in the low half.
+/// in the low half. The depth is that of whole tiles.
 #[derive(Debug, Clone, Copy)]
 pub struct Brained<'a> {
     rows: usize,
@@ -30,10 +35,10 @@ pub struct Brained<'a> {
 }
 
 impl<'a> Brained<'a> {
-    /// Pairs of a matrix `[rows, depth]`, those that fill up its last panel included.
+    /// Pairs of a matrix `[rows, depth]`, those that fill up its last panel and tile and go before its first included.
     #[must_use]
     pub fn pairs(rows: usize, depth: usize) -> usize {
-        rows.div_ceil(LANES) * LANES * depth.div_ceil(2)
+        rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE
     }
 
     /// Rounds `matrix` into `out`, in parallel over its panels.
@@ -43,9 +48,13 @@ impl<'a> Brained<'a> {
     pub fn round(brain: Brain, matrix: View<'_, f32>, out: &'a mut [u32]) -> Self {
         let (rows, depth) = (matrix.rows(), matrix.cols());
         assert_eq!(out.len(), Brained::pairs(rows, depth), "pairs of the matrix");
+        // Words before the next line of the cache: fewer than it has, since a slice of words begins at one.
+        let skipped = out.as_ptr().align_offset(size_of::<[u32; LANES]>()).min(SPARE);
+        let count = out.len() - SPARE;
+        let out = &mut out[skipped..][..count];
         if !out.is_empty() {
             let panel = |(i, out): (usize, &mut [u32])| round_panel(brain, matrix, i * LANES, out);
-            out.par_chunks_mut(LANES * depth.div_ceil(2)).enumerate().for_each(panel);
+            out.par_chunks_mut(LANES * row_pairs(depth)).enumerate().for_each(panel);
         }
         Brained { rows, depth, pairs: out }
     }
@@ -57,13 +66,18 @@ impl<'a> Brained<'a> {
     #[must_use]
     pub fn between(&self, from: usize, to: usize) -> Self {
         assert!(from.is_multiple_of(LANES) && from <= to && to <= self.rows, "rows of whole panels");
-        let per_row = self.depth.div_ceil(2);
+        let per_row = row_pairs(self.depth);
         Brained {
             rows: to - from,
             depth: self.depth,
             pairs: &self.pairs[from * per_row..to.next_multiple_of(LANES) * per_row],
         }
     }
+}
+
+/// Pairs of a row, to the end of its last tile.
+fn row_pairs(depth: usize) -> usize {
+    depth.div_ceil(2).next_multiple_of(LANES)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -83,7 +97,10 @@ fn round_panel(brain: Brain, _: View<'_, f32>, _: usize, _: &mut [u32]) {
 pub fn brain_gemm(brain: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
     assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
     #[cfg(target_arch = "x86_64")]
-    avx512::gemm(brain, a, b, c);
+    match brain.amx() {
+        Some(amx) => amx::gemm(amx, a, b, c),
+        None => avx512::gemm(brain, a, b, c),
+    }
     #[cfg(not(target_arch = "x86_64"))]
     brain.never()
 }

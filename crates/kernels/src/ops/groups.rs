@@ -71,6 +71,8 @@ fn run(level: Level, task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u
         Level::Avx2(token) => avx2(token, task, params, codes),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512(token) => avx512(token, task, params, codes),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => avx512(token.avx512(), task, params, codes),
         _ => groups(task, params, codes),
     }
 }

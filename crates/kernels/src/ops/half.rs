@@ -60,6 +60,11 @@ pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &m
             Halves::F16(bits) => neon::strip::<false>(token, bits, cols, x, strip),
             Halves::Bf16(bits) => neon::strip::<true>(token, bits, cols, x, strip),
         },
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => match w {
+            Halves::F16(bits) => avx512::strip::<false>(token.avx512(), bits, cols, x, strip),
+            Halves::Bf16(bits) => avx512::strip::<true>(token.avx512(), bits, cols, x, strip),
+        },
     });
 }
 

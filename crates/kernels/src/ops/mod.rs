@@ -14,3 +14,5 @@ pub(crate) mod pack;
 pub(crate) mod packed;
 pub(crate) mod solve;
 pub(crate) mod strips;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;

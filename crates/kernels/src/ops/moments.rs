@@ -38,7 +38,7 @@ pub fn add_moments(level: Level, x: &[f32], stride: usize, moments: &mut Moments
             unsafe { compiled(x, stride, moments) }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(_) => {
+        Level::Avx512(_) | Level::Amx(_) => {
             #[target_feature(enable = "avx512f,avx512vl,avx512dq")]
             fn compiled(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
                 add(x, stride, moments);

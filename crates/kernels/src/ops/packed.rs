@@ -277,6 +277,8 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
         Level::Avx512(token) => avx512::round(token, x, cols, values, scales),
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => neon::round(token, x, cols, values, scales),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => avx512::round(token.avx512(), x, cols, values, scales),
     }
 }
 
@@ -329,6 +331,8 @@ pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &
         Level::Avx512(token) => avx512::int8(token, w, x, &sums, strip),
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => neon::int8(token, w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => avx512::int8(token.avx512(), w, x, &sums, strip),
     });
 }
 
@@ -361,5 +365,7 @@ pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) 
         Level::Avx512(token) => avx512::full(token, w, x, &sums, strip),
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => neon::full(token, w, x, &sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => avx512::full(token.avx512(), w, x, &sums, strip),
     });
 }

@@ -4,7 +4,7 @@
 //! multiply are what it waits for. The depth is cut so that three panels of B stay in the first cache while A passes.
 
 use super::super::matrix::{View, ViewMut};
-use super::{Brained, LANES};
+use super::{Brained, LANES, row_pairs};
 use crate::level::Brain;
 use std::arch::x86_64::*;
 
@@ -71,7 +71,7 @@ fn along_columns(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
     // SAFETY: 64 bytes are there, and the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     for (p, out) in out.chunks_exact_mut(LANES).enumerate() {
-        let low = load(&matrix.column(2 * p)[first..end]);
+        let low = if 2 * p < depth { load(&matrix.column(2 * p)[first..end]) } else { _mm512_setzero_ps() };
         let high = if 2 * p + 1 < depth { load(&matrix.column(2 * p + 1)[first..end]) } else { _mm512_setzero_ps() };
         let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(high, low)));
         // SAFETY: 64 bytes are there, and the store needs no alignment.
@@ -96,7 +96,7 @@ fn as_pairs(v: __m512i) -> __m512bh {
 /// The transpose of sixteen rows of sixteen.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(super) fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     // Four by four within every quarter of a register, then quarters among registers.
     let mut fours = rows;
     for i in (0..LANES).step_by(4) {
@@ -133,12 +133,12 @@ pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_,
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn blocks(a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
-    let pairs = a.depth.div_ceil(2);
+    let (pairs, stride) = (a.depth.div_ceil(2), row_pairs(a.depth));
     for from in (0..pairs).step_by(DEPTH) {
         let deep = from..pairs.min(from + DEPTH);
         for col in (0..b.rows).step_by(PANELS * LANES) {
             for row in (0..a.rows).step_by(ROWS) {
-                let panel = |i: usize| (i * pairs + deep.start) * LANES..(i * pairs + deep.end) * LANES;
+                let panel = |i: usize| (i * stride + deep.start) * LANES..(i * stride + deep.end) * LANES;
                 let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
                 let side = &a.pairs[panel(row / LANES)];
                 let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
@@ -175,13 +175,21 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], [row, col]: [usize; 2], c: &m
     }
     for (r, sums) in sums.iter().enumerate() {
         for (n, sum) in sums.iter().enumerate() {
-            let Some(c) = c.part(row + r, col + n * LANES, LANES) else { continue };
-            let mask = first_lanes(c.len());
-            // SAFETY: the mask leaves out what lies beyond the slice, and neither needs alignment.
-            unsafe {
-                let old = _mm512_maskz_loadu_ps(mask, c.as_ptr());
-                _mm512_mask_storeu_ps(c.as_mut_ptr(), mask, _mm512_add_ps(old, *sum));
+            if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
+                add(c, *sum);
             }
         }
+    }
+}
+
+/// Adds the first sums to the entries of C that there are, sixteen at most.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn add(c: &mut [f32], sums: __m512) {
+    let mask = first_lanes(c.len());
+    // SAFETY: the mask leaves out what lies beyond the slice, and neither needs alignment.
+    unsafe {
+        let old = _mm512_maskz_loadu_ps(mask, c.as_ptr());
+        _mm512_mask_storeu_ps(c.as_mut_ptr(), mask, _mm512_add_ps(old, sums));
     }
 }

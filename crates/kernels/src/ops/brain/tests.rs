@@ -11,20 +11,18 @@ fn rounded(x: f32) -> f64 {
     f64::from(bf16::from_f32(x).to_f32())
 }
 
-/// A CPU without the instructions has nothing to test.
-fn brain() -> Option<Brain> {
-    let brain = Brain::here();
-    if brain.is_none() {
-        println!("this CPU does not multiply bfloat16: nothing was tested");
-    }
-    brain
+/// Every way of this CPU; one without the instructions has nothing to test.
+fn ways() -> Vec<Brain> {
+    let all = Brain::all();
+    println!("{} ways of this CPU to multiply bfloat16 are tested", all.len());
+    all
 }
 
 #[test]
 fn products_are_sums_of_rounded_entries() {
-    let Some(brain) = brain() else { return };
-    for (m, n, depth) in [(1, 1, 1), (8, 48, 2), (5, 17, 3), (16, 16, 32), (37, 70, 65), (33, 100, 600), (20, 49, 257)]
-    {
+    let shapes =
+        [(1, 1, 1), (8, 48, 2), (5, 17, 3), (16, 16, 32), (37, 70, 65), (33, 100, 600), (20, 49, 257), (270, 33, 30)];
+    for (brain, (m, n, depth)) in ways().into_iter().flat_map(|brain| shapes.map(|shape| (brain, shape))) {
         let (a, b, c0) = (sample(m * depth, 1), sample(n * depth, 2), sample(m * n, 3));
         // The second layout of each is its transpose, stored the other way round.
         let other =
@@ -49,21 +47,22 @@ fn products_are_sums_of_rounded_entries() {
 
 #[test]
 fn syrk_is_the_product_and_ignores_the_thread_count() {
-    let Some(brain) = brain() else { return };
     let (tokens, n) = (1500, 210);
     let x = sample(tokens * n, 5);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let mut h = vec![0.5; n * n];
-        pool.install(|| brain_syrk(brain, &x, n, &mut h));
-        h
-    };
-    let h = run(1);
-    assert!([2, 3].iter().all(|&t| run(t) == h));
-    for i in 0..n {
-        for j in 0..n {
-            let sum: f64 = (0..tokens).map(|t| rounded(x[t * n + i]) * rounded(x[t * n + j])).sum::<f64>() + 0.5;
-            assert!((f64::from(h[i * n + j]) - sum).abs() < 1e-3 && h[i * n + j] == h[j * n + i], "{i} {j}");
+    for brain in ways() {
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut h = vec![0.5; n * n];
+            pool.install(|| brain_syrk(brain, &x, n, &mut h));
+            h
+        };
+        let h = run(1);
+        assert!([2, 3].iter().all(|&t| run(t) == h));
+        for i in 0..n {
+            for j in 0..n {
+                let sum: f64 = (0..tokens).map(|t| rounded(x[t * n + i]) * rounded(x[t * n + j])).sum::<f64>() + 0.5;
+                assert!((f64::from(h[i * n + j]) - sum).abs() < 1e-3 && h[i * n + j] == h[j * n + i], "{i} {j}");
+            }
         }
     }
 }
