@@ -37,6 +37,8 @@ macro_rules! each_vector {
 }
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -332,7 +334,7 @@ pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => neon::int8(token, w, x, &sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => avx512::int8(token.avx512(), w, x, &sums, strip),
+        Level::Amx(token) => amx::int8(token, w, x, &sums, strip),
     });
 }
 

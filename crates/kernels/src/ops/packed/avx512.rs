@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Rows of a register: two blocks.
-const PAIR: usize = 2 * LANES;
+pub(super) const PAIR: usize = 2 * LANES;
 /// Tokens that one pass over unpacked codes serves: as many sums are under way as two units with a latency of four take.
 const TOKENS: usize = 8;
 /// Tokens that one pass over packed codes serves.
@@ -57,7 +57,7 @@ pub(super) fn full(token: Avx512, w: &Packed<'_>, x: &[f32], sums: &[f32], strip
 }
 
 /// The row where whole pairs of blocks end, the last of which may be padded.
-fn end_of_pairs(strip: &Strip<'_>) -> usize {
+pub(super) fn end_of_pairs(strip: &Strip<'_>) -> usize {
     strip.rows.start + strip.rows.len().div_ceil(LANES) / 2 * PAIR
 }
 
@@ -364,7 +364,7 @@ fn add_columns<const LOW: u32, const HIGH: u32, const T: usize, const N: usize, 
 /// Vector `J` of a chunk of two blocks, a code in each byte.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn code_bytes<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8]; 2]) -> __m512i {
+pub(super) fn code_bytes<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8]; 2]) -> __m512i {
     let ((low, high), (lower, higher)) = (codes[0].split_at(32 * LOW as usize), codes[1].split_at(32 * LOW as usize));
     let v = vector::<LOW, J>([low, lower]);
     if HIGH == 0 { v } else { _mm512_or_si512(v, _mm512_slli_epi16::<4>(vector::<HIGH, J>([high, higher]))) }
@@ -414,7 +414,7 @@ fn load(bytes: [&[u8]; 2], i: usize) -> __m512i {
 /// Scales and zero points of the rows of two blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
-fn params(w: &Packed<'_>, block: usize, group: usize) -> (__m512, __m512) {
+pub(super) fn params(w: &Packed<'_>, block: usize, group: usize) -> (__m512, __m512) {
     let at = (block * w.form.groups() + group) * LANES;
     let ((scale, zero), (scales, zeros)) = (avx2::params(w, at), avx2::params(w, at + w.form.groups() * LANES));
     let scale = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scale), scales);
