@@ -204,7 +204,7 @@ fn brain_band(brain: Brain, x: View<'_, f32>, weight: View<'_, f32>, y: &mut [f3
     let (tokens, inner, out) = (x.rows(), x.cols(), weight.rows());
     let (mut left, mut right) =
         (vec![0; Brained::pairs(tokens, inner)], vec![0; Brained::pairs(STRIP.min(out), inner)]);
-    let x = Brained::round(brain, x, &mut left);
+    let x = Brained::left(brain, x, &mut left);
     for from in (0..out).step_by(STRIP) {
         let rows = STRIP.min(out - from);
         let strip =

@@ -32,6 +32,8 @@ pub struct Brained<'a> {
     rows: usize,
     depth: usize,
     pairs: &'a [u32],
+    /// Whether every sixteen pairs of a panel are row by row, as a tile of A is read.
+    turned: bool,
 }
 
 impl<'a> Brained<'a> {
@@ -46,17 +48,31 @@ impl<'a> Brained<'a> {
     /// # Panics
     /// When `out` does not hold [`Brained::pairs`] entries: a caller's bug.
     pub fn round(brain: Brain, matrix: View<'_, f32>, out: &'a mut [u32]) -> Self {
+        Brained::laid_out(brain, matrix, false, out)
+    }
+
+    /// [`Brained::round`] of what is only ever the left side of products, and of several: what some CPUs ask of a left side
+    /// is then done once.
+    ///
+    /// # Panics
+    /// When `out` does not hold [`Brained::pairs`] entries: a caller's bug.
+    pub fn left(brain: Brain, matrix: View<'_, f32>, out: &'a mut [u32]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let turned = brain.amx().is_some() && matrix.has_whole_rows();
+        #[cfg(not(target_arch = "x86_64"))]
+        let turned = false;
+        Brained::laid_out(brain, matrix, turned, out)
+    }
+
+    fn laid_out(brain: Brain, matrix: View<'_, f32>, turned: bool, out: &'a mut [u32]) -> Self {
         let (rows, depth) = (matrix.rows(), matrix.cols());
         assert_eq!(out.len(), Brained::pairs(rows, depth), "pairs of the matrix");
-        // Words before the next line of the cache: fewer than it has, since a slice of words begins at one.
-        let skipped = out.as_ptr().align_offset(size_of::<[u32; LANES]>()).min(SPARE);
-        let count = out.len() - SPARE;
-        let out = &mut out[skipped..][..count];
+        let out = from_line(out);
         if !out.is_empty() {
-            let panel = |(i, out): (usize, &mut [u32])| round_panel(brain, matrix, i * LANES, out);
+            let panel = |(i, out): (usize, &mut [u32])| round_panel(brain, matrix, i * LANES, turned, out);
             out.par_chunks_mut(LANES * row_pairs(depth)).enumerate().for_each(panel);
         }
-        Brained { rows, depth, pairs: out }
+        Brained { rows, depth, pairs: out, turned }
     }
 
     /// Rows `from..to`, where `from` is the first of a panel.
@@ -71,6 +87,7 @@ impl<'a> Brained<'a> {
             rows: to - from,
             depth: self.depth,
             pairs: &self.pairs[from * per_row..to.next_multiple_of(LANES) * per_row],
+            turned: self.turned,
         }
     }
 }
@@ -80,26 +97,38 @@ fn row_pairs(depth: usize) -> usize {
     depth.div_ceil(2).next_multiple_of(LANES)
 }
 
+/// What begins at a line of the cache, without [`SPARE`] words.
+fn from_line(words: &mut [u32]) -> &mut [u32] {
+    // Fewer words than a line has, since a slice of words begins at one.
+    let skipped = words.as_ptr().align_offset(size_of::<[u32; LANES]>()).min(SPARE);
+    let count = words.len() - SPARE;
+    &mut words[skipped..][..count]
+}
+
 #[cfg(target_arch = "x86_64")]
-fn round_panel(brain: Brain, matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
-    avx512::round(brain, matrix, first, out);
+fn round_panel(brain: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
+    avx512::round(brain, matrix, first, turned, out);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn round_panel(brain: Brain, _: View<'_, f32>, _: usize, _: &mut [u32]) {
+fn round_panel(brain: Brain, _: View<'_, f32>, _: usize, _: bool, _: &mut [u32]) {
     brain.never()
 }
 
 /// `c ← c + a·bᵀ` for `a: [m, depth]`, `b: [n, depth]`, `c: [m, n]`, on the calling thread.
 ///
 /// # Panics
-/// When the shapes do not chain: a caller's bug.
+/// When the shapes do not chain, or a side was made as the left one for other use: a caller's bug.
 pub fn brain_gemm(brain: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
     assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
+    assert!(!b.turned, "a right side");
     #[cfg(target_arch = "x86_64")]
     match brain.amx() {
         Some(amx) => amx::gemm(amx, a, b, c),
-        None => avx512::gemm(brain, a, b, c),
+        None => {
+            assert!(!a.turned, "a left side of this way");
+            avx512::gemm(brain, a, b, c);
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     brain.never()

@@ -9,7 +9,8 @@
 //! The depth is cut so that two panels of B (16 KB), which all of A passes, and the two of A that pass (16 KB) are in the first
 //! cache together; so many rows of A are taken at once that they stay in the second (128 KB). A panel as it lies is a tile of
 //! B; one of A is its transpose, which takes 64 cycles and serves the whole width of B: n/16 products of 16 cycles, so it costs
-//! 64/n of them. Sums of 256 columns are added to C at a time, in the order of the columns, as AVX-512 does it.
+//! 64/n of them, unless A was laid out for the left side when it was rounded. Sums of 256 columns are added to C at a time, in
+//! the order of the columns, as AVX-512 does it.
 //!
 //! A tile's sums are those of its even columns and its odd ones, each in order, and denormals count as zero, whatever MXCSR
 //! says; results differ from those of AVX-512 by rounding alone.
@@ -17,7 +18,7 @@
 use super::super::matrix::ViewMut;
 use super::super::tiles::Tiles;
 use super::avx512::{add, turn};
-use super::{Brained, LANES, row_pairs};
+use super::{Brained, LANES, SPARE, from_line, row_pairs};
 use crate::level::Amx;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -33,11 +34,6 @@ const SIDE: usize = 2 * LANES;
 
 /// Registers for tiles of sixteen pairs.
 type Pairs = Tiles<LANES>;
-
-/// Sixteen pairs of sixteen rows of A.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Tile([u32; TILE]);
 
 /// Sums of a block of C, row by row.
 #[repr(C, align(64))]
@@ -55,7 +51,10 @@ fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32
     let steps = row_pairs(a.depth) / LANES;
     let (a_panels, b_panels) = (a.rows.div_ceil(LANES), b.rows.div_ceil(LANES));
     let (a_tiles, b_tiles) = (a.pairs.as_chunks::<TILE>().0, b.pairs.as_chunks::<TILE>().0);
-    let mut left = vec![Tile([0; TILE]); PANELS.min(a_panels) * DEPTH.min(steps)];
+    // What is turned already is used as it is.
+    let room = if a.turned { 0 } else { PANELS.min(a_panels) * DEPTH.min(steps) * TILE };
+    let mut words = vec![0; room + SPARE];
+    let left = from_line(&mut words).as_chunks_mut::<TILE>().0;
     let mut sums = Sums([[0.0; LANES]; 2 * SIDE]);
     for first in (0..a_panels).step_by(PANELS) {
         let panels = PANELS.min(a_panels - first);
@@ -64,11 +63,14 @@ fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32
             for (i, panel) in left.chunks_exact_mut(deep).take(panels).enumerate() {
                 turn_tiles(&a_tiles[(first + i) * steps + from..][..deep], panel);
             }
+            let of_a = |i: usize| match i.min(panels - 1) {
+                i if a.turned => &a_tiles[(first + i) * steps + from..][..deep],
+                i => &left[i * deep..][..deep],
+            };
             for col in (0..b_panels).step_by(2) {
                 // A panel that is not there is another one, whose sums no entry of C takes.
                 let of_b = |i: usize| &b_tiles[i.min(b_panels - 1) * steps + from..][..deep];
                 for row in (0..panels).step_by(2) {
-                    let of_a = |i: usize| &left[i.min(panels - 1) * deep..][..deep];
                     block(tiles, [of_a(row), of_a(row + 1)], [of_b(col), of_b(col + 1)], &mut sums);
                     for (r, sums) in sums.0.as_chunks::<2>().0.iter().enumerate() {
                         let row = (first + row) * LANES + r;
@@ -86,14 +88,14 @@ fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32
 
 /// Tiles of a panel as a left side is read: its rows in one piece.
 #[target_feature(enable = "avx512f")]
-fn turn_tiles(panel: &[[u32; TILE]], out: &mut [Tile]) {
+fn turn_tiles(panel: &[[u32; TILE]], out: &mut [[u32; TILE]]) {
     for (pairs, out) in panel.iter().zip(out) {
         let mut rows = [_mm512_setzero_si512(); LANES];
         for (row, pairs) in rows.iter_mut().zip(pairs.as_chunks::<LANES>().0) {
             // SAFETY: 64 bytes are there, and the load needs no alignment.
             *row = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
         }
-        for (out, row) in out.0.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
+        for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
             // SAFETY: 64 bytes are there, and the store needs no alignment.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
         }
@@ -101,7 +103,7 @@ fn turn_tiles(panel: &[[u32; TILE]], out: &mut [Tile]) {
 }
 
 /// Products of two panels with two, over all tiles that they have.
-fn block(_: &Pairs, a: [&[Tile]; 2], b: [&[[u32; TILE]]; 2], sums: &mut Sums) {
+fn block(_: &Pairs, a: [&[[u32; TILE]]; 2], b: [&[[u32; TILE]]; 2], sums: &mut Sums) {
     let steps = a[0].len();
     assert!(steps > 0 && [a[1].len(), b[0].len(), b[1].len()] == [steps; 3], "panels of one depth");
     // SAFETY: that there are tiles proves the instructions, and that every register is sixteen rows of 64 bytes. A load reads

@@ -16,11 +16,11 @@ const PANELS: usize = 3;
 const DEPTH: usize = 128;
 
 /// [`super::round_panel`].
-pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
+pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
     // SAFETY: the token proves AVX-512 with BF16.
     unsafe {
         if matrix.has_whole_rows() {
-            along_rows(matrix, first, out);
+            along_rows(matrix, first, turned, out);
         } else {
             along_columns(matrix, first, out);
         }
@@ -40,9 +40,9 @@ fn load(values: &[f32]) -> __m512 {
     unsafe { _mm512_maskz_loadu_ps(first_lanes(values.len()), values.as_ptr()) }
 }
 
-/// Rows lie in one piece: sixteen pairs of sixteen rows are turned at a time.
+/// Rows lie in one piece: sixteen pairs of sixteen rows are turned at a time, or left as they are.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn along_rows(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
+fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
     let (depth, rows) = (matrix.cols(), (matrix.rows() - first).min(LANES));
     for (i, out) in out.chunks_mut(LANES * LANES).enumerate() {
         let from = 2 * LANES * i;
@@ -52,8 +52,8 @@ fn along_rows(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
             let (low, high) = row.split_at(row.len().min(LANES));
             *pairs = as_bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
         }
-        let turned = turn(pairs);
-        for (out, v) in out.chunks_exact_mut(LANES).zip(turned) {
+        let tile = if turned { pairs } else { turn(pairs) };
+        for (out, v) in out.chunks_exact_mut(LANES).zip(tile) {
             // SAFETY: 64 bytes are there, and the store needs no alignment.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
         }

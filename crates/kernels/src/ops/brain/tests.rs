@@ -36,6 +36,10 @@ fn products_are_sums_of_rounded_entries() {
                 (Brained::round(brain, a_view, &mut a_pairs), Brained::round(brain, b_view, &mut b_pairs));
             let mut c = c0.clone();
             brain_gemm(brain, left, right, &mut ViewMut::new(&mut c, m, n, n));
+            let (mut a_pairs, mut again) = (vec![7; Brained::pairs(m, depth)], c0.clone());
+            let left = Brained::left(brain, a_view, &mut a_pairs);
+            brain_gemm(brain, left, right, &mut ViewMut::new(&mut again, m, n, n));
+            assert_eq!(again, c, "a left side gives the same bits");
             for (i, found) in c.iter().enumerate() {
                 let terms = (0..depth).map(|k| rounded(a[i / n * depth + k]) * rounded(b[i % n * depth + k]));
                 let (sum, size) = terms.fold((f64::from(c0[i]), 1.0), |(sum, size), t| (sum + t, size + t.abs()));
