@@ -140,7 +140,7 @@ pub(crate) mod tests {
         for form in BLOCKS.iter().filter(|f| f.unit() > 1) {
             let (book, scheme) = (form.codebook().unwrap(), Scheme::block(form.kind));
             let linear = Linear::new("x", &w, [2, n], scheme);
-            let (mut q, _) = nearest(&linear, form, Stored::F32(&w), Some(&vec![1.0; n]));
+            let (mut q, _) = nearest(&linear, Stored::F32(&w), Some(&vec![1.0; n]));
             let mut last = loss(&w, &q.dequantize(), &h);
             while descend_units(&w, &mut q, form, &h, 1) > 0 {
                 q.validate().unwrap();

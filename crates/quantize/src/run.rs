@@ -337,10 +337,10 @@ impl Worker<'_, '_> {
         bytes: u64,
     ) -> Result<TensorRecord, Error> {
         let started = Instant::now();
-        let [error, energy] = match slabs::way(linear, method) {
+        let [error, energy] = match slabs::way(self.plan, linear, (method, solver)) {
             Some(way) => {
                 let stored = self.input.weight(linear.name)?;
-                slabs::round((self.plan, &self.output), linear, &stored, h, way)?
+                slabs::round((self.plan, &self.output), linear, &stored, h, &way)?
             }
             None => {
                 let weight = weight(self.input, self.plan.spec.as_ref(), linear.name)?;

@@ -77,6 +77,10 @@ impl Format for Gguf {
         q.scheme.form().map(|form| gguf::encode(form, q)).into_iter().collect()
     }
 
+    fn by_rows(&self, _: &Scheme, _: [usize; 2]) -> Option<Vec<Vec<u8>>> {
+        Some(Vec::new())
+    }
+
     fn decode(&self, module: &str, scheme: &Scheme, source: &Checkpoint) -> Result<Quantized, Error> {
         let view = part(source, module, "weight")?;
         let [rows, bytes] = view.matrix()?;

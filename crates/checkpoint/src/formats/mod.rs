@@ -78,6 +78,12 @@ pub trait Format: Sync {
     /// When `q` contradicts its scheme or [`Format::holds`]: a caller's bug.
     fn encode(&self, module: &str, q: &Quantized) -> Vec<Vec<u8>>;
 
+    /// Where the tensors of a matrix are those of its rows one after the other, but for the last few: these, which its shape says
+    /// all about. A matrix may then be encoded a few rows at a time.
+    fn by_rows(&self, _scheme: &Scheme, _shape: [usize; 2]) -> Option<Vec<Vec<u8>>> {
+        None
+    }
+
     /// Reads `module` back. `scheme` is what the configuration says; the type of the scales is the stored one.
     ///
     /// # Errors

@@ -83,9 +83,8 @@ impl Format for PackQuantized {
         assert_encodable(self, module, q);
         let [rows, cols] = q.shape;
         let bits = q.scheme.bits();
-        let shape = q.shape.iter().flat_map(|&d| (d as i64).to_le_bytes()).collect();
-        let mut payloads =
-            vec![pack_rows(&q.codes, cols, bits.get()), scale_bytes(q.scales.iter().copied(), q.scheme.scale), shape];
+        let scales = scale_bytes(q.scales.iter().copied(), q.scheme.scale);
+        let mut payloads = vec![pack_rows(&q.codes, cols, bits.get()), scales, shape_bytes(q.shape)];
         if !q.scheme.symmetric() {
             payloads.push(match q.scheme.granularity {
                 Granularity::Tensor => q.zeros.iter().map(|z| z.wrapping_sub(bits.middle())).collect(),
@@ -96,6 +95,11 @@ impl Format for PackQuantized {
             payloads.push(group_map_bytes(q));
         }
         payloads
+    }
+
+    fn by_rows(&self, scheme: &Scheme, shape: [usize; 2]) -> Option<Vec<Vec<u8>>> {
+        let own = matches!(scheme.granularity, Granularity::Group(_) | Granularity::Channel);
+        (own && scheme.symmetric()).then(|| vec![shape_bytes(shape)])
     }
 
     fn shape(&self, module: &str, _: &Scheme, source: &Checkpoint) -> Result<[usize; 2], Error> {
@@ -139,6 +143,11 @@ impl Format for PackQuantized {
     fn recognise(&self, config: &Value) -> Result<Option<Dialect>, Error> {
         compressed_tensors::recognise(self, config)
     }
+}
+
+/// `weight_shape`.
+fn shape_bytes(shape: [usize; 2]) -> Vec<u8> {
+    shape.iter().flat_map(|&d| (d as i64).to_le_bytes()).collect()
 }
 
 /// How codes sit in their words.

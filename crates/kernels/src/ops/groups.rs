@@ -1,38 +1,43 @@
 //! Groups of integer grids, fitted and rounded by the widest instructions the machine has.
 //!
-//! The arithmetic is [`IntGrid::squares`] and [`IntGrid::code`], compiled once per instruction set. Nothing in it is fused, so
+//! The arithmetic is [`IntGrid::squares`] or [`IntGrid::covering`], and [`IntGrid::code`], compiled once per instruction set. Nothing in it is fused, so
 //! each set gives the same bits.
 
 use super::blocks::Stored;
 use crate::Level;
 #[cfg(target_arch = "x86_64")]
 use crate::level::{Avx2, Avx512};
-use bitmill_scheme::{GroupParams, IntGrid};
+use bitmill_scheme::{Fit, GroupParams, IntGrid};
 use rayon::prelude::*;
 
 /// Weights of a task, about.
 const TASK: usize = 1 << 15;
 
-/// Fits the groups of `len` weights in the rows `w`, `[rows, n]`, the last of a row being what is left of it, and writes their
+/// Fits the groups of `len` weights, by [`Fit::Squares`] or [`Fit::MinMax`], in the rows `w`, `[rows, n]`, the last of a row being what is left of it, and writes their
 /// parameters, `[rows, n / len]`, and the codes of all weights. Returns Σ(w − ŵ)² and Σ w².
 ///
 /// # Panics
-/// When the lengths do not fit: a caller's bug.
+/// When the lengths do not fit, or for another fit: a caller's bug.
 pub fn fit_groups(
     level: Level,
-    grid: IntGrid,
+    (grid, fit): (IntGrid, Fit<'_>),
     (n, len): (usize, usize),
     w: Stored<'_>,
     params: &mut [GroupParams],
     codes: &mut [u8],
 ) -> [f64; 2] {
+    let searched = match fit {
+        Fit::Squares => true,
+        Fit::MinMax => false,
+        _ => panic!("groups are not fitted by {fit:?} here"),
+    };
     let groups = n.div_ceil(len.max(1)).max(1);
     let rows = w.len() / n.max(1);
     assert!(rows * n == w.len() && codes.len() == w.len() && params.len() == rows * groups, "groups of the matrix");
     let height = (TASK / n.max(1)).max(1);
     let parts = codes.par_chunks_mut((height * n).max(1)).zip(params.par_chunks_mut(height * groups)).enumerate();
     let task = |(i, (codes, params)): (usize, (&mut [u8], &mut [GroupParams]))| {
-        run(level, &Task { grid, n, len, w: w.part(i * height * n, height * n) }, params, codes)
+        run(level, &Task { grid, searched, n, len, w: w.part(i * height * n, height * n) }, params, codes)
     };
     let sums: Vec<[f64; 2]> = parts.map(task).collect();
     sums.iter().fold([0.0; 2], |[error, energy], [e, w]| [error + e, energy + w])
@@ -41,6 +46,8 @@ pub fn fit_groups(
 /// Rows of a matrix.
 struct Task<'a> {
     grid: IntGrid,
+    /// Whether scales are searched; they cover the weights if not.
+    searched: bool,
     n: usize,
     len: usize,
     w: Stored<'a>,
@@ -49,14 +56,14 @@ struct Task<'a> {
 /// The definition.
 #[inline(always)]
 fn groups(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-    let Task { grid, n, len, w } = *task;
+    let Task { grid, searched, n, len, w } = *task;
     let mut wide = vec![0.0f32; if matches!(w, Stored::Bf16(_)) { n } else { 0 }];
     let mut sums = [0.0; 2];
     let mut params = params.iter_mut();
     for (row, codes) in codes.chunks_mut(n).enumerate() {
         let w = w.part(row * n, n).wide(&mut wide);
         for ((w, codes), to) in w.chunks(len).zip(codes.chunks_mut(len)).zip(&mut params) {
-            *to = grid.squares(w);
+            *to = if searched { grid.squares(w) } else { grid.covering(w) };
             grid.code(w, *to, codes);
             let [error, energy] = grid.lost(w, *to, codes);
             sums = [sums[0] + f64::from(error), sums[1] + f64::from(energy)];
@@ -113,13 +120,13 @@ mod tests {
                         (0..rows * n).map(|i| ((value(i).to_bits() >> 16) as u16).to_le_bytes()).collect();
                     let wide: Vec<f32> =
                         stored.iter().map(|&b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)).collect();
-                    let expected: Vec<GroupParams> =
-                        wide.chunks(n).flat_map(|row| row.chunks(len).map(|w| grid.fit(w, Fit::Squares))).collect();
-                    for level in Level::all() {
+                    for (level, fit) in Level::all().into_iter().flat_map(|l| [(l, Fit::Squares), (l, Fit::MinMax)]) {
+                        let expected: Vec<GroupParams> =
+                            wide.chunks(n).flat_map(|row| row.chunks(len).map(|w| grid.fit(w, fit))).collect();
                         for w in [Stored::F32(&wide), Stored::Bf16(&stored)] {
                             let mut params = vec![GroupParams { scale: 0.0, zero: 0 }; expected.len()];
                             let mut codes = vec![0; wide.len()];
-                            let [error, energy] = fit_groups(level, grid, (n, len), w, &mut params, &mut codes);
+                            let [error, energy] = fit_groups(level, (grid, fit), (n, len), w, &mut params, &mut codes);
                             assert_eq!(params, expected, "{level:?} {bits} {symmetric} {n} {len}");
                             let p = |i: usize| params[i / n * n.div_ceil(len) + i % n / len];
                             let (mut e, mut all) = (0.0f64, 0.0f64);

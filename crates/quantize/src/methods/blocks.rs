@@ -10,12 +10,11 @@ use rayon::prelude::*;
 /// Every block of the rows `w` of `linear` (whose own weights are not read) fitted to its own weights, whose errors cost
 /// `importance` by columns if that is known, and each weight at its nearest value; Σ h(w − ŵ)² and Σ h·w² come along, h being
 /// the importance, or 1.
-pub(crate) fn nearest(
-    linear: &Linear<'_>,
-    form: &BlockForm,
-    w: Stored<'_>,
-    importance: Option<&[f32]>,
-) -> (Quantized, [f64; 2]) {
+///
+/// # Panics
+/// Where the scheme is none of blocks: a caller's bug.
+pub(crate) fn nearest(linear: &Linear<'_>, w: Stored<'_>, importance: Option<&[f32]>) -> (Quantized, [f64; 2]) {
+    let Some(form) = linear.scheme.form() else { panic!("{} is no scheme of blocks", linear.scheme) };
     let n = linear.shape[1];
     if form.has_lanes() {
         let blocks = w.len() / form.len;

@@ -13,7 +13,7 @@ pub(crate) use gptq::order;
 
 use crate::{Error, SolverOptions, StageChange};
 use bitmill_kernels::Stored;
-use bitmill_scheme::{BlockForm, FloatGrid, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
+use bitmill_scheme::{FloatGrid, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -64,9 +64,9 @@ pub struct Solved {
     pub stages: Vec<StageChange>,
 }
 
-/// Rounds rows of a linear, whose own weights are not read, to a form; errors cost as much as the last argument says of their
-/// columns, or alike. Returns Σ h(w − ŵ)² and Σ h·w² besides, h being what they cost.
-pub type ByRows = fn(&Linear<'_>, &BlockForm, Stored<'_>, Option<&[f32]>) -> (Quantized, [f64; 2]);
+/// Rounds rows of a linear, whose own weights are not read; errors cost as much as the last argument says of their columns, or
+/// alike. Returns Σ h(w − ŵ)² and Σ h·w² besides, h being what they cost.
+pub type ByRows = fn(&Linear<'_>, Stored<'_>, Option<&[f32]>) -> (Quantized, [f64; 2]);
 
 /// A rounding method.
 pub trait Method: Sync {
@@ -80,8 +80,8 @@ pub trait Method: Sync {
     }
     /// What [`Method::solve`] must be given under `options`.
     fn needs(&self, options: &SolverOptions) -> Needs;
-    /// How rows of a matrix of blocks are rounded, where each is rounded by itself.
-    fn by_rows(&self) -> Option<ByRows> {
+    /// How rows of a matrix under `scheme` are rounded, where each is rounded by itself and nothing need be known of its inputs.
+    fn by_rows(&self, _scheme: &Scheme, _options: &SolverOptions) -> Option<ByRows> {
         None
     }
     /// Whether the diagonal of H is enough.

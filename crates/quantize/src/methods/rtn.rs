@@ -4,7 +4,7 @@ use super::billm::ONLY;
 use super::{ByRows, GroupGrid, Linear, Method, Needs, Solved, assemble, blocks, fitted, nearest};
 use crate::{Error, ScaleSearch, SolverOptions};
 use bitmill_kernels::{Level, Stored, fit_groups};
-use bitmill_scheme::{Fit, Granularity, Grid, GridKind, GroupParams, IntGrid, Quantized, Scheme};
+use bitmill_scheme::{Fit, Granularity, Grid, GridKind, GroupParams, Quantized, Scheme};
 use std::borrow::Cow;
 
 pub(super) struct Rtn;
@@ -26,8 +26,15 @@ impl Method for Rtn {
         if options.scale_search == Some(ScaleSearch::Hessian) { Needs::Hessian } else { Needs::Nothing }
     }
 
-    fn by_rows(&self) -> Option<ByRows> {
-        Some(blocks::nearest)
+    fn by_rows(&self, scheme: &Scheme, options: &SolverOptions) -> Option<ByRows> {
+        let search = options.scale_search.unwrap_or(ScaleSearch::MinMax);
+        match (scheme.grid, search) {
+            _ if scheme.form().is_some() => Some(blocks::nearest),
+            _ if shares_rows(scheme.granularity) => None,
+            (GridKind::Int { .. }, ScaleSearch::MinMax) => Some(|linear, w, _| groups(linear, w, Fit::MinMax)),
+            (GridKind::Int { .. }, ScaleSearch::Squares) => Some(|linear, w, _| groups(linear, w, Fit::Squares)),
+            _ => None,
+        }
     }
 
     fn takes_diagonal(&self) -> bool {
@@ -37,15 +44,10 @@ impl Method for Rtn {
     fn solve(&self, linears: &[Linear<'_>], h: Option<&[f32]>, options: &SolverOptions) -> Result<Vec<Solved>, Error> {
         let search = options.scale_search.unwrap_or(ScaleSearch::MinMax);
         let solve = |linear: &Linear<'_>| {
-            if let Some(form) = linear.scheme.form() {
+            if let Some(by_rows) = self.by_rows(&linear.scheme, options) {
                 let importance = h.map(|_| importance(h, linear.shape[1]));
-                let (quantized, _) = blocks::nearest(linear, form, Stored::F32(linear.weight), importance.as_deref());
+                let (quantized, _) = by_rows(linear, Stored::F32(linear.weight), importance.as_deref());
                 return Solved { quantized, damping: None, stages: Vec::new() };
-            }
-            if let (GroupGrid::Int(grid), ScaleSearch::Squares, false) =
-                (GroupGrid::of(linear), search, shares_rows(linear.scheme.granularity))
-            {
-                return Solved { quantized: squares(linear, grid), damping: None, stages: Vec::new() };
             }
             let importance = importance(h, linear.shape[1]);
             let round = |grid: GroupGrid| match grid {
@@ -64,14 +66,14 @@ fn shares_rows(granularity: Granularity) -> bool {
     matches!(granularity, Granularity::Tensor | Granularity::Tile(_))
 }
 
-/// Every group fitted by [`ScaleSearch::Squares`].
-fn squares(linear: &Linear<'_>, grid: IntGrid) -> Quantized {
-    let [rows, n] = linear.shape;
+/// Rows `w` of a matrix of integers, every group fitted by itself.
+fn groups(linear: &Linear<'_>, w: Stored<'_>, fit: Fit<'_>) -> (Quantized, [f64; 2]) {
+    let n = linear.shape[1];
     let len = linear.scheme.group_len(n).max(1);
-    let mut params = vec![GroupParams { scale: 1.0, zero: 0 }; rows * n.div_ceil(len)];
-    let mut codes = vec![0; rows * n];
-    fit_groups(Level::best(), grid, (n, len), Stored::F32(linear.weight), &mut params, &mut codes);
-    assemble(linear, codes, params)
+    let mut params = vec![GroupParams { scale: 1.0, zero: 0 }; linear.shape[0] * n.div_ceil(len)];
+    let mut codes = vec![0; w.len()];
+    let lost = fit_groups(Level::best(), (linear.scheme.grid(), fit), (n, len), w, &mut params, &mut codes);
+    (assemble(linear, codes, params), lost)
 }
 
 /// The diagonal of H, which `h` may be already, or ones without one.

@@ -1,10 +1,10 @@
-//! Matrices of GGUF types whose rows a method rounds one by one: in slabs of rows, each read, rounded and encoded by one thread
+//! Matrices whose rows a method rounds one by one and a format stores one after the other: in slabs of rows, each read, rounded and encoded by one thread
 //! while it is in its cache, and written with those before it, so that memory holds a few slabs and no matrix.
 
-use crate::{ByRows, Error, Linear, Method, Plan};
+use crate::weight::is_transposed;
+use crate::{ByRows, Error, Linear, Method, Plan, SolverOptions};
 use bitmill_checkpoint::{Dtype, Order, Output, TensorView, Weight};
 use bitmill_kernels::Stored;
-use bitmill_scheme::BlockForm;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
@@ -14,13 +14,18 @@ const SLAB: usize = 1 << 15;
 /// Bytes that are worth a call of the system, which writes many pages at once for much less than one by one.
 const PIECE: usize = 1 << 20;
 
-/// How a matrix is rounded here, if it can be.
-pub(super) fn way(linear: &Linear<'_>, method: &dyn Method) -> Option<Way> {
-    linear.scheme.form().zip(method.by_rows())
+/// How a matrix is rounded here, if it can be: by `options`, where errors cost alike or, in blocks, by columns.
+pub(super) fn way(plan: &Plan, linear: &Linear<'_>, (method, options): (&dyn Method, &SolverOptions)) -> Option<Way> {
+    let stored = plan.gguf.is_some() || !is_transposed(plan.spec.as_ref());
+    let by_rows = method.by_rows(&linear.scheme, options).filter(|_| stored)?;
+    Some(Way { by_rows, of_shape: plan.format.by_rows(&linear.scheme, linear.shape)? })
 }
 
-/// A form, and what rounds rows to it.
-pub(super) type Way = (&'static BlockForm, ByRows);
+/// What rounds rows, and the tensors that are not stored by rows.
+pub(super) struct Way {
+    by_rows: ByRows,
+    of_shape: Vec<Vec<u8>>,
+}
 
 /// Rounds, encodes and writes `stored`, the weight of `linear` (whose own weights are not read). Returns Σ h(w − ŵ)² and
 /// Σ h·w², with h = 1 where none is given.
@@ -29,33 +34,42 @@ pub(super) fn round(
     linear: &Linear<'_>,
     stored: &Weight<'_>,
     h: Option<&[f32]>,
-    (form, by_rows): Way,
+    way: &Way,
 ) -> Result<[f64; 2], Error> {
     let [rows, n] = linear.shape;
-    // A matrix of blocks is one tensor.
+    let specs = plan.format.layout(linear.name, &linear.scheme, linear.shape);
+    let (by_rows, of_shape) = specs.split_at(specs.len() - way.of_shape.len());
     let name = format!("{}.weight", linear.name);
     let source = Source::new(plan, &name, stored, linear.shape)?;
-    let writer = Writer { output, name: &name, waiting: Mutex::default(), turn: Mutex::default() };
+    let writer = |name| Writer { output, name, waiting: Mutex::default(), turn: Mutex::default() };
+    let writers: Vec<Writer<'_>> = by_rows.iter().map(|spec| writer(&spec.name)).collect();
     let count = (SLAB / n.max(1)).max(1);
-    let slab = |(mut piece, mut sums): (Piece, Vec<[f64; 2]>), i: usize| {
+    let start = || (writers.iter().map(|_| Piece::default()).collect(), Vec::new());
+    let slab = |(mut pieces, mut sums): (Vec<Piece>, Vec<[f64; 2]>), i: usize| {
         let from = i * count;
         let count = count.min(rows - from);
         let slab = Linear { shape: [count, n], ..*linear };
-        let (quantized, lost) = by_rows(&slab, form, source.rows(from, count)?.stored(), h);
-        for bytes in plan.format.encode(linear.name, &quantized) {
+        let (quantized, lost) = (way.by_rows)(&slab, source.rows(from, count)?.stored(), h);
+        let parts = plan.format.encode(linear.name, &quantized);
+        for ((piece, writer), bytes) in pieces.iter_mut().zip(&writers).zip(parts) {
             piece.push(from * (bytes.len() / count), &bytes);
+            if piece.bytes.len() >= PIECE {
+                writer.write(std::mem::take(piece))?;
+            }
         }
         sums.push(lost);
-        if piece.bytes.len() >= PIECE {
-            writer.write(std::mem::take(&mut piece))?;
-        }
-        Ok::<_, Error>((piece, sums))
+        Ok::<_, Error>((pieces, sums))
     };
     // What one thread folds are neighbours.
-    let runs = (0..rows.div_ceil(count)).into_par_iter().try_fold(Default::default, slab);
-    let runs = runs.map(|run| run.and_then(|(rest, sums)| writer.write(rest).map(|()| sums)));
+    let runs = (0..rows.div_ceil(count)).into_par_iter().try_fold(start, slab);
+    let runs = runs.map(|run| {
+        let (rest, sums) = run?;
+        rest.into_iter().zip(&writers).try_for_each(|(piece, writer)| writer.write(piece))?;
+        Ok::<_, Error>(sums)
+    });
     let sums: Vec<Vec<[f64; 2]>> = runs.collect::<Result<_, _>>()?;
-    writer.finish()?;
+    writers.iter().try_for_each(Writer::finish)?;
+    of_shape.iter().zip(&way.of_shape).try_for_each(|(spec, bytes)| output.write(&spec.name, bytes))?;
     Ok([0, 1].map(|i| sums.iter().flatten().map(|s| s[i]).sum()))
 }
 

@@ -147,6 +147,14 @@ impl IntGrid {
         GroupParams { scale: self.storable(best.scale), ..best }
     }
 
+    /// The fit of [`Fit::MinMax`], for kernels as [`IntGrid::squares`] is.
+    #[inline(always)]
+    #[must_use]
+    pub fn covering(&self, w: &[f32]) -> GroupParams {
+        let (lo, hi) = range(w);
+        self.span(lo, hi)
+    }
+
     /// The codes [nearest](Grid::nearest) to a group's weights, in arithmetic that vectors have too.
     #[inline(always)]
     pub fn code(&self, w: &[f32], p: GroupParams, codes: &mut [u8]) {
