@@ -375,7 +375,7 @@ impl Checkpoint {
         self.shards.iter().map(Shard::survey)
     }
 
-    /// Takes what was read so far out of the memory of this process. Tensors stay readable.
+    /// Takes what was read of large shards so far out of the memory of this process. Tensors stay readable.
     pub fn release(&self) {
         self.shards.iter().for_each(Shard::release);
     }

@@ -18,8 +18,8 @@ const PART: usize = 1 << 24;
 /// Bytes that stay in a cache between what is done with them.
 const PIECE: usize = 1 << 16;
 
-/// Bytes of a file that a survey may leave in memory: to map them again takes longer than to encode some types.
-const KEPT: usize = 1 << 30;
+/// Bytes of a file that stay in memory once they are read: to map them again takes longer than to encode some types.
+const KEPT: usize = 3 << 28;
 
 /// What reading a file once shows.
 #[derive(Debug, Clone)]
@@ -182,18 +182,18 @@ impl Shard {
         let parts = parts.map(|i| part(i * PART..bytes.len().min((i + 1) * PART)));
         let (hashes, finite): (Vec<[u8; 16]>, Vec<bool>) = parts.unzip();
         let finite = finite.iter().all(|&f| f) && self.replaced.is_empty();
-        if bytes.len() > KEPT {
-            self.release();
-        }
+        self.release();
         Survey { file: self.file(), fingerprint: format!("xxh3:{:032x}", xxh3_128(hashes.as_flattened())), finite }
     }
 }
 
 impl Shard {
-    /// Takes what was read of the file out of the memory of this process; it stays in the system's cache.
+    /// Takes what was read of a large file out of the memory of this process; it stays in the system's cache.
     pub(crate) fn release(&self) {
         #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes {
+        if let Bytes::Mapped(map) = &self.bytes
+            && map.len() > KEPT
+        {
             // SAFETY: the map is of a file and read-only, so pages that are dropped hold nothing that the file does not, and
             // are read from it again when they are looked at.
             // That it fails costs memory and nothing else.

@@ -135,6 +135,8 @@ pub(crate) struct How {
 
 /// Largest size of a weight file in a folder.
 const SHARD: u64 = 5_000_000_000;
+/// Bytes that a model is expected to take at most for freed memory to be kept.
+const SCARCE: u64 = 4_000_000_000;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Search {
@@ -427,6 +429,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut progress = Reporter::new(plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     let options = RunOptions { force: args.force, stream_memory: args.common.stream_memory, stop: &stop };
+    if plan.peak_memory(0) > SCARCE {
+        bitmill_kernels::give_back_large_buffers();
+    }
     let result = bitmill_quantize::run(&input, &plan, calibration, &args.output, options, &mut |e| progress.event(&e));
     progress.bar.finish();
     let finished = result.inspect_err(|_| {

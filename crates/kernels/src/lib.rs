@@ -9,7 +9,7 @@ mod memory;
 mod ops;
 
 pub use level::{Brain, Level};
-pub use memory::keep_freed_memory;
+pub use memory::{give_back_large_buffers, keep_freed_memory};
 pub use ops::axpy::{axpy, axpys};
 pub use ops::blocks::{Stored, fit_blocks};
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};

@@ -68,7 +68,8 @@ impl Plan {
         // The sweep itself, then descents: after rounding, and after every refit.
         let sweeps = 1.0 + f64::from(solver.descent_sweeps) * f64::from(1 + solver.scale_refits);
         let streams = if self.settings.two_streams() { 2.0 } else { 1.0 };
-        let searches = hessian || !matches!(solver.scale_search, None | Some(ScaleSearch::MinMax));
+        let quick = matches!(solver.scale_search, None | Some(ScaleSearch::MinMax | ScaleSearch::Squares));
+        let searches = hessian || !quick;
         let each = if searches { WEIGHT + SEARCH } else { WEIGHT };
         let mut total = 0.0;
         for unit in &self.units {
