@@ -165,9 +165,9 @@ mod tests {
         part(&mut one, 0, tokens);
         part(&mut two, 0, 11);
         part(&mut two, 11, tokens);
-        let mean = drift.iter().step_by(n).zip(&weights).map(|(d, r)| d * r).sum::<f32>() / weights.iter().sum::<f32>();
-        assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (two.mean_drift()[0] - mean).abs() < 1e-6);
         let total: f32 = weights.iter().sum();
+        let mean = drift.iter().step_by(n).zip(&weights).map(|(d, r)| d * r).sum::<f32>() / total;
+        assert!((one.mean_drift()[0] - mean).abs() < 1e-6 && (two.mean_drift()[0] - mean).abs() < 1e-6);
         let ([drift_of, residual_of], [drift_of_two, residual_of_two]) = (one.into_moments(0.5), two.into_moments(0.5));
         for (values, rows, found, of_two) in
             [(&drift, n, drift_of, drift_of_two), (&residual, rows, residual_of, residual_of_two)]

@@ -4,7 +4,7 @@
 
 mod support;
 
-use bitmill_checkpoint::{Checkpoint, Error, FORMATS, Format, Weight, format};
+use bitmill_checkpoint::{Checkpoint, Error, FORMATS, Format, GGUF, Weight, format};
 use bitmill_scheme::{Activations, Bits, BlockType, Granularity, Quantized, ScaleType, Scheme};
 use std::collections::BTreeMap;
 use support::{Random, quantized, schemes, write};
@@ -55,6 +55,40 @@ fn what_is_written_is_what_is_read() {
             assert_eq!(checkpoint.dialect().unwrap().scheme_of("lm_head"), None);
         }
     }
+}
+
+#[test]
+fn what_is_stored_by_rows_is_encoded_alike_in_parts() {
+    let mut random = Random(5);
+    let mut seen = Vec::new();
+    let blocks = [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q4K].map(Scheme::block);
+    for &format in FORMATS.iter().chain([&GGUF]) {
+        for (scheme, shape) in schemes().into_iter().chain(blocks).flat_map(|s| [[7, 40], [33, 256]].map(|n| (s, n))) {
+            let holds = format.check("m", &scheme, shape).is_ok() && support::can_be(&scheme, shape);
+            let Some(of_shape) = format.by_rows(&scheme, shape).filter(|_| holds) else { continue };
+            seen.push(format.name());
+            let q = quantized(scheme, shape, &mut random);
+            let of = |from: usize, to: usize| {
+                let cut = |len: usize| len / shape[0] * from..len / shape[0] * to;
+                let (codes, scales, zeros) = (cut(q.codes.len()), cut(q.scales.len()), cut(q.zeros.len()));
+                let part = Quantized {
+                    shape: [to - from, shape[1]],
+                    codes: q.codes[codes].to_vec(),
+                    scales: q.scales[scales].to_vec(),
+                    zeros: q.zeros[zeros].to_vec(),
+                    ..q.clone()
+                };
+                format.encode("m", &part)
+            };
+            let mut whole = format.encode("m", &q);
+            assert_eq!(whole.split_off(whole.len() - of_shape.len()), of_shape, "{} {scheme}", format.name());
+            for (i, bytes) in whole.iter().enumerate() {
+                assert_eq!(*bytes, [&of(0, 5)[i][..], &of(5, shape[0])[i]].concat(), "{} {scheme}", format.name());
+            }
+        }
+    }
+    seen.dedup();
+    assert_eq!(seen, ["pack-quantized", "gguf"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use bitmill_calibrate::Windows;
 use bitmill_checkpoint::Checkpoint;
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_quantize::{METHODS, Method, Needs, Plan, ScaleSearch, SolverOptions, TargetShift, Tuning};
-use bitmill_scheme::Scheme;
+use bitmill_scheme::{GridKind, Scheme};
 use clap::ValueEnum;
 use std::time::{Duration, Instant};
 
@@ -33,9 +33,11 @@ impl Effort {
         named.or_else(|| METHODS.iter().find(makes)).map_or(own, |m| m.name())
     }
 
-    /// The scale search, unless one is named; `None` leaves it to the method.
-    pub(crate) fn scale_search(self) -> Option<ScaleSearch> {
-        (self == Effort::Fast).then_some(ScaleSearch::Squares)
+    /// The scale search for `scheme`, unless one is named; `None` leaves it to the method. Scales of integers are found by squares
+    /// in a fraction of the time and lose less; those of floats are not (fp8_dynamic loses 5 % more on books-10m).
+    pub(crate) fn scale_search(self, scheme: &Scheme) -> Option<ScaleSearch> {
+        let integers = matches!(scheme.grid, GridKind::Int { .. });
+        (self == Effort::Fast).then_some(if integers { ScaleSearch::Squares } else { ScaleSearch::Mse })
     }
 
     /// Tuning for `scheme`, unless passes are named: only what gptq rounded is worth it.

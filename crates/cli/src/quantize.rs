@@ -102,7 +102,7 @@ pub(crate) struct How {
     /// Number type of the stored scales [default: the model's own, or f16 for f32 models and for GPTQ files]
     #[arg(long, value_enum, value_name = "TYPE")]
     scale_type: Option<Scales>,
-    /// How the scale of a group is chosen [default: hessian for gptq, minmax for rtn, squares with --effort fast]
+    /// How the scale of a group is chosen [default: hessian for gptq, minmax for rtn, squares (of floats mse) with --effort fast]
     #[arg(long, value_enum, value_name = "SEARCH")]
     scale_search: Option<Search>,
     /// Share of its mean diagonal added to each Hessian
@@ -144,7 +144,7 @@ enum Search {
     Minmax,
     /// Shrink the range for the smallest mean error, of many ranges
     Mse,
-    /// The smallest mean squared error that a few ranges lead to, which takes no time
+    /// The smallest mean squared error that a few ranges lead to, found much faster
     Squares,
     /// Weigh the errors by the importance of each input (runs calibration)
     Hessian,
@@ -307,7 +307,7 @@ impl How {
                         Search::Hessian => ScaleSearch::Hessian,
                     })
                     .or(self.gguf.weighs().then_some(ScaleSearch::Hessian))
-                    .or_else(|| self.effort.scale_search()),
+                    .or_else(|| self.effort.scale_search(&scheme)),
                 damping: self.damping,
                 shrinkage: 0.0,
                 act_order: !self.no_act_order,

@@ -22,7 +22,10 @@ pub use grids::block::{
     Turned, UNIT, turn,
 };
 pub use grids::float::{FloatGrid, FloatType, exponent_byte, exponent_value};
-pub use grids::{Fit, Grid, GroupParams, int::IntGrid};
+pub use grids::{
+    Fit, Grid, GroupParams,
+    int::{IntGrid, folded},
+};
 pub use quantized::Quantized;
 pub use recast::Loss;
 pub use scheme::{Bits, Granularity, GridKind, Preset, SCHEMES, ScaleType, Scheme, block_scheme, scheme};

@@ -5,6 +5,7 @@ mod neon;
 
 use super::strips::{Strip, Strips};
 use crate::Level;
+use bitmill_scheme::folded;
 use half::{bf16, f16};
 
 /// Columns that are added up side by side.
@@ -75,27 +76,16 @@ fn scalar(w: &[u16], value: impl Fn(u16) -> f32, cols: usize, x: &[f32], strip: 
             for (i, (&w, x)) in w[row * cols..][..cols].iter().zip(x).enumerate() {
                 sums[i % LANES] = value(w).mul_add(*x, sums[i % LANES]);
             }
-            strip.put(token, row, &[total(sums)]);
+            strip.put(token, row, &[folded(sums)]);
         }
     }
-}
-
-/// The sum of all lanes, halving their number again and again.
-fn total(mut sums: [f32; LANES]) -> f32 {
-    let mut left = LANES / 2;
-    while left > 0 {
-        for i in 0..left {
-            sums[i] += sums[i + left];
-        }
-        left /= 2;
-    }
-    sums[0]
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{LANES, Strip, total};
+    use super::{LANES, Strip};
     use crate::level::Avx2;
+    use bitmill_scheme::folded;
     use half::{bf16, f16};
     use std::arch::x86_64::*;
 
@@ -153,7 +143,7 @@ mod avx2 {
                 let w = if BF { bf16::from_bits(bits).to_f32() } else { f16::from_bits(bits).to_f32() };
                 lanes[i - whole] = w.mul_add(x[i], lanes[i - whole]);
             }
-            out[n] = total(lanes);
+            out[n] = folded(lanes);
         }
         out
     }
@@ -173,8 +163,9 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{LANES, Strip, total};
+    use super::{LANES, Strip};
     use crate::level::Avx512;
+    use bitmill_scheme::folded;
     use std::arch::x86_64::*;
 
     /// Rows that share a load of the input: as many multiply-adds under way as two units with a latency of four take.
@@ -235,7 +226,7 @@ mod avx512 {
             let mut lanes = [0.0f32; LANES];
             // SAFETY: 64 bytes are there, and the store needs no alignment.
             unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums[n]) };
-            out[n] = total(lanes);
+            out[n] = folded(lanes);
         }
         out
     }

@@ -245,7 +245,10 @@ impl Grid for FloatGrid {
                 (w.iter().map(|&x| (x - self.value(self.nearest(x, p), p)).abs().powf(MSE_NORM)).sum(), s)
             }),
             Fit::Weighted(h) => self.search(cover, |s| self.moments(w, h, s)),
-            Fit::Squares => self.search(cover, |s| self.moments(w, &vec![1.0; w.len()], s)),
+            Fit::Squares => {
+                let alike = vec![1.0; w.len()];
+                self.search(cover, |s| self.moments(w, &alike, s))
+            }
         }
     }
 

@@ -280,9 +280,11 @@ fn clamped(x: f32, lowest: f32, highest: f32) -> f32 {
     if x < highest { x } else { highest }
 }
 
-/// The sum of numbers, a power of two of them: the upper half onto the lower again and again, which takes few steps.
+/// The sum of numbers, a power of two of them: the upper half onto the lower again and again, which takes few steps. Kernels
+/// fold their lanes by it too.
 #[inline(always)]
-pub(super) fn folded<const N: usize>(mut sums: [f32; N]) -> f32 {
+#[must_use]
+pub fn folded<const N: usize>(mut sums: [f32; N]) -> f32 {
     let mut half = N / 2;
     while half > 0 {
         for i in 0..half {

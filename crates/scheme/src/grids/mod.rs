@@ -24,7 +24,8 @@ pub enum Fit<'a> {
     /// Search scales for the smallest Σ h·(w − ŵ)², with the scale refitted in closed form; `h` has one entry per
     /// weight (the diagonal of H), and all-equal entries make it a plain least-squares fit.
     Weighted(&'a [f32]),
-    /// The smallest Σ(w − ŵ)² that a few starting points lead to, the best of them refitted in closed form.
+    /// The smallest Σ(w − ŵ)² that a few starting points lead to, the best of them refitted in closed form; on grids of floats
+    /// [`Fit::Weighted`] with equal entries.
     Squares,
 }
 

@@ -1,7 +1,8 @@
 //! Products with 16-bit floats by NEON: four registers hold the sixteen sums of a row.
 
-use super::{LANES, Strip, total};
+use super::{LANES, Strip};
 use crate::level::Neon;
+use bitmill_scheme::folded;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 
@@ -56,7 +57,7 @@ fn rows<const BF: bool, const N: usize>(w: &[u16], x: &[f32]) -> [f32; N] {
             let w = if BF { bf16::from_bits(bits).to_f32() } else { f16::from_bits(bits).to_f32() };
             *lane = w.mul_add(*x, *lane);
         }
-        out[n] = total(lanes);
+        out[n] = folded(lanes);
     }
     out
 }
