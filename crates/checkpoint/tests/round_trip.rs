@@ -61,7 +61,7 @@ fn what_is_written_is_what_is_read() {
 fn what_is_stored_by_rows_is_encoded_alike_in_parts() {
     let mut random = Random(5);
     let mut seen = Vec::new();
-    let blocks = [BlockType::Q4_0, BlockType::Q4_1, BlockType::Q4K].map(Scheme::block);
+    let blocks = [BlockType::Q4_0, BlockType::Q5_0, BlockType::Q8_0].map(Scheme::block);
     for &format in FORMATS.iter().chain([&GGUF]) {
         for (scheme, shape) in schemes().into_iter().chain(blocks).flat_map(|s| [[7, 40], [33, 256]].map(|n| (s, n))) {
             let holds = format.check("m", &scheme, shape).is_ok() && support::can_be(&scheme, shape);
