@@ -7,7 +7,7 @@
 mod clock;
 
 use bitmill::kernels::{
-    Brain, Brained, View, ViewMut, brain_gemm, brain_syrk, gemm, pack_bits, packed_words, syrk, unpack_bits,
+    Brain, Brained, View, ViewMut, brain_gemm, brain_syrk, gemm, mirror, pack_bits, packed_words, syrk, unpack_bits,
 };
 use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
@@ -70,6 +70,7 @@ fn main() {
     let x = sample(tokens * n, 2);
     let mut h = vec![0.0f32; n * n];
     syrk(&x, n, &mut h);
+    mirror(&mut h, n);
     assert!((h[n + 1] - x.iter().skip(1).step_by(n).map(|v| v * v).sum::<f32>()).abs() < 0.05 * tokens as f32);
     let mut g = vec![0.0f32; n * n];
     row("H += XᵀX (half of it computed)", time(|| syrk(&x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);

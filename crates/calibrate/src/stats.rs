@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Brain, Level, Moments, add_moments, brain_syrk, syrk};
+use bitmill_kernels::{Brain, Level, Moments, add_moments, brain_syrk, mirror, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ pub struct SiteStats {
     tokens: u64,
     /// Σ r, the weights of the tokens.
     weight: f64,
-    /// Σ r·x·xᵀ, row-major `[n, n]`, symmetric.
+    /// Σ r·x·xᵀ, row-major `[n, n]`, on and below the diagonal.
     gram: Vec<f32>,
     /// Σ r·x.
     weighted_sum: Vec<f64>,
@@ -125,14 +125,15 @@ impl SiteStats {
     /// H = E[x·xᵀ], weighted where tokens were, row-major `[n, n]`.
     #[must_use]
     pub fn hessian(&self) -> Vec<f32> {
-        self.gram.iter().map(|v| v * self.scale()).collect()
+        self.clone().into_hessian()
     }
 
     /// The same in the memory of the sums.
     #[must_use]
     pub fn into_hessian(mut self) -> Vec<f32> {
         let scale = self.scale();
-        self.gram.iter_mut().for_each(|v| *v *= scale);
+        self.gram.par_iter_mut().for_each(|v| *v *= scale);
+        mirror(&mut self.gram, self.n);
         self.gram
     }
 

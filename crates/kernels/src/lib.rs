@@ -15,10 +15,10 @@ pub use ops::blocks::{Stored, fit_blocks};
 pub use ops::brain::{Brained, brain_gemm, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
-pub use ops::groups::fit_groups;
+pub use ops::groups::{fit_groups, fit_weighted};
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
-pub use ops::matrix::{Element, View, ViewMut, gemm, syrk};
+pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
 pub use ops::moments::{Moments, add_moments};
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{

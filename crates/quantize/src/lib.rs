@@ -23,8 +23,6 @@ mod plan;
 mod plan_file;
 mod reconstruction;
 mod refine;
-mod refine_blocks;
-mod refine_units;
 mod run;
 mod seen;
 mod sensitivity;

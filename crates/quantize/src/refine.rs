@@ -1,12 +1,21 @@
 //! What can still be gained after rounding: coordinate descent over the codes, and scales refitted to them.
 //!
-//! Both lower ℓ = tr((Ŵ−W)·H·(Ŵ−W)ᵀ) and never raise it; each row stops as soon as nothing changes.
+//! Both lower ℓ = tr((Ŵ−W)·H·(Ŵ−W)ᵀ) and never raise it; each row stops as soon as nothing changes. Both go by the gradient
+//! G = (Ŵ−W)·H, which costs a product with all of H: it is made once, follows the codes as they move, and is made again where
+//! scales have moved.
 
-use crate::refine_blocks::refit_blocks;
-use crate::refine_units::descend_units;
+mod blocks;
+mod codes;
+mod scales;
+pub(crate) mod units;
+
 use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{Affine, BlockForm, Granularity, Grid, GridKind, GroupParams, Quantized};
+use bitmill_scheme::{Granularity, GridKind, Quantized};
+use blocks::refit_blocks;
+use codes::{BlockValues, GroupValues, Values, descend_rows};
 use rayon::prelude::*;
+use scales::Rows;
+use units::descend_units;
 
 /// Rows of one task over matrices of `n` columns. Every task reads all of H, which where H is larger than the caches takes longer
 /// than the products of a few rows.
@@ -14,7 +23,10 @@ pub(crate) const fn task_rows(n: usize) -> usize {
     if n <= 1024 { 32 } else { 256 }
 }
 
-/// tr((Ŵ−W)·H·(Ŵ−W)ᵀ) of each row, for `w` and `approximation: [rows, n]` and `h: [n, n]`.
+/// Columns of a block of H.
+const BLOCK: usize = 256;
+
+/// tr((Ŵ−W)·H·(Ŵ−W)ᵀ) of each row, for `w` and `approximation: [rows, n]` and a symmetric `h: [n, n]`.
 #[must_use]
 pub fn loss(w: &[f32], approximation: &[f32], h: &[f32]) -> Vec<f64> {
     let n = h.len().isqrt();
@@ -23,165 +35,87 @@ pub fn loss(w: &[f32], approximation: &[f32], h: &[f32]) -> Vec<f64> {
     let chunks = w.par_chunks(rows * n).zip(approximation.par_chunks(rows * n)).zip(out.par_chunks_mut(rows));
     chunks.for_each(|((w, a), out)| {
         let delta: Vec<f32> = a.iter().zip(w).map(|(a, w)| a - w).collect();
-        let g = times(&delta, h, n);
-        for (r, out) in out.iter_mut().enumerate() {
-            *out = dot(&delta[r * n..(r + 1) * n], &g[r * n..(r + 1) * n]);
+        let mut g = vec![0.0f32; out.len() * BLOCK.min(n)];
+        // Of what lies beside the blocks on the diagonal, the half above them counts twice.
+        for from in (0..n).step_by(BLOCK) {
+            let width = BLOCK.min(n - from);
+            for (above, times) in [(0..from, 2.0), (from..from + width, 1.0)] {
+                let d = View::new(&delta[above.start..], out.len(), above.len(), n);
+                let h = View::new(&h[above.start * n + from..], above.len(), width, n);
+                gemm(1.0, d, h, 0.0, &mut ViewMut::new(&mut g, out.len(), width, width));
+                for ((r, out), g) in out.iter_mut().enumerate().zip(g.chunks_exact(width)) {
+                    *out += times * dot(&delta[r * n + from..][..width], g);
+                }
+            }
         }
     });
     out
 }
 
-/// Where the values of a matrix may lie, column by column.
-trait Values: Sync {
-    /// What decides the values of one weight.
-    type Local: Copy;
-    fn local(&self, row: usize, col: usize) -> Self::Local;
-    fn nearest(&self, x: f32, local: Self::Local) -> u8;
-    fn value(&self, code: u8, local: Self::Local) -> f32;
-}
-
-struct GroupValues<'a, G> {
-    q: &'a Quantized,
-    grid: G,
-}
-
-impl<G: Grid + Sync> Values for GroupValues<'_, G> {
-    type Local = GroupParams;
-
-    #[inline]
-    fn local(&self, row: usize, col: usize) -> GroupParams {
-        self.q.params(row, self.q.group(col))
-    }
-
-    #[inline]
-    fn nearest(&self, x: f32, local: GroupParams) -> u8 {
-        self.grid.nearest(x, local)
-    }
-
-    #[inline]
-    fn value(&self, code: u8, local: GroupParams) -> f32 {
-        self.grid.value(code, local)
-    }
-}
-
-struct BlockValues<'a> {
-    form: &'a BlockForm,
-    /// Sub-blocks of a row.
-    subs: usize,
-    affine: Vec<Affine>,
-}
-
-impl<'a> BlockValues<'a> {
-    fn new(form: &'a BlockForm, q: &Quantized) -> Self {
-        let [rows, cols] = q.shape;
-        let subs = cols / form.sub;
-        let of = |i: usize| {
-            let (row, sub) = (i / subs, i % subs);
-            form.affine(&q.block(form, row, sub / form.subs()), sub % form.subs())
-        };
-        BlockValues { form, subs, affine: (0..rows * subs).map(of).collect() }
-    }
-}
-
-impl Values for BlockValues<'_> {
-    type Local = Affine;
-
-    #[inline]
-    fn local(&self, row: usize, col: usize) -> Affine {
-        self.affine[row * self.subs + col / self.form.sub]
-    }
-
-    #[inline]
-    fn nearest(&self, x: f32, local: Affine) -> u8 {
-        self.form.nearest(x, local)
-    }
-
-    #[inline]
-    fn value(&self, code: u8, local: Affine) -> f32 {
-        self.form.value(code, local)
-    }
+/// G = (Ŵ−W)·H of `q` under a symmetric `h: [n, n]`, `[rows, n]`.
+fn gradient(w: &[f32], q: &Quantized, h: &[f32]) -> Vec<f32> {
+    let n = q.shape[1];
+    let mut g = q.dequantize();
+    let rows = task_rows(n) * n;
+    g.par_chunks_mut(rows).zip(w.par_chunks(rows)).for_each(|(g, w)| {
+        let delta: Vec<f32> = g.iter().zip(w).map(|(v, w)| v - w).collect();
+        let rows = delta.len() / n;
+        gemm(1.0, View::new(&delta, rows, n, n), View::new(h, n, n, n), 0.0, &mut ViewMut::new(g, rows, n, n));
+    });
+    g
 }
 
 /// Cyclic coordinate descent (QuIP#'s refinement): each code in turn moves to the best value given all others,
 /// ŵ_k ← nearest(ŵ_k − G_k/H_kk) with G = (Ŵ−W)·H. At most `sweeps` passes; returns the number of codes changed. Where
 /// codes are chosen together, they move together.
 pub fn descend(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
-    if let Some(form) = q.scheme.form().filter(|f| f.unit() > 1) {
-        return descend_units(w, q, form, h, sweeps);
+    match q.scheme.form().filter(|f| f.unit() > 1) {
+        Some(form) => descend_units(w, q, form, h, sweeps),
+        None => descend_by(&mut gradient(w, q, h), q, h, sweeps),
     }
+}
+
+/// [`descend`] where G is known, which follows.
+fn descend_by(g: &mut [f32], q: &mut Quantized, h: &[f32], sweeps: u32) -> usize {
     let mut codes = std::mem::take(&mut q.codes);
     let changed = match q.scheme.form() {
-        Some(form) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &BlockValues::new(form, q)),
+        Some(form) => descend_on(&BlockValues::new(form, q), g, &mut codes, h, sweeps),
         None => match q.scheme.float_grid(q.divisor()) {
-            Some(grid) => descend_on(w, &mut codes, h, sweeps, q.shape[1], &GroupValues { q, grid }),
-            None => descend_on(w, &mut codes, h, sweeps, q.shape[1], &GroupValues { q, grid: q.scheme.grid() }),
+            Some(grid) => descend_on(&GroupValues { q, grid }, g, &mut codes, h, sweeps),
+            None => descend_on(&GroupValues { q, grid: q.scheme.grid() }, g, &mut codes, h, sweeps),
         },
     };
     q.codes = codes;
     changed
 }
 
-fn descend_on(w: &[f32], codes: &mut [u8], h: &[f32], sweeps: u32, n: usize, values: &impl Values) -> usize {
+fn descend_on<V: Values>(values: &V, g: &mut [f32], codes: &mut [u8], h: &[f32], sweeps: u32) -> usize {
+    let n = h.len().isqrt();
+    let diagonal: Vec<f32> = h.iter().step_by(n + 1).copied().collect();
     let rows = task_rows(n);
-    codes
-        .par_chunks_mut(rows * n)
-        .zip(w.par_chunks(rows * n))
-        .enumerate()
-        .map(|(i, (codes, w))| {
-            let first = i * rows;
-            let mut delta: Vec<f32> = w.to_vec();
-            for (j, d) in delta.iter_mut().enumerate() {
-                *d = values.value(codes[j], values.local(first + j / n, j % n)) - *d;
-            }
-            let mut g = times(&delta, h, n);
-            let rows = codes.chunks_mut(n).zip(g.chunks_mut(n)).enumerate();
-            rows.map(|(r, (codes, g))| descend_row(codes, g, h, sweeps, values, first + r)).sum::<usize>()
-        })
-        .sum()
+    let tasks = codes.par_chunks_mut(rows * n).zip(g.par_chunks_mut(rows * n)).enumerate();
+    tasks.map(|(i, (codes, g))| descend_rows(values, (h, &diagonal), sweeps, i * rows, codes, g)).sum()
 }
 
-fn descend_row(codes: &mut [u8], g: &mut [f32], h: &[f32], sweeps: u32, values: &impl Values, row: usize) -> usize {
-    let n = codes.len();
-    let mut changed = 0;
-    for _ in 0..sweeps {
-        let before = changed;
-        for k in 0..n {
-            let local = values.local(row, k);
-            let (curvature, old) = (h[k * n + k], values.value(codes[k], local));
-            let code = values.nearest(old - g[k] / curvature, local);
-            if code == codes[k] {
-                continue;
-            }
-            let step = values.value(code, local) - old;
-            // The nearest value to the minimum of a parabola lowers it, except for ties and rounding of G.
-            if 2.0 * g[k] * step + curvature * step * step >= 0.0 {
-                continue;
-            }
-            codes[k] = code;
-            changed += 1;
-            for (g, &h) in g.iter_mut().zip(&h[k * n..(k + 1) * n]) {
-                *g += step * h;
-            }
-        }
-        if changed == before {
-            break;
-        }
-    }
-    changed
-}
-
-/// Refits the scales of each row to its codes under the full H: with q_g the row's code − zero inside group g, the
-/// normal equations A·s = r, A_gg' = q_gᵀHq_g', r_g = q_gᵀHw (methods part 0.1), rounded to the stored type. A row
+/// Refits the scales of each row to its codes under the full H (methods part 0.1), rounded to the stored type. A row
 /// keeps its old scales where the rounded new ones are no better. Returns the number of rows improved. A matrix whose
 /// rows share scales is left as it is.
 pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
+    match q.scheme.form() {
+        Some(form) => refit_blocks(w, q, form, h),
+        None if !has_own_scales(q) => 0,
+        None => refit_by(&gradient(w, q, h), q, h),
+    }
+}
+
+/// Whether each row has scales of its own, of groups that are neighbours.
+fn has_own_scales(q: &Quantized) -> bool {
+    !matches!(q.scheme.granularity, Granularity::Tensor | Granularity::Tile(_)) && q.group_of.is_empty()
+}
+
+/// [`refit_scales`] of groups where G is known. It is that of the scales before.
+fn refit_by(g: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
     let n = q.shape[1];
-    if let Some(form) = q.scheme.form() {
-        return refit_blocks(w, q, form, h);
-    }
-    if matches!(q.scheme.granularity, Granularity::Tensor | Granularity::Tile(_)) || !q.group_of.is_empty() {
-        return 0;
-    }
     let divisor = q.divisor();
     let groups = q.scheme.groups(n);
     let mut scales = std::mem::take(&mut q.scales);
@@ -195,95 +129,45 @@ pub fn refit_scales(w: &[f32], q: &mut Quantized, h: &[f32]) -> usize {
     let rows = task_rows(n);
     let improved = scales[..count]
         .par_chunks_mut(rows * groups)
-        .zip(w.par_chunks(rows * n))
+        .zip(g.par_chunks(rows * n))
         .enumerate()
-        .map(|(i, (scales, w))| {
+        .map(|(i, (scales, g))| {
             let (first, len) = (i * rows, scheme.group_len(n));
             let middle = scheme.bits().middle();
             let zero = |r: usize, g: usize| zeros.get((first + r) * groups + g).copied().unwrap_or(middle);
-            let codes = &codes[first * n..first * n + w.len()];
+            let codes = &codes[first * n..first * n + g.len()];
             let levels: Vec<f32> = codes.iter().enumerate().map(|(j, &c)| level(c, zero(j / n, j % n / len))).collect();
-            refit_chunk(w, &levels, scales, h, n, len, |s| scheme.scale.round(s))
+            Rows { g, levels: &levels, h, n, len }.refit(scales, |s| scheme.scale.round(s))
         })
         .sum();
     q.scales = scales;
     improved
 }
 
-/// One task of [`refit_scales`]: `levels` are what the scales multiply, codes minus zero points.
-fn refit_chunk(
-    w: &[f32],
-    levels: &[f32],
-    scales: &mut [f32],
-    h: &[f32],
-    n: usize,
-    len: usize,
-    round: impl Fn(f32) -> f32,
-) -> usize {
-    let (rows, groups) = (w.len() / n, n.div_ceil(len));
-    // a[r][g][g'] = q_gᵀ H q_g' and b[r][g] = q_gᵀ H w, one product per group for all rows of the task.
-    let (mut a, mut b) = (vec![0.0f64; rows * groups * groups], vec![0.0f64; rows * groups]);
-    let mut m = vec![0.0f32; rows * n];
-    for g in 0..groups {
-        let (from, width) = (g * len, len.min(n - g * len));
-        let q = View::new(&levels[from..], rows, width, n);
-        gemm(1.0, q, View::new(&h[from * n..], width, n, n), 0.0, &mut ViewMut::new(&mut m, rows, n, n));
-        for r in 0..rows {
-            let (m, row) = (&m[r * n..(r + 1) * n], r * n);
-            for (g2, a) in a[(r * groups + g) * groups..][..groups].iter_mut().enumerate() {
-                let part = g2 * len..n.min((g2 + 1) * len);
-                *a = dot(&m[part.clone()], &levels[row + part.start..row + part.end]);
+/// [`descend`], then [`refit_scales`] and [`descend`] again, up to `refits` times, until no scale improves.
+pub(crate) fn refine(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32, refits: u32) {
+    if q.scheme.form().is_some() || !has_own_scales(q) {
+        descend(w, q, h, sweeps);
+        for _ in 0..refits {
+            if refit_scales(w, q, h) == 0 {
+                break;
             }
-            b[r * groups + g] = dot(m, &w[row..row + n]);
+            descend(w, q, h, sweeps);
         }
+        return;
     }
-    let mut improved = 0;
-    for r in 0..rows {
-        let (a, b) = (&a[r * groups * groups..][..groups * groups], &b[r * groups..][..groups]);
-        let old = &mut scales[r * groups..(r + 1) * groups];
-        let Some(exact) = solve(a, b) else { continue };
-        // A group of zeros has no say; a scale of zero would not survive in its type.
-        let new: Vec<f32> =
-            (exact.iter().zip(&*old)).map(|(&s, &o)| if s == 0.0 { o } else { round(s as f32) }).collect();
-        // ℓ up to the constant wᵀHw: sᵀAs − 2sᵀb.
-        let value = |s: &[f32]| -> f64 {
-            let quadratic =
-                |g: usize| (0..groups).map(|k| a[g * groups + k] * f64::from(s[k])).sum::<f64>() - 2.0 * b[g];
-            (0..groups).map(|g| f64::from(s[g]) * quadratic(g)).sum()
-        };
-        if new.iter().all(|s| s.is_finite()) && value(&new) < value(old) {
-            old.copy_from_slice(&new);
-            improved += 1;
+    if sweeps == 0 && refits == 0 {
+        return;
+    }
+    let mut g = gradient(w, q, h);
+    descend_by(&mut g, q, h, sweeps);
+    for _ in 0..refits {
+        if refit_by(&g, q, h) == 0 {
+            break;
         }
+        g = gradient(w, q, h);
+        descend_by(&mut g, q, h, sweeps);
     }
-    improved
-}
-
-/// Solves the symmetric positive semidefinite system A·x = b by Cholesky; rows without a pivot get 0.
-fn solve(a: &[f64], b: &[f64]) -> Option<Vec<f64>> {
-    let n = b.len();
-    let mut l = vec![0.0f64; n * n];
-    for i in 0..n {
-        for j in 0..=i {
-            let s: f64 = (0..j).map(|k| l[i * n + k] * l[j * n + k]).sum();
-            let v = a[i * n + j] - s;
-            if i == j {
-                l[i * n + i] = if v > 1e-9 * a[i * n + i].max(0.0) && v > 0.0 { v.sqrt() } else { 0.0 };
-            } else if l[j * n + j] > 0.0 {
-                l[i * n + j] = v / l[j * n + j];
-            }
-        }
-    }
-    let mut x = b.to_vec();
-    for i in 0..n {
-        let s: f64 = (0..i).map(|k| l[i * n + k] * x[k]).sum();
-        x[i] = if l[i * n + i] > 0.0 { (x[i] - s) / l[i * n + i] } else { 0.0 };
-    }
-    for i in (0..n).rev() {
-        let s: f64 = (i + 1..n).map(|k| l[k * n + i] * x[k]).sum();
-        x[i] = if l[i * n + i] > 0.0 { (x[i] - s) / l[i * n + i] } else { 0.0 };
-    }
-    x.iter().all(|v| v.is_finite()).then_some(x)
 }
 
 /// `a·h` for a few rows `a: [rows, n]`.
@@ -294,8 +178,19 @@ pub(crate) fn times(a: &[f32], h: &[f32], n: usize) -> Vec<f32> {
     out
 }
 
+/// Σ a·b: sixteen sums of a few hundred products each are folded in f64.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    const LANES: usize = 16;
+    let part = |(a, b): (&[f32], &[f32])| -> f64 {
+        let mut sums = [0.0f32; LANES];
+        for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+            for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                *sum += a * b;
+            }
+        }
+        sums.iter().map(|&s| f64::from(s)).sum()
+    };
+    a.chunks(BLOCK).zip(b.chunks(BLOCK)).map(part).sum()
 }
 
 #[cfg(test)]
@@ -303,7 +198,7 @@ mod tests {
     use super::*;
     use crate::sweep::tests::{Random, random_h, random_w};
     use crate::{Factor, Order, ScaleSearch, Sweep, sweep};
-    use bitmill_scheme::{Bits, Fit, GroupParams, ScaleType, Scheme};
+    use bitmill_scheme::{Bits, Fit, Grid, GroupParams, ScaleType, Scheme};
 
     fn rounded(w: &[f32], n: usize, bits: u32, granularity: Granularity) -> Quantized {
         let scheme = Scheme::int(Bits::new(bits).unwrap(), true, granularity).with_scale(ScaleType::F32);

@@ -18,8 +18,8 @@
 
 use crate::refine::task_rows;
 use crate::{Factor, ScaleSearch};
-use bitmill_kernels::{View, ViewMut, gemm};
-use bitmill_scheme::{FloatGrid, Grid, GroupParams, IntGrid, Metric, UNIT};
+use bitmill_kernels::{Level, View, ViewMut, fit_weighted, gemm};
+use bitmill_scheme::{Fit, FloatGrid, Grid, GroupParams, IntGrid, Metric, UNIT};
 use rayon::prelude::*;
 
 /// Columns of one block, unless a group is longer.
@@ -126,9 +126,9 @@ pub struct Part<'a> {
     pub columns: &'a [u32],
 }
 
-/// Grids whose groups have a scale and a zero point.
+/// Grids whose groups have a scale and a zero point, with what fits one to a group.
 macro_rules! by_groups {
-    ($($grid:ty),*) => {$(
+    ($($grid:ty, $fit:expr);*) => {$(
         impl SweepGrid for $grid {
             type Params = GroupParams;
 
@@ -137,7 +137,7 @@ macro_rules! by_groups {
             }
 
             fn fit(&self, group: Part<'_>, search: ScaleSearch) -> GroupParams {
-                Grid::fit(self, group.w, search.fit(group.cost))
+                $fit(*self, group.w, search.fit(group.cost))
             }
 
             #[inline]
@@ -149,7 +149,15 @@ macro_rules! by_groups {
     )*};
 }
 
-by_groups!(IntGrid, FloatGrid);
+by_groups!(IntGrid, fit_integers; FloatGrid, |grid: FloatGrid, w, fit| Grid::fit(&grid, w, fit));
+
+/// [`Grid::fit`], as fast as this machine can.
+fn fit_integers(grid: IntGrid, w: &[f32], fit: Fit<'_>) -> GroupParams {
+    match fit {
+        Fit::Weighted(h) => fit_weighted(Level::best(), grid, w, h),
+        fit => Grid::fit(&grid, w, fit),
+    }
+}
 
 /// What a sweep works with besides the weights.
 #[derive(Debug, Clone, Copy)]

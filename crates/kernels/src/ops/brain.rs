@@ -16,7 +16,7 @@ mod avx512;
 #[cfg(test)]
 mod tests;
 
-use super::matrix::{TOKENS, View, ViewMut, band, mirror};
+use super::matrix::{TOKENS, View, ViewMut, band};
 use crate::level::Brain;
 use rayon::prelude::*;
 
@@ -134,7 +134,7 @@ pub fn brain_gemm(brain: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<
     brain.never()
 }
 
-/// [`syrk`](crate::syrk) of what `x` is when rounded to bfloat16.
+/// [`syrk`](crate::syrk) of what `x` is when rounded to bfloat16: likewise without what lies above the diagonal.
 ///
 /// # Panics
 /// When the lengths do not fit `n`: a caller's bug.
@@ -153,5 +153,4 @@ pub fn brain_syrk(brain: Brain, x: &[f32], n: usize, h: &mut [f32]) {
             brain_gemm(brain, part.between(from, to), part.between(0, to), c);
         });
     }
-    mirror(h, n);
 }

@@ -104,10 +104,52 @@ fn avx2(_: Avx2, task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) 
     unsafe { compiled(task, params, codes) }
 }
 
+/// Parameters of one group `w` by [`Fit::Weighted`], `h` being what a squared error of each weight costs.
+#[must_use]
+pub fn fit_weighted(level: Level, grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(_) => {
+            #[target_feature(enable = "avx2")]
+            fn compiled(grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
+                grid.weighted(w, h)
+            }
+            // SAFETY: the level's token proves AVX2.
+            unsafe { compiled(grid, w, h) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(_) | Level::Amx(_) => {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            fn compiled(grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
+                grid.weighted(w, h)
+            }
+            // SAFETY: the level's token proves AVX-512.
+            unsafe { compiled(grid, w, h) }
+        }
+        _ => grid.weighted(w, h),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use bitmill_scheme::{Bits, Fit, Grid, ScaleType};
+
+    #[test]
+    fn every_level_weighs_as_the_definition_does() {
+        let value = |i: usize| ((i as f32 * 0.731).sin() * 1.7).powi(3) + 0.1 * (i as f32 * 0.37).cos();
+        for (bits, symmetric) in [(2, true), (3, false), (4, true), (8, false)] {
+            let grid = IntGrid { bits: Bits::new(bits).unwrap(), symmetric, scale: ScaleType::Bf16 };
+            for len in [1, 15, 32, 100, 128] {
+                let w: Vec<f32> = (0..len).map(value).collect();
+                let h: Vec<f32> = (0..len).map(|i| value(3 * i + 1).abs() + 0.01).collect();
+                let expected = grid.fit(&w, Fit::Weighted(&h));
+                for level in Level::all() {
+                    assert_eq!(fit_weighted(level, grid, &w, &h), expected, "{level:?} {bits} {len}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_level_fits_as_the_definition_does() {

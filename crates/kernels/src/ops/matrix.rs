@@ -180,15 +180,14 @@ pub fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: &m
     }
 }
 
-/// `h ← h + xᵀ·x` for `x: [tokens, n]` and a full symmetric row-major `h: [n, n]`, in parallel. Only tiles on and below
-/// the diagonal are multiplied; the rest is mirrored, so `h` stays exactly symmetric.
+/// `h ← h + xᵀ·x` for `x: [tokens, n]` and a row-major `h: [n, n]`, in parallel. Only tiles on and below the diagonal are
+/// multiplied, so what lies above it counts for nothing until [`mirror`] makes it equal to what lies below, once all is added.
 ///
 /// # Panics
 /// When the lengths do not fit `n`: a caller's bug.
 pub fn syrk<T: Element>(x: &[T], n: usize, h: &mut [T]) {
     assert!(n > 0 && x.len().is_multiple_of(n) && h.len() == n * n, "syrk shapes");
-    // A band of rows of H is one task; what lies right of its diagonal tile is filled by the mirror below. Tokens come in
-    // portions that stay in cache while all bands read them.
+    // A band of rows of H is one task. Tokens come in portions that stay in cache while all bands read them.
     let band = band(n);
     for part in x.chunks(TOKENS * n) {
         let part = View::new(part, part.len() / n, n, n);
@@ -204,22 +203,41 @@ pub fn syrk<T: Element>(x: &[T], n: usize, h: &mut [T]) {
             );
         });
     }
-    mirror(h, n);
 }
 
-/// Makes `h: [n, n]` exactly symmetric by what lies below its diagonal: of a diagonal tile both halves were multiplied.
-pub(super) fn mirror<T: Element>(h: &mut [T], n: usize) {
+/// Makes `h: [n, n]` exactly symmetric by what lies below its diagonal, in parallel.
+///
+/// # Panics
+/// When the lengths do not fit `n`: a caller's bug.
+pub fn mirror<T: Element>(h: &mut [T], n: usize) {
+    assert!(h.len() == n * n, "a square");
+    reflect(h, n, 0, n);
+}
+
+/// [`mirror`] of rows and columns `from..to`, whose rows are `h`.
+fn reflect<T: Element>(h: &mut [T], n: usize, from: usize, to: usize) {
     // By tiles, since a column of a large matrix has every entry in another line of the cache.
     const TILE: usize = 32;
-    for row in (0..n).step_by(TILE) {
-        for col in (0..=row).step_by(TILE) {
-            for i in row..n.min(row + TILE) {
-                for j in col..i.min(col + TILE) {
-                    h[j * n + i] = h[i * n + j];
+    if to - from <= TILE {
+        for i in 0..to - from {
+            for j in 0..i {
+                h[j * n + from + i] = h[i * n + from + j];
+            }
+        }
+        return;
+    }
+    let middle = from + ((to - from) / 2).next_multiple_of(TILE);
+    let (top, bottom) = h.split_at_mut((middle - from) * n);
+    top.par_chunks_mut(TILE * n).enumerate().for_each(|(t, top)| {
+        for col in (middle..to).step_by(TILE) {
+            for (i, row) in top.chunks_exact_mut(n).enumerate() {
+                for (j, v) in (col..).zip(&mut row[col..to.min(col + TILE)]) {
+                    *v = bottom[(j - middle) * n + from + t * TILE + i];
                 }
             }
         }
-    }
+    });
+    rayon::join(|| reflect(top, n, from, middle), || reflect(bottom, n, middle, to));
 }
 
 #[cfg(test)]
@@ -266,6 +284,7 @@ mod tests {
             for part in x.chunks(batch * n) {
                 syrk(part, n, &mut h);
             }
+            mirror(&mut h, n);
             let worst = h.iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
             assert!(worst < 1e-10, "batches of {batch}: {worst}");
             assert!((0..n).all(|i| (0..n).all(|j| h[i * n + j] == h[j * n + i])));
@@ -279,10 +298,14 @@ mod tests {
         let x32: Vec<f32> = x.iter().map(|&v| v as f32).collect();
         let mut exact = vec![0.0f64; n * n];
         syrk(&x, n, &mut exact);
+        mirror(&mut exact, n);
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut h = vec![0.0f32; n * n];
-            pool.install(|| syrk(&x32, n, &mut h));
+            pool.install(|| {
+                syrk(&x32, n, &mut h);
+                mirror(&mut h, n);
+            });
             h
         };
         let h = run(1);

@@ -142,7 +142,7 @@ impl SweepGrid for BlockGrid {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::refine_units::tests::point;
+    use crate::refine::units::tests::point;
     use crate::sweep::tests::{Random, random_h, random_w};
     use bitmill_scheme::{BLOCKS, Scheme};
 

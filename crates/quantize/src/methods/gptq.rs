@@ -5,6 +5,7 @@ use super::billm::ONLY;
 use super::rtn::{fit, importance};
 use super::{GroupGrid, Linear, Method, Needs, Solved, assemble, blocks};
 use crate::factor::damped;
+use crate::refine::refine;
 use crate::soft::soften;
 use crate::sweep::SweepGrid;
 use crate::{Error, Factor, Order, ScaleSearch, SolverOptions, StageChange, Sweep, descend, loss, refit_scales, sweep};
@@ -90,15 +91,7 @@ fn solve_linear(
     };
     // The refinements see the same damped H as the sweep: damping is what keeps them from fitting noise.
     let h = damped(h, n, factor.damping());
-    if options.descent_sweeps > 0 {
-        descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
-    }
-    for _ in 0..options.scale_refits {
-        if refit_scales(linear.weight, &mut quantized, &h) == 0 {
-            break;
-        }
-        descend(linear.weight, &mut quantized, &h, options.descent_sweeps);
-    }
+    refine(linear.weight, &mut quantized, &h, options.descent_sweeps, options.scale_refits);
     let mut stages = Vec::new();
     if let Some(soft) = options.soft {
         let total = |q: &Quantized| loss(linear.weight, &q.dequantize(), &h).iter().sum::<f64>();

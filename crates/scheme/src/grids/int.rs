@@ -31,7 +31,7 @@ impl Grid for IntGrid {
             Fit::Mse => {
                 self.search(lo, hi, |p| w.iter().map(|&x| (x - self.round_trip(x, p)).abs().powf(MSE_NORM)).sum())
             }
-            Fit::Weighted(h) => self.weighted(w, h, lo, hi),
+            Fit::Weighted(h) => self.weighted(w, h),
             Fit::Squares => self.squares(w),
         }
     }
@@ -89,28 +89,31 @@ impl IntGrid {
         best.1
     }
 
-    /// Scale search under Σ h(w − ŵ)². Every candidate is refitted by weighted least squares for its own codes,
-    /// s* = Σ h·w·q / Σ h·q² with q = code − zero (methods part 0.1). A symmetric grid has one more level below zero
-    /// than above, so both signs of the scale are tried: the longer tail may lie on either side.
-    fn weighted(&self, w: &[f32], h: &[f32], lo: f32, hi: f32) -> GroupParams {
+    /// The fit of [`Fit::Weighted`], for kernels as [`IntGrid::squares`] is. Every candidate is refitted by weighted least squares
+    /// for its own codes, s* = Σ h·w·q / Σ h·q² with q = code − zero (methods part 0.1). A symmetric grid has one more level below
+    /// zero than above, so both signs of the scale are tried: the longer tail may lie on either side.
+    #[inline(always)]
+    #[must_use]
+    pub fn weighted(&self, w: &[f32], h: &[f32]) -> GroupParams {
+        let (lo, hi) = range(w);
         let signs: &[f32] = if self.symmetric { &[1.0, -1.0] } else { &[1.0] };
         let mut best = (f32::INFINITY, self.span(lo, hi));
-        let mut consider = |p: GroupParams| {
-            let [loss, hwq, hqq] = self.moments(w, h, p);
-            if loss < best.0 {
-                best = (loss, p);
-            }
-            if hqq > 0.0 && hwq != 0.0 { self.scale.round(hwq / hqq) } else { p.scale }
-        };
         for i in 0..SHRINKS / 2 {
             // Up to 14% wider than the range, since the extra level of one side can carry it; down to 45%.
             let shrink = 1.14 - i as f32 * 0.0175;
             for &sign in signs {
                 let mut p = self.span(lo * shrink, hi * shrink);
                 p.scale *= sign;
-                let refit = consider(p);
-                if refit != p.scale {
-                    consider(GroupParams { scale: refit, ..p });
+                for last in [false, true] {
+                    let [loss, hwq, hqq] = self.moments(w, h, p);
+                    if loss < best.0 {
+                        best = (loss, p);
+                    }
+                    let refit = if hqq > 0.0 && hwq != 0.0 { self.scale.round(hwq / hqq) } else { p.scale };
+                    if last || refit == p.scale {
+                        break;
+                    }
+                    p.scale = refit;
                 }
             }
         }
@@ -213,32 +216,33 @@ impl IntGrid {
     }
 
     /// Σ h(w − ŵ)², Σ h·w·q and Σ h·q² over a group, with q = code − zero: what a candidate costs and what its refit
-    /// needs, in one pass. Sums run in a fixed number of lanes, which compilers turn into vectors of any width.
+    /// needs, in one pass.
+    #[inline(always)]
     fn moments(&self, w: &[f32], h: &[f32], p: GroupParams) -> [f32; 3] {
         const LANES: usize = 16;
         let inverse = 1.0 / p.scale;
         let (lowest, highest) = (-f32::from(p.zero), f32::from(self.bits.max_code()) - f32::from(p.zero));
-        let mut sums = [[0.0f32; LANES]; 3];
-        let mut add = |lane: usize, x: f32, hx: f32| {
-            // Clamping to whole numbers and rounding commute.
-            let q = round_small((x * inverse).clamp(lowest, highest));
-            let e = x - q * p.scale;
-            let hq = hx * q;
-            sums[0][lane] += hx * e * e;
-            sums[1][lane] += hq * x;
-            sums[2][lane] += hq * q;
-        };
+        let (mut loss, mut hwq, mut hqq) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
         let (whole, rest) = w.as_chunks::<LANES>();
         let (whole_h, rest_h) = h.as_chunks::<LANES>();
         for (w, h) in whole.iter().zip(whole_h) {
-            for lane in 0..LANES {
-                add(lane, w[lane], h[lane]);
+            for i in 0..LANES {
+                // Clamping to whole numbers and rounding commute.
+                let q = round_small(clamped(w[i] * inverse, lowest, highest));
+                let (e, hq) = (w[i] - q * p.scale, h[i] * q);
+                loss[i] += h[i] * e * e;
+                hwq[i] += hq * w[i];
+                hqq[i] += hq * q;
             }
         }
-        for (lane, (&x, &hx)) in rest.iter().zip(rest_h).enumerate() {
-            add(lane, x, hx);
+        for (i, (&x, &h)) in rest.iter().zip(rest_h).enumerate() {
+            let q = round_small(clamped(x * inverse, lowest, highest));
+            let (e, hq) = (x - q * p.scale, h * q);
+            loss[i] += h * e * e;
+            hwq[i] += hq * x;
+            hqq[i] += hq * q;
         }
-        sums.map(|lanes| lanes.iter().sum())
+        [folded(loss), folded(hwq), folded(hqq)]
     }
 }
 

@@ -1,7 +1,8 @@
 //! Panels rounded and multiplied by AVX-512 with BF16.
 //!
 //! A tile of C is eight rows by three panels, 24 registers: eleven loads feed 24 products of a pair, so the two units that
-//! multiply are what it waits for. The depth is cut so that three panels of B stay in the first cache while A passes.
+//! multiply are what it waits for. The depth is cut so that three panels of B stay in the second cache while A passes: a tile of
+//! C comes from further away than they do, and is read and written once for every cut.
 
 use super::super::matrix::{View, ViewMut};
 use super::{Brained, LANES, row_pairs};
@@ -12,8 +13,8 @@ use std::arch::x86_64::*;
 const ROWS: usize = LANES / 2;
 /// Panels of a tile, at most.
 const PANELS: usize = 3;
-/// Pairs of a row that are multiplied before the next rows are: 24 KB of B.
-const DEPTH: usize = 128;
+/// Pairs of a row that are multiplied before the next rows are: 96 KB of B.
+const DEPTH: usize = 512;
 
 /// [`super::round_panel`].
 pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
@@ -158,6 +159,14 @@ fn blocks(a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], [row, col]: [usize; 2], c: &mut ViewMut<'_, f32>) {
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+    // It is here when the sums are.
+    for r in 0..ROWS {
+        for n in 0..N {
+            if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
+                _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
+            }
+        }
+    }
     let a = a.as_chunks::<ROWS>().0.iter().skip(row % LANES / ROWS).step_by(2);
     for (p, a) in a.enumerate() {
         let mut columns = [_mm512_setzero_si512(); N];

@@ -4,7 +4,7 @@
 //! (Ŵ−W)·H there and v its values, the loss as a function of the unit's values x is (x−c)·M·(x−c)ᵀ and a constant, where
 //! c = v − G·M⁻¹. The point nearest to c in the metric M is therefore the best there is given all others.
 
-use crate::refine::{task_rows, times};
+use super::{task_rows, times};
 use bitmill_scheme::{BlockForm, Metric, Quantized, UNIT};
 use rayon::prelude::*;
 

@@ -6,7 +6,7 @@
 //! together), then d and dmin of each block move to their common minimum, rounded to half precision. Every move is taken
 //! only if it lowers the parabola, so the loss never rises.
 
-use crate::refine::times;
+use super::times;
 use bitmill_kernels::{View, ViewMut, gemm};
 use bitmill_scheme::{Affine, BlockForm, BlockParams, Quantized, Shift, Step};
 use half::f16;
