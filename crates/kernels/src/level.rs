@@ -232,3 +232,33 @@ impl Level {
         all
     }
 }
+/// Calls `$function`, which is `#[inline(always)]`, compiled for the instructions of `$level`.
+macro_rules! at_level {
+    ($level:expr, $function:ident, ($($name:ident: $type:ty),*) $(-> $result:ty)?) => {
+        match $level {
+            $crate::Level::Scalar => $function($($name),*),
+            #[cfg(target_arch = "x86_64")]
+            $crate::Level::Avx2(_) => {
+                #[target_feature(enable = "avx2,fma")]
+                fn compiled($($name: $type),*) $(-> $result)? {
+                    $function($($name),*)
+                }
+                // SAFETY: the level's token proves AVX2 and FMA.
+                unsafe { compiled($($name),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::Level::Avx512(_) | $crate::Level::Amx(_) => {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+                fn compiled($($name: $type),*) $(-> $result)? {
+                    $function($($name),*)
+                }
+                // SAFETY: the level's token proves AVX-512 and FMA.
+                unsafe { compiled($($name),*) }
+            }
+            // NEON is what the target is compiled for.
+            #[cfg(target_arch = "aarch64")]
+            $crate::Level::Neon(_) => $function($($name),*),
+        }
+    };
+}
+pub(crate) use at_level;

@@ -24,4 +24,5 @@ pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
     CHUNK, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
 };
+pub use ops::softmax::{exp, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;

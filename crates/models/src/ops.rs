@@ -6,7 +6,7 @@
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
 use crate::{Act, Pairs};
-use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
+use bitmill_kernels::{Brain, Brained, Level, View, ViewMut, brain_gemm, exp, gemm};
 use bitmill_scheme::Inputs;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -72,17 +72,17 @@ pub(crate) fn brain_product(x: &Tensor, weight: &Tensor, brain: Brain) -> Result
 
 /// `gate ← silu(gate) · up`, in place.
 pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<()> {
-    gate.inplace_op2(up, &Elementwise { name: "silu-mul", f: |g: f32, u: f32| g / (1.0 + exp(-g)) * u })
+    gate.inplace_op2(up, &ByRows { name: "silu-mul", f: |gate, up| bitmill_kernels::silu_mul(Level::best(), gate, up) })
 }
 
 /// `x ← x + y`, in place; a `y` of one row is added to every row.
 pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<()> {
-    x.inplace_op2(y, &Elementwise { name: "add", f: |x: f32, y: f32| x + y })
+    x.inplace_op2(y, &ByRows { name: "add", f: |x, y| x.iter_mut().zip(y).for_each(|(x, y)| *x += y) })
 }
 
 /// `x ← x · y`, in place.
 pub(crate) fn mul(x: &Tensor, y: &Tensor) -> Result<()> {
-    x.inplace_op2(y, &Elementwise { name: "mul", f: |x: f32, y: f32| x * y })
+    x.inplace_op2(y, &ByRows { name: "mul", f: |x, y| x.iter_mut().zip(y).for_each(|(x, y)| *x *= y) })
 }
 
 /// `c · tanh(x / c)`.
@@ -213,12 +213,13 @@ fn brain_band(brain: Brain, x: View<'_, f32>, weight: View<'_, f32>, y: &mut [f3
     }
 }
 
-struct Elementwise<F> {
+/// `f` of every row of x with its row of y.
+struct ByRows {
     name: &'static str,
-    f: F,
+    f: fn(&mut [f32], &[f32]),
 }
 
-impl<F: Fn(f32, f32) -> f32 + Sync> InplaceOp2 for Elementwise<F> {
+impl InplaceOp2 for ByRows {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -233,10 +234,7 @@ impl<F: Fn(f32, f32) -> f32 + Sync> InplaceOp2 for Elementwise<F> {
         let y = floats(y, y_layout)?;
         each_block(floats_mut(x, x_layout)?, width, |first, block| {
             for (i, row) in block.chunks_mut(width.max(1)).enumerate() {
-                let y = if one_row { y } else { &y[(first + i) * width..] };
-                for (x, &y) in row.iter_mut().zip(y) {
-                    *x = (self.f)(*x, y);
-                }
+                (self.f)(row, if one_row { y } else { &y[(first + i) * width..][..width] });
             }
         });
         Ok(())
@@ -426,14 +424,7 @@ pub(crate) fn unrotate(
 
 /// Soft-max of `scale · row`, in place.
 pub fn softmax(row: &mut [f32], scale: f32) {
-    let max = scale * reduce(row, f32::NEG_INFINITY, f32::max, f32::max);
-    for v in row.iter_mut() {
-        *v = exp(scale * *v - max);
-    }
-    let inverse = 1.0 / reduce(row, 0.0, |a, v| a + v, |a, b| a + b);
-    for v in row.iter_mut() {
-        *v *= inverse;
-    }
+    bitmill_kernels::softmax(Level::best(), row, scale);
 }
 
 /// The index that `at`, a number from 0 to below 1, falls on where every index has its probability as room.
@@ -452,32 +443,7 @@ pub fn draw(probabilities: &[f32], at: f32) -> usize {
 /// KL(softmax p ‖ softmax q) in nats, of two rows of logits. `q` becomes softmax q − softmax p, the divergence's gradient
 /// at q. Sums run in f32 over fixed lanes: the divergence is good to about 1e-6.
 pub fn softmax_divergence(q: &mut [f32], p: &[f32]) -> f64 {
-    let top = |row: &[f32]| reduce(row, f32::NEG_INFINITY, f32::max, f32::max);
-    let (top_q, top_p) = (top(q), top(p));
-    // Σ e^q, Σ e^p and Σ e^p (p − q), exponents relative to the largest.
-    let mut sums = [[0.0f32; LANES]; 3];
-    let mut add = |lane: usize, q: f32, p: f32| {
-        let (to_q, to_p) = (q - top_q, p - top_p);
-        let (eq, ep) = (exp(to_q), exp(to_p));
-        sums[0][lane] += eq;
-        sums[1][lane] += ep;
-        sums[2][lane] += ep * (to_p - to_q);
-    };
-    let ((whole_q, rest_q), (whole_p, rest_p)) = (q.as_chunks::<LANES>(), p.as_chunks::<LANES>());
-    for (q, p) in whole_q.iter().zip(whole_p) {
-        for lane in 0..LANES {
-            add(lane, q[lane], p[lane]);
-        }
-    }
-    for (lane, (&q, &p)) in rest_q.iter().zip(rest_p).enumerate() {
-        add(lane, q, p);
-    }
-    let [sum_q, sum_p, cross] = sums.map(|lanes| lanes.iter().map(|&v| f64::from(v)).sum::<f64>());
-    let (inverse_q, inverse_p) = ((1.0 / sum_q) as f32, (1.0 / sum_p) as f32);
-    for (q, &p) in q.iter_mut().zip(p) {
-        *q = exp(*q - top_q) * inverse_q - exp(p - top_p) * inverse_p;
-    }
-    cross / sum_p - (sum_p / sum_q).ln()
+    bitmill_kernels::softmax_divergence(Level::best(), q, p)
 }
 
 /// Folds a row over [`LANES`] accumulators, then those into one.
@@ -494,27 +460,6 @@ fn reduce(row: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn
         }
     }
     lanes.into_iter().fold(start, join)
-}
-
-/// `e^x` within two units in the last place, written without branches so that loops over it become vector code. Below
-/// −87 it stays at `e^−87` (1.6e-38) instead of underflowing; NaN stays NaN.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const TO_INTEGER: f32 = 12_582_912.0;
-    // ln 2 in two parts, the first short enough that its product with an exponent is exact.
-    const LN2_HIGH: f32 = 355.0 / 512.0;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
-    let n = shifted - TO_INTEGER;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    // The Taylor series: |r| ≤ ln(2)/2 leaves a remainder under 2^-27.
-    let mut series = 1.0 / 5040.0;
-    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
-        series = series * r + factor;
-    }
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
-    (series * r * r + r + 1.0) * power
 }
 
 /// Runs `f(first row, rows)` over blocks of whole rows of `width`.

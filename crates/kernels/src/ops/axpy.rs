@@ -1,6 +1,7 @@
 //! y ← y + a·x for one x or several, the inner loops of attention over kept keys and values.
 
 use crate::Level;
+use crate::level::at_level;
 
 /// Entries that several x are added to at a time, small enough to stay in registers meanwhile.
 const CHUNK: usize = 64;
@@ -24,30 +25,7 @@ pub fn axpy(level: Level, a: f32, x: &[f32], y: &mut [f32]) {
 pub fn axpys(level: Level, a: &[f32], (x, stride): (&[f32], usize), y: &mut [f32]) {
     let needed = a.len().checked_sub(1).map_or(0, |last| last * stride + y.len());
     assert!(x.len() >= needed, "{} entries of x, and {needed} needed", x.len());
-    match level {
-        Level::Scalar => add(a, x, stride, y),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(_) => {
-            #[target_feature(enable = "avx2,fma")]
-            fn compiled(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
-                add(a, x, stride, y);
-            }
-            // SAFETY: the level's token proves AVX2 and FMA.
-            unsafe { compiled(a, x, stride, y) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(_) | Level::Amx(_) => {
-            #[target_feature(enable = "avx512f,fma")]
-            fn compiled(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
-                add(a, x, stride, y);
-            }
-            // SAFETY: the level's token proves AVX-512 and FMA.
-            unsafe { compiled(a, x, stride, y) }
-        }
-        // NEON is what the target is compiled for.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon(_) => add(a, x, stride, y),
-    }
+    at_level!(level, add, (a: &[f32], x: &[f32], stride: usize, y: &mut [f32]));
 }
 
 #[inline(always)]

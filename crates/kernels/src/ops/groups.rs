@@ -5,8 +5,7 @@
 
 use super::blocks::Stored;
 use crate::Level;
-#[cfg(target_arch = "x86_64")]
-use crate::level::{Avx2, Avx512};
+use crate::level::at_level;
 use bitmill_scheme::{Fit, GroupParams, IntGrid};
 use rayon::prelude::*;
 
@@ -37,7 +36,8 @@ pub fn fit_groups(
     let height = (TASK / n.max(1)).max(1);
     let parts = codes.par_chunks_mut((height * n).max(1)).zip(params.par_chunks_mut(height * groups)).enumerate();
     let task = |(i, (codes, params)): (usize, (&mut [u8], &mut [GroupParams]))| {
-        run(level, &Task { grid, searched, n, len, w: w.part(i * height * n, height * n) }, params, codes)
+        let task = &Task { grid, searched, n, len, w: w.part(i * height * n, height * n) };
+        at_level!(level, fit_rows, (task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2])
     };
     let sums: Vec<[f64; 2]> = parts.map(task).collect();
     sums.iter().fold([0.0; 2], |[error, energy], [e, w]| [error + e, energy + w])
@@ -55,7 +55,7 @@ struct Task<'a> {
 
 /// The definition.
 #[inline(always)]
-fn groups(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
+fn fit_rows(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
     let Task { grid, searched, n, len, w } = *task;
     let mut wide = vec![0.0f32; if matches!(w, Stored::Bf16(_)) { n } else { 0 }];
     let mut sums = [0.0; 2];
@@ -72,62 +72,15 @@ fn groups(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64
     sums
 }
 
-fn run(level: Level, task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(token) => avx2(token, task, params, codes),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx512(token, task, params, codes),
-        #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => avx512(token.avx512(), task, params, codes),
-        _ => groups(task, params, codes),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn avx512(_: Avx512, task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn compiled(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-        groups(task, params, codes)
-    }
-    // SAFETY: the token proves these features.
-    unsafe { compiled(task, params, codes) }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn avx2(_: Avx2, task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-    #[target_feature(enable = "avx2")]
-    fn compiled(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f64; 2] {
-        groups(task, params, codes)
-    }
-    // SAFETY: the token proves AVX2.
-    unsafe { compiled(task, params, codes) }
-}
-
 /// Parameters of one group `w` by [`Fit::Weighted`], `h` being what a squared error of each weight costs.
 #[must_use]
 pub fn fit_weighted(level: Level, grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(_) => {
-            #[target_feature(enable = "avx2")]
-            fn compiled(grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
-                grid.weighted(w, h)
-            }
-            // SAFETY: the level's token proves AVX2.
-            unsafe { compiled(grid, w, h) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(_) | Level::Amx(_) => {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-            fn compiled(grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
-                grid.weighted(w, h)
-            }
-            // SAFETY: the level's token proves AVX-512.
-            unsafe { compiled(grid, w, h) }
-        }
-        _ => grid.weighted(w, h),
-    }
+    at_level!(level, weigh, (grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams)
+}
+
+#[inline(always)]
+fn weigh(grid: IntGrid, w: &[f32], h: &[f32]) -> GroupParams {
+    grid.weighted(w, h)
 }
 
 #[cfg(test)]

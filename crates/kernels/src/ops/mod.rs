@@ -12,6 +12,7 @@ pub(crate) mod matrix;
 pub(crate) mod moments;
 pub(crate) mod pack;
 pub(crate) mod packed;
+pub(crate) mod softmax;
 pub(crate) mod solve;
 pub(crate) mod strips;
 #[cfg(target_arch = "x86_64")]

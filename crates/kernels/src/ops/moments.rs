@@ -4,6 +4,7 @@
 //! gives the same bits.
 
 use crate::Level;
+use crate::level::at_level;
 
 /// Running moments of some columns.
 #[derive(Debug)]
@@ -26,39 +27,39 @@ pub fn add_moments(level: Level, x: &[f32], stride: usize, moments: &mut Moments
     let n = moments.sum.len();
     let others = [moments.abs_sum.len(), moments.fourth_sum.len(), moments.abs_max.len()];
     assert!(n <= stride && others == [n; 3], "a moment for each column");
-    match level {
-        Level::Scalar => add(x, stride, moments),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(_) => {
-            #[target_feature(enable = "avx2")]
-            fn compiled(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
-                add(x, stride, moments);
-            }
-            // SAFETY: the level's token proves AVX2.
-            unsafe { compiled(x, stride, moments) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(_) | Level::Amx(_) => {
-            #[target_feature(enable = "avx512f,avx512vl,avx512dq")]
-            fn compiled(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
-                add(x, stride, moments);
-            }
-            // SAFETY: the level's token proves AVX-512.
-            unsafe { compiled(x, stride, moments) }
-        }
-        // NEON is what the target is compiled for.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon(_) => add(x, stride, moments),
-    }
+    at_level!(level, add, (x: &[f32], stride: usize, moments: &mut Moments<'_>));
 }
+
+/// Rows and columns whose entries are in the first cache while their sums are in registers.
+const ROWS: usize = 16;
+const COLUMNS: usize = 16;
 
 #[inline(always)]
 fn add(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
     let n = moments.sum.len();
+    for rows in x.chunks(ROWS * stride) {
+        let mut from = 0;
+        while from + COLUMNS <= n {
+            add_columns::<COLUMNS>(rows, stride, from, moments);
+            from += COLUMNS;
+        }
+        for column in from..n {
+            add_columns::<1>(rows, stride, column, moments);
+        }
+    }
+}
+
+#[inline(always)]
+fn add_columns<const N: usize>(x: &[f32], stride: usize, from: usize, moments: &mut Moments<'_>) {
+    let columns = from..from + N;
+    let (mut sum, mut abs_sum, mut fourth, mut abs_max) = ([0.0; N], [0.0; N], [0.0; N], [0.0; N]);
+    sum.copy_from_slice(&moments.sum[columns.clone()]);
+    abs_sum.copy_from_slice(&moments.abs_sum[columns.clone()]);
+    fourth.copy_from_slice(&moments.fourth_sum[columns.clone()]);
+    abs_max.copy_from_slice(&moments.abs_max[columns.clone()]);
     for row in x.chunks(stride) {
-        let (row, sum, abs_sum) = (&row[..n], &mut moments.sum[..n], &mut moments.abs_sum[..n]);
-        let (fourth, abs_max) = (&mut moments.fourth_sum[..n], &mut moments.abs_max[..n]);
-        for j in 0..n {
+        let row = &row[from..from + N];
+        for j in 0..N {
             let (v, size) = (row[j], row[j].abs());
             sum[j] += f64::from(v);
             abs_sum[j] += f64::from(size);
@@ -67,6 +68,10 @@ fn add(x: &[f32], stride: usize, moments: &mut Moments<'_>) {
             abs_max[j] = if size > abs_max[j] { size } else { abs_max[j] };
         }
     }
+    moments.sum[columns.clone()].copy_from_slice(&sum);
+    moments.abs_sum[columns.clone()].copy_from_slice(&abs_sum);
+    moments.fourth_sum[columns.clone()].copy_from_slice(&fourth);
+    moments.abs_max[columns].copy_from_slice(&abs_max);
 }
 
 #[cfg(test)]

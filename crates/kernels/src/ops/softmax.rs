@@ -1,0 +1,193 @@
+//! Functions of rows that rest on the exponential: soft-max, the divergence of two of them, and SiLU gates.
+//!
+//! Every level gives the same bits: an entry is computed alike wherever it lies, and sums run in a fixed number of lanes.
+
+use crate::Level;
+use crate::level::at_level;
+
+/// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
+const LANES: usize = 16;
+
+/// Soft-max of `scale · row`, in place.
+pub fn softmax(level: Level, row: &mut [f32], scale: f32) {
+    at_level!(level, softmax_row, (row: &mut [f32], scale: f32));
+}
+
+/// `gate ← silu(gate) · up`.
+///
+/// # Panics
+/// When the lengths differ: a caller's bug.
+pub fn silu_mul(level: Level, gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "a gate for every entry");
+    at_level!(level, silu_mul_row, (gate: &mut [f32], up: &[f32]));
+}
+
+/// KL(softmax p ‖ softmax q) in nats, of two rows of logits. `q` becomes softmax q − softmax p, the divergence's gradient
+/// at q. Sums run in f32 over fixed lanes: the divergence is good to about 1e-6.
+///
+/// # Panics
+/// When the lengths differ: a caller's bug.
+pub fn softmax_divergence(level: Level, q: &mut [f32], p: &[f32]) -> f64 {
+    assert_eq!(q.len(), p.len(), "logits of one vocabulary");
+    at_level!(level, divergence_row, (q: &mut [f32], p: &[f32]) -> f64)
+}
+
+#[inline(always)]
+fn softmax_row(row: &mut [f32], scale: f32) {
+    let max = scale * largest(row);
+    for v in row.iter_mut() {
+        *v = exp(scale * *v - max);
+    }
+    let inverse = 1.0 / total(row);
+    for v in row.iter_mut() {
+        *v *= inverse;
+    }
+}
+
+#[inline(always)]
+fn silu_mul_row(gate: &mut [f32], up: &[f32]) {
+    for (g, &u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp(-*g)) * u;
+    }
+}
+
+#[inline(always)]
+fn divergence_row(q: &mut [f32], p: &[f32]) -> f64 {
+    let (top_q, top_p) = (largest(q), largest(p));
+    // Σ e^q, Σ e^p and Σ e^p (p − q), exponents relative to the largest.
+    let (mut sum_q, mut sum_p, mut cross) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for (q, p) in q.chunks(LANES).zip(p.chunks(LANES)) {
+        for (i, (&q, &p)) in q.iter().zip(p).enumerate() {
+            let (to_q, to_p) = (q - top_q, p - top_p);
+            let (eq, ep) = (exp(to_q), exp(to_p));
+            sum_q[i] += eq;
+            sum_p[i] += ep;
+            cross[i] += ep * (to_p - to_q);
+        }
+    }
+    let [sum_q, sum_p, cross] = [sum_q, sum_p, cross].map(|lanes| lanes.iter().map(|&v| f64::from(v)).sum::<f64>());
+    let (inverse_q, inverse_p) = ((1.0 / sum_q) as f32, (1.0 / sum_p) as f32);
+    for (q, &p) in q.iter_mut().zip(p) {
+        *q = exp(*q - top_q) * inverse_q - exp(p - top_p) * inverse_p;
+    }
+    cross / sum_p - (sum_p / sum_q).ln()
+}
+
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = row.as_chunks::<LANES>();
+    for chunk in whole {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    all.fold(f32::NEG_INFINITY, |most, &v| if v > most { v } else { most })
+}
+
+#[inline(always)]
+fn total(row: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (whole, rest) = row.as_chunks::<LANES>();
+    for (lane, &v) in lanes.iter_mut().zip(rest) {
+        *lane += v;
+    }
+    for chunk in whole {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// `e^x` within two units in the last place, written without branches so that loops over it become vector code. Below
+/// −87 it stays at `e^−87` (1.6e-38) instead of underflowing; NaN stays NaN.
+#[inline(always)]
+#[must_use]
+pub fn exp(x: f32) -> f32 {
+    const TO_INTEGER: f32 = 12_582_912.0;
+    // ln 2 in two parts, the first short enough that its product with an exponent is exact.
+    const LN2_HIGH: f32 = 355.0 / 512.0;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
+    let n = shifted - TO_INTEGER;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    // The Taylor series: |r| ≤ ln(2)/2 leaves a remainder under 2^-27.
+    let mut series = 1.0 / 5040.0;
+    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
+        series = series * r + factor;
+    }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    (series * r * r + r + 1.0) * power
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -870_000..=880_000 {
+            let x = i as f32 * 1e-4;
+            let truth = f64::from(x).exp();
+            let unit = f64::from(f32::EPSILON) * 2f64.powi(truth.log2().floor() as i32);
+            worst = worst.max((f64::from(exp(x)) - truth).abs() / unit);
+        }
+        assert!(worst <= 2.0, "{worst}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(f32::NEG_INFINITY) < 1.7e-38 && exp(f32::INFINITY).is_finite());
+    }
+
+    #[test]
+    fn softmax_equals_its_definition() {
+        for len in [1, 2, 15, 16, 17, 33, 500] {
+            let row: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1013) as f32 * 0.02 - 10.0).collect();
+            let sum: f64 = row.iter().map(|&v| (0.7 * f64::from(v)).exp()).sum();
+            let mut got = row.clone();
+            softmax(Level::best(), &mut got, 0.7);
+            for (got, v) in got.iter().zip(row) {
+                let expected = (0.7 * f64::from(v)).exp() / sum;
+                assert!((f64::from(*got) - expected).abs() <= 2e-6 * expected, "{len}: {got} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_divergence_of_logits_and_its_gradient_equal_their_definition() {
+        for n in [1usize, 5, 16, 100, 1003] {
+            let value = |i: usize, k: f64| (4.0 * (i as f64 * k).sin()) as f32;
+            let (mut q, p): (Vec<f32>, Vec<f32>) = (0..n).map(|i| (value(i, 1.7), value(i, 2.3) + 30.0)).unzip();
+            let soft = |row: &[f32]| -> Vec<f64> {
+                let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+                row.iter().map(|&v| f64::from(v).exp() / sum).collect()
+            };
+            let (sq, sp) = (soft(&q), soft(&p));
+            let expected: f64 = sp.iter().zip(&sq).map(|(p, q)| p * (p / q).ln()).sum();
+            let found = softmax_divergence(Level::best(), &mut q, &p);
+            assert!((found - expected).abs() < 2e-6 * expected.max(1.0), "{n}: {found} {expected}");
+            for (slope, (q, p)) in q.iter().zip(sq.iter().zip(&sp)) {
+                assert!((f64::from(*slope) - (q - p)).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn every_level_gives_the_bits_of_the_definition() {
+        for n in [1, 15, 16, 33, 200] {
+            let row = |by: f32| (0..n).map(|i| (i as f32 * by).sin() * 9.0).collect::<Vec<f32>>();
+            let run = |level| {
+                let (mut soft, mut gate, mut q) = (row(0.7), row(0.3), row(0.9));
+                softmax(level, &mut soft, 0.7);
+                silu_mul(level, &mut gate, &row(0.5));
+                let kl = softmax_divergence(level, &mut q, &row(0.8));
+                (soft, gate, q, kl)
+            };
+            let found = run(Level::Scalar);
+            assert!(Level::all().into_iter().all(|level| run(level) == found), "{n}");
+        }
+    }
+}
