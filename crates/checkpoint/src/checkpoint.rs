@@ -3,7 +3,8 @@
 use crate::error::io;
 use crate::formats::modelopt;
 use crate::gguf::{self, Factors, Gguf, Storage};
-use crate::shard::{Shard, Survey};
+use crate::shard::Shard;
+use crate::survey::Survey;
 use crate::tensor::is_dense;
 use crate::{Dialect, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Inputs, Quantized, ScaleType, Scheme};
@@ -370,9 +371,9 @@ impl Checkpoint {
         self.shards.iter().map(Shard::file)
     }
 
-    /// What reading every shard once shows, in name order.
-    pub fn survey(&self) -> impl Iterator<Item = Survey<'_>> {
-        self.shards.iter().map(Shard::survey)
+    /// What reading every shard once shows, in name order, but for the tensors that are read `later`.
+    pub fn survey(&self, later: &dyn Fn(&str) -> bool) -> impl Iterator<Item = Survey<'_>> {
+        self.shards.iter().map(move |shard| shard.survey(later))
     }
 
     /// Takes what was read of large shards so far out of the memory of this process. Tensors stay readable.

@@ -19,6 +19,7 @@ mod output;
 mod plan;
 mod shard;
 mod space;
+mod survey;
 mod tensor;
 
 pub use checkpoint::{CACHE_SCALES, Checkpoint, Weight};
@@ -28,6 +29,6 @@ pub use formats::{FORMATS, Format, GGUF, MIXED, SIDECARS, cache_scheme, default_
 pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;
-pub use shard::Survey;
 pub use space::ensure_free;
+pub use survey::{Seen, Survey};
 pub use tensor::{Order, TensorSpec, TensorView};

@@ -2,35 +2,17 @@
 
 use crate::error::io;
 use crate::gguf::{self, Gguf, Storage};
-use crate::tensor::{has_non_finite, is_dense};
+use crate::survey::Survey;
 use crate::{Error, Order, TensorSpec, TensorView};
 use memmap2::Mmap;
-use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
-
-/// Bytes that are hashed by one task. It decides fingerprints, so it is a constant.
-const PART: usize = 1 << 24;
-/// Bytes that stay in a cache between what is done with them.
-const PIECE: usize = 1 << 16;
 
 /// Bytes of a file that stay in memory once they are read: to map them again takes longer than to encode some types.
 const KEPT: usize = 3 << 28;
-
-/// What reading a file once shows.
-#[derive(Debug, Clone)]
-pub struct Survey<'a> {
-    /// The file.
-    pub file: &'a Path,
-    /// It tells files apart which were not made to be confused, at the speed of reading them.
-    pub fingerprint: String,
-    /// Whether every F32, F16, BF16 and F64 number is known to be finite; where not, a closer look is needed.
-    pub finite: bool,
-}
 
 /// A shard whose header has been checked against its size: every tensor lies inside, none overlaps, nothing is left.
 #[derive(Debug)]
@@ -156,34 +138,20 @@ impl Shard {
         &self.path
     }
 
-    /// Reads the file once, by all threads. Its fingerprint is XXH3 (128 bits) of the hashes of its parts.
-    pub(crate) fn survey(&self) -> Survey<'_> {
-        let bytes = self.bytes.as_slice();
-        let dense = self.tensors.values().filter(|(spec, _)| is_dense(spec.dtype));
-        let dense: Vec<(Dtype, &Range<usize>)> = dense.map(|(spec, at)| (spec.dtype, at)).collect();
-        let part = |part: Range<usize>| {
-            let mut here = dense.clone();
-            here.retain(|(_, at)| at.start < part.end && part.start < at.end);
-            let (mut hash, mut finite) = (Xxh3::new(), true);
-            for from in part.clone().step_by(PIECE) {
-                let piece = from..part.end.min(from + PIECE);
-                hash.update(&bytes[piece.clone()]);
-                for (dtype, at) in here.iter().filter(|(_, at)| at.start < piece.end && piece.start < at.end) {
-                    // Numbers that reach into the piece, whole.
-                    let size = dtype.bitsize() / 8;
-                    let begin = piece.start.saturating_sub(at.start) / size * size;
-                    let end = (piece.end - at.start).next_multiple_of(size).min(at.len());
-                    finite &= !has_non_finite(*dtype, &bytes[at.start + begin..at.start + end]);
-                }
-            }
-            (hash.digest128().to_le_bytes(), finite)
-        };
-        let parts = (0..bytes.len().div_ceil(PART)).into_par_iter();
-        let parts = parts.map(|i| part(i * PART..bytes.len().min((i + 1) * PART)));
-        let (hashes, finite): (Vec<[u8; 16]>, Vec<bool>) = parts.unzip();
-        let finite = finite.iter().all(|&f| f) && self.replaced.is_empty();
-        self.release();
-        Survey { file: self.file(), fingerprint: format!("xxh3:{:032x}", xxh3_128(hashes.as_flattened())), finite }
+    /// Reads the file once, by all threads, but for the tensors that are read `later`.
+    pub(crate) fn survey(&self, later: &dyn Fn(&str) -> bool) -> Survey<'_> {
+        let mut tensors: Vec<(&str, usize)> =
+            self.tensors.iter().map(|(name, (_, at))| (name.as_str(), at.start)).collect();
+        // As they lie, which is how a disk reads them best.
+        tensors.sort_by_key(|&(_, start)| start);
+        let head = self.tensors.values().map(|(_, at)| at.start).min().unwrap_or(self.bytes.as_slice().len());
+        let mut survey = Survey::of_head(self.file(), &self.bytes.as_slice()[..head]);
+        for (name, _) in tensors {
+            let seen = self.tensor(name).filter(|_| !later(name)).map(|tensor| tensor.survey());
+            survey.add(name, seen);
+            self.release();
+        }
+        survey
     }
 }
 
@@ -242,46 +210,4 @@ fn header(bytes: &[u8]) -> Result<BTreeMap<String, (TensorSpec, Range<usize>)>, 
         tensors.insert(name, (spec, start + from..start + to));
     }
     Ok(tensors)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A file of two tensors, the second of bfloat16, which begins at an odd place and is longer than two pieces.
-    fn file(second: &[u16]) -> Vec<u8> {
-        let (first, bytes) = (5, 5 + 2 * second.len());
-        let header = format!(
-            "{{\"a\":{{\"dtype\":\"U8\",\"shape\":[{first}],\"data_offsets\":[0,{first}]}},\
-             \"b\":{{\"dtype\":\"BF16\",\"shape\":[{}],\"data_offsets\":[{first},{bytes}]}}}}",
-            second.len()
-        );
-        let mut out = (header.len() as u64).to_le_bytes().to_vec();
-        out.extend(header.as_bytes());
-        out.extend([0xff; 5]);
-        out.extend(second.iter().flat_map(|b| b.to_le_bytes()));
-        out
-    }
-
-    #[test]
-    fn a_survey_sees_every_number_and_hashes_every_byte() {
-        let mut numbers = vec![0x3f80u16; PIECE + 1234];
-        let survey = |numbers: &[u16]| {
-            let bytes = file(numbers);
-            let hash = xxh3_128(&xxh3_128(&bytes).to_le_bytes());
-            let shard = Shard::in_memory("x".into(), bytes).unwrap();
-            let survey = shard.survey();
-            assert_eq!(survey.fingerprint, format!("xxh3:{hash:032x}"));
-            survey.finite
-        };
-        assert!(survey(&numbers), "bytes that are no numbers may be anything");
-        let begin = file(&[]).len();
-        // The first, the last, and those about where a piece ends.
-        let border = (PIECE - begin) / 2;
-        for at in [0, border - 40, border, PIECE + 1233].into_iter().chain(border - 20..border + 20) {
-            numbers[at] = 0xff80;
-            assert!(!survey(&numbers), "{at}");
-            numbers[at] = 0x3f80;
-        }
-    }
 }

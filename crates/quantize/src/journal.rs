@@ -11,6 +11,7 @@ use bitmill_calibrate::Spread;
 use bitmill_checkpoint::{Checkpoint, Survey};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -103,7 +104,7 @@ pub struct StageRecord {
 }
 
 /// One line of the journal.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Line {
     /// Index of the unit.
     pub(crate) unit: usize,
@@ -120,6 +121,9 @@ pub(crate) struct Line {
     /// What a stage after the last unit brought.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) stage: Option<StageRecord>,
+    /// Fingerprints of the tensors that were read for it alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) sources: BTreeMap<String, String>,
 }
 
 /// An open work folder.
@@ -174,11 +178,37 @@ impl Journal {
             _ => discard(&dir, &journal_file)?,
         }
         write_durably(&identity_file, identity.to_string().as_bytes())?;
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&journal_file);
-        let mut file = file.map_err(io(&journal_file, "opening the journal"))?;
-        let lines = Journal::recover(&mut file).map_err(io(&journal_file, "reading the journal"))?;
+        let (file, lines) = Journal::lines(&journal_file)?;
         Ok(Journal { dir, file, lines, _lock: lock })
+    }
+
+    fn lines(path: &Path) -> Result<(File, Vec<Line>), Error> {
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(false).open(path);
+        let mut file = file.map_err(io(path, "opening the journal"))?;
+        let lines = Journal::recover(&mut file).map_err(io(path, "reading the journal"))?;
+        Ok((file, lines))
+    }
+
+    /// Discards what is finished by `force`, since a tensor it was made of is another one: its name, and its fingerprints then
+    /// and now.
+    ///
+    /// # Errors
+    /// [`Error::Leftover`] without `force`.
+    pub(crate) fn start_over(
+        &mut self,
+        identity: &Value,
+        [tensor, theirs, ours]: [String; 3],
+        force: bool,
+    ) -> Result<(), Error> {
+        if !force {
+            return Err(Error::Leftover { work: self.dir.clone(), what: format!("weights.{tensor}"), theirs, ours });
+        }
+        let path = self.dir.join("journal.jsonl");
+        discard(&self.dir, &path)?;
+        write_durably(&self.dir.join("run.json"), identity.to_string().as_bytes())?;
+        (self.file, self.lines) = Journal::lines(&path)?;
+        Ok(())
     }
 
     fn lock(dir: &Path) -> Result<File, Error> {
@@ -266,11 +296,6 @@ pub(crate) fn identity(
     plan: &Plan,
     calibration: Option<Calibration<'_>>,
 ) -> Result<Value, Error> {
-    let mut weights = serde_json::Map::new();
-    for survey in surveys {
-        let name = survey.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        weights.insert(name, json!(survey.fingerprint));
-    }
     let calibration = match calibration {
         Some(Calibration::Text(w)) if w.are_images() => {
             json!({"images": w.count(), "length": w.length, "pixels": w.fingerprint()})
@@ -285,7 +310,7 @@ pub(crate) fn identity(
     let mut identity = json!({
         "bitmill": env!("CARGO_PKG_VERSION"),
         "settings": plan.settings,
-        "weights": weights,
+        "weights": fingerprints(surveys, &BTreeMap::new()),
         "config": blake3::hash(input.config().to_string().as_bytes()).to_hex().as_str(),
         "calibration": calibration,
     });
@@ -298,6 +323,15 @@ pub(crate) fn identity(
         identity["metadata"] = json!(hash.finalize().to_hex().as_str());
     }
     Ok(identity)
+}
+
+/// Fingerprints of the weight files by name, as far as they are known: `later` are those of tensors that no survey read.
+pub(crate) fn fingerprints(surveys: &[Survey<'_>], later: &BTreeMap<String, String>) -> Value {
+    let named = |survey: &Survey<'_>| {
+        let name = survey.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        (name, json!(survey.fingerprint(later)))
+    };
+    Value::Object(surveys.iter().map(named).collect())
 }
 
 /// Hash of a whole file, by all threads: at memory speed it costs far less than what it protects.
@@ -354,7 +388,7 @@ mod tests {
     use super::*;
 
     fn line(unit: usize) -> Line {
-        Line { unit, stream: None, full: None, tensors: vec![], sites: vec![], stage: None }
+        Line { unit, ..Line::default() }
     }
 
     #[test]

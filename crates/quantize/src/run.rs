@@ -1,6 +1,8 @@
 //! The run: a plan applied unit by unit, committed as it goes, published by a rename.
 
+mod calibrated;
 mod card;
+mod later;
 mod measured;
 mod publish;
 mod slabs;
@@ -13,18 +15,20 @@ pub(crate) use publish::gguf_names;
 
 use crate::block::{Flow, Moment, Target};
 use crate::fused::Magnitudes;
-use crate::journal::{Journal, Line, SiteRecord, StageRecord, TensorRecord, hash_file, identity, io, write_durably};
+use crate::journal::{
+    Journal, Line, SiteRecord, StageRecord, TensorRecord, fingerprints, hash_file, identity, io, write_durably,
+};
 use crate::learn::{Lesson, rounding_to, tune};
-use crate::plan::model_scale_type;
-use crate::reconstruction::{Rebuild, RebuiltBlock};
-use crate::token_weights::occurrences;
+use crate::reconstruction::RebuiltBlock;
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
-use crate::{Action, Error, Linear, Method, Needs, Observation, Plan, SolverOptions, TokenWeights, Unit, method};
-use bitmill_calibrate::{Imatrix, Statistics, Stream, StreamKind, Windows, in_order};
+use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
+use bitmill_calibrate::{Imatrix, Statistics, Stream, Windows};
 use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
-use bitmill_models::{Block, Embedding, ModelSpec, RopeTable};
-use bitmill_scheme::ScaleType;
+use bitmill_models::Block;
+use calibrated::Calibrated;
+use later::{changed, read_later};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -157,12 +161,13 @@ pub fn run(
     if !plan.transforms.is_empty() && !matches!(calibration, Some(Calibration::Text(_)) | None) {
         return Err(Error::TransformsNeedText);
     }
-    let surveys: Vec<_> = input.survey().collect();
-    let identity = identity(input, &surveys, plan, calibration)?;
+    let later = read_later(input, plan)?;
+    let surveys: Vec<_> = input.survey(&|name| later.contains(name)).collect();
+    let mut identity = identity(input, &surveys, plan, calibration)?;
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !Journal::resumable(out, &identity, options.force)? {
         observe(Event::Checking);
-        if surveys.iter().any(|survey| !survey.finite) {
+        if surveys.iter().any(|survey| !survey.finite()) {
             check_finite(input)?;
         }
         let work = plan.work_bytes() + transformed_bytes(input, plan);
@@ -170,6 +175,9 @@ pub fn run(
     }
     std::fs::create_dir_all(parent).map_err(io(parent, "creating the output's parent folder"))?;
     let mut journal = Journal::open(out, &identity, options.force)?;
+    if let Some(change) = changed(input, &journal.lines)? {
+        journal.start_over(&identity, change, options.force)?;
+    }
     let output = open_output(plan, &mut journal)?;
     let (done, total) = (journal.lines.len(), plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     if done > 0 {
@@ -185,7 +193,8 @@ pub fn run(
     })?;
     let (model, stages) = rewritten.as_ref().map_or((input, &[][..]), |(model, stages)| (model, stages));
     stages.iter().for_each(|stage| observe(Event::Stage(stage)));
-    let mut worker = Worker { input: model, plan, output, observe, options };
+    let sources = BTreeMap::new();
+    let mut worker = Worker { input: model, plan, output, observe, options, later: &later, sources };
     let flow = Calibrated::new(&worker, calibration, &journal)?;
     for unit in done..total {
         if options.stop.load(Ordering::Relaxed) {
@@ -196,7 +205,7 @@ pub fn run(
             let stage = worker.tune(calibration, &journal)?;
             worker.output.sync()?;
             let stage = Some(stage);
-            journal.append(Line { unit, stream: None, full: None, tensors: Vec::new(), sites: Vec::new(), stage })?;
+            journal.append(Line { unit, stage, ..Line::default() })?;
             (worker.observe)(Event::Committed { done: unit + 1, total });
             continue;
         };
@@ -209,7 +218,14 @@ pub fn run(
                 }
                 _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
             },
-            _ => (worker.plain_unit(&plan.units[unit])?, Vec::new()),
+            _ => match worker.plain_unit(&plan.units[unit]) {
+                // Where weights are damaged nothing is written, and here they are read for the first time.
+                Err(damaged @ Error::NonFinite { .. }) => {
+                    journal.remove()?;
+                    return Err(damaged);
+                }
+                tensors => (tensors?, Vec::new()),
+            },
         };
         worker.output.sync()?;
         let save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
@@ -221,7 +237,8 @@ pub fn run(
             stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
             full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
         }
-        journal.append(Line { unit, stream, full, tensors, sites, stage: None })?;
+        let sources = std::mem::take(&mut worker.sources);
+        journal.append(Line { unit, stream, full, tensors, sites, stage: None, sources })?;
         // What entered this unit is of no more use; a file that stays behind goes with the work folder.
         let _ = std::fs::remove_file(journal.stream(unit));
         let _ = std::fs::remove_file(journal.full_stream(unit));
@@ -230,6 +247,8 @@ pub fn run(
         (worker.observe)(Event::Committed { done: unit + 1, total });
     }
     drop(flow);
+    let read = journal.lines.iter().flat_map(|line| line.sources.clone()).collect();
+    identity["weights"] = fingerprints(&surveys, &read);
     publish::publish(input, plan, &identity, journal, stages, (out, options.force))
 }
 
@@ -307,6 +326,10 @@ struct Worker<'a, 'o> {
     output: Output,
     observe: &'o mut dyn FnMut(Event<'_>),
     options: RunOptions<'a>,
+    /// Tensors that nobody has read yet.
+    later: &'a BTreeSet<String>,
+    /// Fingerprints of those of the unit.
+    sources: BTreeMap<String, String>,
 }
 
 impl Worker<'_, '_> {
@@ -319,7 +342,7 @@ impl Worker<'_, '_> {
                 self.copy(&tensor.name)?;
                 continue;
             };
-            let (method, solver) = self.plain_method()?;
+            let (method, solver) = plain_method(self.plan)?;
             let amax = scheme.shares_scale().then(|| magnitudes.largest(module)).transpose()?;
             let linear = Linear { amax, ..Linear::new(module, &[], *shape, *scheme) };
             records.push(self.without_feedback(&linear, None, (method, &solver), tensor.bytes)?);
@@ -340,7 +363,13 @@ impl Worker<'_, '_> {
         let [error, energy] = match slabs::way(self.plan, linear, (method, solver)) {
             Some(way) => {
                 let stored = self.input.weight(linear.name)?;
-                slabs::round((self.plan, &self.output), linear, &stored, h, &way)?
+                let name = format!("{}.weight", linear.name);
+                let (lost, seen) =
+                    slabs::round((self.plan, &self.output), linear, &stored, h, &way, self.later.contains(&name))?;
+                if let Some(seen) = seen {
+                    self.sources.insert(name, seen.digits());
+                }
+                lost
             }
             None => {
                 let weight = weight(self.input, self.plan.spec.as_ref(), linear.name)?;
@@ -481,119 +510,14 @@ impl Worker<'_, '_> {
         }
         Ok(())
     }
-
-    /// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
-    /// where the plan's own method needs data.
-    fn plain_method(&self) -> Result<(&'static dyn Method, SolverOptions), Error> {
-        let solver = self.plan.settings.solver.clone();
-        if self.plan.method.needs(&solver) == Needs::Nothing {
-            return Ok((self.plan.method, solver));
-        }
-        Ok((method("rtn")?, SolverOptions { scale_search: None, ..solver }))
-    }
 }
 
-/// The state that a calibrated run carries from block to block.
-struct Calibrated<'a> {
-    spec: &'a ModelSpec,
-    rope: RopeTable,
-    lengths: Vec<usize>,
-    occurrences: Vec<Vec<f32>>,
-    budget: u64,
-    spill: PathBuf,
-    hidden: Stream,
-    full: Option<Stream>,
-    observation: Observation,
-    cache: Option<ScaleType>,
-    rebuild: Option<Rebuild<'a>>,
-}
-
-impl<'a> Calibrated<'a> {
-    fn new(
-        worker: &Worker<'a, '_>,
-        calibration: Option<Calibration<'_>>,
-        journal: &Journal,
-    ) -> Result<Option<Self>, Error> {
-        let (true, Some(spec), Some(Calibration::Text(windows))) =
-            (worker.plan.calibrated, &worker.plan.spec, calibration)
-        else {
-            return Ok(None);
-        };
-        // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
-        let settings = &worker.plan.settings;
-        let observation = settings.observation;
-        // Reconstruction keeps what entered the block besides, and what is to leave it.
-        let rebuild = settings.reconstruction.as_ref();
-        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, plan: worker.plan, seed: settings.seed });
-        let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
-        let budget = worker.options.stream_memory / streams;
-        let (count, lengths) = (windows.count(), windows.lengths());
-        let rare = observation.tokens == TokenWeights::Rare;
-        let texts = (0..if rare { count } else { 0 }).map(|w| windows.tokens(w));
-        let occurrences = occurrences(texts);
-        let spill = journal.dir().join("stream-spill");
-        let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
-        let second = journal.dir().join("stream-full-spill");
-        let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
-        let full = settings.two_streams().then(second).transpose()?;
-        let rope = RopeTable::new(&spec.ropes, windows.length)?;
-        let done = journal.lines.len();
-        let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
-        match saved {
-            Some(hash) => {
-                take_up(&hidden, &journal.stream(done), hash)?;
-                if let (Some(full), Some(hash)) = (&full, journal.lines.last().and_then(|l| l.full.as_ref())) {
-                    take_up(full, &journal.full_stream(done), hash)?;
-                }
-            }
-            None => {
-                let embedding = Embedding::load(spec, worker.input)?;
-                in_order(
-                    count,
-                    16,
-                    |w| -> Result<(), Error> {
-                        let h: Vec<f32> = embedding.embed(windows.get(w)?)?.flatten_all()?.to_vec1()?;
-                        if let Some(full) = &full {
-                            full.write(w, &h)?;
-                        }
-                        Ok(hidden.write(w, &h)?)
-                    },
-                    |_, _| Ok(()),
-                )?;
-            }
-        }
-        let spill = journal.dir().to_owned();
-        let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
-        Ok(Some(Calibrated {
-            spec,
-            rope,
-            lengths,
-            occurrences,
-            budget,
-            spill,
-            hidden,
-            full,
-            observation,
-            cache,
-            rebuild,
-        }))
+/// The method for matrices that no calibration reaches: the ends of a model in a GGUF file are rounded to nearest
+/// where the plan's own method needs data.
+fn plain_method(plan: &Plan) -> Result<(&'static dyn Method, SolverOptions), Error> {
+    let solver = plan.settings.solver.clone();
+    if plan.method.needs(&solver) == Needs::Nothing {
+        return Ok((plan.method, solver));
     }
-}
-
-impl Calibrated<'_> {
-    fn flow(&self) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, occurrences, budget, spill, hidden, full, .. } = self;
-        let (budget, full, observation, cache, rebuild) =
-            (*budget, full.as_ref(), self.observation, self.cache, self.rebuild);
-        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, observation, cache, rebuild }
-    }
-}
-
-/// Fills `stream` from `file`, which must have this hash.
-fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
-    if hash_file(file)? != hash {
-        let source = std::io::Error::other("its contents changed since it was written");
-        return Err(io(file, "taking up the calibration stream")(source));
-    }
-    Ok(stream.load(file)?)
+    Ok((method("rtn")?, SolverOptions { scale_search: None, ..solver }))
 }

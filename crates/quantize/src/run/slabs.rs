@@ -3,14 +3,12 @@
 
 use crate::weight::is_transposed;
 use crate::{ByRows, Error, Linear, Method, Plan, SolverOptions};
-use bitmill_checkpoint::{Dtype, Order, Output, TensorView, Weight};
+use bitmill_checkpoint::{Dtype, Order, Output, Seen, TensorView, Weight};
 use bitmill_kernels::Stored;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
-/// Weights of a slab, about.
-const SLAB: usize = 1 << 15;
 /// Bytes that are worth a call of the system, which writes many pages at once for much less than one by one.
 const PIECE: usize = 1 << 20;
 
@@ -28,14 +26,15 @@ pub(super) struct Way {
 }
 
 /// Rounds, encodes and writes `stored`, the weight of `linear` (whose own weights are not read). Returns Σ h(w − ŵ)² and
-/// Σ h·w², with h = 1 where none is given.
+/// Σ h·w², with h = 1 where none is given; and, for a matrix that is read as it lies and for the `first` time, what was seen.
 pub(super) fn round(
     (plan, output): (&Plan, &Output),
     linear: &Linear<'_>,
     stored: &Weight<'_>,
     h: Option<&[f32]>,
     way: &Way,
-) -> Result<[f64; 2], Error> {
+    first: bool,
+) -> Result<([f64; 2], Option<Seen>), Error> {
     let [rows, n] = linear.shape;
     let specs = plan.format.layout(linear.name, &linear.scheme, linear.shape);
     let (by_rows, of_shape) = specs.split_at(specs.len() - way.of_shape.len());
@@ -43,12 +42,18 @@ pub(super) fn round(
     let source = Source::new(plan, &name, stored, linear.shape)?;
     let writer = |name| Writer { output, name, waiting: Mutex::default(), turn: Mutex::default() };
     let writers: Vec<Writer<'_>> = by_rows.iter().map(|spec| writer(&spec.name)).collect();
-    let count = (SLAB / n.max(1)).max(1);
+    // A slab is what a fingerprint is taken of.
+    let count = TensorView::piece_rows(n);
+    let source_bytes = source.view.filter(|_| first);
     let start = || (writers.iter().map(|_| Piece::default()).collect(), Vec::new());
-    let slab = |(mut pieces, mut sums): (Vec<Piece>, Vec<[f64; 2]>), i: usize| {
+    let slab = |(mut pieces, mut done): (Vec<Piece>, Vec<Done>), i: usize| {
         let from = i * count;
         let count = count.min(rows - from);
         let slab = Linear { shape: [count, n], ..*linear };
+        let seen = source_bytes.map(|view| Seen::of_rows(view.dtype, source.bytes(view, from, count)));
+        if seen.as_ref().is_some_and(|seen| !seen.finite) {
+            return Err(non_finite(stored));
+        }
         let (quantized, lost) = (way.by_rows)(&slab, source.rows(from, count)?.stored(), h);
         let parts = plan.format.encode(linear.name, &quantized);
         for ((piece, writer), bytes) in pieces.iter_mut().zip(&writers).zip(parts) {
@@ -57,20 +62,35 @@ pub(super) fn round(
                 writer.write(std::mem::take(piece))?;
             }
         }
-        sums.push(lost);
-        Ok::<_, Error>((pieces, sums))
+        done.push(Done { lost, seen });
+        Ok::<_, Error>((pieces, done))
     };
     // What one thread folds are neighbours.
     let runs = (0..rows.div_ceil(count)).into_par_iter().try_fold(start, slab);
     let runs = runs.map(|run| {
-        let (rest, sums) = run?;
+        let (rest, done) = run?;
         rest.into_iter().zip(&writers).try_for_each(|(piece, writer)| writer.write(piece))?;
-        Ok::<_, Error>(sums)
+        Ok::<_, Error>(done)
     });
-    let sums: Vec<Vec<[f64; 2]>> = runs.collect::<Result<_, _>>()?;
+    let runs: Vec<Vec<Done>> = runs.collect::<Result<_, _>>()?;
     writers.iter().try_for_each(Writer::finish)?;
     of_shape.iter().zip(&way.of_shape).try_for_each(|(spec, bytes)| output.write(&spec.name, bytes))?;
-    Ok([0, 1].map(|i| sums.iter().flatten().map(|s| s[i]).sum()))
+    let lost = [0, 1].map(|i| runs.iter().flatten().map(|slab| slab.lost[i]).sum());
+    let seen: Vec<Seen> = runs.into_iter().flatten().filter_map(|slab| slab.seen).collect();
+    Ok((lost, first.then(|| Seen::of_pieces(&seen))))
+}
+
+/// What came of a slab.
+struct Done {
+    lost: [f64; 2],
+    seen: Option<Seen>,
+}
+
+/// The first number of a matrix that is none.
+fn non_finite(stored: &Weight<'_>) -> Error {
+    let Weight::Dense(view) = stored else { unreachable!("codes are finite") };
+    let index = view.first_non_finite().unwrap_or_default();
+    Error::NonFinite { tensor: view.name.into(), file: view.file.to_owned(), index }
 }
 
 /// Bytes of neighbouring slabs.
@@ -158,13 +178,18 @@ impl<'a> Source<'a> {
         Ok(rows)
     }
 
+    /// The bytes of `count` rows of the folder from row `from` on.
+    fn bytes(&self, view: &TensorView<'a>, from: usize, count: usize) -> &'a [u8] {
+        let row = view.bytes.len() / self.shape[0].max(1);
+        &view.bytes[from * row..(from + count) * row]
+    }
+
     /// `count` rows of the folder from row `from` on.
     fn run(&self, from: usize, count: usize) -> Result<Rows<'_>, Error> {
         let Some(view) = self.view else {
             return Ok(Rows::F32(self.whole[from * self.shape[1]..(from + count) * self.shape[1]].into()));
         };
-        let row = view.bytes.len() / self.shape[0].max(1);
-        let bytes = &view.bytes[from * row..(from + count) * row];
+        let bytes = self.bytes(view, from, count);
         if view.dtype == Dtype::BF16 {
             return Ok(Rows::Bf16(bytes.as_chunks().0.into()));
         }

@@ -7,8 +7,7 @@ use crate::{
 };
 use bitmill_calibrate::{Comparison, Pooling, compare_embeddings, evaluate};
 use bitmill_checkpoint::Dtype;
-use bitmill_models::Role;
-use bitmill_models::spec_of;
+use bitmill_models::{Embedding, Role, RopeTable, spec_of};
 use bitmill_scheme::{Activations, BLOCKS, Bits, Granularity, Scheme};
 
 fn model(case: &str) -> Checkpoint {
@@ -88,6 +87,81 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
         assert_eq!(spec.tied, !parted && spec_of(&model(case)).unwrap().tied, "{case}");
         (0..spec.layers).for_each(|index| drop(Block::load(&spec, index, &back).unwrap()));
     }
+}
+
+/// Rounds `model` to nearest into `out`; stops when `stop` units are finished.
+fn nearest(model: &Path, out: &Path, force: bool, stop: usize) -> Result<Finished, Error> {
+    let input = Checkpoint::open(model).unwrap();
+    let settings = Settings { shard_bytes: u64::MAX, ..tiny::settings(&[]) };
+    let plan = Plan::new(&input, &Settings { method: "rtn".into(), ..settings }).unwrap();
+    let flag = AtomicBool::new(false);
+    let options = RunOptions { force, stream_memory: 1 << 30, stop: &flag };
+    run(&input, &plan, None, out, options, &mut |event| {
+        if let Event::Committed { done, .. } = event {
+            flag.store(done == stop, Ordering::Relaxed);
+        }
+    })
+}
+
+#[test]
+fn a_run_that_needs_no_data_looks_again_at_what_it_was_made_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("model");
+    std::fs::create_dir(&copy).unwrap();
+    let golden = tiny::folder().join("llama-gqa");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(file), copy.join(file)).unwrap();
+    }
+    let change = |name: &str, to: fn(u8) -> u8| {
+        let file = copy.join("model.safetensors");
+        let at = {
+            let input = Checkpoint::open(&copy).unwrap();
+            let whole = std::fs::read(&file).unwrap();
+            let bytes = input.tensor(name).unwrap().bytes;
+            whole.windows(bytes.len()).position(|part| part == bytes).unwrap()
+        };
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[at..at + 4].iter_mut().for_each(|b| *b = to(*b));
+        std::fs::write(&file, bytes).unwrap();
+    };
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    let stopped = || assert!(matches!(nearest(&copy, &out, true, 4), Err(Error::Stopped { done: 4, .. })));
+    let finished = nearest(&copy, &whole, false, 0).unwrap();
+    let full = Checkpoint::open(&copy).unwrap();
+    let full = fingerprints(&full.survey(&|_| false).collect::<Vec<_>>(), &BTreeMap::new());
+    assert_eq!(finished.manifest["run"]["weights"], full, "read before or on the way, files have one fingerprint");
+
+    stopped();
+    nearest(&copy, &out, false, 0).unwrap();
+    assert!(weights(&whole) == weights(&out), "taken up");
+
+    // The last block is not finished, so it may be another one; the first is.
+    let last = "model.layers.1.mlp.down_proj.weight";
+    stopped();
+    change(last, |b| b ^ 1);
+    nearest(&copy, &out, true, 0).unwrap();
+    nearest(&copy, &whole, true, 0).unwrap();
+    assert!(weights(&whole) == weights(&out), "taken up with another last block");
+    let first = "model.layers.0.mlp.down_proj.weight";
+    stopped();
+    change(first, |b| b ^ 1);
+    std::fs::remove_dir_all(&out).unwrap();
+    match nearest(&copy, &out, false, 0).unwrap_err() {
+        Error::Leftover { what, .. } => assert_eq!(what, format!("weights.{first}")),
+        other => panic!("{other}"),
+    }
+    nearest(&copy, &out, true, 0).unwrap();
+    nearest(&copy, &whole, true, 0).unwrap();
+    assert!(weights(&whole) == weights(&out), "started over");
+
+    // NaN where nothing was looked at before the run began.
+    change(last, |_| 0xff);
+    std::fs::remove_dir_all(&out).unwrap();
+    match nearest(&copy, &out, false, 0) {
+        Err(Error::NonFinite { tensor, index: 0, .. }) => assert_eq!(tensor, last),
+        other => panic!("{other:?}"),
+    }
+    assert!(!out.exists() && !Journal::folder(&out).exists(), "nothing is left");
 }
 
 #[test]

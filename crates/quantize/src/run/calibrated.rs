@@ -1,0 +1,118 @@
+//! The state that a calibrated run carries from block to block: the calibration text on its way through the model.
+
+use super::Worker;
+use crate::block::Flow;
+use crate::journal::{Journal, hash_file, io};
+use crate::plan::model_scale_type;
+use crate::reconstruction::Rebuild;
+use crate::token_weights::occurrences;
+use crate::{Calibration, Error, Observation, TokenWeights};
+use bitmill_calibrate::{Stream, StreamKind, in_order};
+use bitmill_models::{Embedding, ModelSpec, RopeTable};
+use bitmill_scheme::ScaleType;
+use std::path::{Path, PathBuf};
+
+/// The state that a calibrated run carries from block to block.
+pub(super) struct Calibrated<'a> {
+    spec: &'a ModelSpec,
+    rope: RopeTable,
+    lengths: Vec<usize>,
+    occurrences: Vec<Vec<f32>>,
+    budget: u64,
+    spill: PathBuf,
+    pub(super) hidden: Stream,
+    pub(super) full: Option<Stream>,
+    observation: Observation,
+    cache: Option<ScaleType>,
+    rebuild: Option<Rebuild<'a>>,
+}
+
+impl<'a> Calibrated<'a> {
+    pub(super) fn new(
+        worker: &Worker<'a, '_>,
+        calibration: Option<Calibration<'_>>,
+        journal: &Journal,
+    ) -> Result<Option<Self>, Error> {
+        let (true, Some(spec), Some(Calibration::Text(windows))) =
+            (worker.plan.calibrated, &worker.plan.spec, calibration)
+        else {
+            return Ok(None);
+        };
+        // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
+        let settings = &worker.plan.settings;
+        let observation = settings.observation;
+        // Reconstruction keeps what entered the block besides, and what is to leave it.
+        let rebuild = settings.reconstruction.as_ref();
+        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, plan: worker.plan, seed: settings.seed });
+        let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
+        let budget = worker.options.stream_memory / streams;
+        let (count, lengths) = (windows.count(), windows.lengths());
+        let rare = observation.tokens == TokenWeights::Rare;
+        let texts = (0..if rare { count } else { 0 }).map(|w| windows.tokens(w));
+        let occurrences = occurrences(texts);
+        let spill = journal.dir().join("stream-spill");
+        let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
+        let second = journal.dir().join("stream-full-spill");
+        let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
+        let full = settings.two_streams().then(second).transpose()?;
+        let rope = RopeTable::new(&spec.ropes, windows.length)?;
+        let done = journal.lines.len();
+        let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
+        match saved {
+            Some(hash) => {
+                take_up(&hidden, &journal.stream(done), hash)?;
+                if let (Some(full), Some(hash)) = (&full, journal.lines.last().and_then(|l| l.full.as_ref())) {
+                    take_up(full, &journal.full_stream(done), hash)?;
+                }
+            }
+            None => {
+                let embedding = Embedding::load(spec, worker.input)?;
+                in_order(
+                    count,
+                    16,
+                    |w| -> Result<(), Error> {
+                        let h: Vec<f32> = embedding.embed(windows.get(w)?)?.flatten_all()?.to_vec1()?;
+                        if let Some(full) = &full {
+                            full.write(w, &h)?;
+                        }
+                        Ok(hidden.write(w, &h)?)
+                    },
+                    |_, _| Ok(()),
+                )?;
+            }
+        }
+        let spill = journal.dir().to_owned();
+        let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
+        Ok(Some(Calibrated {
+            spec,
+            rope,
+            lengths,
+            occurrences,
+            budget,
+            spill,
+            hidden,
+            full,
+            observation,
+            cache,
+            rebuild,
+        }))
+    }
+}
+
+impl Calibrated<'_> {
+    pub(super) fn flow(&self) -> Flow<'_> {
+        let Calibrated { spec, rope, lengths, occurrences, budget, spill, hidden, full, .. } = self;
+        let (budget, full, observation, cache, rebuild) =
+            (*budget, full.as_ref(), self.observation, self.cache, self.rebuild);
+        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, observation, cache, rebuild }
+    }
+}
+
+/// Fills `stream` from `file`, which must have this hash.
+fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
+    if hash_file(file)? != hash {
+        let source = std::io::Error::other("its contents changed since it was written");
+        return Err(io(file, "taking up the calibration stream")(source));
+    }
+    Ok(stream.load(file)?)
+}
