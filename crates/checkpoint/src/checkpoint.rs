@@ -255,6 +255,18 @@ impl Checkpoint {
             .ok_or_else(|| Error::NoTensor { tensor: name.to_owned(), dir: self.dir.clone() })
     }
 
+    /// Fills `buffer` with the bytes of the tensor `name` from the `from`-th on, past the mapping that [`Checkpoint::tensor`] gives:
+    /// for who looks at them once.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`]; [`Error::Io`] where the file cannot be read any more.
+    pub fn read(&self, name: &str, from: usize, buffer: &mut [u8]) -> Result<(), Error> {
+        match self.place.get(name) {
+            Some(&shard) => self.shards[shard].read(name, from, buffer),
+            None => Err(Error::NoTensor { tensor: name.to_owned(), dir: self.dir.clone() }),
+        }
+    }
+
     /// How the folder is quantized; `None` where it is dense.
     #[must_use]
     pub fn dialect(&self) -> Option<&Dialect> {

@@ -29,7 +29,8 @@ pub(crate) struct Shard {
 
 #[derive(Debug)]
 enum Bytes {
-    Mapped(Mmap),
+    /// The file, and what it holds.
+    Mapped(File, Mmap),
     Owned(Vec<u8>),
 }
 
@@ -156,10 +157,29 @@ impl Shard {
 }
 
 impl Shard {
+    /// Fills `buffer` with bytes of the tensor `name` from the `from`-th on. For what is looked at once, that is less work than to have
+    /// its pages mapped and unmapped.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be read any more.
+    pub(crate) fn read(&self, name: &str, from: usize, buffer: &mut [u8]) -> Result<(), Error> {
+        #[cfg(unix)]
+        if let (Bytes::Mapped(file, _), Some((_, at)), None) =
+            (&self.bytes, self.tensors.get(name), self.replaced.get(name))
+        {
+            use std::os::unix::fs::FileExt;
+            return file.read_exact_at(buffer, (at.start + from) as u64).map_err(io("read", &self.path));
+        }
+        if let Some(part) = self.tensor(name).and_then(|view| view.bytes.get(from..from + buffer.len())) {
+            buffer.copy_from_slice(part);
+        }
+        Ok(())
+    }
+
     /// Takes what was read of a large file out of the memory of this process; it stays in the system's cache.
     pub(crate) fn release(&self) {
         #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes
+        if let Bytes::Mapped(_, map) = &self.bytes
             && map.len() > KEPT
         {
             // SAFETY: the map is of a file and read-only, so pages that are dropped hold nothing that the file does not, and
@@ -187,12 +207,12 @@ impl Bytes {
         // is another process shortening the file meanwhile, which is outside what a program can guard against; a
         // checkpoint folder is not written while it is read (outputs are built under another name and renamed).
         let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
-        Ok(Bytes::Mapped(map))
+        Ok(Bytes::Mapped(file, map))
     }
 
     fn as_slice(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map) => map,
+            Bytes::Mapped(_, map) => map,
             Bytes::Owned(vec) => vec,
         }
     }

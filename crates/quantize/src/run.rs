@@ -364,8 +364,8 @@ impl Worker<'_, '_> {
             Some(way) => {
                 let stored = self.input.weight(linear.name)?;
                 let name = format!("{}.weight", linear.name);
-                let (lost, seen) =
-                    slabs::round((self.plan, &self.output), linear, &stored, h, &way, self.later.contains(&name))?;
+                let unseen = self.later.contains(&name).then_some(self.input);
+                let (lost, seen) = slabs::round((self.plan, &self.output), linear, &stored, h, &way, unseen)?;
                 if let Some(seen) = seen {
                     self.sources.insert(name, seen.digits());
                 }

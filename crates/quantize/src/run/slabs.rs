@@ -3,7 +3,7 @@
 
 use crate::weight::is_transposed;
 use crate::{ByRows, Error, Linear, Method, Plan, SolverOptions};
-use bitmill_checkpoint::{Dtype, Order, Output, Seen, TensorView, Weight};
+use bitmill_checkpoint::{Checkpoint, Dtype, Order, Output, Seen, TensorView, Weight};
 use bitmill_kernels::Stored;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -26,14 +26,15 @@ pub(super) struct Way {
 }
 
 /// Rounds, encodes and writes `stored`, the weight of `linear` (whose own weights are not read). Returns Σ h(w − ŵ)² and
-/// Σ h·w², with h = 1 where none is given; and, for a matrix that is read as it lies and for the `first` time, what was seen.
+/// Σ h·w², with h = 1 where none is given; and, for a matrix that lies in `unseen` as it is read here, and was not read before,
+/// what was seen.
 pub(super) fn round(
     (plan, output): (&Plan, &Output),
     linear: &Linear<'_>,
     stored: &Weight<'_>,
     h: Option<&[f32]>,
     way: &Way,
-    first: bool,
+    unseen: Option<&Checkpoint>,
 ) -> Result<([f64; 2], Option<Seen>), Error> {
     let [rows, n] = linear.shape;
     let specs = plan.format.layout(linear.name, &linear.scheme, linear.shape);
@@ -44,17 +45,26 @@ pub(super) fn round(
     let writers: Vec<Writer<'_>> = by_rows.iter().map(|spec| writer(&spec.name)).collect();
     // A slab is what a fingerprint is taken of.
     let count = TensorView::piece_rows(n);
-    let source_bytes = source.view.filter(|_| first);
-    let start = || (writers.iter().map(|_| Piece::default()).collect(), Vec::new());
-    let slab = |(mut pieces, mut done): (Vec<Piece>, Vec<Done>), i: usize| {
+    let start = || (writers.iter().map(|_| Piece::default()).collect(), Vec::new(), Vec::new());
+    let slab = |(mut pieces, mut done, mut buffer): (Vec<Piece>, Vec<Done>, Vec<u8>), i: usize| {
         let from = i * count;
         let count = count.min(rows - from);
         let slab = Linear { shape: [count, n], ..*linear };
-        let seen = source_bytes.map(|view| Seen::of_rows(view.dtype, source.bytes(view, from, count)));
-        if seen.as_ref().is_some_and(|seen| !seen.finite) {
-            return Err(non_finite(stored));
-        }
-        let (quantized, lost) = (way.by_rows)(&slab, source.rows(from, count)?.stored(), h);
+        let (seen, read) = match (source.view, unseen) {
+            (Some(view), Some(input)) => {
+                let row = view.bytes.len() / rows;
+                buffer.resize(count * row, 0);
+                input.read(&name, from * row, &mut buffer)?;
+                let seen = Seen::of_rows(view.dtype, &buffer);
+                if !seen.finite {
+                    return Err(non_finite(view));
+                }
+                (Some(seen), source.decoded(view, &buffer)?)
+            }
+            _ => (None, source.rows(from, count)?),
+        };
+        let (quantized, lost) = (way.by_rows)(&slab, read.stored(), h);
+        drop(read);
         let parts = plan.format.encode(linear.name, &quantized);
         for ((piece, writer), bytes) in pieces.iter_mut().zip(&writers).zip(parts) {
             piece.push(from * (bytes.len() / count), &bytes);
@@ -63,12 +73,12 @@ pub(super) fn round(
             }
         }
         done.push(Done { lost, seen });
-        Ok::<_, Error>((pieces, done))
+        Ok::<_, Error>((pieces, done, buffer))
     };
     // What one thread folds are neighbours.
     let runs = (0..rows.div_ceil(count)).into_par_iter().try_fold(start, slab);
     let runs = runs.map(|run| {
-        let (rest, done) = run?;
+        let (rest, done, _) = run?;
         rest.into_iter().zip(&writers).try_for_each(|(piece, writer)| writer.write(piece))?;
         Ok::<_, Error>(done)
     });
@@ -77,7 +87,7 @@ pub(super) fn round(
     of_shape.iter().zip(&way.of_shape).try_for_each(|(spec, bytes)| output.write(&spec.name, bytes))?;
     let lost = [0, 1].map(|i| runs.iter().flatten().map(|slab| slab.lost[i]).sum());
     let seen: Vec<Seen> = runs.into_iter().flatten().filter_map(|slab| slab.seen).collect();
-    Ok((lost, first.then(|| Seen::of_pieces(&seen))))
+    Ok((lost, unseen.map(|_| Seen::of_pieces(&seen))))
 }
 
 /// What came of a slab.
@@ -87,8 +97,7 @@ struct Done {
 }
 
 /// The first number of a matrix that is none.
-fn non_finite(stored: &Weight<'_>) -> Error {
-    let Weight::Dense(view) = stored else { unreachable!("codes are finite") };
+fn non_finite(view: &TensorView<'_>) -> Error {
     let index = view.first_non_finite().unwrap_or_default();
     Error::NonFinite { tensor: view.name.into(), file: view.file.to_owned(), index }
 }
@@ -178,30 +187,21 @@ impl<'a> Source<'a> {
         Ok(rows)
     }
 
-    /// The bytes of `count` rows of the folder from row `from` on.
-    fn bytes(&self, view: &TensorView<'a>, from: usize, count: usize) -> &'a [u8] {
-        let row = view.bytes.len() / self.shape[0].max(1);
-        &view.bytes[from * row..(from + count) * row]
-    }
-
     /// `count` rows of the folder from row `from` on.
     fn run(&self, from: usize, count: usize) -> Result<Rows<'_>, Error> {
-        let Some(view) = self.view else {
-            return Ok(Rows::F32(self.whole[from * self.shape[1]..(from + count) * self.shape[1]].into()));
-        };
-        let bytes = self.bytes(view, from, count);
+        let [rows, n] = self.shape;
+        let Some(view) = self.view else { return Ok(Rows::F32(self.whole[from * n..(from + count) * n].into())) };
+        let row = view.bytes.len() / rows.max(1);
+        self.decoded(view, &view.bytes[from * row..(from + count) * row])
+    }
+
+    /// The rows whose bytes these are.
+    fn decoded<'b>(&self, view: &TensorView<'_>, bytes: &'b [u8]) -> Result<Rows<'b>, Error> {
         if view.dtype == Dtype::BF16 {
             return Ok(Rows::Bf16(bytes.as_chunks().0.into()));
         }
-        let shape = [count, self.shape[1]];
-        let rows = TensorView {
-            name: view.name,
-            file: view.file,
-            dtype: view.dtype,
-            shape: &shape,
-            bytes,
-            order: Order::Rows,
-        };
+        let shape = [bytes.len() * 8 / view.dtype.bitsize() / self.shape[1], self.shape[1]];
+        let rows = TensorView { shape: &shape, bytes, order: Order::Rows, ..*view };
         Ok(Rows::F32(rows.to_f32()?.into()))
     }
 }
