@@ -11,15 +11,19 @@ use std::path::{Path, PathBuf};
 /// The open weight files of an output folder.
 #[derive(Debug)]
 pub struct Output {
-    dir: PathBuf,
     files: Vec<(PathBuf, File)>,
     places: BTreeMap<String, Place>,
 }
 
 impl Output {
-    pub(crate) fn new(plan: &OutputPlan, dir: &Path, files: Vec<File>) -> Self {
-        let files = plan.shards.iter().map(|s| dir.join(&s.name)).zip(files).collect();
-        Output { dir: dir.to_owned(), files, places: plan.places.clone() }
+    /// The `files` of `plan` in `dir`, whose names and sizes survive a loss of power from here on.
+    pub(crate) fn new(plan: &OutputPlan, dir: &Path, files: Vec<File>) -> Result<Self, Error> {
+        let files: Vec<(PathBuf, File)> = plan.shards.iter().map(|s| dir.join(&s.name)).zip(files).collect();
+        for (path, file) in &files {
+            file.sync_all().map_err(io("sync", path))?;
+        }
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))?;
+        Ok(Output { files, places: plan.places.clone() })
     }
 
     /// Writes the payload of the tensor `name` at its place; a second write replaces the first.
@@ -69,9 +73,7 @@ impl Output {
     /// # Errors
     /// [`Error::Io`].
     pub fn sync(&self) -> Result<(), Error> {
-        for (path, file) in &self.files {
-            file.sync_all().map_err(io("sync", path))?;
-        }
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io("sync", &self.dir))
+        // Files had their names and sizes when this was made.
+        self.files.iter().try_for_each(|(path, file)| file.sync_data().map_err(io("sync", path)))
     }
 }

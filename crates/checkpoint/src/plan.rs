@@ -239,7 +239,7 @@ impl OutputPlan {
                 let _ = std::fs::remove_file(path);
             }
         }
-        Ok(Output::new(self, dir, files?))
+        Output::new(self, dir, files?)
     }
 
     fn create_files(&self, dir: &Path, created: &mut Vec<PathBuf>) -> Result<Vec<File>, Error> {
@@ -290,7 +290,7 @@ impl OutputPlan {
                 return Err(Error::Leftover { file: path, reason: "another index, or none".to_owned() });
             }
         }
-        Ok(Output::new(self, dir, files))
+        Output::new(self, dir, files)
     }
 }
 

@@ -31,7 +31,13 @@ impl Seen {
     /// Reads the `bytes` of rows of numbers of type `dtype`.
     #[must_use]
     pub fn of_rows(dtype: Dtype, bytes: &[u8]) -> Self {
-        Seen { fingerprint: xxh3_128(bytes), finite: !has_non_finite(dtype, bytes) }
+        Seen { finite: !has_non_finite(dtype, bytes), ..Seen::of_numbers(bytes) }
+    }
+
+    /// Reads the `bytes` of rows whose numbers are known to be finite, or are looked at by who reads them.
+    #[must_use]
+    pub fn of_numbers(bytes: &[u8]) -> Self {
+        Seen { fingerprint: xxh3_128(bytes), finite: true }
     }
 
     /// A tensor whose pieces were seen, in order.

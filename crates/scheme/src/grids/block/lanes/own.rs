@@ -206,7 +206,7 @@ fn pairs(form: &BlockForm) -> (&'static [(f32, f32)], usize) {
     const FEW_LEVELS: [[(f32, f32); 3]; 6] = shared([-0.2, 0.2, 0.6, 1.0, 1.4, 1.8]);
     const LEVELS: [[(f32, f32); 3]; 4] = shared([-0.2, 0.5, 1.3, 2.2]);
     match form.kind {
-        BlockType::Q4_1 => (&[(0.4, 0.0), (0.4, 1.0), (-0.8, 1.0), (0.2, 0.5)], 1),
+        BlockType::Q4_1 => (&[(0.4, 0.0), (0.4, 1.0), (0.2, 0.5)], 1),
         BlockType::Q5_1 => (&[(0.2, 0.0), (0.4, 1.0), (-0.8, 0.0), (-0.8, 1.0)], 1),
         BlockType::Q2K => (FEW_LEVELS.as_flattened(), 2),
         _ => (LEVELS.as_flattened(), 2),
