@@ -3,15 +3,22 @@
 use crate::{Error, sentencepiece};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_checkpoint::gguf::Gguf;
+use rayon::prelude::*;
+use serde_json::json;
 use std::path::{Path, PathBuf};
-use tokenizers::{PostProcessor, TruncationDirection};
+use tokenizers::{ModelWrapper, PostProcessor, TruncationDirection};
 
 /// A tokenizer and the token that opens every window.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     bos: Option<u32>,
     dir: PathBuf,
+    /// Whether what lies on either side of a space is encoded as if it stood alone.
+    parted: bool,
 }
+
+/// Bytes of a part of a long text, about: its merges stay in a cache.
+const PART: usize = 1 << 13;
 
 impl Tokenizer {
     /// Opens the tokenizer of model folder `dir`. `bos` is the config's `bos_token_id`.
@@ -39,7 +46,7 @@ impl Tokenizer {
             Some(flag) => flag,
             None => added.is_some() && added == bos,
         };
-        Ok(Tokenizer { inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
+        Ok(Tokenizer { parted: is_parted(&inner), inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
     }
 
     /// The tokenizer of an opened folder or GGUF file; `bos` as for [`Tokenizer::open`].
@@ -58,7 +65,7 @@ impl Tokenizer {
         let fail = |reason: String| Error::Tokenizer { file: file.to_owned(), reason };
         let (json, wants) = crate::gguf::tokenizer_json(gguf).map_err(fail)?;
         let inner = build(json.to_string().as_bytes()).map_err(fail)?;
-        Ok(Tokenizer { inner, bos: bos.filter(|_| wants), dir: file.to_owned() })
+        Ok(Tokenizer { parted: is_parted(&inner), inner, bos: bos.filter(|_| wants), dir: file.to_owned() })
     }
 
     /// Token ids of `text`, without special tokens.
@@ -66,12 +73,11 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the text cannot be encoded, [`Error::Vocabulary`] when a token id is not below `vocab`.
     pub fn encode(&self, text: &str, vocab: usize) -> Result<Vec<u32>, Error> {
-        let encoding = self.inner.encode_fast(text, false);
-        let ids = encoding
-            .map_err(|e| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() })?
-            .get_ids()
-            .to_vec();
-        self.checked(ids, vocab)
+        let parts = if self.parted { parts(text, PART) } else { vec![text] };
+        let encode = |part: &&str| self.inner.encode_fast(*part, false).map(|encoding| encoding.get_ids().to_vec());
+        let ids: Result<Vec<Vec<u32>>, _> = parts.par_iter().map(encode).collect();
+        let ids = ids.map_err(|e| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() })?;
+        self.checked(ids.concat(), vocab)
     }
 
     fn checked(&self, ids: Vec<u32>, vocab: usize) -> Result<Vec<u32>, Error> {
@@ -118,6 +124,39 @@ impl Tokenizer {
     }
 }
 
+/// Whether `tokenizer` encodes a text with a space between two words as it encodes what lies on either side of it, one after the
+/// other, because it puts a space before a text itself, and no token has one after anything else: that of Llama 2, for example,
+/// which would else work on the whole text as on one word.
+fn is_parted(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let plain = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+    let normalizer = tokenizer.get_normalizer().and_then(|n| serde_json::to_value(n).ok());
+    let (Some(normalizer), ModelWrapper::BPE(model)) = (normalizer, tokenizer.get_model()) else { return false };
+    let added = tokenizer.get_added_tokens_decoder();
+    let mut added = added.values();
+    let vocabulary = model.get_vocab();
+    normalizer == plain
+        && tokenizer.get_pre_tokenizer().is_none()
+        && model.dropout.is_none_or(|share| share == 0.0)
+        && !model.ignore_merges
+        && added.all(|t| !(t.content.contains([' ', '▁']) || t.single_word || t.lstrip || t.rstrip || t.normalized))
+        && vocabulary.contains_key("▁")
+        && vocabulary.keys().all(|token| !token.trim_start_matches('▁').contains('▁'))
+}
+
+/// `text` without some of the spaces that lie between two letters or digits, one to about `size` bytes: what lies between them.
+fn parts(text: &str, size: usize) -> Vec<&str> {
+    let (mut parts, mut from) = (Vec::new(), 0);
+    let seam = |at: &[u8]| matches!(at, [a, b' ', b] if a.is_ascii_alphanumeric() && b.is_ascii_alphanumeric());
+    while let Some(at) = text.as_bytes().get(from + size..).and_then(|rest| rest.windows(3).position(seam)) {
+        let space = from + size + at + 1;
+        parts.push(&text[from..space]);
+        from = space + 1;
+    }
+    parts.push(&text[from..]);
+    parts
+}
+
 fn build(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
     let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?;
     // Windows are cut later; a limit stored in the file must not cut the text before that.
@@ -156,6 +195,36 @@ mod tests {
             text.chars().take(60_000).chain("\u{1f600} tab\tand  two spaces, 42 \u{e9}t\u{e9}".chars()).collect();
         assert_eq!(json.encode(&text, 8192).unwrap(), model.encode(&text, 8192).unwrap());
         assert_eq!((json.bos(), model.bos()), (Some(1), Some(1)));
+    }
+
+    #[test]
+    fn a_text_is_encoded_alike_in_parts() {
+        let tokenizer = Tokenizer::open(&books(), Some(1)).unwrap();
+        assert!(tokenizer.parted);
+        let text = std::fs::read_to_string(books().join("evaluation.txt")).unwrap();
+        let text: String = text.chars().take(20_000).collect();
+        let odd = "two  spaces, <s>a token and </s> another one\nnew line Ünïcödé wörds 日本 語 7 8 9  ▁ a▁b c\t d"
+            .repeat(20);
+        for text in [text.as_str(), &odd, "", " ", "a b", " a b "] {
+            let whole = tokenizer.inner.encode_fast(text, false).unwrap().get_ids().to_vec();
+            for size in [0, 1, 7, 100, 5000] {
+                let encode = |part: &str| tokenizer.inner.encode_fast(part, false).unwrap().get_ids().to_vec();
+                assert_eq!(parts(text, size).into_iter().flat_map(encode).collect::<Vec<_>>(), whole, "{size}");
+            }
+            assert_eq!(tokenizer.encode(text, 8192).unwrap(), whole);
+        }
+    }
+
+    #[test]
+    fn a_token_across_a_space_forbids_parts() {
+        let bytes = std::fs::read(books().join("tokenizer.json")).unwrap();
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert!(is_parted(&build(&bytes).unwrap()));
+        json["model"]["vocab"]["e▁t"] = 8192.into();
+        assert!(!is_parted(&build(json.to_string().as_bytes()).unwrap()));
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        json["added_tokens"][1]["rstrip"] = true.into();
+        assert!(!is_parted(&build(json.to_string().as_bytes()).unwrap()));
     }
 
     #[test]

@@ -234,7 +234,7 @@ impl Level {
 }
 /// Calls `$function`, which is `#[inline(always)]`, compiled for the instructions of `$level`.
 macro_rules! at_level {
-    ($level:expr, $function:ident, ($($name:ident: $type:ty),*) $(-> $result:ty)?) => {
+    ($level:expr, $function:path, ($($name:ident: $type:ty),*) $(-> $result:ty)?) => {
         match $level {
             $crate::Level::Scalar => $function($($name),*),
             #[cfg(target_arch = "x86_64")]

@@ -70,13 +70,9 @@ impl Seen {
         let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
-            // Each window's numbers go as they are taken: at a wide site they are what memory is full of.
             let mut of = |what: fn(&mut Glimpse) -> &mut Vec<f32>| -> Vec<f32> {
-                let mut all = Vec::new();
-                for (_, glimpse) in (first..).zip(&mut glimpses).filter(|(w, _)| mine(*w)) {
-                    all.append(&mut std::mem::take(what(glimpse)));
-                }
-                all
+                let mine = (first..).zip(&mut glimpses).filter(|(w, _)| mine(*w));
+                joined(mine.map(|(_, glimpse)| std::mem::take(what(glimpse))).collect())
             };
             let seen = of(|g| &mut g.seen);
             if seen.is_empty() {
@@ -90,12 +86,14 @@ impl Seen {
             let (stats, cross) = &mut self.parts[part];
             // Sinks that are left out are so from ranges, too; what other weights leave out, a model still reads.
             let ranged = r.as_ref().filter(|_| self.observation.tokens == TokenWeights::NoSinks);
-            let largest = |(t, row): (usize, &[f32])| match ranged {
-                Some(r) if r[t] == 0.0 => 0.0,
-                _ => row.iter().fold(0.0f32, |most, v| most.max(v.abs())),
-            };
-            let tokens = seen.par_chunks(stats.width()).enumerate().with_min_len(64);
-            self.largest = self.largest.max(tokens.map(largest).reduce(|| 0.0, f32::max));
+            if !counted || ranged.is_some() {
+                let largest = |(t, row): (usize, &[f32])| match ranged {
+                    Some(r) if r[t] == 0.0 => 0.0,
+                    _ => row.iter().fold(0.0f32, |most, v| most.max(v.abs())),
+                };
+                let tokens = seen.par_chunks(stats.width()).enumerate().with_min_len(64);
+                self.largest = self.largest.max(tokens.map(largest).reduce(|| 0.0, f32::max));
+            }
             let add = |stats: &mut SiteStats, r: &[f32]| match counted {
                 true => stats.add_weighted(&seen, r),
                 false => stats.add_gram(&seen, r),
@@ -110,6 +108,9 @@ impl Seen {
                     let full: Vec<f32> = seen.iter().zip(&drift).map(|(x, d)| x + d).collect();
                     stats.add_gram(&full, &scaled(share));
                 }
+            }
+            if counted && ranged.is_none() {
+                self.largest = stats.abs_max().iter().fold(self.largest, |most, &v| most.max(v));
             }
             if let Some(cross) = cross {
                 cross.add(&Drift { seen: &seen, drift: &drift, residual: &residual, weights: r.as_deref() });
@@ -147,6 +148,20 @@ impl Seen {
             held.map(|held| Moments::of(held, &self.observation, centred)),
         )
     }
+}
+
+/// `parts` one after the other, copied by all threads. Each goes as it is copied: at a wide site they are what memory is full of.
+fn joined(parts: Vec<Vec<f32>>) -> Vec<f32> {
+    let mut all = vec![0.0; parts.iter().map(Vec::len).sum()];
+    let mut rest = &mut all[..];
+    let mut places = Vec::with_capacity(parts.len());
+    for part in parts {
+        let place;
+        (place, rest) = rest.split_at_mut(part.len());
+        places.push((place, part));
+    }
+    places.into_par_iter().for_each(|(place, part)| place.copy_from_slice(&part));
+    all
 }
 
 impl Moments {

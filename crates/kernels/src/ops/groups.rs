@@ -64,8 +64,7 @@ fn fit_rows(task: &Task<'_>, params: &mut [GroupParams], codes: &mut [u8]) -> [f
         let w = w.part(row * n, n).wide(&mut wide);
         for ((w, codes), to) in w.chunks(len).zip(codes.chunks_mut(len)).zip(&mut params) {
             *to = if searched { grid.squares(w) } else { grid.covering(w) };
-            grid.code(w, *to, codes);
-            let [error, energy] = grid.lost(w, *to, codes);
+            let [error, energy] = grid.code(w, *to, codes);
             sums = [sums[0] + f64::from(error), sums[1] + f64::from(energy)];
         }
     }

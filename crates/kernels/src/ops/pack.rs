@@ -2,6 +2,9 @@
 //!
 //! This is the layout of compressed-tensors' `pack-quantized` (rows) and of GPTQ (columns), for every width.
 
+use crate::Level;
+use crate::level::at_level;
+
 /// Words that hold `codes` codes of `bits` bits.
 #[must_use]
 pub const fn packed_words(codes: usize, bits: u32) -> usize {
@@ -15,19 +18,40 @@ pub const fn packed_words(codes: usize, bits: u32) -> usize {
 pub fn pack_bits(codes: &[u8], bits: u32, out: &mut [u32]) {
     assert!((1..=8).contains(&bits), "bits {bits}");
     assert_eq!(out.len(), packed_words(codes.len(), bits), "packed length");
-    // Widths of 1, 2, 4 and 8 never straddle a word, so each word is a fold over its own codes.
-    if 32 % bits == 0 {
-        let per_word = (32 / bits) as usize;
-        for (word, chunk) in out.iter_mut().zip(codes.chunks(per_word)) {
-            *word = chunk.iter().rev().fold(0, |w, &c| w << bits | u32::from(c));
-        }
-        return;
+    let level = Level::best();
+    match bits {
+        1 => at_level!(level, pack::<1>, (codes: &[u8], out: &mut [u32])),
+        2 => at_level!(level, pack::<2>, (codes: &[u8], out: &mut [u32])),
+        3 => at_level!(level, pack::<3>, (codes: &[u8], out: &mut [u32])),
+        4 => at_level!(level, pack::<4>, (codes: &[u8], out: &mut [u32])),
+        5 => at_level!(level, pack::<5>, (codes: &[u8], out: &mut [u32])),
+        6 => at_level!(level, pack::<6>, (codes: &[u8], out: &mut [u32])),
+        7 => at_level!(level, pack::<7>, (codes: &[u8], out: &mut [u32])),
+        _ => at_level!(level, pack::<8>, (codes: &[u8], out: &mut [u32])),
     }
-    let (mut buffer, mut filled) = (0u64, 0u32);
-    let mut words = out.iter_mut();
-    for &code in codes {
+}
+
+/// Codes that fill words whatever their width.
+const WHOLE: usize = 32;
+
+#[inline(always)]
+fn pack<const BITS: usize>(codes: &[u8], out: &mut [u32]) {
+    let (whole, rest) = codes.as_chunks::<WHOLE>();
+    let (words, last) = out.split_at_mut(whole.len() * BITS);
+    for (words, codes) in words.as_chunks_mut::<BITS>().0.iter_mut().zip(whole) {
+        let mut bytes = [[0u8; BITS]; 4];
+        for (bytes, codes) in bytes.iter_mut().zip(codes.as_chunks::<8>().0) {
+            bytes.copy_from_slice(&together::<BITS>(*codes).to_le_bytes()[..BITS]);
+        }
+        for (word, bytes) in words.iter_mut().zip(bytes.as_flattened().as_chunks::<4>().0) {
+            *word = u32::from_le_bytes(*bytes);
+        }
+    }
+    let (mut buffer, mut filled) = (0u64, 0usize);
+    let mut words = last.iter_mut();
+    for &code in rest {
         buffer |= u64::from(code) << filled;
-        filled += bits;
+        filled += BITS;
         if filled >= 32 {
             if let Some(word) = words.next() {
                 *word = buffer as u32;
@@ -39,6 +63,15 @@ pub fn pack_bits(codes: &[u8], bits: u32, out: &mut [u32]) {
     if let Some(word) = words.next() {
         *word = buffer as u32;
     }
+}
+
+/// Eight codes without the bits between them: neighbours, then neighbouring pairs, then both fours move together.
+#[inline(always)]
+fn together<const BITS: usize>(codes: [u8; 8]) -> u64 {
+    let x = u64::from_le_bytes(codes);
+    let x = x & 0x00ff_00ff_00ff_00ff | (x >> (8 - BITS)) & (0x00ff_00ff_00ff_00ff << BITS);
+    let x = x & 0x0000_ffff_0000_ffff | (x >> (16 - 2 * BITS)) & (0x0000_ffff_0000_ffff << (2 * BITS));
+    x & 0xffff_ffff | (x >> (32 - 4 * BITS)) & (0xffff_ffff << (4 * BITS))
 }
 
 /// Unpacks `out.len()` codes of `bits` bits from `words`.

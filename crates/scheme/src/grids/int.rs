@@ -158,36 +158,34 @@ impl IntGrid {
         self.span(lo, hi)
     }
 
-    /// The codes [nearest](Grid::nearest) to a group's weights, in arithmetic that vectors have too.
+    /// The codes [nearest](Grid::nearest) to a group's weights, in arithmetic that vectors have too. Returns Σ(w − ŵ)² and Σ w².
     #[inline(always)]
-    pub fn code(&self, w: &[f32], p: GroupParams, codes: &mut [u8]) {
+    pub fn code(&self, w: &[f32], p: GroupParams, codes: &mut [u8]) -> [f32; 2] {
+        const LANES: usize = 32;
         let zero = f32::from(p.zero);
         let (lowest, highest) = (-zero, f32::from(self.bits.max_code()) - zero);
-        for (code, &x) in codes.iter_mut().zip(w) {
-            // A whole number lies in the lowest bits of its sum with the shift.
-            *code = (clamped(x / p.scale, lowest, highest) + SHIFT).to_bits().wrapping_add(u32::from(p.zero)) as u8;
-        }
-    }
-
-    /// Σ(w − ŵ)² and Σ w² over a group.
-    #[inline(always)]
-    pub fn lost(&self, w: &[f32], p: GroupParams, codes: &[u8]) -> [f32; 2] {
-        const LANES: usize = 16;
-        let zero = f32::from(p.zero);
         let (mut error, mut energy) = ([0.0f32; LANES], [0.0f32; LANES]);
         let (whole, rest) = w.as_chunks::<LANES>();
-        let (whole_codes, rest_codes) = codes.as_chunks::<LANES>();
+        let (whole_codes, rest_codes) = codes.as_chunks_mut::<LANES>();
         for (w, codes) in whole.iter().zip(whole_codes) {
+            // Written at once, so that nothing in the loop may be what another step reads.
+            let mut found = [0; LANES];
             for i in 0..LANES {
-                let e = w[i] - (f32::from(codes[i]) - zero) * p.scale;
+                // A whole number lies in the lowest bits of its sum with the shift.
+                let shifted = clamped(w[i] / p.scale, lowest, highest) + SHIFT;
+                found[i] = shifted.to_bits().wrapping_add(u32::from(p.zero)) as u8;
+                let e = w[i] - (shifted - SHIFT) * p.scale;
                 error[i] += e * e;
                 energy[i] += w[i] * w[i];
             }
+            *codes = found;
         }
-        for (i, (&x, &code)) in rest.iter().zip(rest_codes).enumerate() {
-            let e = x - (f32::from(code) - zero) * p.scale;
+        for (i, (&w, code)) in rest.iter().zip(rest_codes).enumerate() {
+            let shifted = clamped(w / p.scale, lowest, highest) + SHIFT;
+            *code = shifted.to_bits().wrapping_add(u32::from(p.zero)) as u8;
+            let e = w - (shifted - SHIFT) * p.scale;
             error[i] += e * e;
-            energy[i] += x * x;
+            energy[i] += w * w;
         }
         [folded(error), folded(energy)]
     }
@@ -268,12 +266,20 @@ fn range(w: &[f32]) -> (f32, f32) {
     let (whole, rest) = w.as_chunks::<LANES>();
     for w in whole {
         for i in 0..LANES {
-            lo[i] = if w[i] < lo[i] { w[i] } else { lo[i] };
-            hi[i] = if w[i] > hi[i] { w[i] } else { hi[i] };
+            lo[i] = lo[i].min(w[i]);
+            hi[i] = hi[i].max(w[i]);
         }
     }
-    let lo = lo.iter().chain(rest).fold(0.0f32, |a, &x| if x < a { x } else { a });
-    let hi = hi.iter().chain(rest).fold(0.0f32, |a, &x| if x > a { x } else { a });
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lo[i] = lo[i].min(lo[i + half]);
+            hi[i] = hi[i].max(hi[i + half]);
+        }
+        half /= 2;
+    }
+    let lo = rest.iter().fold(lo[0], |a, &x| a.min(x));
+    let hi = rest.iter().fold(hi[0], |a, &x| a.max(x));
     (lo, hi)
 }
 
