@@ -1,6 +1,6 @@
 //! `bitmill calibrate`: statistics of a model on a text, as a file.
 
-use crate::quantize::amount;
+use crate::text::amount;
 use crate::text::{Text, TextArgs};
 use crate::{Common, mixed, units};
 use anyhow::Context;

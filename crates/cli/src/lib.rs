@@ -13,6 +13,7 @@ mod effort;
 mod eval;
 mod gguf;
 mod goal;
+mod how;
 mod hub;
 mod inspect;
 mod mixed;

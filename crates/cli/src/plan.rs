@@ -1,6 +1,7 @@
 //! `bitmill plan`: what a run would do, from headers alone, and as a file that people edit.
 
-use crate::quantize::{How, Reads, Ready, Source, stream_bytes};
+use crate::how::{How, Reads, Ready, Source};
+use crate::quantize::stream_bytes;
 use crate::{Common, effort, units};
 use anyhow::{Context, ensure};
 use bitmill_checkpoint::Checkpoint;

@@ -1,7 +1,6 @@
 //! Calibration text, or images: where they come from and how they are cut, for every command that runs some.
 
 use crate::mixed::parse_weighted;
-use crate::quantize::amount;
 use crate::{units, write};
 use anyhow::{bail, ensure};
 use bitmill_calibrate::{BUNDLED_TEXT, PIXELS, Sentences, Tokenizer, Windows, read_texts};
@@ -202,6 +201,18 @@ pub(crate) fn only_what_it_reads(files: &[&Path], spec: &ModelSpec) -> anyhow::R
             file.display(),
             images.shape().map(|n| n.to_string()).join(", "),
         ),
+    }
+}
+
+/// How much text `windows` are.
+pub(crate) fn amount(windows: &Windows) -> String {
+    let equal = windows.lengths().iter().all(|&length| length == windows.length);
+    match equal {
+        true if windows.are_images() => format!("{} images of {} tokens", windows.count(), windows.length),
+        true => format!("{} windows of {} tokens", windows.count(), windows.length),
+        false => {
+            format!("{} sentences of up to {} tokens, {} in all", windows.count(), windows.length, windows.text_tokens)
+        }
     }
 }
 
