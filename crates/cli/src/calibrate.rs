@@ -1,7 +1,6 @@
 //! `bitmill calibrate`: statistics of a model on a text, as a file.
 
-use crate::text::amount;
-use crate::text::{Text, TextArgs};
+use crate::text::{Text, TextArgs, amount};
 use crate::{Common, mixed, units};
 use anyhow::Context;
 use bitmill_calibrate::{Imatrix, Pass, Statistics, model_fingerprint};
