@@ -161,8 +161,12 @@ impl Shard {
     /// its pages mapped and unmapped.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be read any more.
+    /// [`Error::NoTensor`] where it has no such bytes; [`Error::Io`] where the file cannot be read any more.
     pub(crate) fn read(&self, name: &str, from: usize, buffer: &mut [u8]) -> Result<(), Error> {
+        let part = self.tensor(name).and_then(|view| view.bytes.get(from..from.checked_add(buffer.len())?));
+        let Some(part) = part else {
+            return Err(Error::NoTensor { tensor: name.to_owned(), dir: self.path.clone() });
+        };
         #[cfg(unix)]
         if let (Bytes::Mapped(file, _), Some((_, at)), None) =
             (&self.bytes, self.tensors.get(name), self.replaced.get(name))
@@ -170,9 +174,7 @@ impl Shard {
             use std::os::unix::fs::FileExt;
             return file.read_exact_at(buffer, (at.start + from) as u64).map_err(io("read", &self.path));
         }
-        if let Some(part) = self.tensor(name).and_then(|view| view.bytes.get(from..from + buffer.len())) {
-            buffer.copy_from_slice(part);
-        }
+        buffer.copy_from_slice(part);
         Ok(())
     }
 

@@ -329,6 +329,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_number_shows_in_the_sum_of_squares() {
+        // Who reads weights as they are rounded rests on it.
+        let n = 512;
+        let schemes = SCHEMES.iter().map(|p| p.scheme).chain(BLOCKS.iter().map(|form| Scheme::block(form.kind)));
+        let searches = [None, Some(ScaleSearch::Squares)];
+        for (scheme, scale_search) in schemes.flat_map(|scheme| searches.map(|search| (scheme, search))) {
+            let options = SolverOptions { scale_search, ..SolverOptions::default() };
+            let Some(by_rows) = method("rtn").unwrap().by_rows(&scheme, &options) else { continue };
+            let linear = Linear::new("x", &[], [2, n], scheme);
+            for (at, value) in
+                [(0, f32::NAN), (n - 1, f32::INFINITY), (n + 37, f32::NEG_INFINITY), (2 * n - 1, f32::NAN)]
+            {
+                let mut w = random_w(2 * n, 82);
+                assert!(by_rows(&linear, Stored::F32(&w), None).1[1].is_finite(), "{scheme}");
+                w[at] = value;
+                assert!(!by_rows(&linear, Stored::F32(&w), None).1[1].is_finite(), "{scheme}: {value} at {at}");
+            }
+        }
+    }
+
+    #[test]
     fn unknown_methods_are_refused_by_name() {
         assert_eq!(
             method("gtpq").err().unwrap().to_string(),
