@@ -12,7 +12,7 @@ pub(crate) struct GoalArgs {
     #[arg(long, value_name = "N", default_value_t = 200, requires = "soft_rounding")]
     soft_steps: u32,
     /// What a linear makes up for besides its own rounding, told from a second stream of the full-precision model [default:
-    /// outputs for gptq on text, or inputs where the architecture does not allow that]
+    /// outputs for gptq and billm on text, or inputs where the architecture does not allow that]
     #[arg(long, value_enum, value_name = "WHAT")]
     target_shift: Option<Shift>,
     /// How much each token of the calibration text counts
@@ -21,7 +21,7 @@ pub(crate) struct GoalArgs {
     /// Share of the full-precision model's activations in each Hessian, the rest being the rounded model's
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
     full_share: f32,
-    /// Leave biases as they are, instead of having them take up the mean of their linear's error [default: gptq on text corrects them]
+    /// Leave biases as they are, instead of having them take up the mean of their linear's error [default: gptq and billm on text correct them]
     #[arg(long)]
     keep_biases: bool,
     /// Passes over the calibration text in which each block, as soon as it is rounded, is tuned until it puts out what the

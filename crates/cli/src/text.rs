@@ -22,7 +22,7 @@ pub(crate) struct TextArgs {
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = units::parse_positive)]
     pub(crate) sequence_length: usize,
     /// Share of the windows that the model writes itself instead, by sampling from its predictions: what it was trained on is
-    /// then calibrated for too, and not the kind of text alone that was given [default: 0.5 for gptq and up to 500M weights (0.25 for --effort best at 2 bits), else 0]
+    /// then calibrated for too, and not the kind of text alone that was given [default: 0.5 for gptq and billm and up to 500M weights (0.25 for --effort best at 2 bits), else 0]
     #[arg(long, value_name = "SHARE", value_parser = parse_whole_share)]
     pub(crate) written: Option<f32>,
     /// Moves the calibration windows; 0 spaces them evenly

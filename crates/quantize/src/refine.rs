@@ -165,6 +165,8 @@ pub(crate) fn refine(w: &[f32], q: &mut Quantized, h: &[f32], sweeps: u32, refit
         if refit_by(&g, q, h) == 0 {
             break;
         }
+        // As large as the matrix, so the old one goes first.
+        drop(g);
         g = gradient(w, q, h);
         descend_by(&mut g, q, h, sweeps);
     }
