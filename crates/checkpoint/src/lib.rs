@@ -30,5 +30,5 @@ pub use output::Output;
 pub use plan::OutputPlan;
 pub use safetensors::Dtype;
 pub use space::ensure_free;
-pub use survey::{Seen, Survey};
+pub use survey::{Fingerprint, Survey};
 pub use tensor::{Order, TensorSpec, TensorView};

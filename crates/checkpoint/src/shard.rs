@@ -148,8 +148,7 @@ impl Shard {
         let head = self.tensors.values().map(|(_, at)| at.start).min().unwrap_or(self.bytes.as_slice().len());
         let mut survey = Survey::of_head(self.file(), &self.bytes.as_slice()[..head]);
         for (name, _) in tensors {
-            let seen = self.tensor(name).filter(|_| !later(name)).map(|tensor| tensor.survey());
-            survey.add(name, seen);
+            survey.add(name, self.tensor(name).filter(|_| !later(name)));
             self.release();
         }
         survey

@@ -1,15 +1,14 @@
 //! What reading tensors once shows: fingerprints, and whether their numbers are finite.
 //!
 //! A fingerprint tells contents apart which were not made to be confused, at the speed of reading them. That of rows is their
-//! XXH3 (128 bits), that of a tensor the XXH3 of those of its [pieces](TensorView::pieces), and that of a file the XXH3 of that
+//! XXH3 (128 bits), that of a tensor the XXH3 of those of its pieces, [a few rows](TensorView::piece_rows) each, and that of a file the XXH3 of that
 //! of its header and those of its tensors. So whoever works through a tensor piece by piece can take its fingerprint on the way.
 
 use crate::TensorView;
 use crate::tensor::has_non_finite;
 use rayon::prelude::*;
-use safetensors::Dtype;
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::fmt::{self, Display, Formatter};
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -18,39 +17,28 @@ const PIECE: usize = 1 << 15;
 /// Pieces that one task reads, about.
 const TASK: usize = 64;
 
-/// What reading some rows, or a whole tensor, shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    /// It tells them apart from others.
-    pub fingerprint: u128,
-    /// Whether every F32, F16, BF16 or F64 number among them is finite.
-    pub finite: bool,
+/// Tells contents apart; shown as 32 digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fingerprint(u128);
+
+impl Fingerprint {
+    /// Of the bytes of some rows.
+    #[must_use]
+    pub fn of_rows(bytes: &[u8]) -> Self {
+        Fingerprint(xxh3_128(bytes))
+    }
+
+    /// Of a tensor with these pieces, in order.
+    #[must_use]
+    pub fn of_pieces(pieces: &[Fingerprint]) -> Self {
+        let hashes: Vec<[u8; 16]> = pieces.iter().map(|piece| piece.0.to_le_bytes()).collect();
+        Fingerprint(xxh3_128(hashes.as_flattened()))
+    }
 }
 
-impl Seen {
-    /// Reads the `bytes` of rows of numbers of type `dtype`.
-    #[must_use]
-    pub fn of_rows(dtype: Dtype, bytes: &[u8]) -> Self {
-        Seen { finite: !has_non_finite(dtype, bytes), ..Seen::of_numbers(bytes) }
-    }
-
-    /// Reads the `bytes` of rows whose numbers are known to be finite, or are looked at by who reads them.
-    #[must_use]
-    pub fn of_numbers(bytes: &[u8]) -> Self {
-        Seen { fingerprint: xxh3_128(bytes), finite: true }
-    }
-
-    /// A tensor whose pieces were seen, in order.
-    #[must_use]
-    pub fn of_pieces(pieces: &[Seen]) -> Self {
-        let hashes: Vec<[u8; 16]> = pieces.iter().map(|piece| piece.fingerprint.to_le_bytes()).collect();
-        Seen { fingerprint: xxh3_128(hashes.as_flattened()), finite: pieces.iter().all(|piece| piece.finite) }
-    }
-
-    /// The fingerprint in digits.
-    #[must_use]
-    pub fn digits(&self) -> String {
-        format!("{:032x}", self.fingerprint)
+impl Display for Fingerprint {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
     }
 }
 
@@ -62,21 +50,23 @@ impl TensorView<'_> {
         if rows == 0 { 1 } else { rows }
     }
 
-    /// Places of its pieces in its bytes: a few whole rows each, as they lie.
-    pub fn pieces(&self) -> impl IndexedParallelIterator<Item = Range<usize>> + use<> {
-        let columns = self.shape.last().copied().unwrap_or(1);
-        let rows = self.shape.iter().rev().skip(1).product::<usize>().max(1);
-        let (size, row) = (self.bytes.len(), self.bytes.len().div_ceil(rows));
-        // What lies in columns has more bytes than rows of its own.
-        let step = (TensorView::piece_rows(columns) * row).max(1);
-        (0..size.div_ceil(step)).into_par_iter().map(move |i| i * step..size.min((i + 1) * step))
+    /// What tells it apart.
+    #[must_use]
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.survey().0
     }
 
-    /// Reads it once, by all threads.
-    #[must_use]
-    pub fn survey(&self) -> Seen {
-        let pieces = self.pieces().with_min_len(TASK).map(|at| Seen::of_rows(self.dtype, &self.bytes[at]));
-        Seen::of_pieces(&pieces.collect::<Vec<_>>())
+    /// Reads it once, by all threads, piece by piece: its fingerprint, and whether every F32, F16, BF16 or F64 number in it is
+    /// finite.
+    pub(crate) fn survey(&self) -> (Fingerprint, bool) {
+        let columns = self.shape.last().copied().unwrap_or(1);
+        let rows = self.shape.iter().rev().skip(1).product::<usize>().max(1);
+        // What lies in columns has more bytes than rows of its own.
+        let step = (TensorView::piece_rows(columns) * self.bytes.len().div_ceil(rows)).max(1);
+        let pieces = self.bytes.par_chunks(step).with_min_len(TASK);
+        let seen = pieces.map(|piece| (Fingerprint::of_rows(piece), !has_non_finite(self.dtype, piece)));
+        let (pieces, finite): (Vec<Fingerprint>, Vec<bool>) = seen.unzip();
+        (Fingerprint::of_pieces(&pieces), finite.iter().all(|&finite| finite))
     }
 }
 
@@ -85,36 +75,39 @@ impl TensorView<'_> {
 pub struct Survey<'a> {
     /// The file.
     pub file: &'a Path,
-    head: u128,
+    head: Fingerprint,
     /// In the order of the file; `None` for those that are read later.
-    tensors: Vec<(&'a str, Option<Seen>)>,
+    tensors: Vec<(&'a str, Option<Fingerprint>)>,
+    finite: bool,
 }
 
 impl<'a> Survey<'a> {
     pub(crate) fn of_head(file: &'a Path, head: &[u8]) -> Self {
-        Survey { file, head: xxh3_128(head), tensors: Vec::new() }
+        Survey { file, head: Fingerprint::of_rows(head), tensors: Vec::new(), finite: true }
     }
 
-    pub(crate) fn add(&mut self, tensor: &'a str, seen: Option<Seen>) {
-        self.tensors.push((tensor, seen));
+    pub(crate) fn add(&mut self, name: &'a str, tensor: Option<TensorView<'_>>) {
+        let seen = tensor.map(|tensor| tensor.survey());
+        self.finite &= seen.is_none_or(|(_, finite)| finite);
+        self.tensors.push((name, seen.map(|(fingerprint, _)| fingerprint)));
     }
 
     /// Whether everything that was read is finite; where not, a closer look says what is.
     #[must_use]
     pub fn finite(&self) -> bool {
-        self.tensors.iter().all(|(_, seen)| seen.as_ref().is_none_or(|seen| seen.finite))
+        self.finite
     }
 
     /// The fingerprint of the file, or what of it is known: of the tensors that were left out, those in `later` count, which are
     /// digits by name.
     #[must_use]
     pub fn fingerprint(&self, later: &BTreeMap<String, String>) -> String {
-        let digits = |(name, seen): &(&str, Option<Seen>)| match seen {
-            Some(seen) => Some(seen.digits()),
+        let digits = |(name, known): &(&str, Option<Fingerprint>)| match known {
+            Some(known) => Some(known.to_string()),
             None => later.get(*name).cloned(),
         };
         let all: String = self.tensors.iter().filter_map(digits).collect();
-        format!("xxh3:{:032x}", xxh3_128(format!("{:032x}{all}", self.head).as_bytes()))
+        format!("xxh3:{}", Fingerprint::of_rows(format!("{}{all}", self.head).as_bytes()))
     }
 }
 
@@ -166,7 +159,7 @@ mod tests {
         let whole = shard.survey(&|_| false).fingerprint(&BTreeMap::new());
         let partly = shard.survey(&|name| name == "b");
         assert_ne!(partly.fingerprint(&BTreeMap::new()), whole);
-        let seen = shard.tensor("b").unwrap().survey();
-        assert_eq!(partly.fingerprint(&BTreeMap::from([("b".to_owned(), seen.digits())])), whole);
+        let known = shard.tensor("b").unwrap().fingerprint().to_string();
+        assert_eq!(partly.fingerprint(&BTreeMap::from([("b".to_owned(), known)])), whole);
     }
 }

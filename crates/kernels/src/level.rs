@@ -232,6 +232,7 @@ impl Level {
         all
     }
 }
+
 /// Calls `$function`, which is `#[inline(always)]`, compiled for the instructions of `$level`.
 macro_rules! at_level {
     ($level:expr, $function:path, ($($name:ident: $type:ty),*) $(-> $result:ty)?) => {

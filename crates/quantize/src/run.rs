@@ -365,9 +365,9 @@ impl Worker<'_, '_> {
                 let stored = self.input.weight(linear.name)?;
                 let name = format!("{}.weight", linear.name);
                 let unseen = self.later.contains(&name).then_some(self.input);
-                let (lost, seen) = slabs::round((self.plan, &self.output), linear, &stored, h, &way, unseen)?;
-                if let Some(seen) = seen {
-                    self.sources.insert(name, seen.digits());
+                let (lost, read) = slabs::round((self.plan, &self.output), linear, &stored, h, &way, unseen)?;
+                if let Some(fingerprint) = read {
+                    self.sources.insert(name, fingerprint.to_string());
                 }
                 lost
             }

@@ -31,7 +31,7 @@ pub(super) fn read_later(input: &Checkpoint, plan: &Plan) -> Result<BTreeSet<Str
 /// A tensor that is not what it was when one of the finished `lines` was made of it: its name, and its fingerprints then and now.
 pub(super) fn changed(input: &Checkpoint, lines: &[Line]) -> Result<Option<[String; 3]>, Error> {
     for (name, then) in lines.iter().flat_map(|line| &line.sources) {
-        let now = input.tensor(name)?.survey().digits();
+        let now = input.tensor(name)?.fingerprint().to_string();
         if now != *then {
             return Ok(Some([name.clone(), then.clone(), now]));
         }

@@ -3,7 +3,7 @@
 
 use crate::weight::is_transposed;
 use crate::{ByRows, Error, Linear, Method, Plan, SolverOptions};
-use bitmill_checkpoint::{Checkpoint, Dtype, Order, Output, Seen, TensorView, Weight};
+use bitmill_checkpoint::{Checkpoint, Dtype, Fingerprint, Order, Output, TensorView, Weight};
 use bitmill_kernels::Stored;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -27,7 +27,7 @@ pub(super) struct Way {
 
 /// Rounds, encodes and writes `stored`, the weight of `linear` (whose own weights are not read). Returns Σ h(w − ŵ)² and
 /// Σ h·w², with h = 1 where none is given; and, for a matrix that lies in `unseen` as it is read here, and was not read before,
-/// what was seen.
+/// its fingerprint.
 pub(super) fn round(
     (plan, output): (&Plan, &Output),
     linear: &Linear<'_>,
@@ -35,7 +35,7 @@ pub(super) fn round(
     h: Option<&[f32]>,
     way: &Way,
     unseen: Option<&Checkpoint>,
-) -> Result<([f64; 2], Option<Seen>), Error> {
+) -> Result<([f64; 2], Option<Fingerprint>), Error> {
     let [rows, n] = linear.shape;
     let specs = plan.format.layout(linear.name, &linear.scheme, linear.shape);
     let (by_rows, of_shape) = specs.split_at(specs.len() - way.of_shape.len());
@@ -50,12 +50,12 @@ pub(super) fn round(
         let from = i * count;
         let count = count.min(rows - from);
         let slab = Linear { shape: [count, n], ..*linear };
-        let (seen, read) = match (source.view, unseen) {
+        let (fingerprint, read) = match (source.view, unseen) {
             (Some(view), Some(input)) => {
                 let row = view.bytes.len() / rows;
                 buffer.resize(count * row, 0);
                 input.read(&name, from * row, &mut buffer)?;
-                (Some(Seen::of_numbers(&buffer)), source.decoded(view, &buffer)?)
+                (Some(Fingerprint::of_rows(&buffer)), source.decoded(view, &buffer)?)
             }
             _ => (None, source.rows(from, count)?),
         };
@@ -74,7 +74,7 @@ pub(super) fn round(
                 writer.write(std::mem::take(piece))?;
             }
         }
-        done.push(Done { lost, seen });
+        done.push(Done { lost, fingerprint });
         Ok::<_, Error>((pieces, done, buffer))
     };
     // What one thread folds are neighbours.
@@ -88,14 +88,14 @@ pub(super) fn round(
     writers.iter().try_for_each(Writer::finish)?;
     of_shape.iter().zip(&way.of_shape).try_for_each(|(spec, bytes)| output.write(&spec.name, bytes))?;
     let lost = [0, 1].map(|i| runs.iter().flatten().map(|slab| slab.lost[i]).sum());
-    let seen: Vec<Seen> = runs.into_iter().flatten().filter_map(|slab| slab.seen).collect();
-    Ok((lost, unseen.map(|_| Seen::of_pieces(&seen))))
+    let pieces: Vec<Fingerprint> = runs.into_iter().flatten().filter_map(|slab| slab.fingerprint).collect();
+    Ok((lost, unseen.map(|_| Fingerprint::of_pieces(&pieces))))
 }
 
 /// What came of a slab.
 struct Done {
     lost: [f64; 2],
-    seen: Option<Seen>,
+    fingerprint: Option<Fingerprint>,
 }
 
 /// Bytes of neighbouring slabs.

@@ -2,7 +2,7 @@
 //!
 //! A tile of C is eight rows by three panels, 24 registers: eleven loads feed 24 products of a pair, so the two units that
 //! multiply are what it waits for. The depth is cut so that three panels of B stay in the second cache while A passes: a tile of
-//! C comes from further away than they do, and is read and written once for every cut.
+//! C comes from further away than they do, and is brought in once for every cut.
 
 use super::super::matrix::{View, ViewMut};
 use super::{Brained, LANES, row_pairs};
@@ -15,6 +15,8 @@ const ROWS: usize = LANES / 2;
 const PANELS: usize = 3;
 /// Pairs of a row that are multiplied before the next rows are: 96 KB of B.
 const DEPTH: usize = 512;
+/// Pairs of a row whose products are added up before C takes them: the longer a chain of sums is, the more it rounds.
+const CHAIN: usize = 128;
 
 /// [`super::round_panel`].
 pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
@@ -139,15 +141,18 @@ fn blocks(a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
         let deep = from..pairs.min(from + DEPTH);
         for col in (0..b.rows).step_by(PANELS * LANES) {
             for row in (0..a.rows).step_by(ROWS) {
-                let panel = |i: usize| (i * stride + deep.start) * LANES..(i * stride + deep.end) * LANES;
-                let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
-                let side = &a.pairs[panel(row / LANES)];
-                let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
-                let at = [row, col];
-                match left {
-                    1 => tile(side, [of(0)], at, c),
-                    2 => tile(side, [of(0), of(1)], at, c),
-                    _ => tile(side, [of(0), of(1), of(2)], at, c),
+                for begin in deep.clone().step_by(CHAIN) {
+                    let chain = begin..deep.end.min(begin + CHAIN);
+                    let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
+                    let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
+                    let side = &a.pairs[panel(row / LANES)];
+                    let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
+                    let at = [row, col];
+                    match left {
+                        1 => tile(side, [of(0)], at, c),
+                        2 => tile(side, [of(0), of(1)], at, c),
+                        _ => tile(side, [of(0), of(1), of(2)], at, c),
+                    }
                 }
             }
         }
