@@ -77,7 +77,7 @@ fn main() {
 
     if let Some(brain) = Brain::here() {
         let name = "H += XᵀX in bfloat16";
-        row(name, time(|| brain_syrk(brain, &x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+        row(name, time(|| brain_syrk(brain, &[&x], n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
         bfloat16(brain, macs / threads as f64);
     }
 

@@ -1,7 +1,9 @@
 //! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
 
+use crate::stats::add_columns;
 use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Rows of a product that one task computes. It depends on nothing, so sums are folded the same way at any thread count.
 const BAND: usize = 64;
@@ -52,34 +54,33 @@ impl CrossStats {
         CrossStats { brain, ..self }
     }
 
-    /// Adds tokens. Sums are folded in the order of the calls.
-    pub fn add(&mut self, part: &Drift<'_>) {
-        let tokens = part.seen.len() / self.n;
-        let weighted: Vec<f32>;
-        let seen = match part.weights {
-            None => part.seen,
-            Some(r) => {
-                weighted =
-                    part.seen.chunks_exact(self.n).zip(r).flat_map(|(x, r)| x.iter().map(move |v| v * r)).collect();
-                &weighted
+    /// Adds tokens, which come in parts. Sums are folded in their order.
+    pub fn add<'a>(&mut self, parts: &[Drift<'a>]) {
+        let n = self.n;
+        let by_weight = |part: &Drift<'a>| match part.weights {
+            None => Cow::Borrowed(part.seen),
+            Some(r) => part.seen.chunks_exact(n).zip(r).flat_map(|(x, r)| x.iter().map(move |v| v * r)).collect(),
+        };
+        let seen: Vec<Cow<'_, [f32]>> = parts.iter().map(by_weight).collect();
+        let weight = |part: &Drift<'_>| match part.weights {
+            None => (part.seen.len() / n) as f64,
+            Some(r) => r.iter().map(|&r| f64::from(r)).sum(),
+        };
+        self.weight += parts.iter().map(weight).sum::<f64>();
+        let add = |what: fn(&Drift<'a>) -> &'a [f32], rows: usize, out: &mut [f32], sums: &mut [f64]| {
+            match self.brain {
+                Some(brain) => {
+                    let a: Vec<&[f32]> = parts.iter().flat_map(|part| what(part).chunks_exact(rows)).collect();
+                    let b: Vec<&[f32]> = seen.iter().flat_map(|seen| seen.chunks_exact(n)).collect();
+                    brain_product(brain, (&a, rows), (&b, n), out);
+                }
+                None => parts.iter().zip(&seen).for_each(|(part, seen)| product(what(part), rows, seen, n, out)),
             }
+            add_columns(sums, &parts.iter().map(|part| (what(part), part.weights)).collect::<Vec<_>>());
         };
-        self.weight += part.weights.map_or(tokens as f64, |r| r.iter().map(|&r| f64::from(r)).sum());
-        let by_seen = |a: &[f32], rows: usize, out: &mut [f32]| match self.brain {
-            Some(brain) => brain_product(brain, (a, rows), (seen, self.n), out),
-            None => product(a, rows, seen, self.n, out),
-        };
-        by_seen(part.drift, self.n, &mut self.drift);
+        add(|part| part.drift, n, &mut self.drift, &mut self.drift_sum);
         if self.rows > 0 {
-            by_seen(part.residual, self.rows, &mut self.residual);
-        }
-        for (sums, values, width) in
-            [(&mut self.drift_sum, part.drift, self.n), (&mut self.residual_sum, part.residual, self.rows)]
-        {
-            for (t, row) in values.chunks_exact(width.max(1)).enumerate() {
-                let r = part.weights.map_or(1.0, |r| f64::from(r[t]));
-                sums.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
-            }
+            add(|part| part.residual, self.rows, &mut self.residual, &mut self.residual_sum);
         }
     }
 
@@ -124,15 +125,13 @@ fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
 /// Tokens that are rounded at a time.
 const TOKENS: usize = 1024;
 
-/// [`product`] of both rounded to bfloat16.
-fn brain_product(brain: Brain, (a, rows): (&[f32], usize), (b, n): (&[f32], usize), out: &mut [f32]) {
+/// [`product`] of tokens that are rounded to bfloat16 and may lie anywhere, of `rows` and of `n` entries.
+fn brain_product(brain: Brain, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
     let (mut left, mut right) = (Vec::new(), Vec::new());
-    for (a, b) in a.chunks(TOKENS * rows).zip(b.chunks(TOKENS * n)) {
-        let tokens = b.len() / n;
-        left.resize(Brained::pairs(rows, tokens), 0);
-        right.resize(Brained::pairs(n, tokens), 0);
-        let a = Brained::round(brain, View::new(a, tokens, rows, rows).t(), &mut left);
-        let b = Brained::round(brain, View::new(b, tokens, n, n).t(), &mut right);
+    for (a, b) in a.chunks(TOKENS).zip(b.chunks(TOKENS)) {
+        left.resize(Brained::pairs(rows, a.len()), 0);
+        right.resize(Brained::pairs(n, b.len()), 0);
+        let (a, b) = (Brained::tokens(brain, a, rows, &mut left), Brained::tokens(brain, b, n, &mut right));
         out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
             let height = out.len() / n;
             let a = a.between(band * BAND, band * BAND + height);
@@ -154,12 +153,12 @@ mod tests {
         let (seen, drift, residual) = (values(tokens * n, 7919), values(tokens * n, 911), values(tokens * rows, 577));
         let weights: Vec<f32> = (0..tokens).map(|t| 0.5 + (t % 3) as f32).collect();
         let part = |s: &mut CrossStats, from: usize, to: usize| {
-            s.add(&Drift {
+            s.add(&[(from, from + 3), (from + 3, to)].map(|(from, to)| Drift {
                 seen: &seen[from * n..to * n],
                 drift: &drift[from * n..to * n],
                 residual: &residual[from * rows..to * rows],
                 weights: Some(&weights[from..to]),
-            });
+            }));
         };
         let (mut one, mut two) = (CrossStats::new(n, rows), CrossStats::new(n, rows));
         part(&mut one, 0, tokens);

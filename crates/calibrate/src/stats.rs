@@ -23,6 +23,29 @@ pub struct SiteStats {
     abs_max: Vec<f32>,
 }
 
+/// Tokens whose columns one task adds up: as many whoever does it, so that sums are the same bits at any thread count.
+const TOKENS: usize = 256;
+
+/// Adds the columns of `parts`, rows as long as `sums` whose weights are 1 where there are none.
+pub(crate) fn add_columns(sums: &mut [f64], parts: &[(&[f32], Option<&[f32]>)]) {
+    let n = sums.len();
+    let pieces = parts.iter().flat_map(|&(x, r)| {
+        let weights = move |i: usize| r.map(|r| &r[i * TOKENS..]);
+        x.chunks(TOKENS * n).enumerate().map(move |(i, x)| (x, weights(i)))
+    });
+    let of = |(x, r): (&[f32], Option<&[f32]>)| {
+        let mut sums = vec![0.0f64; n];
+        for (t, row) in x.chunks_exact(n).enumerate() {
+            let r = r.map_or(1.0, |r| f64::from(r[t]));
+            sums.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
+        }
+        sums
+    };
+    for part in pieces.collect::<Vec<_>>().into_par_iter().map(of).collect::<Vec<_>>() {
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+}
+
 impl SiteStats {
     /// Statistics of no tokens for inputs of width `n`.
     #[must_use]
@@ -50,15 +73,21 @@ impl SiteStats {
     /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
     /// tokens.
     pub fn add(&mut self, x: &[f32]) {
-        self.weight += (x.len() / self.n) as f64;
-        self.add_products(x);
+        self.add_parts(&[x]);
+    }
+
+    /// The same of activations that come in several parts.
+    pub fn add_parts(&mut self, parts: &[&[f32]]) {
+        self.weight += (parts.iter().map(|x| x.len()).sum::<usize>() / self.n) as f64;
+        self.add_products(parts);
         // As long as no token was weighted, both sums are of the same terms.
         let alike = self.weighted_sum == self.sum;
-        self.add_moments(x);
+        self.add_moments(parts);
         if alike {
             self.weighted_sum.copy_from_slice(&self.sum);
         } else {
-            self.weigh(x, None);
+            let parts: Vec<_> = parts.iter().map(|&x| (x, None)).collect();
+            add_columns(&mut self.weighted_sum, &parts);
         }
     }
 
@@ -66,7 +95,7 @@ impl SiteStats {
     /// leaves a token out. Means and maxima stay unweighted.
     pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
         self.add_gram(x, weights);
-        self.add_moments(x);
+        self.add_moments(&[x]);
     }
 
     /// Adds tokens to H alone, as [`SiteStats::add_weighted`] does: those of another stream, say.
@@ -74,34 +103,36 @@ impl SiteStats {
         let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
         let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
         self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
-        self.add_products(&scaled);
-        self.weigh(x, Some(weights));
+        self.add_products(&[&scaled]);
+        add_columns(&mut self.weighted_sum, &[(x, Some(weights))]);
     }
 
-    fn add_products(&mut self, x: &[f32]) {
+    fn add_products(&mut self, parts: &[&[f32]]) {
         match self.brain {
-            Some(brain) => brain_syrk(brain, x, self.n, &mut self.gram),
-            None => syrk(x, self.n, &mut self.gram),
+            Some(brain) => brain_syrk(brain, parts, self.n, &mut self.gram),
+            None => parts.iter().for_each(|x| syrk(x, self.n, &mut self.gram)),
         }
     }
 
-    fn weigh(&mut self, x: &[f32], weights: Option<&[f32]>) {
-        for (t, row) in x.chunks_exact(self.n).enumerate() {
-            let r = weights.map_or(1.0, |weights| f64::from(weights[t]));
-            self.weighted_sum.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
-        }
-    }
-
-    fn add_moments(&mut self, x: &[f32]) {
+    fn add_moments(&mut self, parts: &[&[f32]]) {
         let n = self.n;
-        self.tokens += (x.len() / n) as u64;
-        const COLUMNS: usize = 64;
-        let sums = self.sum.par_chunks_mut(COLUMNS).zip(self.abs_sum.par_chunks_mut(COLUMNS));
-        let rest = self.abs_max.par_chunks_mut(COLUMNS).zip(self.fourth_sum.par_chunks_mut(COLUMNS));
-        sums.zip(rest).enumerate().for_each(|(band, ((sum, abs_sum), (abs_max, fourth)))| {
-            let mut moments = Moments { sum, abs_sum, fourth_sum: fourth, abs_max };
-            add_moments(Level::best(), &x[(band * COLUMNS).min(x.len())..], n, &mut moments);
-        });
+        self.tokens += (parts.iter().map(|x| x.len()).sum::<usize>() / n) as u64;
+        let of = |x: &[f32]| {
+            let (mut sum, mut abs_sum, mut fourth) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
+            let mut abs_max = vec![0.0; n];
+            let (sum_of, abs_max_of) = (&mut sum, &mut abs_max);
+            let mut moments =
+                Moments { sum: sum_of, abs_sum: &mut abs_sum, fourth_sum: &mut fourth, abs_max: abs_max_of };
+            add_moments(Level::best(), x, n, &mut moments);
+            ([sum, abs_sum, fourth], abs_max)
+        };
+        let pieces: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks(TOKENS * n)).collect();
+        for (sums, abs_max) in pieces.into_par_iter().map(of).collect::<Vec<_>>() {
+            for (all, sums) in [&mut self.sum, &mut self.abs_sum, &mut self.fourth_sum].into_iter().zip(sums) {
+                all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
+            }
+            self.abs_max.iter_mut().zip(abs_max).for_each(|(all, most)| *all = all.max(most));
+        }
     }
 
     /// Width of the input.

@@ -1,8 +1,9 @@
 //! The activations of every window between two pieces of a model: in memory up to a budget, else in a file.
 
 use crate::Error;
+use bitmill_kernels::{Level, from_bfloat16, to_bfloat16};
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
+use half::slice::HalfBitsSliceExt;
 use rayon::prelude::*;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -29,8 +30,9 @@ pub struct Stream {
 
 #[derive(Debug)]
 enum Store {
-    /// One lock per window, so that threads working on different windows never meet.
-    Bf16(Vec<RwLock<Vec<bf16>>>),
+    /// One lock per window, so that threads working on different windows never meet. Bits, since zeros of integers come from the
+    /// system untouched: whoever writes a window first, and not who makes the stream, waits for its pages.
+    Bf16(Vec<RwLock<Vec<u16>>>),
     F32(Vec<RwLock<Vec<f32>>>),
     File {
         file: File,
@@ -89,9 +91,7 @@ impl Stream {
             Store::File { file, path: spill.to_owned(), kind }
         } else {
             match kind {
-                StreamKind::Bf16 => {
-                    Store::Bf16(lengths.iter().map(|l| RwLock::new(vec![bf16::ZERO; entries(l)])).collect())
-                }
+                StreamKind::Bf16 => Store::Bf16(lengths.iter().map(|l| RwLock::new(vec![0; entries(l)])).collect()),
                 StreamKind::F32 => Store::F32(lengths.iter().map(|l| RwLock::new(vec![0.0; entries(l)])).collect()),
             }
         };
@@ -131,9 +131,8 @@ impl Stream {
         match &self.store {
             Store::F32(data) => Ok(data[window].read().unwrap_or_else(PoisonError::into_inner).clone()),
             Store::Bf16(data) => {
-                let mut out = vec![0.0; entries];
-                data[window].read().unwrap_or_else(PoisonError::into_inner).convert_to_f32_slice(&mut out);
-                Ok(out)
+                let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
+                Ok(widened(bits.reinterpret_cast()))
             }
             Store::File { file, path, kind, .. } => {
                 let fail = |source| Error::Stream { file: path.clone(), source };
@@ -146,7 +145,7 @@ impl Stream {
                     StreamKind::Bf16 => {
                         let mut bytes = vec![0u8; entries * 2];
                         file.read_exact_at(&mut bytes, start * 2).map_err(fail)?;
-                        Ok(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect())
+                        Ok(widened(&of_bytes(&bytes)))
                     }
                 }
             }
@@ -163,14 +162,13 @@ impl Stream {
         match &self.store {
             Store::F32(data) => data[window].write().unwrap_or_else(PoisonError::into_inner).copy_from_slice(values),
             Store::Bf16(data) => {
-                data[window].write().unwrap_or_else(PoisonError::into_inner).convert_from_f32_slice(values);
+                let mut bits = data[window].write().unwrap_or_else(PoisonError::into_inner);
+                to_bfloat16(Level::best(), values, bits.reinterpret_cast_mut());
             }
             Store::File { file, path, kind, .. } => {
                 let (bytes, at): (Vec<u8>, u64) = match kind {
-                    StreamKind::F32 => (values.iter().flat_map(|v| v.to_le_bytes()).collect(), start * 4),
-                    StreamKind::Bf16 => {
-                        (values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(), start * 2)
-                    }
+                    StreamKind::F32 => (bytes(values, f32::to_le_bytes), start * 4),
+                    StreamKind::Bf16 => (bytes(&narrowed(values), bf16::to_le_bytes), start * 2),
                 };
                 file.write_all_at(&bytes, at).map_err(|source| Error::Stream { file: path.clone(), source })?;
             }
@@ -186,10 +184,12 @@ impl Stream {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
         let mut out = std::io::BufWriter::with_capacity(1 << 20, File::create(path).map_err(fail)?);
         for window in 0..self.windows() {
-            let values = self.read(window)?;
-            let bytes: Vec<u8> = match self.kind() {
-                StreamKind::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
-                StreamKind::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            let bytes = match (&self.store, self.kind()) {
+                (Store::Bf16(data), _) => {
+                    bytes(&data[window].read().unwrap_or_else(PoisonError::into_inner), u16::to_le_bytes)
+                }
+                (_, StreamKind::Bf16) => bytes(&narrowed(&self.read(window)?), bf16::to_le_bytes),
+                (_, StreamKind::F32) => bytes(&self.read(window)?, f32::to_le_bytes),
             };
             out.write_all(&bytes).map_err(fail)?;
         }
@@ -213,7 +213,7 @@ impl Stream {
             let mut bytes = vec![0u8; self.entries(window) * width];
             file.read_exact(&mut bytes).map_err(fail)?;
             let values: Vec<f32> = if width == 2 {
-                bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect()
+                widened(&of_bytes(&bytes))
             } else {
                 bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
             };
@@ -221,6 +221,37 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+/// `values` as they lie in a file.
+fn bytes<T: Copy, const N: usize>(values: &[T], to_bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * N];
+    bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(bytes, &value)| *bytes = to_bytes(value));
+    bytes
+}
+
+fn of_bytes(bytes: &[u8]) -> Vec<bf16> {
+    bytes.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes)).collect()
+}
+
+fn widened(values: &[bf16]) -> Vec<f32> {
+    converted(values, |values, out| from_bfloat16(Level::best(), values, out))
+}
+
+fn narrowed(values: &[f32]) -> Vec<bf16> {
+    converted(values, |values, out| to_bfloat16(Level::best(), values, out))
+}
+
+/// Converts a piece at a time, so that the memory of the result is written once.
+fn converted<A, B: Copy + Default>(values: &[A], convert: impl Fn(&[A], &mut [B])) -> Vec<B> {
+    const PIECE: usize = 2048;
+    let (mut piece, mut out) = ([B::default(); PIECE], Vec::with_capacity(values.len()));
+    for values in values.chunks(PIECE) {
+        let piece = &mut piece[..values.len()];
+        convert(values, piece);
+        out.extend_from_slice(piece);
+    }
+    out
 }
 
 impl Drop for Stream {
@@ -263,6 +294,9 @@ mod tests {
             for budget in [0, u64::MAX] {
                 let s = Stream::new(kind, 3, 4, 5, budget, &dir.path().join("spill")).unwrap();
                 assert_eq!(s.spilled(), budget == 0);
+                let zeros = dir.path().join("zeros");
+                s.save(&zeros).unwrap();
+                assert!(s.read(1).unwrap() == [0.0; 20] && std::fs::read(zeros).unwrap().iter().all(|&b| b == 0));
                 for w in 0..3 {
                     s.write(w, &(0..20).map(|i| (w * 20 + i) as f32 * 0.5).collect::<Vec<_>>()).unwrap();
                 }

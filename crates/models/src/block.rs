@@ -55,6 +55,8 @@ pub struct Block {
     pub(crate) residual: f32,
     /// Scales of keys and values, where they are kept as 8-bit floats.
     pub(crate) cache: Option<[f32; 2]>,
+    /// How attention multiplies: in bfloat16, or in f32.
+    pub(crate) brain: Option<Brain>,
     /// Which block of the model it is.
     pub(crate) index: usize,
 }
@@ -122,6 +124,7 @@ impl Block {
             parallel: spec.parallel,
             residual: spec.factors.residual as f32,
             cache: weights.cache_scales(&spec.attention(index))?,
+            brain: None,
             index,
         })
     }
@@ -231,7 +234,7 @@ impl Block {
 
     /// From queries, keys and values to the site `attn_out`.
     pub(crate) fn attend(&self, Heads { q, k, v, .. }: &Heads) -> Result<Tensor, Error> {
-        Ok(attention::attend(q, k, v, self.scoring)?)
+        Ok(attention::attend(q, k, v, self.scoring, self.brain)?)
     }
 
     /// How much every token is attended to at the site `attn_in`, over all heads and queries, `[tokens]`.
@@ -326,7 +329,7 @@ impl Block {
 
     /// Replaces the weight of a linear by one of the same shape `[out, in]`, f32 on the CPU.
     pub fn set_linear(&mut self, role: Role, weight: Tensor) {
-        self.at_mut(role).matrix = Matrix::Dense(weight);
+        self.at_mut(role).set(Matrix::Dense(weight));
     }
 
     /// Drops a linear that no piece to come runs through.
@@ -336,11 +339,22 @@ impl Block {
         }
     }
 
-    /// Has dense linears multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded to eight bits
+    /// Has dense linears and attention multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded to eight bits
     /// of mantissa then, and products take half the time.
     pub fn multiply_by(&mut self, brain: Option<Brain>) {
+        self.brain = brain;
         let roles: Vec<Role> = self.roles().collect();
-        roles.into_iter().for_each(|role| self.at_mut(role).brain = brain);
+        roles.into_iter().for_each(|role| self.at_mut(role).multiply_by(brain));
+    }
+
+    /// Lays the weights of `roles` out for products, by all threads: otherwise the first to multiply by one does it, and several
+    /// may be the first.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] on a weight of another shape.
+    pub fn prepare(&self, roles: &[Role]) -> Result<(), Error> {
+        let there = roles.iter().filter_map(|role| self.linears[role.index()?].as_ref());
+        there.into_iter().try_for_each(Linear::prepare)
     }
 
     /// Linears whose weight is in memory as f32.

@@ -4,7 +4,6 @@ use crate::backward::{accumulate, backward_linear, values};
 use crate::linear::{Linear, Matrix};
 use crate::norm::Norm;
 use crate::{Embedding, Error, ModelSpec, Weights, ops};
-use bitmill_scheme::Inputs;
 use candle_core::Tensor;
 use std::borrow::Cow;
 
@@ -36,7 +35,7 @@ impl Head {
     ) -> Result<Self, Error> {
         let Some(head) = spec.head() else { return Err(Error::NoHead { model_type: spec.model_type.clone() }) };
         let linear = match spec.tied {
-            true => Linear { matrix: embedding()?, bias: None, inputs: Inputs::FULL, brain: None },
+            true => Linear::new(embedding()?, None),
             false => Linear::load(weights, &head, [spec.vocab, spec.hidden], (false, false))?,
         };
         let load = |module| Norm::load(spec, weights, &spec.norm_parts(&spec.spell(module)));
@@ -132,7 +131,7 @@ impl Head {
 
     /// Replaces the weight by another `[vocab, hidden]`, f32 on the CPU.
     pub fn set_weight(&mut self, weight: Tensor) {
-        self.linear.matrix = Matrix::Dense(weight);
+        self.linear.set(Matrix::Dense(weight));
     }
 
     /// The weight of the final norm, `[hidden]`.

@@ -5,7 +5,6 @@ use crate::linear::{Linear, Matrix};
 use crate::norm::Norm;
 use crate::weights::shaped;
 use crate::{Error, Images, ModelSpec, Weights, ops};
-use bitmill_scheme::Inputs;
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
 
@@ -195,7 +194,7 @@ impl Patches {
         let positions = shaped(weights, &spec.spell(names.positions), &[1, tokens, hidden])?;
         Ok(Patches {
             images,
-            projection: Linear { matrix, bias: Some(bias), inputs: Inputs::FULL, brain: None },
+            projection: Linear::new(matrix, Some(bias)),
             class: class.reshape((1, hidden))?,
             positions: positions.reshape((tokens, hidden))?,
         })

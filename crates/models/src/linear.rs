@@ -3,9 +3,11 @@
 use crate::backward::values;
 use crate::weights::{check, shaped};
 use crate::{Error, PackedInput, PackedWeight, Weights, ops};
-use bitmill_kernels::Brain;
+use bitmill_kernels::{Brain, Panels};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
+use std::cell::OnceCell;
+use std::sync::{Arc, OnceLock};
 
 /// `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
@@ -16,7 +18,26 @@ pub(crate) struct Linear {
     /// Rounding of `x`.
     pub(crate) inputs: Inputs,
     /// Whether a dense matrix and what it meets are rounded to bfloat16 to be multiplied.
-    pub(crate) brain: Option<Brain>,
+    brain: Option<Rounding>,
+}
+
+/// A dense matrix rounded to bfloat16, once something is multiplied by it; clones share it.
+#[derive(Debug, Clone)]
+struct Rounding {
+    brain: Brain,
+    panels: Arc<OnceLock<Panels>>,
+}
+
+impl Rounding {
+    /// `weight`, which is the matrix, rounded.
+    fn of(&self, weight: &Tensor) -> Result<&Panels, Error> {
+        if let Some(panels) = self.panels.get() {
+            return Ok(panels);
+        }
+        // Outside of the lock: other threads are needed for it, and one of them may come here.
+        let panels = ops::right_panels(self.brain, weight)?;
+        Ok(self.panels.get_or_init(|| panels))
+    }
 }
 
 /// A matrix `[out, in]`.
@@ -93,7 +114,31 @@ impl Linear {
     ) -> Result<Self, Error> {
         let matrix = Matrix::load(weights, module, shape, transposed)?;
         let bias = bias.then(|| shaped(weights, &format!("{module}.bias"), &shape[..1])).transpose()?;
-        Ok(Linear { matrix, bias, inputs: weights.inputs(module)?, brain: None })
+        Ok(Linear { inputs: weights.inputs(module)?, ..Linear::new(matrix, bias) })
+    }
+
+    /// What reads its input as it is.
+    pub(crate) fn new(matrix: Matrix, bias: Option<Tensor>) -> Self {
+        Linear { matrix, bias, inputs: Inputs::FULL, brain: None }
+    }
+
+    /// Replaces the matrix.
+    pub(crate) fn set(&mut self, matrix: Matrix) {
+        self.matrix = matrix;
+        self.multiply_by(self.brain.as_ref().map(|rounding| rounding.brain));
+    }
+
+    /// Has a dense matrix multiply in bfloat16, or in f32.
+    pub(crate) fn multiply_by(&mut self, brain: Option<Brain>) {
+        self.brain = brain.map(|brain| Rounding { brain, panels: Arc::default() });
+    }
+
+    /// Rounds what it multiplies by, by all threads, before several of them come for it.
+    pub(crate) fn prepare(&self) -> Result<(), Error> {
+        match (&self.matrix, &self.brain) {
+            (Matrix::Dense(weight), Some(rounding)) => rounding.of(weight).map(|_| ()),
+            _ => Ok(()),
+        }
     }
 
     /// The weight, `[out, in]`.
@@ -117,8 +162,14 @@ impl Linear {
         let rounded = input.rounded.iter().find(|(inputs, _)| *inputs == self.inputs);
         let x = rounded.map_or(input.full, |(_, rounded)| rounded);
         let y = match &self.matrix {
-            Matrix::Dense(weight) => match self.brain {
-                Some(brain) => ops::brain_product(x, weight, brain)?,
+            Matrix::Dense(weight) => match &self.brain {
+                Some(rounding) => {
+                    let weight = rounding.of(weight)?;
+                    match rounded {
+                        Some(_) => ops::brain_product(rounding.brain, &ops::left_panels(rounding.brain, x)?, weight)?,
+                        None => ops::brain_product(rounding.brain, input.panels(rounding.brain)?, weight)?,
+                    }
+                }
                 None => ops::product(x, weight)?,
             },
             Matrix::Packed(packed) => {
@@ -143,6 +194,8 @@ pub(crate) struct Input<'a> {
     rounded: Vec<(Inputs, Tensor)>,
     /// For packed weights that read alike, and one of them.
     packed: Option<(PackedWeight, PackedInput<'static>)>,
+    /// Rounded to bfloat16, once a linear asks for it.
+    panels: OnceCell<Panels>,
 }
 
 impl<'a> Input<'a> {
@@ -167,6 +220,15 @@ impl<'a> Input<'a> {
             },
             None => None,
         };
-        Ok(Input { full: x, rounded, packed })
+        Ok(Input { full: x, rounded, packed, panels: OnceCell::new() })
+    }
+
+    /// The activation as it is, but rounded to bfloat16.
+    fn panels(&self, brain: Brain) -> Result<&Panels, Error> {
+        if let Some(panels) = self.panels.get() {
+            return Ok(panels);
+        }
+        let panels = ops::left_panels(brain, self.full)?;
+        Ok(self.panels.get_or_init(|| panels))
     }
 }

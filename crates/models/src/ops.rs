@@ -6,9 +6,11 @@
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
 use crate::{Act, Pairs};
-use bitmill_kernels::{Brain, Brained, Level, View, ViewMut, brain_gemm, exp, gemm};
+use bitmill_kernels::{Brain, Level, Panels, View, ViewMut, exp, gemm};
 use bitmill_scheme::Inputs;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use rayon::prelude::*;
 use std::f64::consts::PI;
 use std::ops::Range;
@@ -62,12 +64,43 @@ pub(crate) fn scale(x: &Tensor, factor: f32) -> Result<()> {
 
 /// `x [tokens, in]` times the transpose of `weight [out, in]`.
 pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product { brain: None })
+    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product)
+}
+
+/// A weight `[out, in]` rounded to bfloat16, the right side of [`brain_product`].
+pub(crate) fn right_panels(brain: Brain, weight: &Tensor) -> Result<Panels> {
+    panels(weight, |weight| Panels::round(brain, weight))
+}
+
+/// An activation `[tokens, in]` rounded to bfloat16, the left side of [`brain_product`].
+pub(crate) fn left_panels(brain: Brain, x: &Tensor) -> Result<Panels> {
+    panels(x, |x| Panels::left(brain, x))
+}
+
+fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> Result<Panels> {
+    let matrix = matrix.contiguous()?;
+    let (rows, cols) = matrix.dims2()?;
+    let (storage, layout) = matrix.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(round(View::new(floats(storage, layout)?, rows, cols, cols))),
+        _ => bail!("a tensor on the CPU is needed"),
+    }
 }
 
 /// [`product`] of both rounded to bfloat16, with sums in f32.
-pub(crate) fn brain_product(x: &Tensor, weight: &Tensor, brain: Brain) -> Result<Tensor> {
-    x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product { brain: Some(brain) })
+pub(crate) fn brain_product(brain: Brain, x: &Panels, weight: &Panels) -> Result<Tensor> {
+    let (x, weight) = (x.matrix(), weight.matrix());
+    let ([tokens, inner], [out, w_inner]) = (x.shape(), weight.shape());
+    if inner != w_inner || inner == 0 || out == 0 {
+        bail!("product: an input of {inner} channels, a weight of {out} x {w_inner}");
+    }
+    let mut y = vec![0.0f32; tokens * out];
+    y.par_chunks_mut(BAND * out).enumerate().for_each(|(i, y)| {
+        let rows = y.len() / out;
+        let x = x.between(i * BAND, i * BAND + rows);
+        bitmill_kernels::brain_product(brain, x, weight, &mut ViewMut::new(y, rows, out, out));
+    });
+    Tensor::from_vec(y, (tokens, out), &Device::Cpu)
 }
 
 /// `gate ← silu(gate) · up`, in place.
@@ -162,9 +195,7 @@ fn neighbours(src: &[f32], cos: &[f32], sin: &[f32], direction: f32, dst: &mut [
     }
 }
 
-struct Product {
-    brain: Option<Brain>,
-}
+struct Product;
 
 impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
@@ -187,29 +218,9 @@ impl CustomOp2 for Product {
         y.par_chunks_mut(BAND * out).zip(floats(x, x_layout)?.par_chunks(BAND * inner)).for_each(|(y, x)| {
             let tokens = y.len() / out;
             let (x, weight) = (View::new(x, tokens, inner, inner), View::new(weight, out, inner, inner));
-            match self.brain {
-                Some(brain) => brain_band(brain, x, weight, y),
-                None => gemm(1.0, x, weight.t(), 0.0, &mut ViewMut::new(y, tokens, out, out)),
-            }
+            gemm(1.0, x, weight.t(), 0.0, &mut ViewMut::new(y, tokens, out, out));
         });
         Ok((CpuStorage::F32(y), (tokens, out).into()))
-    }
-}
-
-/// Rows of a weight that are rounded at a time: a few panels, in the second cache.
-const STRIP: usize = 240;
-
-/// `y = x·Wᵀ` for zeroed `y`, both rounded to bfloat16: the weight strip by strip, so that no thread holds a copy of it.
-fn brain_band(brain: Brain, x: View<'_, f32>, weight: View<'_, f32>, y: &mut [f32]) {
-    let (tokens, inner, out) = (x.rows(), x.cols(), weight.rows());
-    let (mut left, mut right) =
-        (vec![0; Brained::pairs(tokens, inner)], vec![0; Brained::pairs(STRIP.min(out), inner)]);
-    let x = Brained::left(brain, x, &mut left);
-    for from in (0..out).step_by(STRIP) {
-        let rows = STRIP.min(out - from);
-        let strip =
-            Brained::round(brain, weight.some_rows(from..from + rows), &mut right[..Brained::pairs(rows, inner)]);
-        brain_gemm(brain, x, strip, &mut ViewMut::new(&mut y[from..], tokens, rows, out));
     }
 }
 

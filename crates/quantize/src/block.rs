@@ -4,6 +4,7 @@
 //! the linears it feeds are rounded, and the run goes on with the rounded ones (true-sequential order), so nothing is
 //! computed twice.
 
+use crate::bias::corrected_bias;
 use crate::experts::Routed;
 use crate::fused::together;
 use crate::journal::{SiteRecord, StageChange, TensorRecord};
@@ -49,6 +50,8 @@ pub(crate) struct Flow<'a> {
     pub(crate) hidden: &'a Stream,
     /// The same of the full-precision model, where it runs beside the rounded one.
     pub(crate) full: Option<&'a Stream>,
+    /// Whether no block follows, so that nobody asks what leaves this one.
+    pub(crate) last: bool,
     pub(crate) observation: Observation,
     /// The type of the scales of keys and values, where these are to be kept as 8-bit floats.
     pub(crate) cache: Option<ScaleType>,
@@ -114,7 +117,8 @@ struct Lane<'a> {
     block: &'a Block,
     hidden: &'a Stream,
     x: Option<&'a Stream>,
-    next: &'a Stream,
+    /// Where its output goes, if anybody asks for it.
+    next: Option<&'a Stream>,
 }
 
 impl Flow<'_> {
@@ -142,10 +146,13 @@ impl Flow<'_> {
             let hidden = if i % 2 == 1 { spec.hidden } else { 0 };
             let mut seen =
                 (!wanted.is_empty()).then(|| Seen::new(self.observation, width, hidden, self.hidden.windows()));
-            let next = Lanes {
-                rounded: self.stream(width, at.name)?,
-                full: full.as_ref().map(|_| self.stream(width, &format!("full-{}", at.name))).transpose()?,
+            // What enters the last linears of all is seen, and read by nobody.
+            let unread = i == 3 && self.last && self.rebuild.is_none();
+            let lanes = || -> Result<Lanes, Error> {
+                let full = full.as_ref().map(|_| self.stream(width, &format!("full-{}", at.name))).transpose()?;
+                Ok(Lanes { rounded: self.stream(width, at.name)?, full })
             };
+            let next = (!unread).then(lanes).transpose()?;
             if i == 0 && !targets.is_empty() {
                 weights = self.token_weights(&block)?;
             }
@@ -154,11 +161,16 @@ impl Flow<'_> {
                 block.set_cache(Some(scales));
                 on(Moment::Cache(scales))?;
             }
-            let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), &next, w);
+            if let Some(before) = i.checked_sub(1) {
+                let roles = spec.sites(index)[before].linears;
+                block.prepare(roles)?;
+                full.iter().try_for_each(|(full, _)| full.prepare(roles))?;
+            }
+            let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), next.as_ref(), w);
             self.windows(width, glimpse, &mut |first, glimpses| {
                 if let Some(seen) = &mut seen {
                     let weights = weights.as_ref().map(|all| &all[first..first + glimpses.len()]);
-                    seen.add(first, glimpses, weights);
+                    seen.add(first, &glimpses, weights);
                 }
             })?;
             if let (Some(before), None) = (i.checked_sub(1), &entered) {
@@ -168,7 +180,7 @@ impl Flow<'_> {
                     full.iter_mut().for_each(|(full, _)| full.forget(*role));
                 }
             }
-            x = Some(next);
+            x = next;
             if let (2, Some(_), Some(x)) = (i, spec.routed(index), &x) {
                 let from = Routed { x, weights: weights.as_deref(), full: full.as_ref().map(|(block, _)| block) };
                 self.quantize_experts((index, &mut block), &from, targets, (method, options), &mut start, on)?;
@@ -183,7 +195,10 @@ impl Flow<'_> {
             on(Moment::Seen(SiteRecord { block: index, site, tokens, prior: None, spread: seen.spread() }))?;
             self.round_site(&mut block, &wanted, seen, (method, options), &mut start, on)?;
         }
-        let Some(x) = x else { return Ok(()) };
+        let (Some(x), false) = (x, self.last && entered.is_none()) else { return Ok(()) };
+        let last = spec.sites(index).last().map_or(&[][..], |site| site.linears);
+        block.prepare(last)?;
+        full.iter().try_for_each(|(full, _)| full.prepare(last))?;
         let finish = |w: usize| {
             if entered.is_none() {
                 self.finish(&block, self.hidden, &x.rounded, w)?;
@@ -249,13 +264,14 @@ impl Flow<'_> {
         block: &Block,
         full: Option<&(Block, &Stream)>,
         x: Option<&Lanes>,
-        next: &Lanes,
+        next: Option<&Lanes>,
         w: usize,
     ) -> Result<Glimpse, Error> {
         let hidden = self.hidden;
-        let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: &next.rounded };
+        let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: next.map(|next| &next.rounded) };
         let mut glimpse = Glimpse { seen: self.piece(i, &lane, w)?, ..Glimpse::default() };
-        if let (Some((block, full)), Some(next)) = (full, &next.full) {
+        if let Some((block, full)) = full {
+            let next = next.and_then(|next| next.full.as_ref());
             let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
             glimpse.drift = self.piece(i, &lane, w)?;
             glimpse.drift.iter_mut().zip(&glimpse.seen).for_each(|(d, x)| *d -= x);
@@ -267,7 +283,7 @@ impl Flow<'_> {
         Ok(glimpse)
     }
 
-    /// Piece `i` of the block for window `w`: writes the activation at its site and returns it.
+    /// Piece `i` of the block for window `w`: returns the activation at its site, and writes it to where it goes on from.
     fn piece(&self, i: usize, lane: &Lane<'_>, w: usize) -> Result<Vec<f32>, Error> {
         let Lane { block, hidden: stream, x, next } = *lane;
         let hidden = || self.tensor(stream, w);
@@ -286,7 +302,9 @@ impl Flow<'_> {
             _ => block.mlp_out(&input()?)?,
         };
         let out = rows(&out)?;
-        next.write(w, &out)?;
+        if let Some(next) = next {
+            next.write(w, &out)?;
+        }
         Ok(out)
     }
 
@@ -473,24 +491,6 @@ impl Flow<'_> {
     }
 }
 
-/// b + W·E[x] + E[h − ĥ] − Ŵ·E[x̂]: with it the mean of the output is what it was.
-pub(crate) fn corrected_bias(
-    bias: &[f32],
-    w: &[f32],
-    rounded: &[f32],
-    [mean, drift, residual]: &[Vec<f32>; 3],
-) -> Vec<f32> {
-    let n = mean.len();
-    let full: Vec<f32> = mean.iter().enumerate().map(|(i, m)| m + drift.get(i).copied().unwrap_or(0.0)).collect();
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-    let rows = w.chunks_exact(n).zip(rounded.chunks_exact(n)).enumerate();
-    let new = |(i, (w, r)): (usize, (&[f32], &[f32]))| {
-        let stream = residual.get(i).copied().map_or(0.0, f64::from);
-        (f64::from(bias[i]) + dot(w, &full) + stream - dot(r, mean)) as f32
-    };
-    rows.map(new).collect()
-}
-
 pub(crate) fn rows(t: &Tensor) -> Result<Vec<f32>, Error> {
     Ok(t.flatten_all()?.to_vec1()?)
 }
@@ -548,45 +548,5 @@ impl TensorRecord {
             seconds: 0.0,
             stages: Vec::new(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::seen::add_outer;
-    use crate::sweep::tests::{Random, random_w};
-
-    #[test]
-    fn a_corrected_bias_keeps_the_mean_and_leaves_the_error_about_it() {
-        // E‖(Ŵ−W)x + b − b₀‖² with the corrected bias is tr(Δ·(H − μμᵀ)·Δᵀ), and no other bias has less.
-        let (n, m, tokens) = (6, 4, 200);
-        let mut r = Random::new(8);
-        let x: Vec<f32> = (0..tokens * n).map(|i| (r.normal() + (i % n) as f64) as f32).collect();
-        let (w, bias) = (random_w(m * n, 1), random_w(m, 2));
-        let rounded: Vec<f32> = w.iter().map(|v| (v * 2.0).round() / 2.0).collect();
-        let mut stats = bitmill_calibrate::SiteStats::new(n);
-        stats.add(&x);
-        let mean = stats.mean();
-        let new = corrected_bias(&bias, &w, &rounded, &[mean.clone(), Vec::new(), Vec::new()]);
-        let error = |b: &[f32]| -> f64 {
-            let one = |x: &[f32], i: usize| -> f64 {
-                let delta = |j: usize| f64::from(rounded[i * n + j] - w[i * n + j]) * f64::from(x[j]);
-                ((0..n).map(delta).sum::<f64>() + f64::from(b[i] - bias[i])).powi(2)
-            };
-            x.chunks(n).map(|x| (0..m).map(|i| one(x, i)).sum::<f64>()).sum::<f64>() / tokens as f64
-        };
-        let mut centred = stats.hessian();
-        add_outer(-1.0, &mut centred, &mean, &mean);
-        let predicted: f64 = loss(&w, &rounded, &centred).iter().sum();
-        assert!((error(&new) / predicted - 1.0).abs() < 1e-4, "{} {predicted}", error(&new));
-        for i in 0..m {
-            for by in [-0.05, 0.05] {
-                let mut other = new.clone();
-                other[i] += by;
-                assert!(error(&other) > error(&new));
-            }
-        }
-        assert!(error(&new) < error(&bias));
     }
 }

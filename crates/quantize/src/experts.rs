@@ -182,10 +182,10 @@ impl Flow<'_> {
                 };
                 let own = |w: usize| dealt.of(w, expert, self.lengths[w]).into_iter().map(|t| weight(w, t)).collect();
                 let weights: Option<Vec<Vec<f32>>> = from.weights.map(|_| windows.clone().map(own).collect());
-                seen.add(first, part(0), weights.as_deref());
+                seen.add(first, &part(0), weights.as_deref());
                 let each = self.input_width(site, expert) as f32 / sampled as f32;
                 let prior = |w: usize| dealt.sample[w].iter().map(|&t| each * weight(w, t)).collect();
-                seen.add_prior(first, part(1), &windows.clone().map(prior).collect::<Vec<_>>());
+                seen.add_prior(first, &part(1), &windows.clone().map(prior).collect::<Vec<_>>());
             }
         })?;
         Ok(seen)

@@ -5,6 +5,7 @@
 //! greedy choice: LDLQ (QuIP), and the same assignment as GPTQ, without inverting H (methods part 1.3).
 
 use bitmill_kernels::cholesky;
+use rayon::prelude::*;
 
 /// The factors of a damped, permuted H.
 #[derive(Debug, Clone)]
@@ -46,25 +47,25 @@ impl Factor {
         // Cholesky gives H = L·Lᵀ with L lower; of the matrix with rows and columns reversed it gives the upper one.
         let at = |i: usize| order[n - 1 - i] as usize;
         let mut m = vec![0.0f64; n * n];
-        for i in 0..n {
-            for j in 0..=i {
-                let (r, c) = (at(i), at(j));
-                let v = f64::from(h[r * n + c]);
-                m[i * n + j] = if r == c { raised(v, mean, damping) } else { v };
-            }
-        }
+        m.par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
+            let h = &h[at(i) * n..][..n];
+            row.iter_mut().take(i + 1).enumerate().for_each(|(j, m)| *m = f64::from(h[at(j)]));
+            row[i] = raised(row[i], mean, damping);
+        });
         if !cholesky(&mut m, n) {
             return None;
         }
-        let mut factor = Factor { n, unit: vec![0.0; n * n], diagonal: vec![0.0; n], damping };
-        for j in 0..n {
-            let pivot = m[(n - 1 - j) * n + n - 1 - j];
-            factor.diagonal[j] = (pivot * pivot) as f32;
-            for i in 0..=j {
-                factor.unit[i * n + j] = (m[(n - 1 - i) * n + n - 1 - j] / pivot) as f32;
-            }
-        }
-        factor.unit.iter().all(|v| v.is_finite()).then_some(factor)
+        let pivots: Vec<f64> = (0..n).rev().map(|i| m[i * n + i]).collect();
+        let diagonal = pivots.iter().map(|pivot| (pivot * pivot) as f32).collect();
+        let mut unit = vec![0.0f32; n * n];
+        let finite = unit.par_chunks_exact_mut(n).zip(m.par_chunks_exact(n).rev()).enumerate().map(|(i, (unit, m))| {
+            let row = unit.iter_mut().zip(m.iter().rev()).zip(&pivots).skip(i);
+            row.fold(true, |finite, ((u, m), pivot)| {
+                *u = (m / pivot) as f32;
+                finite & u.is_finite()
+            })
+        });
+        finite.reduce(|| true, |a, b| a & b).then_some(Factor { n, unit, diagonal, damping })
     }
 
     /// Width of H.
@@ -93,9 +94,9 @@ impl Factor {
 }
 
 /// H with `damping` times its mean diagonal added, and the mean diagonal where an input was never active.
-pub(crate) fn damped<T: From<f32> + Copy>(h: &[f32], n: usize, damping: f32) -> Vec<T> {
+pub(crate) fn damped<T: From<f32> + Copy + Send>(h: &[f32], n: usize, damping: f32) -> Vec<T> {
     let mean = mean_diagonal(h, n);
-    let mut out: Vec<T> = h.iter().map(|&v| T::from(v)).collect();
+    let mut out: Vec<T> = h.par_iter().map(|&v| T::from(v)).collect();
     for (d, h) in out.iter_mut().step_by(n + 1).zip(h.iter().step_by(n + 1)) {
         *d = T::from(raised(f64::from(*h), mean, damping) as f32);
     }

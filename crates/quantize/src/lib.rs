@@ -5,6 +5,7 @@
 //! and can be killed at any instant.
 
 mod allocate;
+mod bias;
 mod block;
 mod calibration;
 mod convert;

@@ -196,6 +196,7 @@ pub fn run(
     let sources = BTreeMap::new();
     let mut worker = Worker { input: model, plan, output, observe, options, later: &later, sources };
     let flow = Calibrated::new(&worker, calibration, &journal)?;
+    let is_last = |unit: usize| plan.units[unit + 1..].iter().all(|unit| unit.block.is_none());
     for unit in done..total {
         if options.stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped { done: unit, total });
@@ -211,7 +212,10 @@ pub fn run(
         };
         (worker.observe)(Event::Started { unit, total, label });
         let (tensors, sites) = match (&flow, plan.units[unit].block) {
-            (Some(flow), Some(block)) => worker.calibrated_unit(&plan.units[unit], block, &flow.flow(), unit, total)?,
+            (Some(flow), Some(block)) => {
+                let flow = flow.flow(is_last(unit));
+                worker.calibrated_unit(&plan.units[unit], block, &flow, unit, total)?
+            }
             (None, Some(block)) if plan.calibrated => match calibration {
                 Some(Calibration::Importance(imatrix)) => {
                     (worker.weighed_unit(&plan.units[unit], imatrix)?, Vec::new())
@@ -233,7 +237,7 @@ pub fn run(
             hash_file(&file)
         };
         let (mut stream, mut full) = (None, None);
-        if let (Some(flow), Some(_), true) = (&flow, plan.units[unit].block, unit + 1 < plan.units.len()) {
+        if let (Some(flow), Some(_), false) = (&flow, plan.units[unit].block, is_last(unit)) {
             stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
             full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
         }

@@ -57,63 +57,66 @@ impl Seen {
     }
 
     /// Adds windows from `first` on, with the `weights` of their tokens.
-    pub(crate) fn add(&mut self, first: usize, glimpses: Vec<Glimpse>, weights: Option<&[Vec<f32>]>) {
+    pub(crate) fn add(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>) {
         self.take(first, glimpses, weights, true);
     }
 
     /// Adds tokens, as many times as their weights say, to the moments alone: they do not count as seen.
-    pub(crate) fn add_prior(&mut self, first: usize, glimpses: Vec<Glimpse>, weights: &[Vec<f32>]) {
+    pub(crate) fn add_prior(&mut self, first: usize, glimpses: &[Glimpse], weights: &[Vec<f32>]) {
         self.take(first, glimpses, Some(weights), false);
     }
 
-    fn take(&mut self, first: usize, mut glimpses: Vec<Glimpse>, weights: Option<&[Vec<f32>]>, counted: bool) {
+    fn take(&mut self, first: usize, glimpses: &[Glimpse], weights: Option<&[Vec<f32>]>, counted: bool) {
         let split = self.observation.shift != TargetShift::Off || self.observation.damping_search;
+        let share = self.observation.full_share;
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
-            let mut of = |what: fn(&mut Glimpse) -> &mut Vec<f32>| -> Vec<f32> {
-                let mine = (first..).zip(&mut glimpses).filter(|(w, _)| mine(*w));
-                joined(mine.map(|(_, glimpse)| std::mem::take(what(glimpse))).collect())
-            };
-            let seen = of(|g| &mut g.seen);
-            if seen.is_empty() {
+            let mine = |(w, _): &(usize, &Glimpse)| mine(*w);
+            let parts: Vec<Drift<'_>> = (first..)
+                .zip(glimpses)
+                .filter(mine)
+                .map(|(w, Glimpse { seen, drift, residual })| Drift {
+                    seen,
+                    drift,
+                    residual,
+                    weights: weights.map(|weights| &weights[w - first][..]),
+                })
+                .collect();
+            if parts.is_empty() {
                 continue;
             }
-            let (drift, residual) = (of(|g| &mut g.drift), of(|g| &mut g.residual));
-            let r: Option<Vec<f32>> = weights.map(|weights| {
-                (first..).zip(weights).filter(|(w, _)| mine(*w)).flat_map(|(_, r)| r.iter().copied()).collect()
-            });
-            let share = self.observation.full_share;
             let (stats, cross) = &mut self.parts[part];
             // Sinks that are left out are so from ranges, too; what other weights leave out, a model still reads.
-            let ranged = r.as_ref().filter(|_| self.observation.tokens == TokenWeights::NoSinks);
-            if !counted || ranged.is_some() {
-                let largest = |(t, row): (usize, &[f32])| match ranged {
-                    Some(r) if r[t] == 0.0 => 0.0,
-                    _ => row.iter().fold(0.0f32, |most, v| most.max(v.abs())),
+            let ranged = weights.is_some() && self.observation.tokens == TokenWeights::NoSinks;
+            if !counted || ranged {
+                let largest = |part: &Drift<'_>| {
+                    let rows = part.seen.chunks_exact(stats.width()).enumerate();
+                    let counts = |t: usize| !ranged || part.weights.is_none_or(|r| r[t] != 0.0);
+                    let most = |row: &[f32]| row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                    rows.filter(|(t, _)| counts(*t)).map(|(_, row)| most(row)).fold(0.0, f32::max)
                 };
-                let tokens = seen.par_chunks(stats.width()).enumerate().with_min_len(64);
-                self.largest = self.largest.max(tokens.map(largest).reduce(|| 0.0, f32::max));
+                self.largest = self.largest.max(parts.par_iter().map(largest).reduce(|| 0.0, f32::max));
             }
-            let add = |stats: &mut SiteStats, r: &[f32]| match counted {
-                true => stats.add_weighted(&seen, r),
-                false => stats.add_gram(&seen, r),
-            };
-            match (&r, share > 0.0) {
-                (None, false) => stats.add(&seen),
-                (Some(r), false) => add(stats, r),
-                (r, true) => {
-                    let ones = vec![1.0; seen.len() / stats.width()];
-                    let scaled = |by: f32| r.as_ref().unwrap_or(&ones).iter().map(|r| r * by).collect::<Vec<_>>();
-                    add(stats, &scaled(1.0 - share));
-                    let full: Vec<f32> = seen.iter().zip(&drift).map(|(x, d)| x + d).collect();
-                    stats.add_gram(&full, &scaled(share));
-                }
+            match (weights, share > 0.0) {
+                (None, false) => stats.add_parts(&parts.iter().map(|part| part.seen).collect::<Vec<_>>()),
+                (_, full) => parts.iter().for_each(|part| {
+                    let ones = vec![1.0; part.seen.len() / stats.width()];
+                    let scaled = |by: f32| part.weights.unwrap_or(&ones).iter().map(|r| r * by).collect::<Vec<_>>();
+                    match counted {
+                        true => stats.add_weighted(part.seen, &scaled(1.0 - share)),
+                        false => stats.add_gram(part.seen, &scaled(1.0 - share)),
+                    }
+                    if full {
+                        let x: Vec<f32> = part.seen.iter().zip(part.drift).map(|(x, d)| x + d).collect();
+                        stats.add_gram(&x, &scaled(share));
+                    }
+                }),
             }
-            if counted && ranged.is_none() {
+            if counted && !ranged {
                 self.largest = stats.abs_max().iter().fold(self.largest, |most, &v| most.max(v));
             }
             if let Some(cross) = cross {
-                cross.add(&Drift { seen: &seen, drift: &drift, residual: &residual, weights: r.as_deref() });
+                cross.add(&parts);
             }
         }
     }
@@ -148,20 +151,6 @@ impl Seen {
             held.map(|held| Moments::of(held, &self.observation, centred)),
         )
     }
-}
-
-/// `parts` one after the other, copied by all threads. Each goes as it is copied: at a wide site they are what memory is full of.
-fn joined(parts: Vec<Vec<f32>>) -> Vec<f32> {
-    let mut all = vec![0.0; parts.iter().map(Vec::len).sum()];
-    let mut rest = &mut all[..];
-    let mut places = Vec::with_capacity(parts.len());
-    for part in parts {
-        let place;
-        (place, rest) = rest.split_at_mut(part.len());
-        places.push((place, part));
-    }
-    places.into_par_iter().for_each(|(place, part)| place.copy_from_slice(&part));
-    all
 }
 
 impl Moments {
@@ -233,7 +222,7 @@ mod tests {
         let glimpse = || Glimpse { seen: vec![9.0, -40.0, 1.0, -2.0], drift: Vec::new(), residual: Vec::new() };
         let largest = |tokens| {
             let mut seen = Seen::new(Observation { tokens, ..Observation::default() }, 2, 0, 1);
-            seen.add(0, vec![glimpse()], Some(&[vec![0.0, 2.0]]));
+            seen.add(0, &[glimpse()], Some(&[vec![0.0, 2.0]]));
             seen.largest()
         };
         assert_eq!([TokenWeights::NoSinks, TokenWeights::First].map(largest), [2.0, 40.0]);

@@ -227,7 +227,7 @@ mod tests {
     fn moments(shift: TargetShift, glimpses: &[Glimpse], centred: bool) -> (Moments, Moments) {
         let observation = Observation { shift, ..Observation::default() };
         let mut seen = Seen::new(observation, N, ROWS, glimpses.len());
-        seen.add(0, glimpses.to_vec(), None);
+        seen.add(0, glimpses, None);
         let (learnt, held) = seen.moments(centred);
         (learnt, held.unwrap())
     }
@@ -327,7 +327,7 @@ mod tests {
             let mut one = Seen::new(Observation { full_share: 1e-9, ..Observation::default() }, N, ROWS, 16);
             let mut whole = glimpses.clone();
             whole.iter_mut().for_each(|g| g.residual.clear());
-            one.add(0, whole, None);
+            one.add(0, &whole, None);
             let (one, none) = one.moments(centred);
             assert!(none.is_none());
             let near = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);

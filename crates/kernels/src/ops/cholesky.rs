@@ -5,6 +5,8 @@
 //! shared among threads, but each entry is folded in one order, so L is the same bits at any thread count.
 
 use super::matrix::{View, ViewMut, gemm};
+use crate::Level;
+use crate::level::at_level;
 use rayon::prelude::*;
 
 /// Columns of a block: large enough for the product, small enough that the serial diagonal costs little.
@@ -27,17 +29,19 @@ pub fn cholesky(a: &mut [f64], n: usize) -> bool {
             return false;
         }
         let (above, below) = a.split_at_mut(end * n);
-        below.par_chunks_mut(n).for_each(|row| {
-            for j in start..end {
-                let l = &above[j * n..(j + 1) * n];
-                let sum: f64 = row[start..j].iter().zip(&l[start..j]).map(|(x, y)| x * y).sum();
-                row[j] = (row[j] - sum) / l[j];
+        let columns: Vec<f64> =
+            (0..width * width).map(|i| above[(start + i % width) * n + start + i / width]).collect();
+        let rows = n - end;
+        // The panel is read by every band while its rows are being written.
+        panel.resize(rows * width, 0.0);
+        let chunks = below.par_chunks_mut(BAND * n).zip(panel.par_chunks_mut((BAND * width).max(1)));
+        chunks.for_each(|(below, panel)| {
+            for (row, panel) in below.chunks_exact_mut(n).zip(panel.chunks_exact_mut(width)) {
+                let row = &mut row[start..end];
+                eliminate(Level::best(), row, &columns);
+                panel.copy_from_slice(row);
             }
         });
-        // The panel is read by every band while its rows are being written.
-        panel.clear();
-        below.chunks_exact(n).for_each(|row| panel.extend_from_slice(&row[start..end]));
-        let rows = n - end;
         below.par_chunks_mut(BAND * n).enumerate().for_each(|(i, band)| {
             let (first, height) = (i * BAND, band.len() / n);
             let own = View::new(&panel[first * width..], height, width, width);
@@ -47,6 +51,23 @@ pub fn cholesky(a: &mut [f64], n: usize) -> bool {
         });
     }
     true
+}
+
+/// Replaces a row by x with L·x = row, for the columns of a lower triangular L, `[width, width]`.
+fn eliminate(level: Level, row: &mut [f64], columns: &[f64]) {
+    at_level!(level, eliminated, (row: &mut [f64], columns: &[f64]));
+}
+
+#[inline(always)]
+fn eliminated(row: &mut [f64], columns: &[f64]) {
+    let width = row.len();
+    for (j, l) in columns.chunks_exact(width).enumerate() {
+        let (x, rest) = row[j..].split_at_mut(1);
+        x[0] /= l[j];
+        for (r, l) in rest.iter_mut().zip(&l[j + 1..]) {
+            *r -= x[0] * l;
+        }
+    }
 }
 
 /// Factors the block `[start, end)` on the diagonal, one column after another.
@@ -104,6 +125,24 @@ mod tests {
             let mut a = positive(n);
             a[at * n + at] = value;
             assert!(!cholesky(&mut a, n));
+        }
+    }
+
+    #[test]
+    fn every_level_eliminates_alike() {
+        for width in [1, 3, 8, 64] {
+            let (l, row) = (positive(width), (0..width).map(|i| (i as f64 * 0.7).sin()).collect::<Vec<_>>());
+            let run = |level| {
+                let mut x = row.clone();
+                eliminate(level, &mut x, &l);
+                x
+            };
+            let x = run(Level::Scalar);
+            assert!(Level::all().into_iter().all(|level| run(level) == x));
+            for i in 0..width {
+                let sum: f64 = (0..=i).map(|j| l[j * width + i] * x[j]).sum();
+                assert!((sum - row[i]).abs() < 1e-9);
+            }
         }
     }
 

@@ -135,6 +135,12 @@ impl<'a, T: Element> ViewMut<'a, T> {
         [self.rows, self.cols]
     }
 
+    /// Makes every entry `value`.
+    pub(super) fn fill(&mut self, value: T) {
+        let cols = self.cols;
+        self.data.chunks_mut(self.stride.max(1)).take(self.rows).for_each(|row| row[..cols].fill(value));
+    }
+
     /// Up to `count` entries of row `i` from column `j` on; `None` outside of the matrix.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn part(&mut self, i: usize, j: usize, count: usize) -> Option<&mut [T]> {

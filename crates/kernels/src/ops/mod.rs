@@ -1,6 +1,7 @@
 //! One file per operation.
 
 pub(crate) mod axpy;
+pub(crate) mod bfloat;
 pub(crate) mod blocks;
 pub(crate) mod brain;
 pub(crate) mod cholesky;

@@ -100,11 +100,12 @@ impl<'a> Calibrated<'a> {
 }
 
 impl Calibrated<'_> {
-    pub(super) fn flow(&self) -> Flow<'_> {
+    /// The flow at a block, which may be the `last`.
+    pub(super) fn flow(&self, last: bool) -> Flow<'_> {
         let Calibrated { spec, rope, lengths, occurrences, budget, spill, hidden, full, .. } = self;
         let (budget, full, observation, cache, rebuild) =
             (*budget, full.as_ref(), self.observation, self.cache, self.rebuild);
-        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, observation, cache, rebuild }
+        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, last, observation, cache, rebuild }
     }
 }
 

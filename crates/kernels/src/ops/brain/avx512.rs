@@ -5,9 +5,10 @@
 //! C comes from further away than they do, and is brought in once for every cut.
 
 use super::super::matrix::{View, ViewMut};
-use super::{Brained, LANES, row_pairs};
+use super::{Brained, LANES, Old, row_pairs};
 use crate::level::Brain;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Rows of a tile: half a panel.
 const ROWS: usize = LANES / 2;
@@ -18,16 +19,26 @@ const DEPTH: usize = 512;
 /// Pairs of a row whose products are added up before C takes them: the longer a chain of sums is, the more it rounds.
 const CHAIN: usize = 128;
 
-/// [`super::round_panel`].
+/// Columns that are fetched before they are needed: where each is far from the last, no CPU does so by itself.
+const AHEAD: usize = 16;
+
+/// [`super::round_panels`].
 pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
     // SAFETY: the token proves AVX-512 with BF16.
     unsafe {
         if matrix.has_whole_rows() {
-            along_rows(matrix, first, turned, out);
+            let panels = out.chunks_exact_mut(LANES * row_pairs(matrix.cols()));
+            panels.enumerate().for_each(|(i, out)| along_rows(matrix, first + i * LANES, turned, out));
         } else {
-            along_columns(matrix, first, out);
+            along_columns(|j| matrix.column(j), matrix.cols(), first, out);
         }
     }
+}
+
+/// [`super::round_tokens`].
+pub(super) fn round_tokens(_: Brain, tokens: &[&[f32]], first: usize, out: &mut [u32]) {
+    // SAFETY: the token proves AVX-512 with BF16.
+    unsafe { along_columns(|j| tokens[j], tokens.len(), first, out) }
 }
 
 /// A mask of the first `count` of sixteen lanes, all of them where there are more.
@@ -65,20 +76,29 @@ fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]
 
 /// Columns lie in one piece, as those of a transpose do: two of them are laid into each other.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn along_columns(matrix: View<'_, f32>, first: usize, out: &mut [u32]) {
-    let (depth, end) = (matrix.cols(), matrix.rows().min(first + LANES));
+fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: usize, out: &mut [u32]) {
     let mut order = [0u16; 2 * LANES];
     for i in 0..LANES {
         (order[2 * i], order[2 * i + 1]) = (i as u16, (LANES + i) as u16);
     }
     // SAFETY: 64 bytes are there, and the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
-    for (p, out) in out.chunks_exact_mut(LANES).enumerate() {
-        let low = if 2 * p < depth { load(&matrix.column(2 * p)[first..end]) } else { _mm512_setzero_ps() };
-        let high = if 2 * p + 1 < depth { load(&matrix.column(2 * p + 1)[first..end]) } else { _mm512_setzero_ps() };
-        let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(high, low)));
-        // SAFETY: 64 bytes are there, and the store needs no alignment.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+    let per_panel = LANES * row_pairs(depth);
+    for p in 0..row_pairs(depth) {
+        let side = |j: usize| if j < depth { &column(j)[first..] } else { &[] };
+        let (low, high) = (side(2 * p), side(2 * p + 1));
+        for (i, panel) in out.chunks_exact_mut(per_panel).enumerate() {
+            let of = |side: &[f32]| load(&side[side.len().min(i * LANES)..]);
+            for ahead in [2 * p + AHEAD, 2 * p + AHEAD + 1] {
+                if let Some(line) = side(ahead).get(i * LANES) {
+                    _mm_prefetch::<_MM_HINT_T0>((&raw const *line).cast());
+                }
+            }
+            let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(of(high), of(low))));
+            let out = &mut panel[p * LANES..][..LANES];
+            // SAFETY: 64 bytes are there, and the store needs no alignment.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+        }
     }
 }
 
@@ -128,46 +148,77 @@ pub(super) fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     turned
 }
 
-/// [`super::brain_gemm`].
-pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
+/// [`super::multiply`].
+pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
     // SAFETY: the token proves AVX-512 with BF16.
-    unsafe { blocks(a, b, c) }
+    unsafe { blocks(a, b, (old, diagonal), c) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn blocks(a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
-    let (pairs, stride) = (a.depth.div_ceil(2), row_pairs(a.depth));
+fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
+    let pairs = a.depth.div_ceil(2);
     for from in (0..pairs).step_by(DEPTH) {
         let deep = from..pairs.min(from + DEPTH);
         for col in (0..b.rows).step_by(PANELS * LANES) {
-            for row in (0..a.rows).step_by(ROWS) {
+            // Rows above are asked for none of these columns.
+            let top = col.saturating_sub(diagonal) / ROWS * ROWS;
+            let tiles = a.rows.saturating_sub(top).div_ceil(ROWS);
+            for (i, row) in (top..a.rows).step_by(ROWS).enumerate() {
+                fetch(b, col / LANES + PANELS, &deep, (i, tiles));
                 for begin in deep.clone().step_by(CHAIN) {
-                    let chain = begin..deep.end.min(begin + CHAIN);
-                    let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
-                    let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
-                    let side = &a.pairs[panel(row / LANES)];
-                    let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
-                    let at = [row, col];
-                    match left {
-                        1 => tile(side, [of(0)], at, c),
-                        2 => tile(side, [of(0), of(1)], at, c),
-                        _ => tile(side, [of(0), of(1), of(2)], at, c),
-                    }
+                    let old = if begin == 0 { old } else { Old::Counts };
+                    chain(a, b, begin..deep.end.min(begin + CHAIN), ([row, col], old), c);
                 }
             }
         }
     }
 }
 
-/// Adds the products of eight rows of a panel of A with `N` panels of B to C, from row and column `at` on.
+/// The products of the pairs `chain` of eight rows with up to three panels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], [row, col]: [usize; 2], c: &mut ViewMut<'_, f32>) {
+fn chain(
+    a: Brained<'_>,
+    b: Brained<'_>,
+    chain: Range<usize>,
+    ([row, col], old): ([usize; 2], Old),
+    c: &mut ViewMut<'_, f32>,
+) {
+    let stride = row_pairs(a.depth);
+    let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
+    let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
+    let side = &a.pairs[panel(row / LANES)];
+    let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
+    match left {
+        1 => tile(side, [of(0)], ([row, col], old), c),
+        2 => tile(side, [of(0), of(1)], ([row, col], old), c),
+        _ => tile(side, [of(0), of(1), of(2)], ([row, col], old), c),
+    }
+}
+
+/// Brings part `i` of so many `parts` of the next panels of B, which may lie far away, into the second cache.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch(b: Brained<'_>, first: usize, deep: &Range<usize>, (i, parts): (usize, usize)) {
+    let share = deep.len().div_ceil(parts);
+    let from = deep.end.min(deep.start + i * share);
+    for panel in first..(first + PANELS).min(b.rows.div_ceil(LANES)) {
+        let panel = &b.pairs[panel * row_pairs(b.depth) * LANES..];
+        for line in panel[from * LANES..deep.end.min(from + share) * LANES].chunks_exact(LANES) {
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
+    }
+}
+
+/// Adds the products of eight rows of a panel of A with `N` panels of B to C, from a row and a column on, or puts them there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     // It is here when the sums are.
     for r in 0..ROWS {
         for n in 0..N {
-            if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
+            if let (Some(c), Old::Counts) = (c.part(row + r, col + n * LANES, LANES), old) {
                 _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
             }
         }
@@ -190,10 +241,21 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], [row, col]: [usize; 2], c: &m
     for (r, sums) in sums.iter().enumerate() {
         for (n, sum) in sums.iter().enumerate() {
             if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
-                add(c, *sum);
+                match old {
+                    Old::Counts => add(c, *sum),
+                    Old::Goes => put(c, *sum),
+                }
             }
         }
     }
+}
+
+/// Makes the entries of C that there are, sixteen at most, the first sums.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn put(c: &mut [f32], sums: __m512) {
+    // SAFETY: the mask leaves out what lies beyond the slice, and the store needs no alignment.
+    unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr(), first_lanes(c.len()), sums) }
 }
 
 /// Adds the first sums to the entries of C that there are, sixteen at most.

@@ -41,6 +41,14 @@ fn products_are_sums_of_rounded_entries() {
             let left = Brained::left(brain, a_view, &mut a_pairs);
             brain_gemm(brain, left, right, &mut ViewMut::new(&mut again, m, n, n));
             assert_eq!(again, c, "a left side gives the same bits");
+            let (left, right, mut again) = (Panels::left(brain, a_view), Panels::round(brain, b_view), c0.clone());
+            brain_gemm(brain, left.matrix(), right.matrix(), &mut ViewMut::new(&mut again, m, n, n));
+            assert_eq!(again, c, "panels of one's own give the same bits");
+            let mut sums = vec![0.0; m * n];
+            brain_gemm(brain, left.matrix(), right.matrix(), &mut ViewMut::new(&mut sums, m, n, n));
+            again.fill(f32::NAN);
+            brain_product(brain, left.matrix(), right.matrix(), &mut ViewMut::new(&mut again, m, n, n));
+            assert_eq!(again, sums, "what was there is gone");
             for (i, found) in c.iter().enumerate() {
                 let terms = (0..depth).map(|k| rounded(a[i / n * depth + k]) * rounded(b[i % n * depth + k]));
                 let (sum, size) = terms.fold((f64::from(c0[i]), 1.0), |(sum, size), t| (sum + t, size + t.abs()));
@@ -51,23 +59,28 @@ fn products_are_sums_of_rounded_entries() {
 }
 
 #[test]
-fn syrk_is_the_product_and_ignores_the_thread_count() {
-    let (tokens, n) = (1500, 210);
-    let x = sample(tokens * n, 5);
-    for brain in ways() {
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let mut h = vec![0.5; n * n];
-            pool.install(|| brain_syrk(brain, &x, n, &mut h));
-            mirror(&mut h, n);
-            h
-        };
-        let h = run(1);
-        assert!([2, 3].iter().all(|&t| run(t) == h));
-        for i in 0..n {
-            for j in 0..n {
-                let sum: f64 = (0..tokens).map(|t| rounded(x[t * n + i]) * rounded(x[t * n + j])).sum::<f64>() + 0.5;
-                assert!((f64::from(h[i * n + j]) - sum).abs() < 1e-3 && h[i * n + j] == h[j * n + i], "{i} {j}");
+fn syrk_is_the_product_and_ignores_the_thread_count_and_the_parts() {
+    for (tokens, n) in [(1500, 210), (3000, 1030), (20_000, 90)] {
+        let x = sample(tokens * n, 5);
+        let halves = x.split_at(tokens / 3 * n);
+        for brain in ways() {
+            let run = |threads, parts: &[&[f32]]| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut h = vec![0.5; n * n];
+                pool.install(|| brain_syrk(brain, parts, n, &mut h));
+                mirror(&mut h, n);
+                h
+            };
+            let h = run(1, &[&x]);
+            assert!([2, 3].iter().all(|&t| run(t, &[halves.0, &[], halves.1]) == h));
+            let x: Vec<f64> = x.iter().copied().map(rounded).collect();
+            for i in (0..n).step_by(n.div_ceil(210)) {
+                for j in (0..n).step_by(n.div_ceil(100)) {
+                    let (sum, size) = (x.chunks_exact(n).map(|x| x[i] * x[j]))
+                        .fold((0.5, 1.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    let found = f64::from(h[i * n + j]);
+                    assert!((found - sum).abs() < 2e-6 * size && h[i * n + j] == h[j * n + i], "{n} {i} {j}");
+                }
             }
         }
     }

@@ -1,0 +1,64 @@
+//! f32 to bfloat16 and back, a slice at a time.
+
+use crate::Level;
+use crate::level::at_level;
+use half::bf16;
+
+/// `values` rounded to the nearest bfloat16, ties to even; NaN stays NaN.
+///
+/// # Panics
+/// When the lengths differ: a caller's bug.
+pub fn to_bfloat16(level: Level, values: &[f32], out: &mut [bf16]) {
+    assert_eq!(values.len(), out.len(), "a number for each");
+    at_level!(level, narrow, (values: &[f32], out: &mut [bf16]));
+}
+
+/// What `values` stand for, exactly.
+///
+/// # Panics
+/// When the lengths differ: a caller's bug.
+pub fn from_bfloat16(level: Level, values: &[bf16], out: &mut [f32]) {
+    assert_eq!(values.len(), out.len(), "a number for each");
+    at_level!(level, widen, (values: &[bf16], out: &mut [f32]));
+}
+
+#[inline(always)]
+fn narrow(values: &[f32], out: &mut [bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        // Half of the last place that stays, less one where that is even: a tie is carried up to an even number alone.
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let quiet = bits >> 16 | 0x40;
+        let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+        *out = bf16::from_bits(if nan { quiet } else { rounded } as u16);
+    }
+}
+
+#[inline(always)]
+fn widen(values: &[bf16], out: &mut [f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_rounds_as_half_does() {
+        // All upper halves, with lower halves about a tie and at the ends.
+        let lower = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let values: Vec<f32> =
+            (0..=0xffffu32).flat_map(|upper| lower.map(|low| f32::from_bits(upper << 16 | low))).collect();
+        let expected: Vec<u16> = values.iter().map(|&v| bf16::from_f32(v).to_bits()).collect();
+        for level in Level::all() {
+            let mut narrow = vec![bf16::ZERO; values.len()];
+            to_bfloat16(level, &values, &mut narrow);
+            assert!(narrow.iter().map(|v| v.to_bits()).eq(expected.iter().copied()));
+            let mut wide = vec![0.0; narrow.len()];
+            from_bfloat16(level, &narrow, &mut wide);
+            assert!(wide.iter().zip(&narrow).all(|(w, n)| w.to_bits() == u32::from(n.to_bits()) << 16));
+        }
+    }
+}
