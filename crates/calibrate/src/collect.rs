@@ -79,10 +79,9 @@ impl Pass<'_> {
             Ok(seen)
         };
         let batch = (BATCH_TOKENS / length).clamp(1, 64);
-        in_order(from.windows(), batch, compute, |_, mut activations: Vec<[Vec<f32>; 4]>| {
+        in_order(from.windows(), batch, compute, |_, activations: Vec<[Vec<f32>; 4]>| {
             for (i, stats) in stats.iter_mut().enumerate() {
-                let part: Vec<Vec<f32>> = activations.iter_mut().map(|a| std::mem::take(&mut a[i])).collect();
-                stats.add(&part.concat());
+                stats.add_parts(&activations.iter().map(|seen| &seen[i][..]).collect::<Vec<_>>());
             }
             Ok(())
         })?;
