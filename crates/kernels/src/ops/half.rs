@@ -170,6 +170,8 @@ mod avx512 {
 
     /// Rows that share a load of the input: as many multiply-adds under way as two units with a latency of four take.
     const ROWS: usize = 8;
+    /// Numbers of a line of the cache.
+    const LINE: usize = 32;
 
     /// [`super::scalar`]; `BF` tells bfloat16 from half precision.
     pub(super) fn strip<const BF: bool>(_: Avx512, w: &[u16], cols: usize, x: &[f32], strip: &mut Strip<'_>) {
@@ -204,13 +206,13 @@ mod avx512 {
             let mask = (0xffffu32 >> (LANES - here)) as u16;
             // SAFETY: the mask leaves out what lies beyond the slice, and the load needs no alignment.
             let x = unsafe { _mm512_maskz_loadu_ps(mask, x[at..].as_ptr()) };
+            // The rows after these, which a CPU that sees short rows does not expect, from one end to the other, as memory is
+            // fastest; beyond the matrix nothing is fetched.
+            for line in (0..N * LANES).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(N * (cols + at) + line).cast());
+            }
             for n in 0..N {
                 let w = &w[n * cols + at..][..here];
-                if at.is_multiple_of(2 * LANES) {
-                    // The rows after these, which a CPU that sees short rows does not expect; beyond the matrix nothing is
-                    // fetched.
-                    _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(N * cols).cast());
-                }
                 // SAFETY: as above.
                 let bits = unsafe { _mm256_maskz_loadu_epi16(mask, w.as_ptr().cast()) };
                 let w = if BF {

@@ -4,6 +4,9 @@
 //! it, so that a vector of input is one broadcast, sums of rows never meet, and scales of eight rows are one load. What is
 //! stored is what the codes take, `bits` per weight; only rows are padded, to eight, and columns, to [`CHUNK`].
 //!
+//! Chunks of four such blocks of rows alternate, and so do their scales: who meets one token reads all four at once, and then
+//! reads memory from one end to the other, which it gives out half as fast again as four stretches side by side.
+//!
 //! The scalar functions here define every number, in the order in which lanes fold it; a level gives the same bits.
 
 /// The instance of `$strip` for the two parts of codes of `$bits` bits.
@@ -52,9 +55,12 @@ use super::strips::Strips;
 use crate::Level;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows that lie beside each other.
 const LANES: usize = 8;
+/// Blocks of rows whose chunks alternate.
+const TOGETHER: usize = 4;
 /// Input columns that are unpacked together, and that share a scale when activations are rounded.
 pub const CHUNK: usize = 32;
 /// Blocks of [`LANES`] rows that one task computes.
@@ -108,6 +114,12 @@ impl PackedForm {
         LANES * CHUNK * self.bits as usize / 8
     }
 
+    /// The chunks of a group.
+    fn chunks_of(&self, group: usize) -> Range<usize> {
+        let len = self.group_chunks();
+        group * len..((group + 1) * len).min(self.chunks())
+    }
+
     /// Chunks that share a scale.
     fn group_chunks(&self) -> usize {
         self.group / CHUNK
@@ -119,7 +131,18 @@ impl PackedForm {
         self.blocks() * self.chunks() * self.chunk_bytes()
     }
 
-    /// Scales, and zero points where there are any, laid out `[rows / 8, groups, 8]`.
+    /// Where part `part` of the `parts` of a block lies, counted in parts.
+    fn place_of(&self, block: usize, part: usize, parts: usize) -> usize {
+        let first = block / TOGETHER * TOGETHER;
+        first * parts + part * self.together(block) + block - first
+    }
+
+    /// How many blocks alternate where `block` is one of them: fewer at the end of the matrix.
+    fn together(&self, block: usize) -> usize {
+        TOGETHER.min(self.blocks() - block / TOGETHER * TOGETHER)
+    }
+
+    /// Scales, and zero points where there are any, laid out `[rows / 32, groups, 32]`; rows that remain lie as close.
     #[must_use]
     pub fn params(&self) -> usize {
         self.blocks() * self.groups() * LANES
@@ -128,7 +151,7 @@ impl PackedForm {
     /// Where the parameters of `row` and `group` lie.
     #[must_use]
     pub fn param(&self, row: usize, group: usize) -> usize {
-        (row / LANES * self.groups() + group) * LANES + row % LANES
+        self.place_of(row / LANES, group, self.groups()) * LANES + row % LANES
     }
 
     /// Packs row-major `codes: [rows, cols]`. A code is split into what fits four bits and the rest, each of which is
@@ -139,16 +162,18 @@ impl PackedForm {
     pub fn pack(&self, codes: &[u8], out: &mut [u8]) {
         assert!(codes.len() == self.rows * self.cols && out.len() == self.code_bytes(), "packed lengths");
         let planes = planes(self.bits);
-        let (per_block, chunk_bytes) = (self.chunks() * self.chunk_bytes(), self.chunk_bytes());
-        let blocks = out.par_chunks_exact_mut(per_block).zip(codes.par_chunks(LANES * self.cols));
-        blocks.for_each(|(block, codes)| {
-            block.fill(0);
+        let (chunks, chunk_bytes) = (self.chunks(), self.chunk_bytes());
+        let pieces = out.par_chunks_mut(TOGETHER * chunks * chunk_bytes);
+        pieces.zip(codes.par_chunks(TOGETHER * LANES * self.cols)).for_each(|(piece, codes)| {
+            piece.fill(0);
+            let blocks = piece.len() / (chunks * chunk_bytes);
             for (row, codes) in codes.chunks_exact(self.cols).enumerate() {
-                for (codes, bytes) in codes.chunks(CHUNK).zip(block.chunks_exact_mut(chunk_bytes)) {
+                let own = piece.chunks_exact_mut(chunk_bytes).skip(row / LANES).step_by(blocks);
+                for (codes, bytes) in codes.chunks(CHUNK).zip(own) {
                     for (j, codes) in codes.chunks(4).enumerate() {
                         for &(bit, mask) in planes {
                             let (vector, place) = place(self.bits, j, bit);
-                            let lanes = &mut bytes[vector * 32 + row * 4..][..4];
+                            let lanes = &mut bytes[vector * 32 + row % LANES * 4..][..4];
                             lanes.iter_mut().zip(codes).for_each(|(lane, code)| *lane |= (code >> bit & mask) << place);
                         }
                     }
@@ -159,7 +184,7 @@ impl PackedForm {
 
     /// The code at `row`, `col`.
     fn code(&self, codes: &[u8], row: usize, col: usize) -> u8 {
-        let chunk = (row / LANES * self.chunks() + col / CHUNK) * self.chunk_bytes();
+        let chunk = self.place_of(row / LANES, col / CHUNK, self.chunks()) * self.chunk_bytes();
         let lane = row % LANES * 4 + col % 4;
         (0..self.bits).fold(0, |code, bit| {
             let (vector, place) = place(self.bits, col % CHUNK / 4, bit);
@@ -242,15 +267,41 @@ pub struct Packed<'a> {
     pub zeros: &'a [u8],
 }
 
-impl Packed<'_> {
+impl<'a> Packed<'a> {
     fn check(&self) {
         let form = &self.form;
         assert!(self.codes.len() == form.code_bytes() && self.scales.len() == form.params(), "packed lengths");
         assert!(self.zeros.is_empty() || self.zeros.len() == form.params(), "zero points");
     }
 
+    /// The codes of a block of rows.
+    #[inline]
+    fn block(&self, block: usize) -> Block<'a> {
+        let bytes = self.form.chunk_bytes();
+        let first = self.form.place_of(block, 0, self.form.chunks()) * bytes;
+        Block { codes: &self.codes[first..], step: self.form.together(block) * bytes, bytes }
+    }
+
     fn zero(&self, i: usize) -> f32 {
         self.zeros.get(i).map_or((1u32 << (self.form.bits - 1)) as f32, |&z| f32::from(z))
+    }
+}
+
+/// Codes of [`LANES`] rows.
+#[derive(Debug, Clone, Copy)]
+struct Block<'a> {
+    /// From its first chunk on.
+    codes: &'a [u8],
+    /// Bytes from a chunk to the next.
+    step: usize,
+    /// Bytes of a chunk.
+    bytes: usize,
+}
+
+impl<'a> Block<'a> {
+    #[inline]
+    fn chunk(&self, chunk: usize) -> &'a [u8] {
+        &self.codes[chunk * self.step..][..self.bytes]
     }
 }
 

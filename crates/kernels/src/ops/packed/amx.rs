@@ -89,11 +89,9 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(
 /// Codes of two blocks from `block` on, a byte each.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn unpack<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, block: usize, out: &mut [Codes]) {
-    let bytes = w.form.chunk_bytes();
-    let of = |block: usize| w.codes[block * out.len() * bytes..][..out.len() * bytes].chunks_exact(bytes);
-    let chunks = of(block).zip(of(block + 1));
-    for ((low, high), out) in chunks.zip(out.iter_mut()) {
-        each_vector!(unpack_vector::<LOW, HIGH>([low, high], out));
+    let codes = [w.block(block), w.block(block + 1)];
+    for (chunk, out) in out.iter_mut().enumerate() {
+        each_vector!(unpack_vector::<LOW, HIGH>(codes.map(|codes| codes.chunk(chunk)), out));
     }
 }
 

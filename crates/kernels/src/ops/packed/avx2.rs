@@ -5,7 +5,7 @@
 //! is folded in 16-bit lanes and widened once. Codes wider than four bits are two such sums.
 
 use super::super::strips::Strip;
-use super::{CHUNK, LANES, Packed, Rounded, Scales};
+use super::{Block, CHUNK, LANES, Packed, Rounded, Scales};
 use crate::level::Avx2;
 use std::arch::x86_64::*;
 
@@ -104,27 +104,25 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     token: usize,
     block: usize,
 ) -> [[f32; LANES]; T] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
-    let codes = &w.codes[block * chunks * bytes..][..chunks * bytes];
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
     let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
     let mut y = [_mm256_setzero_ps(); T];
-    for (group, codes) in codes.chunks(per_group * bytes).enumerate() {
+    for group in 0..groups {
         let mut sum = [_mm256_setzero_ps(); T];
-        for (c, codes) in codes.chunks_exact(bytes).enumerate() {
-            let chunk = group * per_group + c;
+        for chunk in w.form.chunks_of(group) {
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let dots = chunk_int8::<LOW, HIGH, T>(codes, inputs);
+            let dots = chunk_int8::<LOW, HIGH, T>(codes.chunk(chunk), inputs);
             for t in 0..T {
                 sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), _mm256_set1_ps(scales[t][chunk]), sum[t]);
             }
         }
-        let (scale, zero) = params(w, (block * groups + group) * LANES);
+        let (scale, zero) = params(w, w.form.param(block * LANES, group));
         for t in 0..T {
             let centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(sums[(token + t) * groups + group]), sum[t]);
             y[t] = _mm256_fmadd_ps(centred, scale, y[t]);
@@ -184,27 +182,26 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[[f32; LANES]; T]; N] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
-    let codes: [&[u8]; N] = std::array::from_fn(|n| &w.codes[(block + n) * chunks * bytes..][..chunks * bytes]);
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
     let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
     let mut y = [[_mm256_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm256_setzero_ps(); T]; N];
-        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+        for chunk in w.form.chunks_of(group) {
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [&codes[0][chunk * bytes..][..bytes]; N];
+            let mut these = [codes[0].chunk(chunk); N];
             for n in 1..N {
-                these[n] = &codes[n][chunk * bytes..][..bytes];
+                these[n] = codes[n].chunk(chunk);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
         for n in 0..N {
-            let (scale, zero) = params(w, ((block + n) * groups + group) * LANES);
+            let (scale, zero) = params(w, w.form.param((block + n) * LANES, group));
             for t in 0..T {
                 let total = _mm256_set1_ps(sums[(token + t) * groups + group]);
                 y[n][t] = _mm256_fmadd_ps(_mm256_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);

@@ -6,7 +6,7 @@
 //! The inner functions use no closures: what takes one is compiled for less, and would call it.
 
 use super::super::strips::Strip;
-use super::{CHUNK, LANES, Packed, Rounded, avx2};
+use super::{Block, CHUNK, LANES, Packed, Rounded, avx2};
 use crate::level::Avx512;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -124,22 +124,22 @@ fn put<const T: usize, const N: usize>(y: [[__m512; T]; N], [token, block]: [usi
 }
 
 /// Codes of the `N` pairs from `block` on, each block by itself.
-fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[&'a [u8]; 2]; N] {
-    let bytes = w.form.chunks() * w.form.chunk_bytes();
-    let of = |block: usize| &w.codes[block * bytes..][..bytes];
-    std::array::from_fn(|n| [of(block + 2 * n), of(block + 2 * n + 1)])
+fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[Block<'a>; 2]; N] {
+    std::array::from_fn(|n| [w.block(block + 2 * n), w.block(block + 2 * n + 1)])
 }
 
-/// Has the chunks that are met `ahead` bytes later, by the next blocks, come into the second cache: one token waits for
-/// nothing but memory, and each block is too short for the CPU to see that.
+/// Bytes that are fetched before they are needed: one token waits for nothing but memory.
+const AHEAD: usize = 1 << 14;
+
+/// Has what lies [`AHEAD`] of these chunks come into the second cache.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
+fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N]) {
     for pair in codes {
         for codes in pair {
             for line in codes.chunks(64) {
                 // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
-                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(ahead).cast());
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD).cast());
             }
         }
     }
@@ -154,8 +154,7 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
@@ -163,17 +162,17 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let mut y = [[_mm512_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
-        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+        for chunk in w.form.chunks_of(group) {
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [[&codes[0][0][..0]; 2]; N];
+            let mut these = [[codes[0][0].chunk(chunk); 2]; N];
             for n in 0..N {
-                these[n] = [&codes[n][0][chunk * bytes..][..bytes], &codes[n][1][chunk * bytes..][..bytes]];
+                these[n] = [codes[n][0].chunk(chunk), codes[n][1].chunk(chunk)];
             }
             if T == 1 {
-                fetch_ahead(&these, N * 2 * chunks * bytes);
+                fetch_ahead(&these);
             }
             let mut dots = [[_mm512_setzero_si512(); T]; N];
             each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
@@ -261,10 +260,9 @@ fn batch_full<const LOW: u32, const HIGH: u32>(
 /// Codes of the chunks `which` of two blocks as numbers, a register for each column.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx2")]
-fn unpack<const LOW: u32, const HIGH: u32>(codes: [&[u8]; 2], which: Range<usize>, out: &mut [__m512]) {
-    let bytes = 32 * (LOW + HIGH) as usize;
+fn unpack<const LOW: u32, const HIGH: u32>(codes: [Block<'_>; 2], which: Range<usize>, out: &mut [__m512]) {
     for (chunk, out) in which.zip(out.as_chunks_mut::<CHUNK>().0) {
-        let codes = [&codes[0][chunk * bytes..][..bytes], &codes[1][chunk * bytes..][..bytes]];
+        let codes = codes.map(|codes| codes.chunk(chunk));
         each_vector!(unpack_vector::<LOW, HIGH>(codes, out));
     }
 }
@@ -305,25 +303,24 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.as_chunks::<CHUNK>().0;
     let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
     let mut y = [[_mm512_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
-        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+        for chunk in w.form.chunks_of(group) {
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [[&codes[0][0][..0]; 2]; N];
+            let mut these = [[codes[0][0].chunk(chunk); 2]; N];
             for n in 0..N {
-                these[n] = [&codes[n][0][chunk * bytes..][..bytes], &codes[n][1][chunk * bytes..][..bytes]];
+                these[n] = [codes[n][0].chunk(chunk), codes[n][1].chunk(chunk)];
             }
             if T == 1 {
-                fetch_ahead(&these, N * 2 * chunks * bytes);
+                fetch_ahead(&these);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
@@ -415,8 +412,8 @@ fn load(bytes: [&[u8]; 2], i: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
 pub(super) fn params(w: &Packed<'_>, block: usize, group: usize) -> (__m512, __m512) {
-    let at = (block * w.form.groups() + group) * LANES;
-    let ((scale, zero), (scales, zeros)) = (avx2::params(w, at), avx2::params(w, at + w.form.groups() * LANES));
+    let of = |block: usize| avx2::params(w, w.form.param(block * LANES, group));
+    let ((scale, zero), (scales, zeros)) = (of(block), of(block + 1));
     let scale = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scale), scales);
     (scale, _mm512_insertf32x8::<1>(_mm512_castps256_ps512(zero), zeros))
 }

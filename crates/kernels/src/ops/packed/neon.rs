@@ -9,7 +9,7 @@
 //! such sums.
 
 use super::super::strips::Strip;
-use super::{CHUNK, LANES, Packed, ROUNDER, Rounded, Scales};
+use super::{Block, CHUNK, LANES, Packed, ROUNDER, Rounded, Scales};
 use crate::level::{Dot, Neon};
 use std::arch::{aarch64::*, asm};
 
@@ -186,25 +186,23 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [Rows; T] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
-    let codes = &w.codes[block * chunks * bytes..][..chunks * bytes];
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
     let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
     let mut y = [[vdupq_n_f32(0.0); 2]; T];
-    for (group, codes) in codes.chunks(per_group * bytes).enumerate() {
+    for group in 0..groups {
         let mut sum = [[vdupq_n_f32(0.0); 2]; T];
-        for (c, codes) in codes.chunks_exact(bytes).enumerate() {
-            let chunk = group * per_group + c;
-            let dots = fold.chunk::<LOW, HIGH, T>(codes, std::array::from_fn(|t| &values[t][chunk]));
+        for chunk in w.form.chunks_of(group) {
+            let dots = fold.chunk::<LOW, HIGH, T>(codes.chunk(chunk), std::array::from_fn(|t| &values[t][chunk]));
             for t in 0..T {
                 for half in 0..2 {
                     sum[t][half] = vfmaq_n_f32(sum[t][half], vcvtq_f32_s32(dots[t][half]), scales[t][chunk]);
                 }
             }
         }
-        let params = params(w, (block * groups + group) * LANES);
+        let params = params(w, w.form.param(block * LANES, group));
         for t in 0..T {
             y[t] = add_group(y[t], sum[t], sums[(token + t) * groups + group], params);
         }
@@ -345,21 +343,20 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[Rows; T]; N] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
-    let codes: [&[u8]; N] = std::array::from_fn(|n| &w.codes[(block + n) * chunks * bytes..][..chunks * bytes]);
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
     let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
     let mut y = [[[vdupq_n_f32(0.0); 2]; T]; N];
     for group in 0..groups {
         let mut sum = [[[vdupq_n_f32(0.0); 2]; T]; N];
-        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+        for chunk in w.form.chunks_of(group) {
             let inputs: [&[f32; CHUNK]; T] = std::array::from_fn(|t| &values[t][chunk]);
-            let these: [&[u8]; N] = std::array::from_fn(|n| &codes[n][chunk * bytes..][..bytes]);
+            let these: [&[u8]; N] = std::array::from_fn(|n| codes[n].chunk(chunk));
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
         for n in 0..N {
-            let params = params(w, ((block + n) * groups + group) * LANES);
+            let params = params(w, w.form.param((block + n) * LANES, group));
             for t in 0..T {
                 y[n][t] = add_group(y[n][t], sum[n][t], sums[(token + t) * groups + group], params);
             }

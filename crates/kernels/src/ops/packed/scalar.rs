@@ -6,10 +6,10 @@ use super::{CHUNK, Packed, Rounded};
 /// With rounded activations: integers within a chunk, then one multiply-add a chunk, and one a group.
 pub(super) fn int8(w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
     let form = &w.form;
-    let (chunks, per_group) = (form.chunks(), form.group_chunks());
+    let chunks = form.chunks();
     each(w, sums, strip, |token, row, group| {
         let mut sum = 0.0f32;
-        for chunk in group * per_group..((group + 1) * per_group).min(chunks) {
+        for chunk in w.form.chunks_of(group) {
             let values = &x.values[(token * chunks + chunk) * CHUNK..][..CHUNK];
             let dot: i32 =
                 (0..CHUNK).map(|i| i32::from(form.code(w.codes, row, chunk * CHUNK + i)) * i32::from(values[i])).sum();
