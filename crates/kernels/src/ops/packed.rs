@@ -279,7 +279,8 @@ impl<'a> Packed<'a> {
     fn block(&self, block: usize) -> Block<'a> {
         let bytes = self.form.chunk_bytes();
         let first = self.form.place_of(block, 0, self.form.chunks()) * bytes;
-        Block { codes: &self.codes[first..], step: self.form.together(block) * bytes, bytes }
+        let (together, param) = (self.form.together(block), self.form.param(block * LANES, 0));
+        Block { codes: &self.codes[first..], step: together * bytes, param, param_step: together * LANES }
     }
 
     fn zero(&self, i: usize) -> f32 {
@@ -294,14 +295,22 @@ struct Block<'a> {
     codes: &'a [u8],
     /// Bytes from a chunk to the next.
     step: usize,
-    /// Bytes of a chunk.
-    bytes: usize,
+    /// Where the parameters of its first group lie, and how far those of the next do from them.
+    param: usize,
+    param_step: usize,
 }
 
 impl<'a> Block<'a> {
+    /// A chunk, which begins so many bytes after the first and has `bytes`: a loop knows both for blocks that alternate.
+    #[inline(always)]
+    fn chunk(&self, at: usize, bytes: usize) -> &'a [u8] {
+        &self.codes[at..][..bytes]
+    }
+
+    /// Where the parameters of a group lie, those of [`LANES`] rows beside each other.
     #[inline]
-    fn chunk(&self, chunk: usize) -> &'a [u8] {
-        &self.codes[chunk * self.step..][..self.bytes]
+    fn param(&self, group: usize) -> usize {
+        self.param + group * self.param_step
     }
 }
 

@@ -89,9 +89,11 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(
 /// Codes of two blocks from `block` on, a byte each.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn unpack<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, block: usize, out: &mut [Codes]) {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let codes = [w.block(block), w.block(block + 1)];
     for (chunk, out) in out.iter_mut().enumerate() {
-        each_vector!(unpack_vector::<LOW, HIGH>(codes.map(|codes| codes.chunk(chunk)), out));
+        let at = chunk * codes[0].step;
+        each_vector!(unpack_vector::<LOW, HIGH>(codes.map(|codes| codes.chunk(at, bytes)), out));
     }
 }
 
@@ -128,7 +130,7 @@ fn tile(
     codes: &[Codes],
     totals: &[[f32; SIDE]],
 ) -> [[f32; SIDE]; SIDE] {
-    let per_group = w.form.group_chunks();
+    let (per_group, blocks) = (w.form.group_chunks(), [w.block(block), w.block(block + 1)]);
     let mut dots = Dots([[0; SIDE]; SIDE]);
     let mut y = [_mm512_setzero_ps(); SIDE];
     for (group, (inputs, codes)) in inputs.chunks(per_group).zip(codes.chunks(per_group)).enumerate() {
@@ -141,7 +143,7 @@ fn tile(
                 *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(*scale), *sum);
             }
         }
-        let (scale, zero) = params(w, block, group);
+        let (scale, zero) = params(w, blocks, group);
         for t in 0..SIDE {
             let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[group][t]), sum[t]);
             y[t] = _mm512_fmadd_ps(centred, scale, y[t]);

@@ -104,6 +104,7 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     token: usize,
     block: usize,
 ) -> [[f32; LANES]; T] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
@@ -113,16 +114,17 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     for group in 0..groups {
         let mut sum = [_mm256_setzero_ps(); T];
         for chunk in w.form.chunks_of(group) {
+            let at = chunk * codes.step;
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let dots = chunk_int8::<LOW, HIGH, T>(codes.chunk(chunk), inputs);
+            let dots = chunk_int8::<LOW, HIGH, T>(codes.chunk(at, bytes), inputs);
             for t in 0..T {
                 sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), _mm256_set1_ps(scales[t][chunk]), sum[t]);
             }
         }
-        let (scale, zero) = params(w, w.form.param(block * LANES, group));
+        let (scale, zero) = params(w, codes.param(group));
         for t in 0..T {
             let centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(sums[(token + t) * groups + group]), sum[t]);
             y[t] = _mm256_fmadd_ps(centred, scale, y[t]);
@@ -182,6 +184,7 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[[f32; LANES]; T]; N] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
@@ -194,14 +197,14 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [codes[0].chunk(chunk); N];
+            let mut these = [codes[0].chunk(chunk * codes[0].step, bytes); N];
             for n in 1..N {
-                these[n] = codes[n].chunk(chunk);
+                these[n] = codes[n].chunk(chunk * codes[n].step, bytes);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
         for n in 0..N {
-            let (scale, zero) = params(w, w.form.param((block + n) * LANES, group));
+            let (scale, zero) = params(w, codes[n].param(group));
             for t in 0..T {
                 let total = _mm256_set1_ps(sums[(token + t) * groups + group]);
                 y[n][t] = _mm256_fmadd_ps(_mm256_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);

@@ -123,23 +123,25 @@ fn put<const T: usize, const N: usize>(y: [[__m512; T]; N], [token, block]: [usi
     }
 }
 
-/// Codes of the `N` pairs from `block` on, each block by itself.
+/// Codes of the `N` pairs from `block` on, each block by itself, and all with one step: strips begin with blocks that alternate.
 fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[Block<'a>; 2]; N] {
-    std::array::from_fn(|n| [w.block(block + 2 * n), w.block(block + 2 * n + 1)])
+    let codes: [[Block<'a>; 2]; N] = std::array::from_fn(|n| [w.block(block + 2 * n), w.block(block + 2 * n + 1)]);
+    debug_assert!(codes.iter().flatten().all(|block| block.step == codes[0][0].step), "blocks that alternate alike");
+    codes
 }
 
-/// Bytes that are fetched before they are needed: one token waits for nothing but memory.
+/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a part of the second cache.
 const AHEAD: usize = 1 << 14;
 
-/// Has what lies [`AHEAD`] of these chunks come into the second cache.
+/// Has what is met `ahead` bytes later come into the second cache: one token waits for nothing but memory.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N]) {
+fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
     for pair in codes {
         for codes in pair {
             for line in codes.chunks(64) {
                 // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
-                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(ahead).cast());
             }
         }
     }
@@ -154,6 +156,7 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.values.as_chunks::<CHUNK>().0;
@@ -163,16 +166,17 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
         for chunk in w.form.chunks_of(group) {
+            let at = chunk * codes[0][0].step;
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [[codes[0][0].chunk(chunk); 2]; N];
+            let mut these = [[codes[0][0].chunk(at, bytes); 2]; N];
             for n in 0..N {
-                these[n] = [codes[n][0].chunk(chunk), codes[n][1].chunk(chunk)];
+                these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
             }
             if T == 1 {
-                fetch_ahead(&these);
+                fetch_ahead(&these, AHEAD);
             }
             let mut dots = [[_mm512_setzero_si512(); T]; N];
             each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
@@ -184,7 +188,7 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             }
         }
         for n in 0..N {
-            let (scale, zero) = params(w, block + 2 * n, group);
+            let (scale, zero) = params(w, codes[n], group);
             for t in 0..T {
                 let total = _mm512_set1_ps(sums[(token + t) * groups + group]);
                 y[n][t] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);
@@ -245,7 +249,7 @@ fn batch_full<const LOW: u32, const HIGH: u32>(
             }
             from = to;
         }
-        let (scale, zero) = params(w, block, group);
+        let (scale, zero) = params(w, codes, group);
         for t in 0..count {
             let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[(token + t) * groups + group]), sum[t]);
             y[t] = _mm512_fmadd_ps(centred, scale, y[t]);
@@ -261,8 +265,10 @@ fn batch_full<const LOW: u32, const HIGH: u32>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx2")]
 fn unpack<const LOW: u32, const HIGH: u32>(codes: [Block<'_>; 2], which: Range<usize>, out: &mut [__m512]) {
+    let bytes = 32 * (LOW + HIGH) as usize;
     for (chunk, out) in which.zip(out.as_chunks_mut::<CHUNK>().0) {
-        let codes = codes.map(|codes| codes.chunk(chunk));
+        let at = chunk * codes[0].step;
+        let codes = codes.map(|codes| codes.chunk(at, bytes));
         each_vector!(unpack_vector::<LOW, HIGH>(codes, out));
     }
 }
@@ -303,6 +309,7 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.as_chunks::<CHUNK>().0;
@@ -311,21 +318,23 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
         for chunk in w.form.chunks_of(group) {
+            let at = chunk * codes[0][0].step;
             let mut inputs = [&values[0][chunk]; T];
             for t in 1..T {
                 inputs[t] = &values[t][chunk];
             }
-            let mut these = [[codes[0][0].chunk(chunk); 2]; N];
+            let mut these = [[codes[0][0].chunk(at, bytes); 2]; N];
             for n in 0..N {
-                these[n] = [codes[n][0].chunk(chunk), codes[n][1].chunk(chunk)];
+                these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
             }
             if T == 1 {
-                fetch_ahead(&these);
+                // The same chunks of the next blocks, since these are more than those that alternate.
+                fetch_ahead(&these, N * 2 * chunks * bytes);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
         for n in 0..N {
-            let (scale, zero) = params(w, block + 2 * n, group);
+            let (scale, zero) = params(w, codes[n], group);
             for t in 0..T {
                 let total = _mm512_set1_ps(sums[(token + t) * groups + group]);
                 y[n][t] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);
@@ -411,9 +420,9 @@ fn load(bytes: [&[u8]; 2], i: usize) -> __m512i {
 /// Scales and zero points of the rows of two blocks.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
-pub(super) fn params(w: &Packed<'_>, block: usize, group: usize) -> (__m512, __m512) {
-    let of = |block: usize| avx2::params(w, w.form.param(block * LANES, group));
-    let ((scale, zero), (scales, zeros)) = (of(block), of(block + 1));
+pub(super) fn params(w: &Packed<'_>, blocks: [Block<'_>; 2], group: usize) -> (__m512, __m512) {
+    let [low, high] = blocks;
+    let ((scale, zero), (scales, zeros)) = (avx2::params(w, low.param(group)), avx2::params(w, high.param(group)));
     let scale = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scale), scales);
     (scale, _mm512_insertf32x8::<1>(_mm512_castps256_ps512(zero), zeros))
 }

@@ -186,6 +186,7 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [Rows; T] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
@@ -195,14 +196,15 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     for group in 0..groups {
         let mut sum = [[vdupq_n_f32(0.0); 2]; T];
         for chunk in w.form.chunks_of(group) {
-            let dots = fold.chunk::<LOW, HIGH, T>(codes.chunk(chunk), std::array::from_fn(|t| &values[t][chunk]));
+            let at = chunk * codes.step;
+            let dots = fold.chunk::<LOW, HIGH, T>(codes.chunk(at, bytes), std::array::from_fn(|t| &values[t][chunk]));
             for t in 0..T {
                 for half in 0..2 {
                     sum[t][half] = vfmaq_n_f32(sum[t][half], vcvtq_f32_s32(dots[t][half]), scales[t][chunk]);
                 }
             }
         }
-        let params = params(w, w.form.param(block * LANES, group));
+        let params = params(w, codes.param(group));
         for t in 0..T {
             y[t] = add_group(y[t], sum[t], sums[(token + t) * groups + group], params);
         }
@@ -343,6 +345,7 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     sums: &[f32],
     [token, block]: [usize; 2],
 ) -> [[Rows; T]; N] {
+    let bytes = 32 * (LOW + HIGH) as usize;
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
@@ -352,11 +355,11 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
         let mut sum = [[[vdupq_n_f32(0.0); 2]; T]; N];
         for chunk in w.form.chunks_of(group) {
             let inputs: [&[f32; CHUNK]; T] = std::array::from_fn(|t| &values[t][chunk]);
-            let these: [&[u8]; N] = std::array::from_fn(|n| codes[n].chunk(chunk));
+            let these: [&[u8]; N] = std::array::from_fn(|n| codes[n].chunk(chunk * codes[n].step, bytes));
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
         for n in 0..N {
-            let params = params(w, w.form.param((block + n) * LANES, group));
+            let params = params(w, codes[n].param(group));
             for t in 0..T {
                 y[n][t] = add_group(y[n][t], sum[n][t], sums[(token + t) * groups + group], params);
             }
