@@ -238,7 +238,10 @@ fn multiply(brain: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old,
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    brain.never()
+    {
+        let _ = diagonal;
+        brain.never()
+    }
 }
 
 /// Entries that are rounded at a time, where that is more than the tokens of [`TOKENS`]: 4 MB.
