@@ -1,6 +1,6 @@
 //! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
 
-use crate::stats::add_columns;
+use crate::stats::{TOKENS, add_columns};
 use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -68,13 +68,13 @@ impl CrossStats {
         };
         self.weight += parts.iter().map(weight).sum::<f64>();
         let add = |what: fn(&Drift<'a>) -> &'a [f32], rows: usize, out: &mut [f32], sums: &mut [f64]| {
-            match self.brain {
-                Some(brain) => {
-                    let a: Vec<&[f32]> = parts.iter().flat_map(|part| what(part).chunks_exact(rows)).collect();
-                    let b: Vec<&[f32]> = seen.iter().flat_map(|seen| seen.chunks_exact(n)).collect();
-                    brain_product(brain, (&a, rows), (&b, n), out);
+            let a: Vec<&[f32]> = parts.iter().flat_map(|part| what(part).chunks_exact(rows)).collect();
+            let b: Vec<&[f32]> = seen.iter().flat_map(|seen| seen.chunks_exact(n)).collect();
+            for (a, b) in a.chunks(TOKENS).zip(b.chunks(TOKENS)) {
+                match self.brain {
+                    Some(brain) => brain_product(brain, (a, rows), (b, n), out),
+                    None => product(&a.concat(), rows, &b.concat(), n, out),
                 }
-                None => parts.iter().zip(&seen).for_each(|(part, seen)| product(what(part), rows, seen, n, out)),
             }
             add_columns(sums, &parts.iter().map(|part| (what(part), part.weights)).collect::<Vec<_>>());
         };
@@ -122,22 +122,15 @@ fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
     });
 }
 
-/// Tokens that are rounded at a time.
-const TOKENS: usize = 1024;
-
 /// [`product`] of tokens that are rounded to bfloat16 and may lie anywhere, of `rows` and of `n` entries.
 fn brain_product(brain: Brain, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
-    let (mut left, mut right) = (Vec::new(), Vec::new());
-    for (a, b) in a.chunks(TOKENS).zip(b.chunks(TOKENS)) {
-        left.resize(Brained::pairs(rows, a.len()), 0);
-        right.resize(Brained::pairs(n, b.len()), 0);
-        let (a, b) = (Brained::tokens(brain, a, rows, &mut left), Brained::tokens(brain, b, n, &mut right));
-        out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
-            let height = out.len() / n;
-            let a = a.between(band * BAND, band * BAND + height);
-            brain_gemm(brain, a, b, &mut ViewMut::new(out, height, n, n));
-        });
-    }
+    let (mut left, mut right) = (vec![0; Brained::pairs(rows, a.len())], vec![0; Brained::pairs(n, b.len())]);
+    let (a, b) = (Brained::tokens(brain, a, rows, &mut left), Brained::tokens(brain, b, n, &mut right));
+    out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
+        let height = out.len() / n;
+        let a = a.between(band * BAND, band * BAND + height);
+        brain_gemm(brain, a, b, &mut ViewMut::new(out, height, n, n));
+    });
 }
 
 #[cfg(test)]

@@ -23,15 +23,17 @@ pub struct SiteStats {
     abs_max: Vec<f32>,
 }
 
+/// Tokens that are multiplied at a time, of windows that may be short: each time all of H is gone through.
+pub(crate) const TOKENS: usize = 1024;
 /// Tokens whose columns one task adds up: as many whoever does it, so that sums are the same bits at any thread count.
-const TOKENS: usize = 256;
+const PIECE: usize = 256;
 
 /// Adds the columns of `parts`, rows as long as `sums` whose weights are 1 where there are none.
 pub(crate) fn add_columns(sums: &mut [f64], parts: &[(&[f32], Option<&[f32]>)]) {
     let n = sums.len();
     let pieces = parts.iter().flat_map(|&(x, r)| {
-        let weights = move |i: usize| r.map(|r| &r[i * TOKENS..]);
-        x.chunks(TOKENS * n).enumerate().map(move |(i, x)| (x, weights(i)))
+        let weights = move |i: usize| r.map(|r| &r[i * PIECE..]);
+        x.chunks(PIECE * n).enumerate().map(move |(i, x)| (x, weights(i)))
     });
     let of = |(x, r): (&[f32], Option<&[f32]>)| {
         let mut sums = vec![0.0f64; n];
@@ -91,26 +93,32 @@ impl SiteStats {
         }
     }
 
-    /// Adds activations whose tokens count `weights: [tokens]` times in H (the token importance of RSQ); a weight of 0
-    /// leaves a token out. Means and maxima stay unweighted.
-    pub fn add_weighted(&mut self, x: &[f32], weights: &[f32]) {
-        self.add_gram(x, weights);
-        self.add_moments(&[x]);
+    /// Adds activations, each part with `weights: [tokens]`: how many times its tokens count in H (the token importance of
+    /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted.
+    pub fn add_weighted(&mut self, parts: &[(&[f32], &[f32])]) {
+        self.add_gram(parts);
+        self.add_moments(&parts.iter().map(|&(x, _)| x).collect::<Vec<_>>());
     }
 
     /// Adds tokens to H alone, as [`SiteStats::add_weighted`] does: those of another stream, say.
-    pub fn add_gram(&mut self, x: &[f32], weights: &[f32]) {
-        let root = |(row, r): (&[f32], &f32)| row.iter().map(|v| v * r.sqrt()).collect::<Vec<_>>();
-        let scaled: Vec<f32> = x.chunks_exact(self.n).zip(weights).flat_map(root).collect();
-        self.weight += weights.iter().map(|&r| f64::from(r)).sum::<f64>();
-        self.add_products(&[&scaled]);
-        add_columns(&mut self.weighted_sum, &[(x, Some(weights))]);
+    pub fn add_gram(&mut self, parts: &[(&[f32], &[f32])]) {
+        let n = self.n;
+        let root = |&(x, r): &(&[f32], &[f32])| -> Vec<f32> {
+            x.chunks_exact(n).zip(r).flat_map(|(row, r)| row.iter().map(move |v| v * r.sqrt())).collect()
+        };
+        let scaled: Vec<Vec<f32>> = parts.par_iter().map(root).collect();
+        self.weight += parts.iter().flat_map(|(_, r)| *r).map(|&r| f64::from(r)).sum::<f64>();
+        self.add_products(&scaled.iter().map(|x| &x[..]).collect::<Vec<_>>());
+        add_columns(&mut self.weighted_sum, &parts.iter().map(|&(x, r)| (x, Some(r))).collect::<Vec<_>>());
     }
 
     fn add_products(&mut self, parts: &[&[f32]]) {
         match self.brain {
             Some(brain) => brain_syrk(brain, parts, self.n, &mut self.gram),
-            None => parts.iter().for_each(|x| syrk(x, self.n, &mut self.gram)),
+            None => {
+                let tokens: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks_exact(self.n)).collect();
+                tokens.chunks(TOKENS).for_each(|tokens| syrk(&tokens.concat(), self.n, &mut self.gram));
+            }
         }
     }
 
@@ -120,13 +128,12 @@ impl SiteStats {
         let of = |x: &[f32]| {
             let (mut sum, mut abs_sum, mut fourth) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
             let mut abs_max = vec![0.0; n];
-            let (sum_of, abs_max_of) = (&mut sum, &mut abs_max);
-            let mut moments =
-                Moments { sum: sum_of, abs_sum: &mut abs_sum, fourth_sum: &mut fourth, abs_max: abs_max_of };
+            let fourth_sum = &mut fourth;
+            let mut moments = Moments { sum: &mut sum, abs_sum: &mut abs_sum, fourth_sum, abs_max: &mut abs_max };
             add_moments(Level::best(), x, n, &mut moments);
             ([sum, abs_sum, fourth], abs_max)
         };
-        let pieces: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks(TOKENS * n)).collect();
+        let pieces: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks(PIECE * n)).collect();
         for (sums, abs_max) in pieces.into_par_iter().map(of).collect::<Vec<_>>() {
             for (all, sums) in [&mut self.sum, &mut self.abs_sum, &mut self.fourth_sum].into_iter().zip(sums) {
                 all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
@@ -270,6 +277,17 @@ mod tests {
     use crate::splitmix;
 
     #[test]
+    fn h_is_the_same_bits_however_tokens_are_parted() {
+        let (tokens, n) = (2500, 12);
+        let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
+        let (mut whole, mut parted) = (SiteStats::new(n), SiteStats::new(n));
+        whole.add(&x);
+        parted.add_parts(&x.chunks(37 * n).collect::<Vec<_>>());
+        assert_eq!(whole.hessian(), parted.hessian());
+        assert_eq!((whole.tokens(), whole.abs_max()), (parted.tokens(), parted.abs_max()));
+    }
+
+    #[test]
     fn a_weight_of_k_is_the_token_k_times() {
         // Oracle 1: weights of 1 change nothing. Oracle 13: weight k equals k copies, weight 0 none.
         let (tokens, n) = (40, 24);
@@ -277,10 +295,10 @@ mod tests {
         let (mut plain, mut ones, mut weighted, mut copied) =
             (SiteStats::new(n), SiteStats::new(n), SiteStats::new(n), SiteStats::new(n));
         plain.add(&x);
-        ones.add_weighted(&x, &vec![1.0; tokens]);
+        ones.add_weighted(&[(&x, &vec![1.0; tokens])]);
         assert_eq!(plain, ones);
         let weights: Vec<f32> = (0..tokens).map(|t| (t % 4) as f32).collect();
-        weighted.add_weighted(&x, &weights);
+        weighted.add_weighted(&[(&x, &weights)]);
         for (row, &w) in x.chunks(n).zip(&weights) {
             (0..w as usize).for_each(|_| copied.add(row));
         }

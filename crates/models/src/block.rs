@@ -339,8 +339,8 @@ impl Block {
         }
     }
 
-    /// Has dense linears and attention multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded to eight bits
-    /// of mantissa then, and products take half the time.
+    /// Has dense linears and attention multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded
+    /// to eight bits of mantissa then, and products take half the time.
     pub fn multiply_by(&mut self, brain: Option<Brain>) {
         self.brain = brain;
         let roles: Vec<Role> = self.roles().collect();
@@ -353,8 +353,8 @@ impl Block {
     /// # Errors
     /// [`Error::Tensor`] on a weight of another shape.
     pub fn prepare(&self, roles: &[Role]) -> Result<(), Error> {
-        let there = roles.iter().filter_map(|role| self.linears[role.index()?].as_ref());
-        there.into_iter().try_for_each(Linear::prepare)
+        let mut there = roles.iter().filter_map(|role| self.linears[role.index()?].as_ref());
+        there.try_for_each(Linear::prepare)
     }
 
     /// Linears whose weight is in memory as f32.

@@ -5,11 +5,12 @@
 //! contiguous f32 storage that stay on the calling rayon thread unless they are long. Rows are independent and every
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
-use crate::{Act, Pairs};
+use crate::backward::values;
+use crate::{Act, Error, Pairs};
 use bitmill_kernels::{Brain, Level, Panels, View, ViewMut, exp, gemm};
 use bitmill_scheme::Inputs;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, InplaceOp2, Layout, Result, Shape, Tensor, bail,
 };
 use rayon::prelude::*;
 use std::f64::consts::PI;
@@ -68,23 +69,20 @@ pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 /// A weight `[out, in]` rounded to bfloat16, the right side of [`brain_product`].
-pub(crate) fn right_panels(brain: Brain, weight: &Tensor) -> Result<Panels> {
+pub(crate) fn right_panels(brain: Brain, weight: &Tensor) -> std::result::Result<Panels, Error> {
     panels(weight, |weight| Panels::round(brain, weight))
 }
 
 /// An activation `[tokens, in]` rounded to bfloat16, the left side of [`brain_product`].
-pub(crate) fn left_panels(brain: Brain, x: &Tensor) -> Result<Panels> {
+pub(crate) fn left_panels(brain: Brain, x: &Tensor) -> std::result::Result<Panels, Error> {
     panels(x, |x| Panels::left(brain, x))
 }
 
-fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> Result<Panels> {
+fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> std::result::Result<Panels, Error> {
     let matrix = matrix.contiguous()?;
     let (rows, cols) = matrix.dims2()?;
-    let (storage, layout) = matrix.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => Ok(round(View::new(floats(storage, layout)?, rows, cols, cols))),
-        _ => bail!("a tensor on the CPU is needed"),
-    }
+    let panels = round(View::new(&values(&matrix)?, rows, cols, cols));
+    Ok(panels)
 }
 
 /// [`product`] of both rounded to bfloat16, with sums in f32.

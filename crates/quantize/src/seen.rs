@@ -99,18 +99,26 @@ impl Seen {
             }
             match (weights, share > 0.0) {
                 (None, false) => stats.add_parts(&parts.iter().map(|part| part.seen).collect::<Vec<_>>()),
-                (_, full) => parts.iter().for_each(|part| {
-                    let ones = vec![1.0; part.seen.len() / stats.width()];
-                    let scaled = |by: f32| part.weights.unwrap_or(&ones).iter().map(|r| r * by).collect::<Vec<_>>();
+                _ => {
+                    let scaled = |by: f32| -> Vec<Vec<f32>> {
+                        let of = |part: &Drift<'_>| match part.weights {
+                            Some(r) => r.iter().map(|r| r * by).collect(),
+                            None => vec![by; part.seen.len() / stats.width()],
+                        };
+                        parts.iter().map(of).collect()
+                    };
+                    let (own, other) = (scaled(1.0 - share), scaled(share));
+                    let seen: Vec<_> = parts.iter().zip(&own).map(|(part, r)| (part.seen, &r[..])).collect();
                     match counted {
-                        true => stats.add_weighted(part.seen, &scaled(1.0 - share)),
-                        false => stats.add_gram(part.seen, &scaled(1.0 - share)),
+                        true => stats.add_weighted(&seen),
+                        false => stats.add_gram(&seen),
                     }
-                    if full {
-                        let x: Vec<f32> = part.seen.iter().zip(part.drift).map(|(x, d)| x + d).collect();
-                        stats.add_gram(&x, &scaled(share));
+                    if share > 0.0 {
+                        let of = |part: &Drift<'_>| part.seen.iter().zip(part.drift).map(|(x, d)| x + d).collect();
+                        let full: Vec<Vec<f32>> = parts.par_iter().map(of).collect();
+                        stats.add_gram(&full.iter().zip(&other).map(|(x, r)| (&x[..], &r[..])).collect::<Vec<_>>());
                     }
-                }),
+                }
             }
             if counted && !ranged {
                 self.largest = stats.abs_max().iter().fold(self.largest, |most, &v| most.max(v));

@@ -23,7 +23,7 @@ use std::collections::VecDeque;
 
 /// Rows of a panel, and pairs of a row that make a tile.
 const LANES: usize = 16;
-/// Panels that are filled together: of a transpose, whose columns are in one piece, they take 256 bytes of each.
+/// Panels that are filled together: of a transpose, whose columns are in one piece, they take 512 bytes of each.
 const TOGETHER: usize = 8;
 /// Pairs beyond a matrix's own, for the first panel to begin at a line of the cache wherever the slice does.
 const SPARE: usize = LANES - 1;
@@ -221,9 +221,6 @@ enum Old {
 fn multiply(brain: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
     assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
     assert!(!b.turned, "a right side");
-    if a.depth == 0 && old == Old::Goes {
-        c.fill(0.0);
-    }
     #[cfg(target_arch = "x86_64")]
     match brain.amx() {
         Some(amx) => {
@@ -232,6 +229,8 @@ fn multiply(brain: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old,
             }
             amx::gemm(amx, a, b, c);
         }
+        // There is no product to put there.
+        None if a.depth == 0 && old == Old::Goes => c.fill(0.0),
         None => {
             assert!(!a.turned, "a left side of this way");
             avx512::gemm(brain, a, b, (old, diagonal), c);
