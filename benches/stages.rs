@@ -7,7 +7,7 @@
 mod clock;
 
 use bitmill::kernels::{
-    Brain, Brained, View, ViewMut, brain_gemm, brain_syrk, gemm, mirror, pack_bits, packed_words, syrk, unpack_bits,
+    Panels, Short, View, ViewMut, gemm, mirror, pack_bits, packed_words, short_product, short_syrk, syrk, unpack_bits,
 };
 use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
@@ -32,20 +32,17 @@ fn sample(count: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Products of one thread, both sides rounded within the time, and what is left when they are.
-fn bfloat16(brain: Brain, limit: f64) {
+fn short_products(short: Short, limit: f64) {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     one.install(|| {
         for [m, k, n] in [[4096, 1024, 384], [1024, 1024, 1024], [512, 2048, 2048]] {
             let (a, b) = (sample(m * k, 3), sample(n * k, 4));
             let (a, b) = (View::new(&a, m, k, k), View::new(&b, n, k, k));
-            let (mut left, mut right) = (vec![0; Brained::pairs(m, k)], vec![0; Brained::pairs(n, k)]);
             let mut c = vec![0.0; m * n];
-            let whole = time(|| {
-                let (a, b) = (Brained::round(brain, a, &mut left), Brained::round(brain, b, &mut right));
-                brain_gemm(brain, a, b, &mut ViewMut::new(&mut c, m, n, n));
-            });
-            let (a, b) = (Brained::round(brain, a, &mut left), Brained::round(brain, b, &mut right));
-            let product = time(|| brain_gemm(brain, a, b, &mut ViewMut::new(&mut c, m, n, n)));
+            let mut multiply = |a: &Panels, b: &Panels| short_product(a, 0..m, b, &mut ViewMut::new(&mut c, m, n, n));
+            let whole = time(|| multiply(&Panels::left(short, a), &Panels::right(short, b)));
+            let (a, b) = (Panels::left(short, a), Panels::right(short, b));
+            let product = time(|| multiply(&a, &b));
             for (what, seconds) in [("rounded and multiplied", whole), ("multiplied", product)] {
                 row(&format!("{m}x{k}x{n} {what}"), seconds, (m * k * n) as f64, "GMAC/s", limit);
             }
@@ -75,10 +72,14 @@ fn main() {
     let mut g = vec![0.0f32; n * n];
     row("H += XᵀX (half of it computed)", time(|| syrk(&x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
 
-    if let Some(brain) = Brain::here() {
-        let name = "H += XᵀX in bfloat16";
-        row(name, time(|| brain_syrk(brain, &[&x], n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
-        bfloat16(brain, macs / threads as f64);
+    for short in Short::all() {
+        let what = match short {
+            Short::Bf16(_) => "bfloat16",
+            Short::Int8(_) => "eight bits",
+        };
+        let seconds = time(|| short_syrk(short, &[&x], n, &mut g));
+        row(&format!("H += XᵀX in {what}"), seconds, (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+        short_products(short, macs / threads as f64);
     }
 
     h.iter_mut().for_each(|v| *v /= tokens as f32);

@@ -1,7 +1,7 @@
 //! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
 
 use crate::stats::{TOKENS, add_columns};
-use bitmill_kernels::{Brain, Brained, View, ViewMut, brain_gemm, gemm};
+use bitmill_kernels::{Panels, Short, View, ViewMut, gemm, short_gemm};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -14,7 +14,7 @@ const BAND: usize = 64;
 pub struct CrossStats {
     n: usize,
     rows: usize,
-    brain: Option<Brain>,
+    short: Option<Short>,
     weight: f64,
     /// Σ r·(x − x̂)·x̂ᵀ, `[n, n]`.
     drift: Vec<f32>,
@@ -45,13 +45,13 @@ impl CrossStats {
     pub fn new(n: usize, rows: usize) -> Self {
         let (drift, residual) = (vec![0.0; n * n], vec![0.0; rows * n]);
         let (drift_sum, residual_sum) = (vec![0.0; n], vec![0.0; rows]);
-        CrossStats { n, rows, brain: None, weight: 0.0, drift, residual, drift_sum, residual_sum }
+        CrossStats { n, rows, short: None, weight: 0.0, drift, residual, drift_sum, residual_sum }
     }
 
-    /// The same, with activations rounded to bfloat16 in products, or as they are with `None`.
+    /// The same, with activations rounded in products, or as they are with `None`.
     #[must_use]
-    pub fn by(self, brain: Option<Brain>) -> Self {
-        CrossStats { brain, ..self }
+    pub fn by(self, short: Option<Short>) -> Self {
+        CrossStats { short, ..self }
     }
 
     /// Adds tokens, which come in parts. Sums are folded in their order.
@@ -71,8 +71,8 @@ impl CrossStats {
             let a: Vec<&[f32]> = parts.iter().flat_map(|part| what(part).chunks_exact(rows)).collect();
             let b: Vec<&[f32]> = seen.iter().flat_map(|seen| seen.chunks_exact(n)).collect();
             for (a, b) in a.chunks(TOKENS).zip(b.chunks(TOKENS)) {
-                match self.brain {
-                    Some(brain) => brain_product(brain, (a, rows), (b, n), out),
+                match self.short {
+                    Some(short) => short_product(short, (a, rows), (b, n), out),
                     None => product(&a.concat(), rows, &b.concat(), n, out),
                 }
             }
@@ -122,14 +122,15 @@ fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
     });
 }
 
-/// [`product`] of tokens that are rounded to bfloat16 and may lie anywhere, of `rows` and of `n` entries.
-fn brain_product(brain: Brain, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
-    let (mut left, mut right) = (vec![0; Brained::pairs(rows, a.len())], vec![0; Brained::pairs(n, b.len())]);
-    let (a, b) = (Brained::tokens(brain, a, rows, &mut left), Brained::tokens(brain, b, n, &mut right));
+/// [`product`] of tokens that are rounded and may lie anywhere, of `rows` and of `n` entries.
+fn short_product(short: Short, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
+    let (mut left, mut right) = (Panels::empty(short), Panels::empty(short));
+    left.refill(a, rows);
+    right.refill(b, n);
     out.par_chunks_mut(BAND * n).enumerate().for_each(|(band, out)| {
         let height = out.len() / n;
-        let a = a.between(band * BAND, band * BAND + height);
-        brain_gemm(brain, a, b, &mut ViewMut::new(out, height, n, n));
+        let rows = band * BAND..band * BAND + height;
+        short_gemm(&left, rows, &right, &mut ViewMut::new(out, height, n, n));
     });
 }
 

@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Brain, Level, Moments, add_moments, brain_syrk, mirror, syrk};
+use bitmill_kernels::{Level, Moments, Short, add_moments, mirror, short_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq)]
 pub struct SiteStats {
     n: usize,
-    brain: Option<Brain>,
+    short: Option<Short>,
     tokens: u64,
     /// Σ r, the weights of the tokens.
     weight: f64,
@@ -54,7 +54,7 @@ impl SiteStats {
     pub fn new(n: usize) -> Self {
         SiteStats {
             n,
-            brain: None,
+            short: None,
             tokens: 0,
             weight: 0.0,
             gram: vec![0.0; n * n],
@@ -66,10 +66,10 @@ impl SiteStats {
         }
     }
 
-    /// The same, with activations rounded to bfloat16 where H is concerned, or as they are with `None`.
+    /// The same, with activations rounded where H is concerned, or as they are with `None`.
     #[must_use]
-    pub fn by(self, brain: Option<Brain>) -> Self {
-        SiteStats { brain, ..self }
+    pub fn by(self, short: Option<Short>) -> Self {
+        SiteStats { short, ..self }
     }
 
     /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
@@ -113,8 +113,8 @@ impl SiteStats {
     }
 
     fn add_products(&mut self, parts: &[&[f32]]) {
-        match self.brain {
-            Some(brain) => brain_syrk(brain, parts, self.n, &mut self.gram),
+        match self.short {
+            Some(short) => short_syrk(short, parts, self.n, &mut self.gram),
             None => {
                 let tokens: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks_exact(self.n)).collect();
                 tokens.chunks(TOKENS).for_each(|tokens| syrk(&tokens.concat(), self.n, &mut self.gram));

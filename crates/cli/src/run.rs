@@ -4,6 +4,7 @@ use crate::{Common, units};
 use anyhow::{Context, bail};
 use bitmill_calibrate::{Tokenizer, splitmix, uniform};
 use bitmill_checkpoint::Checkpoint;
+use bitmill_kernels::awake;
 use bitmill_models::{AsStored, Block, Decoder, Ends, ModelSpec, Precision, RopeTable, draw, softmax};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -91,18 +92,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let reading = started.elapsed().as_secs_f64();
         shown.text(&tokens)?;
         let started = Instant::now();
-        while tokens.len() < capacity {
-            if tokens.len() > prompt {
-                h = decoder.step(&tokens[tokens.len() - 1..])?;
+        awake(|| -> anyhow::Result<()> {
+            while tokens.len() < capacity {
+                if tokens.len() > prompt {
+                    h = decoder.step(&tokens[tokens.len() - 1..])?;
+                }
+                let logits: Vec<f32> = ends.logits(&h)?.flatten_all()?.to_vec1()?;
+                let token = choose(logits, args, tokens.len());
+                if stops.contains(&token) {
+                    break;
+                }
+                tokens.push(token);
+                shown.text(&tokens)?;
             }
-            let logits: Vec<f32> = ends.logits(&h)?.flatten_all()?.to_vec1()?;
-            let token = choose(logits, args, tokens.len());
-            if stops.contains(&token) {
-                break;
-            }
-            tokens.push(token);
-            shown.text(&tokens)?;
-        }
+            Ok(())
+        })?;
         let made = tokens.len() - prompt;
         let rate = |count: usize, seconds: f64| if count == 0 { 0.0 } else { count as f64 / seconds };
         Ok([rate(prompt, reading), rate(made, started.elapsed().as_secs_f64())])

@@ -176,6 +176,34 @@ impl Brain {
     }
 }
 
+/// Proof that the CPU multiplies fours of bytes in one instruction, at twice the rate of bfloat16 and four times that of f32:
+/// AVX-512 with VNNI (Cascade Lake, Zen 4 and later).
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Eight(Avx512);
+
+/// Never there on this target.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Eight(std::convert::Infallible);
+
+impl Eight {
+    /// The token, where the features are there.
+    #[must_use]
+    pub fn here() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        return Avx512::here().map(Eight);
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+
+    /// What holding the token contradicts.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn never(self) -> ! {
+        match self.0 {}
+    }
+}
+
 /// What a kernel may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

@@ -7,13 +7,13 @@
 mod level;
 mod memory;
 mod ops;
+mod team;
 
-pub use level::{Brain, Level};
+pub use level::{Brain, Eight, Level};
 pub use memory::{give_back_large_buffers, keep_freed_memory};
 pub use ops::axpy::{axpy, axpys};
 pub use ops::bfloat::{from_bfloat16, to_bfloat16};
 pub use ops::blocks::{Stored, fit_blocks};
-pub use ops::brain::{Brained, Panels, brain_gemm, brain_product, brain_syrk};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
 pub use ops::groups::{fit_groups, fit_weighted};
@@ -23,7 +23,10 @@ pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
 pub use ops::moments::{Moments, add_moments};
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
-    CHUNK, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, round_activations,
+    CHUNK, Meeting, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, packed_products,
+    packed_products_int8, round_activations,
 };
+pub use ops::short::{Panels, Short, short_gemm, short_product, short_syrk};
 pub use ops::softmax::{exp, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;
+pub use team::{awake, fill_chunks};

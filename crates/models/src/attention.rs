@@ -6,7 +6,7 @@
 
 use crate::backward::values;
 use crate::ops::{floats, softmax};
-use bitmill_kernels::{Brain, Panels, View, ViewMut, brain_product, gemm};
+use bitmill_kernels::{Panels, Short, View, ViewMut, gemm, short_product};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -16,9 +16,9 @@ const ROWS: usize = 256;
 
 /// Attends `q [kv_heads, tokens · group, head_dim]`, rows in order of token, then head, to
 /// `k [kv_heads, tokens, head_dim]` and `v [tokens, kv_heads · head_dim]`; returns `[tokens, kv_heads · group · head_dim]`.
-/// Every token mixes the values of what it sees. With `brain` products are of what they are of rounded to bfloat16.
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring, brain: Option<Brain>) -> Result<Tensor> {
-    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { scoring, brain })
+/// Every token mixes the values of what it sees. With `short` products are of what they are of in fewer bits.
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring, short: Option<Short>) -> Result<Tensor> {
+    q.apply_op3_no_bwd(k, &v.contiguous()?, &Attention { scoring, short })
 }
 
 /// How queries and keys become weights.
@@ -72,7 +72,7 @@ impl Sight {
 
 struct Attention {
     scoring: Scoring,
-    brain: Option<Brain>,
+    short: Option<Short>,
 }
 
 impl CustomOp3 for Attention {
@@ -107,7 +107,7 @@ impl CustomOp3 for Attention {
             tokens,
             dim,
             group,
-            brain: self.brain,
+            short: self.short,
         };
         let width = kv_heads * group * dim;
         let chunk = (ROWS / group.max(1)).max(32);
@@ -127,16 +127,16 @@ struct Inputs<'a> {
     tokens: usize,
     dim: usize,
     group: usize,
-    brain: Option<Brain>,
+    short: Option<Short>,
 }
 
-/// `c ← a·bᵀ`, of both rounded to bfloat16 with `brain`.
-fn product(brain: Option<Brain>, a: View<'_, f32>, b: View<'_, f32>, c: &mut [f32]) {
+/// `c ← a·bᵀ`, of both rounded with `short`.
+fn product(short: Option<Short>, a: View<'_, f32>, b: View<'_, f32>, c: &mut [f32]) {
     let (rows, cols) = (a.rows(), b.rows());
-    match brain {
-        Some(brain) => {
-            let (a, b) = (Panels::left(brain, a), Panels::round(brain, b));
-            brain_product(brain, a.matrix(), b.matrix(), &mut ViewMut::new(c, rows, cols, cols));
+    match short {
+        Some(short) => {
+            let (a, b) = (Panels::left(short, a), Panels::right(short, b));
+            short_product(&a, 0..rows, &b, &mut ViewMut::new(c, rows, cols, cols));
         }
         None => gemm(1.0, a, b.t(), 0.0, &mut ViewMut::new(c, rows, cols, cols)),
     }
@@ -157,7 +157,7 @@ impl Inputs<'_> {
             let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
             self.weights(q, k, begin, (oldest, scoring), &mut scores);
-            product(self.brain, View::new(&scores, rows, keys, keys), v.t(), &mut mixed);
+            product(self.short, View::new(&scores, rows, keys, keys), v.t(), &mut mixed);
             for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
                 out[head * row..][..row].copy_from_slice(mixed);
             }
@@ -170,7 +170,7 @@ pub(crate) fn concentration(q: &Tensor, k: &Tensor, scoring: Scoring) -> std::re
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k) = (values(q)?, values(k)?);
-    let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group, brain: None };
+    let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group, short: None };
     let sight = scoring.sight;
     let (mut sum, chunk, row) = (vec![0.0f64; tokens], (ROWS / group.max(1)).max(32), group * dim);
     for begin in (0..tokens).step_by(chunk) {
@@ -203,7 +203,7 @@ pub(crate) fn backward(
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k, v, out) = (values(q)?, values(k)?, values(v)?, values(out)?);
-    let inputs = Inputs { q: &q, k: &k, v: &v, kv_heads, tokens, dim, group, brain: None };
+    let inputs = Inputs { q: &q, k: &k, v: &v, kv_heads, tokens, dim, group, short: None };
     let mut gradients = Gradients { q: vec![0.0; q.len()], k: vec![0.0; k.len()], v: vec![0.0; v.len()] };
     let chunk = (ROWS / group.max(1)).max(32);
     for begin in (0..tokens).step_by(chunk) {
@@ -277,7 +277,7 @@ impl Inputs<'_> {
         p: &mut [f32],
     ) {
         let keys = k.rows();
-        product(self.brain, q, k, p);
+        product(self.short, q, k, p);
         for (i, scores) in p.chunks_exact_mut(keys).enumerate() {
             let seen = scoring.sight.of(begin + i / self.group, self.tokens);
             let (first, past) = (seen.start - oldest, seen.end - oldest);
@@ -291,6 +291,7 @@ impl Inputs<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bitmill_kernels::Brain;
     use candle_core::{DType, Device};
 
     /// The definition, one query at a time in f64.
@@ -336,11 +337,11 @@ mod tests {
                 let cap = matches!(sight, Sight::Past { window: usize::MAX | 3 }).then_some(2.5);
                 let scoring = Scoring { sight, scale: (dim as f32).powf(-0.5), cap };
                 let got = attend(&q, &k, &v, scoring, None).unwrap();
-                if let Some(brain) = Brain::here() {
+                if let Some(short) = Brain::here().map(Short::Bf16) {
                     let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
                     let [q, k, v] = [&q, &k, &v].map(rounded);
                     let exact = attend(&q, &k, &v, scoring, None).unwrap();
-                    let found = attend(&q, &k, &v, scoring, Some(brain)).unwrap();
+                    let found = attend(&q, &k, &v, scoring, Some(short)).unwrap();
                     let most = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                     // Weights are rounded by less than one part in 256, and sum to one.
                     assert!(most((exact - found).unwrap()) < most(v) / 256.0);

@@ -3,10 +3,10 @@
 use crate::attention::{Scoring, Sight};
 use crate::backward::{Heads, values};
 use crate::experts::{Experts, gated};
-use crate::linear::{Input, Linear, Matrix};
+use crate::linear::{Linear, Matrix};
 use crate::norm::{Norm, load_weight};
 use crate::{Act, Error, ModelSpec, NormRole, Pairs, QkNorm, Role, RopeTable, Tempering, Weights, attention, ops};
-use bitmill_kernels::Brain;
+use bitmill_kernels::{Brain, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
@@ -56,7 +56,7 @@ pub struct Block {
     /// Scales of keys and values, where they are kept as 8-bit floats.
     pub(crate) cache: Option<[f32; 2]>,
     /// How attention multiplies: in bfloat16, or in f32.
-    pub(crate) brain: Option<Brain>,
+    pub(crate) short: Option<Short>,
     /// Which block of the model it is.
     pub(crate) index: usize,
 }
@@ -124,7 +124,7 @@ impl Block {
             parallel: spec.parallel,
             residual: spec.factors.residual as f32,
             cache: weights.cache_scales(&spec.attention(index))?,
-            brain: None,
+            short: None,
             index,
         })
     }
@@ -215,17 +215,9 @@ impl Block {
         (together, shares): (Role, Option<&[Vec<Range<usize>>; N]>),
         x: &Tensor,
     ) -> Result<[Tensor; N], Error> {
-        let outputs: Vec<Tensor> = match shares {
-            Some(shares) => {
-                let y = self.at(together).forward(x)?;
-                shares.iter().map(|ranges| Ok(ops::channels(&y, ranges)?)).collect::<Result<_, Error>>()?
-            }
-            None => {
-                let linears = parts.map(|role| self.at(role));
-                let input = Input::new(x, &linears)?;
-                linears.iter().map(|linear| linear.read(&input)).collect::<Result<_, Error>>()?
-            }
-        };
+        let Some(shares) = shares else { return Linear::forward_all(parts.map(|role| self.at(role)), x) };
+        let y = self.at(together).forward(x)?;
+        let outputs = shares.iter().map(|ranges| Ok(ops::channels(&y, ranges)?)).collect::<Result<Vec<_>, Error>>()?;
         match outputs.try_into() {
             Ok(outputs) => Ok(outputs),
             Err(_) => unreachable!("there is one output for every part"),
@@ -234,7 +226,7 @@ impl Block {
 
     /// From queries, keys and values to the site `attn_out`.
     pub(crate) fn attend(&self, Heads { q, k, v, .. }: &Heads) -> Result<Tensor, Error> {
-        Ok(attention::attend(q, k, v, self.scoring, self.brain)?)
+        Ok(attention::attend(q, k, v, self.scoring, self.short)?)
     }
 
     /// How much every token is attended to at the site `attn_in`, over all heads and queries, `[tokens]`.
@@ -339,12 +331,12 @@ impl Block {
         }
     }
 
-    /// Has dense linears and attention multiply in bfloat16 with sums in f32, or, with `None`, in f32: what is read is rounded
-    /// to eight bits of mantissa then, and products take half the time.
-    pub fn multiply_by(&mut self, brain: Option<Brain>) {
-        self.brain = brain;
+    /// Has dense linears multiply in fewer bits with sums in f32, or, with `None`, in f32. Attention multiplies in bfloat16 then,
+    /// where there is such an instruction: its weights are not to be rounded further.
+    pub fn multiply_by(&mut self, short: Option<Short>) {
+        self.short = short.and_then(|_| Brain::here()).map(Short::Bf16);
         let roles: Vec<Role> = self.roles().collect();
-        roles.into_iter().for_each(|role| self.at_mut(role).multiply_by(brain));
+        roles.into_iter().for_each(|role| self.at_mut(role).multiply_by(short));
     }
 
     /// Lays the weights of `roles` out for products, by all threads: otherwise the first to multiply by one does it, and several

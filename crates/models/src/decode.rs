@@ -6,12 +6,8 @@
 use crate::attention::Scoring;
 use crate::backward::values;
 use crate::{Block, Embedding, Error, Role, RopeTable, ops};
-use bitmill_kernels::{Level, axpys};
+use bitmill_kernels::{Level, axpys, fill_chunks};
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
-
-/// Multiply-adds of attention below which other threads are not worth waking.
-const ALONE: usize = 1 << 19;
 
 /// Sequences of equal length under construction.
 pub struct Decoder<'a> {
@@ -154,18 +150,14 @@ impl Block {
         }
         let (heads, caches) = (kv_width / dim, &*caches);
         let mut out = vec![0.0f32; rows * kv_width * group];
-        let attend = |(i, out): (usize, &mut [f32])| {
+        // By sequence, then head.
+        let adds = 2 * out.len() * (at + 1 - first);
+        fill_chunks(&mut out, group * dim, adds, |i, out| {
             let (row, head) = (i / heads, i % heads);
             let q = q[(head * rows + row) * group * dim..][..group * dim].chunks_exact(dim);
             let each = q.zip(out.chunks_exact_mut(dim));
             each.for_each(|(q, out)| caches[row].attend(q, (head, kv_width), first..at + 1, self.scoring, out));
-        };
-        // By sequence, then head.
-        if out.len() * (at + 1 - first) > ALONE {
-            out.par_chunks_exact_mut(group * dim).enumerate().for_each(attend);
-        } else {
-            out.chunks_exact_mut(group * dim).enumerate().for_each(attend);
-        }
+        });
         Ok(Tensor::from_vec(out, (rows, kv_width * group), &Device::Cpu)?)
     }
 }

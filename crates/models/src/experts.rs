@@ -6,7 +6,7 @@
 //! definition of it: the sum over experts runs in the order of their indices, so that no result depends on who computed what first.
 
 use crate::backward::{accumulate, backward_linear, values};
-use crate::linear::{Input, Linear};
+use crate::linear::Linear;
 use crate::ops::gated_backward;
 use crate::weights::shaped;
 use crate::{Act, Block, Error, Expert, ModelSpec, Role, Routing, Weighing, Weights, ops};
@@ -289,8 +289,8 @@ impl Experts {
 
 impl Gated {
     fn branches(&self, x: &Tensor) -> Result<(Tensor, Tensor), Error> {
-        let input = Input::new(x, &[&self.gate, &self.up])?;
-        Ok((self.gate.read(&input)?, self.up.read(&input)?))
+        let [gate, up] = Linear::forward_all([&self.gate, &self.up], x)?;
+        Ok((gate, up))
     }
 
     /// What Down reads.

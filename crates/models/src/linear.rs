@@ -2,8 +2,8 @@
 
 use crate::backward::values;
 use crate::weights::{check, shaped};
-use crate::{Error, PackedInput, PackedWeight, Weights, ops};
-use bitmill_kernels::{Brain, Panels};
+use crate::{Error, PackedWeight, Weights, ops};
+use bitmill_kernels::{Panels, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
 use std::cell::OnceCell;
@@ -17,14 +17,14 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Tensor>,
     /// Rounding of `x`.
     pub(crate) inputs: Inputs,
-    /// Whether a dense matrix and what it meets are rounded to bfloat16 to be multiplied.
-    brain: Option<Rounding>,
+    /// What a dense matrix and what it meets are rounded to when they are multiplied.
+    short: Option<Rounding>,
 }
 
-/// A dense matrix rounded to bfloat16, once something is multiplied by it; clones share it.
+/// A dense matrix rounded for products, once something is multiplied by it; clones share it.
 #[derive(Debug, Clone)]
 struct Rounding {
-    brain: Brain,
+    short: Short,
     panels: Arc<OnceLock<Panels>>,
 }
 
@@ -35,7 +35,7 @@ impl Rounding {
             return Ok(panels);
         }
         // Outside of the lock: other threads are needed for it, and one of them may come here.
-        let panels = ops::right_panels(self.brain, weight)?;
+        let panels = ops::right_panels(self.short, weight)?;
         Ok(self.panels.get_or_init(|| panels))
     }
 }
@@ -119,23 +119,23 @@ impl Linear {
 
     /// What reads its input as it is.
     pub(crate) fn new(matrix: Matrix, bias: Option<Tensor>) -> Self {
-        Linear { matrix, bias, inputs: Inputs::FULL, brain: None }
+        Linear { matrix, bias, inputs: Inputs::FULL, short: None }
     }
 
     /// Replaces the matrix.
     pub(crate) fn set(&mut self, matrix: Matrix) {
         self.matrix = matrix;
-        self.multiply_by(self.brain.as_ref().map(|rounding| rounding.brain));
+        self.multiply_by(self.short.as_ref().map(|rounding| rounding.short));
     }
 
-    /// Has a dense matrix multiply in bfloat16, or in f32.
-    pub(crate) fn multiply_by(&mut self, brain: Option<Brain>) {
-        self.brain = brain.map(|brain| Rounding { brain, panels: Arc::default() });
+    /// Has a dense matrix multiply in fewer bits, or in f32.
+    pub(crate) fn multiply_by(&mut self, short: Option<Short>) {
+        self.short = short.map(|short| Rounding { short, panels: Arc::default() });
     }
 
     /// Rounds what it multiplies by, by all threads, before several of them come for it.
     pub(crate) fn prepare(&self) -> Result<(), Error> {
-        match (&self.matrix, &self.brain) {
+        match (&self.matrix, &self.short) {
             (Matrix::Dense(weight), Some(rounding)) => rounding.of(weight).map(|_| ()),
             _ => Ok(()),
         }
@@ -157,30 +157,65 @@ impl Linear {
         self.read(&Input::new(x, &[self])?)
     }
 
+    /// What each of `linears` makes of `x`: [`Linear::forward`], where they share what can be shared.
+    pub(crate) fn forward_all<const N: usize>(linears: [&Linear; N], x: &Tensor) -> Result<[Tensor; N], Error> {
+        let outputs = Linear::all_outputs(&linears, x)?;
+        match outputs.try_into() {
+            Ok(outputs) => Ok(outputs),
+            Err(_) => unreachable!("there is one output for every linear"),
+        }
+    }
+
+    fn all_outputs(linears: &[&Linear], x: &Tensor) -> Result<Vec<Tensor>, Error> {
+        let plain = |linear: &&Linear| match &linear.matrix {
+            Matrix::Packed(packed) if linear.inputs.activations == Activations::Full => Some(packed.clone()),
+            _ => None,
+        };
+        let packed: Vec<PackedWeight> = linears.iter().filter_map(plain).collect();
+        let alike = |first: &PackedWeight| packed.iter().all(|packed| packed.reads_alike(first));
+        if let Some(first) = packed.first()
+            && packed.len() == linears.len()
+            && alike(first)
+        {
+            let (tokens, entries) = (x.dim(0)?, values(x)?);
+            let mut outputs: Vec<Vec<f32>> = packed.iter().map(|w| vec![0.0; tokens * w.shape()[0]]).collect();
+            let mut all: Vec<_> = packed.iter().zip(outputs.iter_mut().map(|y| &mut y[..])).collect();
+            PackedWeight::products(&first.input(&entries), &mut all);
+            let shaped = |(y, linear): (Vec<f32>, &&Linear)| {
+                let width = linear.matrix.rows();
+                linear.biased(Tensor::from_vec(y, (tokens, width), &Device::Cpu)?)
+            };
+            return outputs.into_iter().zip(linears).map(shaped).collect();
+        }
+        let input = Input::new(x, linears)?;
+        linears.iter().map(|linear| linear.read(&input)).collect()
+    }
+
     /// The output `[tokens, out]` for an input shared with other linears.
-    pub(crate) fn read(&self, input: &Input<'_>) -> Result<Tensor, Error> {
+    fn read(&self, input: &Input<'_>) -> Result<Tensor, Error> {
         let rounded = input.rounded.iter().find(|(inputs, _)| *inputs == self.inputs);
         let x = rounded.map_or(input.full, |(_, rounded)| rounded);
-        let y = match &self.matrix {
-            Matrix::Dense(weight) => match &self.brain {
+        self.biased(match &self.matrix {
+            Matrix::Dense(weight) => match &self.short {
                 Some(rounding) => {
                     let weight = rounding.of(weight)?;
                     match rounded {
-                        Some(_) => ops::brain_product(rounding.brain, &ops::left_panels(rounding.brain, x)?, weight)?,
-                        None => ops::brain_product(rounding.brain, input.panels(rounding.brain)?, weight)?,
+                        Some(_) => ops::short_product(&ops::left_panels(rounding.short, x)?, weight)?,
+                        None => ops::short_product(input.panels(rounding.short)?, weight)?,
                     }
                 }
                 None => ops::product(x, weight)?,
             },
             Matrix::Packed(packed) => {
                 let mut y = vec![0.0; x.dim(0)? * packed.shape()[0]];
-                match &input.packed {
-                    Some((like, ready)) if like.reads_alike(packed) => packed.product(ready, &mut y),
-                    _ => packed.forward(&values(x)?, &mut y),
-                }
+                packed.forward(&values(x)?, &mut y);
                 Tensor::from_vec(y, (x.dim(0)?, packed.shape()[0]), &Device::Cpu)?
             }
-        };
+        })
+    }
+
+    /// Adds the bias to a product.
+    fn biased(&self, y: Tensor) -> Result<Tensor, Error> {
         if let Some(bias) = &self.bias {
             ops::add(&y, bias)?;
         }
@@ -189,46 +224,31 @@ impl Linear {
 }
 
 /// An activation `[tokens, in]` as the linears of one site read it: rounded once for all that want it so.
-pub(crate) struct Input<'a> {
+struct Input<'a> {
     full: &'a Tensor,
     rounded: Vec<(Inputs, Tensor)>,
-    /// For packed weights that read alike, and one of them.
-    packed: Option<(PackedWeight, PackedInput<'static>)>,
-    /// Rounded to bfloat16, once a linear asks for it.
+    /// Rounded for products, once a linear asks for it.
     panels: OnceCell<Panels>,
 }
 
 impl<'a> Input<'a> {
     /// Prepares `x` for `linears`.
-    pub(crate) fn new(x: &'a Tensor, linears: &[&Linear]) -> Result<Self, Error> {
+    fn new(x: &'a Tensor, linears: &[&Linear]) -> Result<Self, Error> {
         let mut rounded: Vec<(Inputs, Tensor)> = Vec::new();
         for inputs in linears.iter().map(|linear| linear.inputs).filter(|i| i.activations != Activations::Full) {
             if !rounded.iter().any(|(done, _)| *done == inputs) {
                 rounded.push((inputs, ops::round_inputs(x, inputs)?));
             }
         }
-        // One linear alone rounds its input by itself.
-        let several = linears.iter().filter_map(|linear| match &linear.matrix {
-            Matrix::Packed(packed) if linears.len() > 1 => Some(packed),
-            _ => None,
-        });
-        let packed = match several.into_iter().find(|packed| packed.reads_alike(packed)) {
-            Some(packed) => match packed.input(&values(x)?) {
-                PackedInput::Int8 { values, scales } => Some((packed.clone(), PackedInput::Int8 { values, scales })),
-                // There is nothing to share where nothing is rounded.
-                PackedInput::Full(_) => None,
-            },
-            None => None,
-        };
-        Ok(Input { full: x, rounded, packed, panels: OnceCell::new() })
+        Ok(Input { full: x, rounded, panels: OnceCell::new() })
     }
 
-    /// The activation as it is, but rounded to bfloat16.
-    fn panels(&self, brain: Brain) -> Result<&Panels, Error> {
+    /// The activation as it is, but rounded for products.
+    fn panels(&self, short: Short) -> Result<&Panels, Error> {
         if let Some(panels) = self.panels.get() {
             return Ok(panels);
         }
-        let panels = ops::left_panels(brain, self.full)?;
+        let panels = ops::left_panels(short, self.full)?;
         Ok(self.panels.get_or_init(|| panels))
     }
 }

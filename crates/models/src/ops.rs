@@ -7,7 +7,7 @@
 
 use crate::backward::values;
 use crate::{Act, Error, Pairs};
-use bitmill_kernels::{Brain, Level, Panels, View, ViewMut, exp, gemm};
+use bitmill_kernels::{Level, Panels, Short, View, ViewMut, exp, gemm};
 use bitmill_scheme::Inputs;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, InplaceOp2, Layout, Result, Shape, Tensor, bail,
@@ -68,14 +68,14 @@ pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op2_no_bwd(&weight.contiguous()?, &Product)
 }
 
-/// A weight `[out, in]` rounded to bfloat16, the right side of [`brain_product`].
-pub(crate) fn right_panels(brain: Brain, weight: &Tensor) -> std::result::Result<Panels, Error> {
-    panels(weight, |weight| Panels::round(brain, weight))
+/// A weight `[out, in]` rounded for products, the right side of [`short_product`].
+pub(crate) fn right_panels(short: Short, weight: &Tensor) -> std::result::Result<Panels, Error> {
+    panels(weight, |weight| Panels::right(short, weight))
 }
 
-/// An activation `[tokens, in]` rounded to bfloat16, the left side of [`brain_product`].
-pub(crate) fn left_panels(brain: Brain, x: &Tensor) -> std::result::Result<Panels, Error> {
-    panels(x, |x| Panels::left(brain, x))
+/// An activation `[tokens, in]` rounded for products, the left side of [`short_product`].
+pub(crate) fn left_panels(short: Short, x: &Tensor) -> std::result::Result<Panels, Error> {
+    panels(x, |x| Panels::left(short, x))
 }
 
 fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> std::result::Result<Panels, Error> {
@@ -86,8 +86,7 @@ fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> std::
 }
 
 /// [`product`] of both rounded to bfloat16, with sums in f32.
-pub(crate) fn brain_product(brain: Brain, x: &Panels, weight: &Panels) -> Result<Tensor> {
-    let (x, weight) = (x.matrix(), weight.matrix());
+pub(crate) fn short_product(x: &Panels, weight: &Panels) -> Result<Tensor> {
     let ([tokens, inner], [out, w_inner]) = (x.shape(), weight.shape());
     if inner != w_inner || inner == 0 || out == 0 {
         bail!("product: an input of {inner} channels, a weight of {out} x {w_inner}");
@@ -95,8 +94,8 @@ pub(crate) fn brain_product(brain: Brain, x: &Panels, weight: &Panels) -> Result
     let mut y = vec![0.0f32; tokens * out];
     y.par_chunks_mut(BAND * out).enumerate().for_each(|(i, y)| {
         let rows = y.len() / out;
-        let x = x.between(i * BAND, i * BAND + rows);
-        bitmill_kernels::brain_product(brain, x, weight, &mut ViewMut::new(y, rows, out, out));
+        let rows_of = i * BAND..i * BAND + rows;
+        bitmill_kernels::short_product(x, rows_of, weight, &mut ViewMut::new(y, rows, out, out));
     });
     Tensor::from_vec(y, (tokens, out), &Device::Cpu)
 }

@@ -6,8 +6,8 @@
 use crate::Error;
 use bitmill_checkpoint::{Checkpoint, Order, Weight};
 use bitmill_kernels::{
-    CHUNK, Halves, Level, Packed, PackedForm, Rounded, Scales, half_product, packed_product, packed_product_int8,
-    round_activations,
+    CHUNK, Halves, Level, Meeting, Packed, PackedForm, Rounded, Scales, half_product, packed_products,
+    packed_products_int8, round_activations,
 };
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType};
 use candle_core::{Device, Module, Tensor};
@@ -141,17 +141,32 @@ impl PackedWeight {
     /// # Panics
     /// When `out` does not fit, or `x` was made for another weight: a caller's bug.
     pub fn product(&self, x: &PackedInput<'_>, out: &mut [f32]) {
+        PackedWeight::products(x, &mut [(self, out)]);
+    }
+
+    /// The same of several weights, which read alike, each with what its products go into; of codes they cost less together
+    /// than one after another.
+    ///
+    /// # Panics
+    /// As [`PackedWeight::product`].
+    pub fn products(x: &PackedInput<'_>, all: &mut [(&PackedWeight, &mut [f32])]) {
         let level = Level::best();
-        match (&*self.store, x) {
-            (Store::Codes(codes), PackedInput::Int8 { values, scales }) => {
-                packed_product_int8(level, &codes.packed(), &Rounded { values, scales }, out);
+        let mut codes = Vec::new();
+        for (weight, out) in all {
+            match (&*weight.store, x) {
+                (Store::Codes(own), _) => codes.push(Meeting { weight: own.packed(), out }),
+                (Store::Half { shape, bits, brain }, PackedInput::Full(x)) => {
+                    let w = if *brain { Halves::Bf16(bits) } else { Halves::F16(bits) };
+                    half_product(level, w, shape[1], x, out);
+                }
+                (Store::Half { .. }, _) => panic!("an input that was rounded for another weight"),
             }
-            (Store::Codes(codes), PackedInput::Full(x)) => packed_product(level, &codes.packed(), x, out),
-            (Store::Half { shape, bits, brain }, PackedInput::Full(x)) => {
-                let w = if *brain { Halves::Bf16(bits) } else { Halves::F16(bits) };
-                half_product(level, w, shape[1], x, out);
+        }
+        match x {
+            PackedInput::Int8 { values, scales } => {
+                packed_products_int8(level, &mut codes, &Rounded { values, scales })
             }
-            (Store::Half { .. }, PackedInput::Int8 { .. }) => panic!("an input that was rounded for another weight"),
+            PackedInput::Full(x) => packed_products(level, &mut codes, x),
         }
     }
 

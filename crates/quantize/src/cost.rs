@@ -58,10 +58,11 @@ impl Plan {
         const SWEEP: f64 = 4.0;
         /// The factor of H is in double precision.
         const FACTOR: f64 = 4.0;
-        // Products of the shapes that occur take longer than large square ones, of bfloat16 half of that.
+        // Products of the shapes that occur take longer than large square ones, of bfloat16 half of that, and of eight bits little more than a quarter.
         let shapes = match self.settings.observation.arithmetic {
             Arithmetic::F32 => 1.4,
             Arithmetic::Bf16 => 0.7,
+            Arithmetic::Int8 => 0.4,
         };
         let hessian = self.method.needs(&self.settings.solver) == Needs::Hessian;
         let solver = &self.settings.solver;

@@ -32,9 +32,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
-    /// Products of bfloat16 on a CPU that does not multiply it.
-    #[error("--arithmetic bf16 cannot be used here: this CPU has no AVX-512 BF16; use f32")]
-    Arithmetic,
+    /// Products of what this CPU does not multiply.
+    #[error("--arithmetic {asked} cannot be used here: this CPU has no {lacks}; use f32")]
+    Arithmetic {
+        /// What was asked for.
+        asked: &'static str,
+        /// The instructions.
+        lacks: &'static str,
+    },
     /// A shift of targets by what the residual stream lost, in a model that does not add to the stream plainly.
     #[error(
         "--target-shift outputs cannot be used with {dir}: norms or factors stand between what is rounded and the residual stream; use inputs or off", dir = dir.display()

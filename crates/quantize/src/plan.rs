@@ -3,8 +3,7 @@
 use crate::gguf::TensorTypes;
 use crate::weight::is_transposed;
 use crate::{
-    Arithmetic, Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, TokenWeights, Transform, gguf,
-    method, transforms,
+    Error, GgufOutput, Method, Mixture, Needs, Settings, TargetShift, TokenWeights, Transform, gguf, method, transforms,
 };
 use bitmill_checkpoint::gguf::Storage;
 use bitmill_checkpoint::{CACHE_SCALES, Checkpoint, Dtype, FORMATS, Format, GGUF, OutputPlan, TensorSpec, format};
@@ -133,10 +132,7 @@ impl Plan {
             if settings.observation.tokens == TokenWeights::Rare && spec.images.is_some() {
                 return Err(Error::TokenWeights { dir: input.dir().into() });
             }
-            if settings.observation.arithmetic == Arithmetic::Bf16 && settings.observation.arithmetic.brain().is_none()
-            {
-                return Err(Error::Arithmetic);
-            }
+            settings.observation.arithmetic.check()?;
             if spec.routing.is_some() && !settings.transforms.is_empty() {
                 return Err(Error::Experts { what: "--transforms".into(), dir: input.dir().into() });
             }

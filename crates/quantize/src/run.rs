@@ -408,7 +408,7 @@ impl Worker<'_, '_> {
             self.copy(&tensor.name)?;
         }
         let mut block = Block::load(flow.spec, index, self.input)?;
-        block.multiply_by(flow.observation.arithmetic.brain());
+        block.multiply_by(flow.observation.arithmetic.short());
         let target = |tensor| {
             let target = Target::of(tensor)?;
             let stored = self.input.spec(&format!("{}.bias", target.module)).map(|t| t.dtype);

@@ -51,9 +51,9 @@ impl Seen {
     /// added to, 0 where it is not.
     pub(crate) fn new(observation: Observation, n: usize, hidden: usize, windows: usize) -> Self {
         let rows = if observation.shift == TargetShift::Outputs { hidden } else { 0 };
-        let brain = observation.arithmetic.brain();
-        let cross = || observation.two_streams().then(|| CrossStats::new(n, rows).by(brain));
-        Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n).by(brain), cross())), largest: 0.0 }
+        let short = observation.arithmetic.short();
+        let cross = || observation.two_streams().then(|| CrossStats::new(n, rows).by(short));
+        Seen { observation, windows, parts: [(); 2].map(|()| (SiteStats::new(n).by(short), cross())), largest: 0.0 }
     }
 
     /// Adds windows from `first` on, with the `weights` of their tokens.

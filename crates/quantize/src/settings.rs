@@ -2,7 +2,7 @@
 
 use crate::learn::Rates;
 use crate::{Error, Method};
-use bitmill_kernels::Brain;
+use bitmill_kernels::{Brain, Eight, Short};
 use bitmill_scheme::{Fit, GridKind, ScaleType, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -124,6 +124,9 @@ pub enum Arithmetic {
     F32,
     /// Inputs rounded to bfloat16, sums in 32 bits. For CPUs with such an instruction, which takes half the time.
     Bf16,
+    /// Inputs rounded to eight bits, 128 neighbours sharing a scale; sums of those are exact, and those of sums in 32 bits. For
+    /// CPUs with such an instruction, which takes half the time again.
+    Int8,
 }
 
 impl Arithmetic {
@@ -133,12 +136,23 @@ impl Arithmetic {
         if Brain::here().is_some() { Arithmetic::Bf16 } else { Arithmetic::F32 }
     }
 
-    /// What the kernels of bfloat16 ask for; `None` for 32 bits.
-    pub(crate) fn brain(self) -> Option<Brain> {
+    /// What the kernels ask for; `None` for 32 bits, and where this CPU has no such instruction.
+    pub(crate) fn short(self) -> Option<Short> {
         match self {
             Arithmetic::F32 => None,
-            Arithmetic::Bf16 => Brain::here(),
+            Arithmetic::Bf16 => Brain::here().map(Short::Bf16),
+            Arithmetic::Int8 => Eight::here().map(Short::Int8),
         }
+    }
+
+    /// Refuses what this CPU has no instruction for.
+    pub(crate) fn check(self) -> Result<(), Error> {
+        let (asked, lacks) = match self {
+            Arithmetic::F32 => return Ok(()),
+            Arithmetic::Bf16 => ("bf16", "AVX-512 BF16"),
+            Arithmetic::Int8 => ("int8", "AVX-512 VNNI"),
+        };
+        if self.short().is_some() { Ok(()) } else { Err(Error::Arithmetic { asked, lacks }) }
     }
 
     fn is_f32(&self) -> bool {

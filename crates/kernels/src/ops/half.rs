@@ -12,8 +12,6 @@ use half::{bf16, f16};
 const LANES: usize = 16;
 /// Rows of a strip.
 const STRIP: usize = 64;
-/// Multiply-adds below which a product is not worth waking other threads for, which takes tens of microseconds.
-const ALONE: usize = 1 << 21;
 
 /// A row-major matrix `[rows, cols]` of 16-bit floats.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +39,8 @@ pub fn half_product(level: Level, w: Halves<'_>, cols: usize, x: &[f32], out: &m
     assert!(cols > 0 && x.len().is_multiple_of(cols) && w.bits().len().is_multiple_of(cols), "matrix shapes");
     let (rows, tokens) = (w.bits().len() / cols, x.len() / cols);
     assert_eq!(out.len(), rows * tokens, "matrix shapes");
-    Strips::new(out, rows, STRIP).fill(rows * cols * tokens > ALONE, |strip| match level {
+    let strips = [Strips::new(out, rows, STRIP)];
+    Strips::fill(&strips, rows * cols * tokens, |_, strip| match level {
         Level::Scalar => match w {
             Halves::F16(bits) => scalar(bits, |b| f16::from_bits(b).to_f32(), cols, x, strip),
             Halves::Bf16(bits) => scalar(bits, |b| bf16::from_bits(b).to_f32(), cols, x, strip),

@@ -136,6 +136,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 
     /// Makes every entry `value`.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn fill(&mut self, value: T) {
         let cols = self.cols;
         self.data.chunks_mut(self.stride.max(1)).take(self.rows).for_each(|row| row[..cols].fill(value));

@@ -51,7 +51,7 @@ mod scalar;
 #[cfg(test)]
 mod tests;
 
-use super::strips::Strips;
+use super::strips::{Strip, Strips};
 use crate::Level;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -63,10 +63,10 @@ const LANES: usize = 8;
 const TOGETHER: usize = 4;
 /// Input columns that are unpacked together, and that share a scale when activations are rounded.
 pub const CHUNK: usize = 32;
-/// Blocks of [`LANES`] rows that one task computes.
-const STRIP: usize = 8;
-/// Multiply-adds below which a product is not worth waking other threads for, which takes tens of microseconds.
-const ALONE: usize = 1 << 21;
+/// Rows that one task computes of a matrix that has more than [`FEW`] of them, and of a smaller one, which threads are to share
+/// evenly all the same.
+const STRIPS: [usize; 2] = [2 * TOGETHER * LANES, 2 * TOGETHER * LANES];
+const FEW: usize = 1024;
 
 /// Shape and layout of a packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -366,68 +366,128 @@ fn round(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
     }
 }
 
-/// `out[token, row] = Σ x̂·Ŵ` for rounded activations of `out.len() / rows` tokens.
+/// A matrix that meets activations, and where their products `[tokens, rows]` go.
+#[derive(Debug)]
+pub struct Meeting<'a> {
+    /// The matrix.
+    pub weight: Packed<'a>,
+    /// The products.
+    pub out: &'a mut [f32],
+}
+
+/// `out[token, row] = Σ x̂·Ŵ` for rounded activations of as many tokens, of every matrix that meets them. Several cost less
+/// together than one after another: threads are woken once for all.
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn packed_products_int8(level: Level, all: &mut [Meeting<'_>], x: &Rounded<'_>) {
+    assert_eq!(x.values.len(), x.scales.len() * CHUNK, "activation lengths");
+    // Σ x̂ of every token and group, which the zero points multiply.
+    let sums_of = |form: &PackedForm| {
+        let (chunks, groups) = (form.chunks(), form.groups());
+        let mut sums = vec![0.0; x.scales.len() / chunks * groups];
+        let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK));
+        for (sums, (scales, values)) in sums.chunks_exact_mut(groups).zip(of_token) {
+            for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
+                sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
+            }
+        }
+        sums
+    };
+    let lengths = |form: &PackedForm, tokens: usize| x.scales.len() == tokens * form.chunks();
+    meet(all, lengths, sums_of, |w, sums, strip| match level {
+        Level::Scalar => scalar::int8(w, x, sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(token) => avx2::int8(token, w, x, sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(token) => avx512::int8(token, w, x, sums, strip),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon(token) => neon::int8(token, w, x, sums, strip),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx(token) => amx::int8(token, w, x, sums, strip),
+    });
+}
+
+/// [`packed_products_int8`] of one matrix.
 ///
 /// # Panics
 /// When a length does not fit: a caller's bug.
 pub fn packed_product_int8(level: Level, w: &Packed<'_>, x: &Rounded<'_>, out: &mut [f32]) {
-    w.check();
-    let (form, chunks) = (&w.form, w.form.chunks());
-    let tokens = out.len() / form.rows;
-    assert!(out.len() == tokens * form.rows && x.scales.len() == tokens * chunks, "activation lengths");
-    assert_eq!(x.values.len(), x.scales.len() * CHUNK, "activation lengths");
-    // Σ x̂ of every token and group, which the zero points multiply.
-    let mut sums = vec![0.0; tokens * form.groups()];
-    let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK));
-    for (sums, (scales, values)) in sums.chunks_exact_mut(form.groups()).zip(of_token) {
-        for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
-            sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
-        }
-    }
-    let parallel = form.rows * form.cols * tokens > ALONE;
-    Strips::new(out, form.rows, STRIP * LANES).fill(parallel, |strip| match level {
-        Level::Scalar => scalar::int8(w, x, &sums, strip),
+    packed_products_int8(level, &mut [Meeting { weight: *w, out }], x);
+}
+
+/// `out[token, row] = Σ x·Ŵ` for `x: [tokens, cols]` as it is, of every matrix that meets it, as
+/// [`packed_products_int8`].
+///
+/// # Panics
+/// When a length does not fit: a caller's bug.
+pub fn packed_products(level: Level, all: &mut [Meeting<'_>], x: &[f32]) {
+    let Some(cols) = all.first().map(|one| one.weight.form.cols) else { return };
+    assert!(all.iter().all(|one| one.weight.form.cols == cols), "matrices of one width");
+    let width = cols.next_multiple_of(CHUNK);
+    let padded: Vec<f32>;
+    let x = if width == cols {
+        x
+    } else {
+        let tail = vec![0.0; width - cols];
+        padded = x.chunks_exact(cols).flat_map(|x| x.iter().chain(&tail).copied()).collect();
+        &padded
+    };
+    let of_group = |x: &[f32]| x.iter().sum::<f32>();
+    let sums = |form: &PackedForm| x.chunks_exact(width).flat_map(|x| x.chunks(form.group).map(of_group)).collect();
+    let lengths = |_: &PackedForm, tokens: usize| x.len() == tokens * width;
+    meet(all, lengths, sums, |w, sums, strip| match level {
+        Level::Scalar => scalar::full(w, x, sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2(token) => avx2::int8(token, w, x, &sums, strip),
+        Level::Avx2(token) => avx2::full(token, w, x, sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx512::int8(token, w, x, &sums, strip),
+        Level::Avx512(token) => avx512::full(token, w, x, sums, strip),
         #[cfg(target_arch = "aarch64")]
-        Level::Neon(token) => neon::int8(token, w, x, &sums, strip),
+        Level::Neon(token) => neon::full(token, w, x, sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => amx::int8(token, w, x, &sums, strip),
+        Level::Amx(token) => avx512::full(token.avx512(), w, x, sums, strip),
     });
 }
 
-/// `out[token, row] = Σ x·Ŵ` for `x: [tokens, cols]` as it is.
+/// [`packed_products`] of one matrix.
 ///
 /// # Panics
 /// When a length does not fit: a caller's bug.
 pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) {
-    w.check();
-    let form = &w.form;
-    let tokens = out.len() / form.rows;
-    assert!(out.len() == tokens * form.rows && x.len() == tokens * form.cols, "activation lengths");
-    let width = form.chunks() * CHUNK;
-    let padded: Vec<f32>;
-    let x = if width == form.cols {
-        x
-    } else {
-        let tail = vec![0.0; width - form.cols];
-        padded = x.chunks_exact(form.cols).flat_map(|x| x.iter().chain(&tail).copied()).collect();
-        &padded
-    };
-    let of_group = |x: &[f32]| x.iter().sum::<f32>();
-    let sums: Vec<f32> = x.chunks_exact(width).flat_map(|x| x.chunks(form.group).map(of_group)).collect();
-    let parallel = form.rows * form.cols * tokens > ALONE;
-    Strips::new(out, form.rows, STRIP * LANES).fill(parallel, |strip| match level {
-        Level::Scalar => scalar::full(w, x, &sums, strip),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(token) => avx2::full(token, w, x, &sums, strip),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx512::full(token, w, x, &sums, strip),
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon(token) => neon::full(token, w, x, &sums, strip),
-        #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => avx512::full(token.avx512(), w, x, &sums, strip),
+    packed_products(level, &mut [Meeting { weight: *w, out }], x);
+}
+
+/// Has `write` fill the strips of all products, given what `sums_of` says of a matrix's groups, once the lengths `fit`.
+fn meet(
+    all: &mut [Meeting<'_>],
+    fit: impl Fn(&PackedForm, usize) -> bool,
+    sums_of: impl Fn(&PackedForm) -> Vec<f32>,
+    write: impl Fn(&Packed<'_>, &[f32], &mut Strip<'_>) + Sync,
+) {
+    let mut adds = 0;
+    for Meeting { weight, out } in all.iter() {
+        weight.check();
+        let tokens = out.len() / weight.form.rows;
+        assert!(out.len() == tokens * weight.form.rows && fit(&weight.form, tokens), "activation lengths");
+        adds += out.len() * weight.form.cols;
+    }
+    // Matrices in groups of one length share their sums.
+    let mut known: Vec<(usize, Vec<f32>)> = Vec::new();
+    for form in all.iter().map(|one| &one.weight.form) {
+        if !known.iter().any(|(group, _)| *group == form.group) {
+            known.push((form.group, sums_of(form)));
+        }
+    }
+    let parts: Vec<_> = all
+        .iter_mut()
+        .map(|Meeting { weight, out }| {
+            (*weight, Strips::new(out, weight.form.rows, STRIPS[usize::from(weight.form.rows <= FEW)]))
+        })
+        .collect();
+    let (weights, strips): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+    Strips::fill(&strips, adds, |which, strip| {
+        let w = &weights[which];
+        let sums = known.iter().find(|(group, _)| *group == w.form.group).map_or(&[][..], |(_, sums)| sums);
+        write(w, sums, strip);
     });
 }

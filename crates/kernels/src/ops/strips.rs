@@ -1,6 +1,6 @@
 //! A matrix that several threads write, each its own columns.
 
-use rayon::prelude::*;
+use crate::team::each;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -23,14 +23,26 @@ impl<'a> Strips<'a> {
         Strips { out: out.as_mut_ptr(), tokens: out.len() / rows, rows, width, borrowed: PhantomData }
     }
 
-    /// Has `write` fill every strip, on all threads where `parallel` asks for it.
-    pub(super) fn fill(self, parallel: bool, write: impl Fn(&mut Strip<'_>) + Sync) {
-        let all = self.rows.div_ceil(self.width);
-        let strip = |i: usize| {
-            let rows = i * self.width..((i + 1) * self.width).min(self.rows);
-            write(&mut Strip { of: &self, rows });
-        };
-        if parallel { (0..all).into_par_iter().for_each(strip) } else { (0..all).for_each(strip) }
+    fn count(&self) -> usize {
+        self.rows.div_ceil(self.width)
+    }
+
+    fn strip(&self, i: usize) -> Strip<'_> {
+        Strip { of: self, rows: i * self.width..((i + 1) * self.width).min(self.rows) }
+    }
+
+    /// Has `write` fill every strip of several matrices, each told by its number, on as many threads as `adds` multiply-adds in
+    /// all are worth: they are woken once.
+    pub(super) fn fill(all: &[Self], adds: usize, write: impl Fn(usize, &mut Strip<'_>) + Sync) {
+        let count = all.iter().map(Strips::count).sum();
+        each(count, adds, |mut i| {
+            for (which, strips) in all.iter().enumerate() {
+                if i < strips.count() {
+                    return write(which, &mut strips.strip(i));
+                }
+                i -= strips.count();
+            }
+        });
     }
 }
 

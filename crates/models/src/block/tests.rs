@@ -73,8 +73,7 @@ fn int8_activations_round_the_input_of_exactly_the_flagged_linears() {
 
     let mut mixed = full.clone();
     mixed.set_inputs(Role::Up, INT8);
-    let input = Input::new(&hidden, &[mixed.at(Role::Gate), mixed.at(Role::Up)]).unwrap();
-    let (gate, up) = (mixed.at(Role::Gate).read(&input).unwrap(), mixed.at(Role::Up).read(&input).unwrap());
+    let [gate, up] = Linear::forward_all([mixed.at(Role::Gate), mixed.at(Role::Up)], &hidden).unwrap();
     assert!(same(&gate, &full.at(Role::Gate).forward(&hidden).unwrap()));
     assert!(same(&up, &full.at(Role::Up).forward(&round(&hidden)).unwrap()));
 }

@@ -1,6 +1,7 @@
 //! Each operation against its definition, candle or a golden file.
 
 use super::*;
+use bitmill_kernels::Brain;
 use bitmill_scheme::Activations;
 use candle_core::{DType, Device, IndexOp};
 use std::path::Path;
@@ -53,14 +54,16 @@ fn products_agree_with_candle_and_with_any_split() {
 
 #[test]
 fn products_of_bfloat16_are_those_of_rounded_numbers() {
-    let Some(brain) = Brain::here() else { return println!("this CPU does not multiply bfloat16: nothing was tested") };
+    let Some(short) = Brain::here().map(Short::Bf16) else {
+        return println!("this CPU does not multiply bfloat16: nothing was tested");
+    };
     for (tokens, inner, out) in [(1, 3, 5), (BAND + 3, 40, 257)] {
         let x = Tensor::randn(0f32, 1.0, (tokens, inner), &Device::Cpu).unwrap();
         let w = Tensor::randn(0f32, 1.0, (out, inner), &Device::Cpu).unwrap();
         let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
         let run = || {
-            let (x, w) = (left_panels(brain, &x).unwrap(), right_panels(brain, &w).unwrap());
-            brain_product(brain, &x, &w).unwrap()
+            let (x, w) = (left_panels(short, &x).unwrap(), right_panels(short, &w).unwrap());
+            short_product(&x, &w).unwrap()
         };
         let (got, expected) = (run(), product(&rounded(&x), &rounded(&w)).unwrap());
         let difference = (&got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();

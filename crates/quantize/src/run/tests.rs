@@ -89,6 +89,31 @@ fn every_stage_at_once_is_reported_and_ends_in_the_same_bytes() {
     }
 }
 
+#[test]
+fn every_arithmetic_of_this_cpu_loses_alike_and_ends_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |arithmetic: Arithmetic, threads: usize| {
+        let observation = Observation { shift: TargetShift::Outputs, arithmetic, ..Observation::default() };
+        let out = dir.path().join(format!("{arithmetic:?}-{threads}"));
+        let finished = go("llama-biases-tied", &Settings { observation, ..tiny::settings(&[]) }, &out, threads, None)?;
+        let errors = finished.tensors.iter().map(|tensor| tensor.relative_error);
+        Ok((weights(&out), errors.sum::<f64>() / finished.tensors.len() as f64))
+    };
+    let (_, full) = run(Arithmetic::F32, 2).unwrap();
+    for arithmetic in [Arithmetic::Bf16, Arithmetic::Int8] {
+        let (bytes, error) = match run(arithmetic, 1) {
+            Ok(found) => found,
+            Err(Error::Arithmetic { asked, .. }) => {
+                println!("this CPU does not multiply {asked}: it was not tested");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert!((error / full - 1.0).abs() < 0.02, "{arithmetic:?}: {error}, f32 {full}");
+        assert!(run(arithmetic, 3).unwrap().0 == bytes, "{arithmetic:?}: threads");
+    }
+}
+
 /// Rounds `model` to nearest into `out`; stops when `stop` units are finished.
 fn nearest(model: &Path, out: &Path, force: bool, stop: usize) -> Result<Finished, Error> {
     let input = Checkpoint::open(model).unwrap();

@@ -20,7 +20,7 @@ const DEPTH: usize = 512;
 const CHAIN: usize = 128;
 
 /// Columns that are fetched before they are needed: where each is far from the last, no CPU does so by itself.
-const AHEAD: usize = 16;
+pub(in crate::ops) const AHEAD: usize = 16;
 
 /// [`super::round_panels`].
 pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
@@ -42,14 +42,14 @@ pub(super) fn round_tokens(_: Brain, tokens: &[&[f32]], first: usize, out: &mut 
 }
 
 /// A mask of the first `count` of sixteen lanes, all of them where there are more.
-fn first_lanes(count: usize) -> u16 {
+pub(in crate::ops) fn first_lanes(count: usize) -> u16 {
     (0xffffu32 >> (LANES - count.min(LANES))) as u16
 }
 
 /// Up to sixteen numbers, and zeros.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(values: &[f32]) -> __m512 {
+pub(in crate::ops) fn load(values: &[f32]) -> __m512 {
     // SAFETY: the mask leaves out what lies beyond the slice, and the load needs no alignment.
     unsafe { _mm512_maskz_loadu_ps(first_lanes(values.len()), values.as_ptr()) }
 }
@@ -84,20 +84,30 @@ fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: u
     // SAFETY: 64 bytes are there, and the load needs no alignment.
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     let per_panel = LANES * row_pairs(depth);
+    let panels = out.len() / per_panel;
     for p in 0..row_pairs(depth) {
         let side = |j: usize| if j < depth { &column(j)[first..] } else { &[] };
         let (low, high) = (side(2 * p), side(2 * p + 1));
+        for ahead in [2 * p + AHEAD, 2 * p + AHEAD + 1] {
+            fetch_columns(side(ahead), &(0..panels));
+        }
         for (i, panel) in out.chunks_exact_mut(per_panel).enumerate() {
             let of = |side: &[f32]| load(&side[side.len().min(i * LANES)..]);
-            for ahead in [2 * p + AHEAD, 2 * p + AHEAD + 1] {
-                if let Some(line) = side(ahead).get(i * LANES) {
-                    _mm_prefetch::<_MM_HINT_T0>((&raw const *line).cast());
-                }
-            }
             let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(of(high), of(low))));
             let out = &mut panel[p * LANES..][..LANES];
             // SAFETY: 64 bytes are there, and the store needs no alignment.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+        }
+    }
+}
+
+/// Brings the part of a column that some panels are of into the first cache. It may begin within a line, so its end is in one more.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::ops) fn fetch_columns(column: &[f32], panels: &Range<usize>) {
+    for at in panels.clone().map(|panel| panel * LANES).chain([panels.end * LANES - 1]) {
+        if let Some(line) = column.get(at) {
+            _mm_prefetch::<_MM_HINT_T0>((&raw const *line).cast());
         }
     }
 }
@@ -119,7 +129,7 @@ fn as_pairs(v: __m512i) -> __m512bh {
 /// The transpose of sixteen rows of sixteen.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(in crate::ops) fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     // Four by four within every quarter of a register, then quarters among registers.
     let mut fours = rows;
     for i in (0..LANES).step_by(4) {
@@ -253,7 +263,7 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2
 /// Makes the entries of C that there are, sixteen at most, the first sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn put(c: &mut [f32], sums: __m512) {
+pub(in crate::ops) fn put(c: &mut [f32], sums: __m512) {
     // SAFETY: the mask leaves out what lies beyond the slice, and the store needs no alignment.
     unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr(), first_lanes(c.len()), sums) }
 }
@@ -261,7 +271,7 @@ fn put(c: &mut [f32], sums: __m512) {
 /// Adds the first sums to the entries of C that there are, sixteen at most.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn add(c: &mut [f32], sums: __m512) {
+pub(in crate::ops) fn add(c: &mut [f32], sums: __m512) {
     let mask = first_lanes(c.len());
     // SAFETY: the mask leaves out what lies beyond the slice, and neither needs alignment.
     unsafe {

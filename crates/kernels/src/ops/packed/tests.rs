@@ -37,6 +37,10 @@ impl Case {
         Case { form, codes, packed, scales, zeros }
     }
 
+    fn packed(&self) -> Packed<'_> {
+        Packed { form: self.form, codes: &self.packed, scales: Scales::F32(&self.scales), zeros: &self.zeros }
+    }
+
     fn dense(&self) -> Vec<f32> {
         let [_, cols] = self.form.shape();
         let value = |(i, &code): (usize, &u8)| {
@@ -107,6 +111,37 @@ fn every_level_equals_the_definition_and_the_dequantized_product() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn several_matrices_together_are_each_by_itself() {
+    // More work than one thread is left alone with, in groups of two lengths and of three widths.
+    let cases = [(4, 900, 64), (4, 136, 64), (3, 520, 128), (8, 9, 128)];
+    let cases = cases.map(|(bits, rows, group)| Case::new(bits, [rows, 1000], group, bits != 3));
+    for (level, tokens) in Level::all().into_iter().flat_map(|level| [1, 3].map(|tokens| (level, tokens))) {
+        let x: Vec<f32> = (0..tokens * 1000).map(number).collect();
+        let (mut values, mut scales) = (vec![0; tokens * 1024], vec![0.0; tokens * 32]);
+        round_activations(level, &x, 1000, &mut values, &mut scales);
+        let rounded = Rounded { values: &values, scales: &scales };
+        let together = |product: &dyn Fn(&mut [Meeting<'_>])| {
+            let mut outs = cases.each_ref().map(|case| vec![f32::NAN; tokens * case.form.shape()[0]]);
+            let mut all: Vec<_> =
+                cases.iter().zip(&mut outs).map(|(case, out)| Meeting { weight: case.packed(), out }).collect();
+            product(&mut all);
+            outs
+        };
+        let alone = |product: &dyn Fn(&Packed<'_>, &mut [f32])| {
+            cases.each_ref().map(|case| {
+                let mut out = vec![f32::NAN; tokens * case.form.shape()[0]];
+                product(&case.packed(), &mut out);
+                out
+            })
+        };
+        let int8 = together(&|all| packed_products_int8(level, all, &rounded));
+        assert_eq!(int8, alone(&|w, out| packed_product_int8(level, w, &rounded, out)));
+        let full = together(&|all| packed_products(level, all, &x));
+        assert_eq!(full, alone(&|w, out| packed_product(level, w, &x, out)));
     }
 }
 

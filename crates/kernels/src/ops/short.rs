@@ -1,0 +1,184 @@
+//! Dense products of what is rounded to fewer bits than f32 has, with sums in f32, whatever it is rounded to.
+//!
+//! Each side is rounded and laid out once ([`Panels`]) and may serve many products.
+
+use super::brain::{self, Brained, Old};
+use super::eight::{self, Eights};
+use super::matrix::{TOKENS, View, ViewMut, band};
+use crate::level::{Brain, Eight};
+use rayon::prelude::*;
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// What products round their sides to, and the proof that this CPU has the instructions for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Short {
+    /// bfloat16: a relative error of at most 2⁻⁸.
+    Bf16(Brain),
+    /// Eight bits and a scale for 128 neighbours: an error of at most a 254th of the largest of them.
+    Int8(Eight),
+}
+
+impl Short {
+    /// Every way of this CPU.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        Brain::all().into_iter().map(Short::Bf16).chain(Eight::here().map(Short::Int8)).collect()
+    }
+}
+
+/// A matrix `[rows, depth]` that is rounded and laid out for products.
+#[derive(Debug)]
+pub struct Panels(Kept);
+
+#[derive(Debug)]
+enum Kept {
+    Bf16(Brain, brain::Panels),
+    Int8(Eight, eight::Panels),
+}
+
+impl Panels {
+    /// A matrix without entries.
+    #[must_use]
+    pub fn empty(short: Short) -> Self {
+        Panels(match short {
+            Short::Bf16(brain) => Kept::Bf16(brain, brain::Panels::default()),
+            Short::Int8(eight) => Kept::Int8(eight, eight::Panels::default()),
+        })
+    }
+
+    /// Rounds `matrix`, in parallel over its panels.
+    #[must_use]
+    pub fn right(short: Short, matrix: View<'_, f32>) -> Self {
+        let mut panels = Panels::empty(short);
+        match &mut panels.0 {
+            Kept::Bf16(brain, panels) => panels.round(*brain, matrix),
+            Kept::Int8(eight, panels) => panels.round(*eight, matrix),
+        }
+        panels
+    }
+
+    /// [`Panels::right`] of what is only ever the left side of products, and of several: what some CPUs ask of a left side is
+    /// then done once.
+    #[must_use]
+    pub fn left(short: Short, matrix: View<'_, f32>) -> Self {
+        let mut panels = Panels::empty(short);
+        match &mut panels.0 {
+            Kept::Bf16(brain, panels) => panels.round_left(*brain, matrix),
+            Kept::Int8(eight, panels) => panels.round(*eight, matrix),
+        }
+        panels
+    }
+
+    /// Rounds the transpose of `tokens`, rows of width `rows` that may lie anywhere, in the memory of what was there.
+    ///
+    /// # Panics
+    /// When a token is of another width: a caller's bug.
+    pub fn refill(&mut self, tokens: &[&[f32]], rows: usize) {
+        match &mut self.0 {
+            Kept::Bf16(brain, panels) => panels.round_tokens(*brain, tokens, rows),
+            Kept::Int8(eight, panels) => panels.round_tokens(*eight, tokens, rows),
+        }
+    }
+
+    /// Rows and columns.
+    #[must_use]
+    pub fn shape(&self) -> [usize; 2] {
+        match self.matrix() {
+            Matrix::Bf16(_, matrix) => matrix.shape(),
+            Matrix::Int8(_, matrix) => matrix.shape(),
+        }
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        match &self.0 {
+            Kept::Bf16(brain, panels) => Matrix::Bf16(*brain, panels.matrix()),
+            Kept::Int8(eight, panels) => Matrix::Int8(*eight, panels.matrix()),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Matrix<'a> {
+    Bf16(Brain, Brained<'a>),
+    Int8(Eight, Eights<'a>),
+}
+
+impl Matrix<'_> {
+    /// Rows, the first of which is that of a panel.
+    fn between(self, rows: Range<usize>) -> Self {
+        match self {
+            Matrix::Bf16(brain, matrix) => Matrix::Bf16(brain, matrix.between(rows.start, rows.end)),
+            Matrix::Int8(eight, matrix) => Matrix::Int8(eight, matrix.between(rows.start, rows.end)),
+        }
+    }
+
+    /// `c ← self·rightᵀ` or `c ← c + self·rightᵀ`, where only entries `(i, j)` with `j ≤ diagonal + i` are asked for; others may
+    /// be computed, or not.
+    fn multiply(self, right: Matrix<'_>, what: (Old, usize), c: &mut ViewMut<'_, f32>) {
+        match (self, right) {
+            (Matrix::Bf16(brain, a), Matrix::Bf16(_, b)) => brain::multiply(brain, a, b, what, c),
+            (Matrix::Int8(eight, a), Matrix::Int8(_, b)) => eight::multiply(eight, a, b, what, c),
+            _ => panic!("sides that are rounded alike"),
+        }
+    }
+}
+
+/// `c ← c + a·bᵀ` for the rows `rows` of `a: [m, depth]`, `b: [n, depth]` and `c: [rows, n]`, on the calling thread. The
+/// first row is a multiple of 16.
+///
+/// # Panics
+/// When the shapes do not chain, the sides are not rounded alike, or one was made as the left one for other use: a caller's
+/// bug.
+pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
+    a.matrix().between(rows).multiply(b.matrix(), (Old::Counts, usize::MAX), c);
+}
+
+/// `c ← a·bᵀ`, otherwise as [`short_gemm`]. What `c` held is not even read: fresh memory is not touched twice.
+///
+/// # Panics
+/// As [`short_gemm`].
+pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
+    a.matrix().between(rows).multiply(b.matrix(), (Old::Goes, usize::MAX), c);
+}
+
+/// Bytes of rounded entries that are made at a time, where those are more tokens than each pass through H should be for.
+const ROUNDED: usize = 4 << 20;
+
+/// [`syrk`](crate::syrk) of what `x` is when rounded, likewise without what lies above the diagonal. The tokens come in parts that
+/// may lie anywhere; results do not depend on how they are parted.
+///
+/// # Panics
+/// When the lengths do not fit `n`: a caller's bug.
+pub fn short_syrk(short: Short, x: &[&[f32]], n: usize, h: &mut [f32]) {
+    assert!(n > 0 && x.iter().all(|part| part.len().is_multiple_of(n)) && h.len() == n * n, "syrk shapes");
+    // The faster products are, the more of them it takes for what H's own way from memory and back costs not to count.
+    let (bytes, least) = match short {
+        Short::Bf16(_) => (2, TOKENS),
+        Short::Int8(_) => (1, 2 * TOKENS),
+    };
+    let (band, at_once) = (band(n), (ROUNDED / bytes / n).next_multiple_of(TOKENS).max(least));
+    let tokens: Vec<&[f32]> = x.iter().flat_map(|part| part.chunks_exact(n)).collect();
+    let mut x = Panels::empty(short);
+    for tokens in tokens.chunks(at_once) {
+        x.refill(tokens, n);
+        let x = x.matrix();
+        // The first band has the shortest rows and the last the longest: with one of either all tasks are alike.
+        let mut bands: VecDeque<(usize, &mut [f32])> = h.chunks_mut(band * n).enumerate().collect();
+        let mut tasks = Vec::new();
+        while let Some(last) = bands.pop_back() {
+            tasks.push([Some(last), bands.pop_front()]);
+        }
+        tasks.into_par_iter().with_max_len(1).for_each(|task| {
+            for (i, rows) in task.into_iter().flatten() {
+                let (from, height) = (i * band, rows.len() / n);
+                let to = from + height;
+                let c = &mut ViewMut::new(rows, height, to, n);
+                x.between(from..to).multiply(x.between(0..to), (Old::Counts, from), c);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;
