@@ -53,9 +53,11 @@ mod tests;
 
 use super::strips::{Strip, Strips};
 use crate::Level;
+use crate::team::{each, fill_chunks};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::Mutex;
 
 /// Rows that lie beside each other.
 const LANES: usize = 8;
@@ -331,7 +333,7 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
     let chunks = cols.div_ceil(CHUNK);
     assert!(x.len().is_multiple_of(cols) && scales.len() == x.len() / cols * chunks, "activation lengths");
     assert_eq!(values.len(), scales.len() * CHUNK, "activation lengths");
-    match level {
+    let some = |x: &[f32], values: &mut [i8], scales: &mut [f32]| match level {
         Level::Scalar => round(x, cols, values, scales),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
@@ -341,7 +343,34 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
         Level::Neon(token) => neon::round(token, x, cols, values, scales),
         #[cfg(target_arch = "x86_64")]
         Level::Amx(token) => avx512::round(token.avx512(), x, cols, values, scales),
+    };
+    if x.len() <= MANY * cols {
+        return some(x, values, scales);
     }
+    let parts = values.chunks_mut(MANY * chunks * CHUNK).zip(scales.chunks_mut(MANY * chunks));
+    let parts: Vec<_> = x.chunks(MANY * cols).zip(parts).map(Mutex::new).collect();
+    each(parts.len(), ROUNDING * x.len(), |i| {
+        // Each is taken once.
+        if let Ok(mut part) = parts[i].lock() {
+            let (x, (values, scales)) = &mut *part;
+            some(x, values, scales);
+        }
+    });
+}
+
+/// Tokens that one thread takes, where there are more.
+const MANY: usize = 16;
+/// Multiply-adds that take as long as rounding a number.
+const ROUNDING: usize = 16;
+
+/// What belongs to each of `T` tokens from `first` on, so much to each: a loop, since closures are compiled for less.
+#[inline(always)]
+fn by_token<V, const T: usize>(all: &[V], first: usize, count: usize) -> [&[V]; T] {
+    let mut own = [&all[..0]; T];
+    for (t, own) in own.iter_mut().enumerate() {
+        *own = &all[(first + t) * count..][..count];
+    }
+    own
 }
 
 /// 1.5·2²³: adding it leaves a number below 2²² rounded to an integer in the low bits.
@@ -386,12 +415,14 @@ pub fn packed_products_int8(level: Level, all: &mut [Meeting<'_>], x: &Rounded<'
     let sums_of = |form: &PackedForm| {
         let (chunks, groups) = (form.chunks(), form.groups());
         let mut sums = vec![0.0; x.scales.len() / chunks * groups];
-        let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK));
-        for (sums, (scales, values)) in sums.chunks_exact_mut(groups).zip(of_token) {
-            for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
-                sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
+        fill_chunks(&mut sums, MANY * groups, ROUNDING * x.values.len(), |i, sums| {
+            let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK)).skip(i * MANY);
+            for (sums, (scales, values)) in sums.chunks_exact_mut(groups).zip(of_token) {
+                for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
+                    sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
+                }
             }
-        }
+        });
         sums
     };
     let lengths = |form: &PackedForm, tokens: usize| x.scales.len() == tokens * form.chunks();

@@ -5,7 +5,7 @@
 //! is folded in 16-bit lanes and widened once. Codes wider than four bits are two such sums.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, Rounded, Scales};
+use super::{Block, CHUNK, LANES, Packed, Rounded, Scales, by_token};
 use crate::level::Avx2;
 use std::arch::x86_64::*;
 
@@ -108,8 +108,8 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
-    let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
+    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
     let mut y = [_mm256_setzero_ps(); T];
     for group in 0..groups {
         let mut sum = [_mm256_setzero_ps(); T];
@@ -188,7 +188,7 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
-    let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
+    let values: [&[[f32; CHUNK]]; T] = by_token(values, token, chunks);
     let mut y = [[_mm256_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm256_setzero_ps(); T]; N];

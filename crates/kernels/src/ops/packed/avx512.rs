@@ -6,7 +6,7 @@
 //! The inner functions use no closures: what takes one is compiled for less, and would call it.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, Rounded, avx2};
+use super::{Block, CHUNK, LANES, Packed, Rounded, avx2, by_token};
 use crate::level::Avx512;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -17,6 +17,11 @@ pub(super) const PAIR: usize = 2 * LANES;
 const TOKENS: usize = 8;
 /// Tokens that one pass over packed codes serves.
 const FEW: usize = 4;
+/// Tokens of whom more than that many meet codes that were unpacked once for all of them.
+const MANY: usize = 2 * TILE;
+/// Tokens that meet the rows of two pairs of blocks side by side: twelve sums of a chunk and twelve of a group are in registers,
+/// and eight loads of codes and inputs feed twelve products.
+const TILE: usize = 6;
 /// Tokens that share unpacked codes: their inputs stay in the second cache from one pair of blocks to the next.
 const BATCH: usize = 32;
 /// Chunks that are unpacked together: 8 KB, a part of the first cache.
@@ -37,7 +42,8 @@ pub(super) fn round(_: Avx512, x: &[f32], cols: usize, values: &mut [i8], scales
 /// [`super::scalar::int8`].
 pub(super) fn int8(token: Avx512, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
     let (mut pairs, mut last) = strip.split(end_of_pairs(strip));
-    let run = by_parts!(w.form.bits, strip_int8);
+    let run =
+        if pairs.tokens() > MANY { by_parts!(w.form.bits, many_int8) } else { by_parts!(w.form.bits, strip_int8) };
     // SAFETY: the token proves AVX-512 with VNNI, and AVX2, FMA and F16C.
     unsafe { run(w, x, sums, &mut pairs) };
     if !last.rows.is_empty() {
@@ -83,6 +89,129 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, 
     }
 }
 
+/// What all tokens share of a few pairs of blocks.
+struct Unpacked {
+    /// Of every chunk, pair by pair.
+    codes: Vec<[__m512i; CHUNK / 4]>,
+    /// Scales and zero points of every group, pair by pair.
+    params: Vec<(__m512, __m512)>,
+}
+
+/// Goes over the pairs of a strip, whose codes are unpacked once, into the second cache, for all tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn many_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+    let mut unpacked = Unpacked {
+        codes: vec![[_mm512_setzero_si512(); CHUNK / 4]; 2 * w.form.chunks()],
+        params: vec![(_mm512_setzero_ps(), _mm512_setzero_ps()); 2 * w.form.groups()],
+    };
+    let mut row = strip.rows.start;
+    while row < strip.rows.end {
+        let two = strip.rows.end - row > PAIR;
+        if two {
+            tokens_int8::<LOW, HIGH, 2>(w, x, sums, row / LANES, &mut unpacked, strip);
+        } else {
+            tokens_int8::<LOW, HIGH, 1>(w, x, sums, row / LANES, &mut unpacked, strip);
+        }
+        row += if two { 2 * PAIR } else { PAIR };
+    }
+}
+
+/// All tokens for `N` pairs of blocks.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn tokens_int8<const LOW: u32, const HIGH: u32, const N: usize>(
+    w: &Packed<'_>,
+    x: &Rounded<'_>,
+    sums: &[f32],
+    block: usize,
+    unpacked: &mut Unpacked,
+    strip: &mut Strip<'_>,
+) {
+    let (bytes, codes) = (32 * (LOW + HIGH) as usize, codes_of::<N>(w, block));
+    for (chunk, unpacked) in unpacked.codes.chunks_exact_mut(N).take(w.form.chunks()).enumerate() {
+        let at = chunk * codes[0][0].step;
+        for n in 0..N {
+            let these = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
+            each_vector!(keep::<LOW, HIGH>(these, &mut unpacked[n]));
+        }
+    }
+    for (group, unpacked) in unpacked.params.chunks_exact_mut(N).take(w.form.groups()).enumerate() {
+        for n in 0..N {
+            unpacked[n] = params(w, codes[n], group);
+        }
+    }
+    let mut token = 0;
+    while token < strip.tokens() {
+        let (at, left) = ([token, block], strip.tokens() - token);
+        if left >= TILE {
+            put(tile_int8::<TILE, N>(w, x, sums, token, unpacked), at, strip);
+        } else if left >= 2 {
+            put(tile_int8::<2, N>(w, x, sums, token, unpacked), at, strip);
+        } else {
+            put(tile_int8::<1, N>(w, x, sums, token, unpacked), at, strip);
+        }
+        token += [1, 2, TILE][usize::from(left >= 2) + usize::from(left >= TILE)];
+    }
+}
+
+/// Unpacks vector `J` of a chunk.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn keep<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8]; 2], out: &mut [__m512i; CHUNK / 4]) {
+    out[J] = code_bytes::<LOW, HIGH, J>(codes);
+}
+
+/// `N` pairs of blocks, whose codes are `unpacked`, for `T` tokens from one on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn tile_int8<const T: usize, const N: usize>(
+    w: &Packed<'_>,
+    x: &Rounded<'_>,
+    sums: &[f32],
+    token: usize,
+    unpacked: &Unpacked,
+) -> [[__m512; T]; N] {
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let values = x.values.as_chunks::<CHUNK>().0;
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
+    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
+    let mut y = [[_mm512_setzero_ps(); T]; N];
+    for group in 0..groups {
+        let mut sum = [[_mm512_setzero_ps(); T]; N];
+        for chunk in w.form.chunks_of(group) {
+            let these = &unpacked.codes[chunk * N..][..N];
+            let mut inputs = [&values[0][chunk]; T];
+            for t in 1..T {
+                inputs[t] = &values[t][chunk];
+            }
+            let mut dots = [[_mm512_setzero_si512(); T]; N];
+            for j in 0..CHUNK / 4 {
+                for t in 0..T {
+                    let x = inputs[t];
+                    let quad = [x[4 * j] as u8, x[4 * j + 1] as u8, x[4 * j + 2] as u8, x[4 * j + 3] as u8];
+                    let quad = _mm512_set1_epi32(i32::from_le_bytes(quad));
+                    for n in 0..N {
+                        dots[n][t] = _mm512_dpbusd_epi32(dots[n][t], these[n][j], quad);
+                    }
+                }
+            }
+            for t in 0..T {
+                let scale = _mm512_set1_ps(scales[t][chunk]);
+                for n in 0..N {
+                    sum[n][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[n][t]), scale, sum[n][t]);
+                }
+            }
+        }
+        for n in 0..N {
+            let (scale, zero) = unpacked.params[group * N + n];
+            for t in 0..T {
+                let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[(token + t) * groups + group]), sum[n][t]);
+                y[n][t] = _mm512_fmadd_ps(centred, scale, y[n][t]);
+            }
+        }
+    }
+    y
+}
+
 /// Many tokens share codes that were unpacked once; of few, as many sums are under way as hide the latency of a
 /// multiply-add: of tokens, or of pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -112,12 +241,14 @@ fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: 
     }
 }
 
+#[inline]
+#[target_feature(enable = "avx512f")]
 fn put<const T: usize, const N: usize>(y: [[__m512; T]; N], [token, block]: [usize; 2], strip: &mut Strip<'_>) {
-    for (n, y) in y.into_iter().enumerate() {
-        for (t, y) in y.into_iter().enumerate() {
+    for (n, y) in y.iter().enumerate() {
+        for (t, y) in y.iter().enumerate() {
             let mut lanes = [0.0f32; PAIR];
-            // SAFETY: a register exists only where AVX-512 does; 64 bytes are there, and the store needs no alignment.
-            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), y) };
+            // SAFETY: 64 bytes are there, and the store needs no alignment.
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), *y) };
             strip.put(token + t, (block + 2 * n) * LANES, &lanes);
         }
     }
@@ -125,7 +256,10 @@ fn put<const T: usize, const N: usize>(y: [[__m512; T]; N], [token, block]: [usi
 
 /// Codes of the `N` pairs from `block` on, each block by itself, and all with one step: strips begin with blocks that alternate.
 fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[Block<'a>; 2]; N] {
-    let codes: [[Block<'a>; 2]; N] = std::array::from_fn(|n| [w.block(block + 2 * n), w.block(block + 2 * n + 1)]);
+    let mut codes = [[w.block(block), w.block(block + 1)]; N];
+    for (n, codes) in codes.iter_mut().enumerate().skip(1) {
+        *codes = [w.block(block + 2 * n), w.block(block + 2 * n + 1)];
+    }
     debug_assert!(codes.iter().flatten().all(|block| block.step == codes[0][0].step), "blocks that alternate alike");
     codes
 }
@@ -160,8 +294,8 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
-    let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
+    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
     let mut y = [[_mm512_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
@@ -313,7 +447,7 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = codes_of::<N>(w, block);
     let values = x.as_chunks::<CHUNK>().0;
-    let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
+    let values: [&[[f32; CHUNK]]; T] = by_token(values, token, chunks);
     let mut y = [[_mm512_setzero_ps(); T]; N];
     for group in 0..groups {
         let mut sum = [[_mm512_setzero_ps(); T]; N];

@@ -9,7 +9,7 @@
 //! such sums.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, ROUNDER, Rounded, Scales};
+use super::{Block, CHUNK, LANES, Packed, ROUNDER, Rounded, Scales, by_token};
 use crate::level::{Dot, Neon};
 use std::arch::{aarch64::*, asm};
 
@@ -190,8 +190,8 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
-    let scales: [&[f32]; T] = std::array::from_fn(|t| &x.scales[(token + t) * chunks..][..chunks]);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
+    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
     let mut y = [[vdupq_n_f32(0.0); 2]; T];
     for group in 0..groups {
         let mut sum = [[vdupq_n_f32(0.0); 2]; T];
@@ -349,7 +349,7 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
     let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.as_chunks::<CHUNK>().0;
-    let values: [&[[f32; CHUNK]]; T] = std::array::from_fn(|t| &values[(token + t) * chunks..][..chunks]);
+    let values: [&[[f32; CHUNK]]; T] = by_token(values, token, chunks);
     let mut y = [[[vdupq_n_f32(0.0); 2]; T]; N];
     for group in 0..groups {
         let mut sum = [[[vdupq_n_f32(0.0); 2]; T]; N];
