@@ -1,7 +1,7 @@
 //! Threads that stay awake between small tasks.
 //!
 //! A thread that sleeps takes tens of microseconds to wake: as long as a matrix of a small model meets one token. Within
-//! [`awake`] the other threads of the pool look for work instead for a while after they had some that is worth waking them for,
+//! [`awake`] as many threads as the pool has look for work instead for a while after they had some that is worth waking them for,
 //! so that what takes a few microseconds is worth sharing, too. Who finds none for long goes to sleep. Work never waits for who
 //! sleeps: the thread that has it does whatever no other has begun.
 
@@ -57,8 +57,9 @@ thread_local! {
     static LED: Cell<Option<*const Team>> = const { Cell::new(None) };
 }
 
-/// Runs `f` on this thread, with the other threads of the pool awake between the products within, as long as those are large
-/// enough to wake them and follow each other within a millisecond. Results are the same without.
+/// Runs `f` on this thread, with as many others as the pool has awake between the products within, as long as those are large
+/// enough to wake them and follow each other within a millisecond. Results are the same without. The others are not those of the
+/// pool, which is left to whoever else uses it, be it `f`.
 pub fn awake<R>(f: impl FnOnce() -> R) -> R {
     let threads = rayon::current_num_threads();
     if threads < 2 || LED.get().is_some() {
@@ -82,9 +83,12 @@ pub fn awake<R>(f: impl FnOnce() -> R) -> R {
             self.0.wake();
         }
     }
-    rayon::in_place_scope(|scope| {
+    std::thread::scope(|scope| {
         let team = &team;
-        (1..threads).for_each(|own| scope.spawn(move |_| team.help(own)));
+        for own in 1..threads {
+            // Who cannot be had is not waited for.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, move || team.help(own));
+        }
         let _lead = Lead(team);
         LED.set(Some(team));
         f()
@@ -318,6 +322,17 @@ mod tests {
             })
         });
         assert_eq!(sum, (0..100u64).map(|i| i / 3).sum());
+        // Several lead at once, as sessions of a server do, and each finds the pool.
+        let session = || {
+            for _ in 0..200 {
+                let mut out = vec![0u64; 100];
+                awake(|| {
+                    fill_chunks(&mut out, 3, usize::MAX, |i, out| out.fill(i as u64));
+                    assert_eq!(out.par_iter().sum::<u64>(), sum);
+                });
+            }
+        };
+        std::thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(session))));
         // A thread outside of the pool leads as well.
         let mut out = [0usize; 50];
         awake(|| fill_chunks(&mut out, 7, usize::MAX, |i, out| out.fill(i)));
