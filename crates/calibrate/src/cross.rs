@@ -72,7 +72,7 @@ impl CrossStats {
             let b: Vec<&[f32]> = seen.iter().flat_map(|seen| seen.chunks_exact(n)).collect();
             for (a, b) in a.chunks(TOKENS).zip(b.chunks(TOKENS)) {
                 match self.short {
-                    Some(short) => short_product(short, (a, rows), (b, n), out),
+                    Some(short) => rounded_product(short, (a, rows), (b, n), out),
                     None => product(&a.concat(), rows, &b.concat(), n, out),
                 }
             }
@@ -123,7 +123,7 @@ fn product(a: &[f32], rows: usize, b: &[f32], n: usize, out: &mut [f32]) {
 }
 
 /// [`product`] of tokens that are rounded and may lie anywhere, of `rows` and of `n` entries.
-fn short_product(short: Short, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
+fn rounded_product(short: Short, (a, rows): (&[&[f32]], usize), (b, n): (&[&[f32]], usize), out: &mut [f32]) {
     let (mut left, mut right) = (Panels::empty(short), Panels::empty(short));
     left.refill(a, rows);
     right.refill(b, n);

@@ -167,19 +167,14 @@ impl Linear {
     }
 
     fn all_outputs(linears: &[&Linear], x: &Tensor) -> Result<Vec<Tensor>, Error> {
-        let plain = |linear: &&Linear| match &linear.matrix {
-            Matrix::Packed(packed) if linear.inputs.activations == Activations::Full => Some(packed.clone()),
-            _ => None,
-        };
-        let packed: Vec<PackedWeight> = linears.iter().filter_map(plain).collect();
-        let alike = |first: &PackedWeight| packed.iter().all(|packed| packed.reads_alike(first));
+        let packed: Vec<&PackedWeight> = linears.iter().filter_map(|linear| linear.packed()).collect();
         if let Some(first) = packed.first()
             && packed.len() == linears.len()
-            && alike(first)
+            && packed.iter().all(|packed| packed.reads_alike(first))
         {
             let (tokens, entries) = (x.dim(0)?, values(x)?);
             let mut outputs: Vec<Vec<f32>> = packed.iter().map(|w| vec![0.0; tokens * w.shape()[0]]).collect();
-            let mut all: Vec<_> = packed.iter().zip(outputs.iter_mut().map(|y| &mut y[..])).collect();
+            let mut all: Vec<_> = packed.iter().copied().zip(outputs.iter_mut().map(|y| &mut y[..])).collect();
             PackedWeight::products(&first.input(&entries), &mut all);
             let shaped = |(y, linear): (Vec<f32>, &&Linear)| {
                 let width = linear.matrix.rows();
@@ -189,6 +184,14 @@ impl Linear {
         }
         let input = Input::new(x, linears)?;
         linears.iter().map(|linear| linear.read(&input)).collect()
+    }
+
+    /// The matrix, where it is packed and meets its input as it is.
+    fn packed(&self) -> Option<&PackedWeight> {
+        match &self.matrix {
+            Matrix::Packed(packed) if self.inputs.activations == Activations::Full => Some(packed),
+            _ => None,
+        }
     }
 
     /// The output `[tokens, out]` for an input shared with other linears.

@@ -314,6 +314,9 @@ pub(crate) fn identity(
         "config": blake3::hash(input.config().to_string().as_bytes()).to_hex().as_str(),
         "calibration": calibration,
     });
+    if let Some(attention) = plan.settings.observation.arithmetic.attention() {
+        identity["attention"] = json!(attention);
+    }
     if plan.gguf.is_some() {
         // The file's metadata hold the tokenizer, which the weights and the config do not.
         let mut hash = blake3::Hasher::new();

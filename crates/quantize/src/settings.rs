@@ -145,6 +145,12 @@ impl Arithmetic {
         }
     }
 
+    /// What attention multiplies in, where the CPU decides it.
+    pub(crate) fn attention(self) -> Option<&'static str> {
+        let here = || if Brain::here().is_some() { "bf16" } else { "f32" };
+        (self == Arithmetic::Int8).then(here)
+    }
+
     /// Refuses what this CPU has no instruction for.
     pub(crate) fn check(self) -> Result<(), Error> {
         let (asked, lacks) = match self {
