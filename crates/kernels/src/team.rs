@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, UnsafeCell};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -142,10 +142,20 @@ impl Team {
                 }
             }
         }
+        /// Has this thread lead again.
+        struct Leads(Option<*const Team>);
+        impl Drop for Leads {
+            fn drop(&mut self) {
+                LED.set(self.0);
+            }
+        }
+        // One job at a time: what the work itself shares goes to the pool.
+        let _leads = Leads(LED.replace(None));
         for (cursor, own) in self.cursors.iter().zip(0..) {
             cursor.0.store(self.share(own, count), Ordering::Relaxed);
         }
-        // SAFETY: no job is open and nobody is left in the last one, so nobody reads this. The work outlives the job: `Open`
+        // SAFETY: this thread leads, and not within a job, as taking the lead from it says. So no job is open and nobody is left in
+        // the last one, and nobody reads this. The work outlives the job: `Open`
         // waits, panic or not, until nobody is left in it, and who comes later does not join.
         unsafe {
             *self.job.get() = (std::mem::transmute::<Work<'_>, Work<'static>>(work), count, wakes);
@@ -169,6 +179,8 @@ impl Team {
 
     /// Wakes all that sleep.
     fn wake(&self) {
+        // Either this sees a helper that has come, or that one sees what it is to be woken for.
+        fence(Ordering::SeqCst);
         self.helpers.iter().filter_map(OnceLock::get).for_each(Thread::unpark);
     }
 
@@ -205,6 +217,7 @@ impl Team {
             }
         }
         let _ = self.helpers[own - 1].set(std::thread::current());
+        fence(Ordering::SeqCst);
         let (mut done, mut since) = (0, Instant::now());
         while let Some(state) = self.wait(done, since) {
             if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
@@ -322,6 +335,16 @@ mod tests {
             })
         });
         assert_eq!(sum, (0..100u64).map(|i| i / 3).sum());
+        // Work may share work.
+        let mut out = vec![0u64; 64];
+        on(2, || {
+            awake(|| {
+                fill_chunks(&mut out, 8, usize::MAX, |i, out| {
+                    fill_chunks(out, 2, usize::MAX, |j, out| out.fill(10 * i as u64 + j as u64));
+                });
+            });
+        });
+        assert!(out.iter().zip(0..).all(|(&v, i)| v == 10 * (i / 8) + i % 8 / 2));
         // Several lead at once, as sessions of a server do, and each finds the pool.
         let session = || {
             for _ in 0..200 {
