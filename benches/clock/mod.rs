@@ -6,20 +6,10 @@ const RUNS: usize = 15;
 
 /// Median seconds of [`RUNS`] runs, after one that warms caches.
 pub(crate) fn time(mut f: impl FnMut()) -> f64 {
-    f();
-    let mut seconds: Vec<f64> = (0..RUNS)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .collect();
-    seconds.sort_by(f64::total_cmp);
-    seconds[RUNS / 2]
+    in_turns(&mut [&mut f])[0]
 }
 
 /// The same of several things that take turns, so that whatever else the machine does slows all of them.
-#[allow(dead_code, reason = "not every bench compares things")]
 pub(crate) fn in_turns(all: &mut [&mut dyn FnMut()]) -> Vec<f64> {
     let mut seconds = vec![Vec::new(); all.len()];
     for run in 0..=RUNS {

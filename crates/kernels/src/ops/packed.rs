@@ -57,7 +57,7 @@ use crate::team::{each, fill_chunks};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 /// Rows that lie beside each other.
 const LANES: usize = 8;
@@ -65,10 +65,8 @@ const LANES: usize = 8;
 const TOGETHER: usize = 4;
 /// Input columns that are unpacked together, and that share a scale when activations are rounded.
 pub const CHUNK: usize = 32;
-/// Rows that one task computes of a matrix that has more than [`FEW`] of them, and of a smaller one, which threads are to share
-/// evenly all the same.
-const STRIPS: [usize; 2] = [2 * TOGETHER * LANES, 2 * TOGETHER * LANES];
-const FEW: usize = 1024;
+/// Rows that one task computes.
+const STRIP: usize = 2 * TOGETHER * LANES;
 
 /// Shape and layout of a packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -351,10 +349,9 @@ pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8]
     let parts: Vec<_> = x.chunks(MANY * cols).zip(parts).map(Mutex::new).collect();
     each(parts.len(), ROUNDING * x.len(), |i| {
         // Each is taken once.
-        if let Ok(mut part) = parts[i].lock() {
-            let (x, (values, scales)) = &mut *part;
-            some(x, values, scales);
-        }
+        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let (x, (values, scales)) = &mut *part;
+        some(x, values, scales);
     });
 }
 
@@ -509,12 +506,8 @@ fn meet(
             known.push((form.group, sums_of(form)));
         }
     }
-    let parts: Vec<_> = all
-        .iter_mut()
-        .map(|Meeting { weight, out }| {
-            (*weight, Strips::new(out, weight.form.rows, STRIPS[usize::from(weight.form.rows <= FEW)]))
-        })
-        .collect();
+    let parts: Vec<_> =
+        all.iter_mut().map(|Meeting { weight, out }| (*weight, Strips::new(out, weight.form.rows, STRIP))).collect();
     let (weights, strips): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     Strips::fill(&strips, adds, |which, strip| {
         let w = &weights[which];

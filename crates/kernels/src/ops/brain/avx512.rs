@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Rows of a tile: half a panel.
-const ROWS: usize = LANES / 2;
+pub(in crate::ops) const ROWS: usize = LANES / 2;
 /// Panels of a tile, at most.
 const PANELS: usize = 3;
 /// Pairs of a row that are multiplied before the next rows are: 96 KB of B.
@@ -42,7 +42,7 @@ pub(super) fn round_tokens(_: Brain, tokens: &[&[f32]], first: usize, out: &mut 
 }
 
 /// A mask of the first `count` of sixteen lanes, all of them where there are more.
-pub(in crate::ops) fn first_lanes(count: usize) -> u16 {
+fn first_lanes(count: usize) -> u16 {
     (0xffffu32 >> (LANES - count.min(LANES))) as u16
 }
 
@@ -225,14 +225,7 @@ fn fetch(b: Brained<'_>, first: usize, deep: &Range<usize>, (i, parts): (usize, 
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
-    // It is here when the sums are.
-    for r in 0..ROWS {
-        for n in 0..N {
-            if let (Some(c), Old::Counts) = (c.part(row + r, col + n * LANES, LANES), old) {
-                _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
-            }
-        }
-    }
+    fetch_tile::<N>(([row, col], old), c);
     let a = a.as_chunks::<ROWS>().0.iter().skip(row % LANES / ROWS).step_by(2);
     for (p, a) in a.enumerate() {
         let mut columns = [_mm512_setzero_si512(); N];
@@ -248,6 +241,30 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2
             }
         }
     }
+    finish(&sums, ([row, col], old), c);
+}
+
+/// Brings what a tile of C holds into the first cache, where it counts: it is there when the sums are.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::ops) fn fetch_tile<const N: usize>(([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
+    for r in 0..ROWS {
+        for n in 0..N {
+            if let (Some(c), Old::Counts) = (c.part(row + r, col + n * LANES, LANES), old) {
+                _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
+            }
+        }
+    }
+}
+
+/// Adds a tile's sums to C, from a row and a column on, or puts them there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(in crate::ops) fn finish<const N: usize>(
+    sums: &[[__m512; N]; ROWS],
+    ([row, col], old): ([usize; 2], Old),
+    c: &mut ViewMut<'_, f32>,
+) {
     for (r, sums) in sums.iter().enumerate() {
         for (n, sum) in sums.iter().enumerate() {
             if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
@@ -263,7 +280,7 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2
 /// Makes the entries of C that there are, sixteen at most, the first sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in crate::ops) fn put(c: &mut [f32], sums: __m512) {
+fn put(c: &mut [f32], sums: __m512) {
     // SAFETY: the mask leaves out what lies beyond the slice, and the store needs no alignment.
     unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr(), first_lanes(c.len()), sums) }
 }

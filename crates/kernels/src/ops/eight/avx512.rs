@@ -5,24 +5,20 @@
 //! sums to f32, so nine tenths of the peak are what to expect. The f32 sums of a tile stay in the first cache, the panels of B
 //! in the second, as in bfloat16.
 
-use super::super::brain::avx512::{AHEAD, add, fetch_columns, load, put, turn};
-use super::super::brain::{LANES, Old};
+use super::super::brain::avx512::{AHEAD, ROWS, fetch_columns, fetch_tile, finish, load, turn};
+use super::super::brain::{LANES, Old, TOGETHER};
 use super::super::matrix::{View, ViewMut};
 use super::{Eights, GROUP, Out, TURN, groups, row_words};
 use crate::level::Eight;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Rows of a tile: half a panel.
-const ROWS: usize = LANES / 2;
 /// Panels of a tile, at most.
 const PANELS: usize = 3;
 /// Groups that are multiplied before the next rows are: 96 KB of B.
 const DEPTH: usize = 16;
 /// Words of a group of a row.
 const WORDS: usize = GROUP / 4;
-/// Panels whose columns are gone through together: a group of theirs is 32 KB.
-const SIDE: usize = 8;
 
 /// [`super::round_panels`].
 pub(super) fn round(_: Eight, matrix: View<'_, f32>, first: usize, mut out: Out<'_>) {
@@ -146,35 +142,32 @@ fn store_starts(out: &mut [i32; LANES], sums: __m512i) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: usize, out: &mut Out<'_>) {
     let (per_panel, groups) = (LANES * row_words(depth), groups(depth));
-    let panels = out.words.len() / per_panel;
+    let panels = 0..out.words.len() / per_panel;
     let side = |j: usize| if j < depth { &column(j)[first..] } else { &[] };
-    let mut copy = [[_mm512_setzero_ps(); GROUP]; SIDE];
-    for from in (0..panels).step_by(SIDE) {
-        let panels = from..panels.min(from + SIDE);
-        for g in 0..groups {
-            let begin = g * GROUP;
-            let mut most = [_mm512_setzero_ps(); SIDE];
-            for j in begin..begin + GROUP {
-                let column = side(j);
-                fetch_columns(side(j + AHEAD), &panels);
-                for (i, panel) in panels.clone().enumerate() {
-                    let values = load(&column[column.len().min(panel * LANES)..]);
-                    copy[i][j - begin] = values;
-                    most[i] = _mm512_max_ps(most[i], _mm512_abs_ps(values));
-                }
+    let mut copy = [[_mm512_setzero_ps(); GROUP]; TOGETHER];
+    for g in 0..groups {
+        let begin = g * GROUP;
+        let mut most = [_mm512_setzero_ps(); TOGETHER];
+        for j in begin..begin + GROUP {
+            let column = side(j);
+            fetch_columns(side(j + AHEAD), &panels);
+            for panel in panels.clone() {
+                let values = load(&column[column.len().min(panel * LANES)..]);
+                copy[panel][j - begin] = values;
+                most[panel] = _mm512_max_ps(most[panel], _mm512_abs_ps(values));
             }
-            let words = row_words(depth).min((g + 1) * WORDS) - g * WORDS;
-            for (i, panel) in panels.clone().enumerate() {
-                let (inverse, scale) = steps(most[i]);
-                let at = (panel * groups + g) * LANES;
-                store_floats(&mut out.scales[at..].as_chunks_mut().0[0], scale);
-                let mut sums = _mm512_setzero_si512();
-                let to = out.words[panel * per_panel + g * WORDS * LANES..].as_chunks_mut().0;
-                for (four, to) in copy[i].as_chunks::<4>().0.iter().zip(to).take(words) {
-                    sums = put_words(columns(four, inverse), sums, to);
-                }
-                store_starts(&mut out.starts[at..].as_chunks_mut().0[0], sums);
+        }
+        let words = row_words(depth).min((g + 1) * WORDS) - g * WORDS;
+        for panel in panels.clone() {
+            let (inverse, scale) = steps(most[panel]);
+            let at = (panel * groups + g) * LANES;
+            store_floats(&mut out.scales[at..].as_chunks_mut().0[0], scale);
+            let mut sums = _mm512_setzero_si512();
+            let to = out.words[panel * per_panel + g * WORDS * LANES..].as_chunks_mut().0;
+            for (four, to) in copy[panel].as_chunks::<4>().0.iter().zip(to).take(words) {
+                sums = put_words(columns(four, inverse), sums, to);
             }
+            store_starts(&mut out.starts[at..].as_chunks_mut().0[0], sums);
         }
     }
 }
@@ -249,14 +242,7 @@ fn tile<const N: usize>(
     ([row, col], old): ([usize; 2], Old),
     c: &mut ViewMut<'_, f32>,
 ) {
-    // It is here when the sums are.
-    for r in 0..ROWS {
-        for n in 0..N {
-            if let (Some(c), Old::Counts) = (c.part(row + r, col + n * LANES, LANES), old) {
-                _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
-            }
-        }
-    }
+    fetch_tile::<N>(([row, col], old), c);
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     let all = groups(a.depth);
     for g in deep.clone() {
@@ -300,14 +286,5 @@ fn tile<const N: usize>(
             }
         }
     }
-    for (r, sums) in sums.iter().enumerate() {
-        for (n, sum) in sums.iter().enumerate() {
-            if let Some(c) = c.part(row + r, col + n * LANES, LANES) {
-                match old {
-                    Old::Counts => add(c, *sum),
-                    Old::Goes => put(c, *sum),
-                }
-            }
-        }
-    }
+    finish(&sums, ([row, col], old), c);
 }
