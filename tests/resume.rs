@@ -12,9 +12,12 @@ use support::{QUICK, assert_same, bitmill, books, copy_of_books, failure, succes
 /// Half of the blocks, where it matters that there are several and not how many.
 const FEWER: [&str; 2] = ["--ignore", r"model\.layers\.[2-5]\."];
 
+/// Every unit is on disk before the next is begun.
+const EACH: [&str; 2] = ["--commit-every", "0"];
+
 fn command(out: &Path, extra: &[&str]) -> Command {
     let mut command = bitmill(["quantize"]);
-    command.arg(books()).arg("-o").arg(out).args(QUICK).args(extra);
+    command.arg(books()).arg("-o").arg(out).args(QUICK).args(EACH).args(extra);
     command
 }
 
@@ -60,6 +63,34 @@ fn killed_runs_end_in_the_same_bytes() {
         assert_same(&whole, &out);
         assert!(!dir.path().join(format!("killed-{}.bitmill-partial", spill.len())).exists());
     }
+}
+
+#[test]
+fn killed_runs_whose_units_go_to_disk_together_end_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("killed"));
+    success(&mut command(&whole, &[]));
+    // The first stretch of time is that of the embedding and some blocks; units go on while the last ones are on their way.
+    let started = |seconds: &str, kill: Option<usize>| {
+        let mut run = bitmill(["quantize"]);
+        run.arg(books()).arg("-o").arg(&out).args(QUICK).args(["--commit-every", seconds]);
+        let Some(units) = kill else {
+            success(&mut run);
+            return;
+        };
+        let mut child = run.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        while committed(&out) < units && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+    };
+    for (seconds, units) in [("0.05", 1), ("0.1", 5), ("0.01", 8)] {
+        started(seconds, Some(units));
+        assert!((units..12).contains(&committed(&out)), "killed after {units} units");
+    }
+    started("1000", None);
+    assert_same(&whole, &out);
 }
 
 #[test]
@@ -121,7 +152,7 @@ fn another_input_refuses_the_leftover_by_name() {
     let (model, out) = (copy_of_books(dir.path()), dir.path().join("out"));
     let run = || {
         let mut command = bitmill(["quantize"]);
-        command.arg(&model).arg("-o").arg(&out).args(QUICK);
+        command.arg(&model).arg("-o").arg(&out).args(QUICK).args(EACH);
         command
     };
     let mut child = run().stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();

@@ -14,7 +14,7 @@
 //! let settings = Settings { sequence_length: 512, ..Settings::new("rtn", "pack-quantized", scheme) };
 //! let plan = Plan::new(&input, &settings)?;
 //! let stop = std::sync::atomic::AtomicBool::new(false);
-//! let options = RunOptions { force: false, stream_memory: 1 << 30, stop: &stop };
+//! let options = RunOptions::new(&stop);
 //! run(&input, &plan, None, Path::new("out/books-10m-w4"), options, &mut |_| {})?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

@@ -1,6 +1,6 @@
 //! The calibration pass: text through the full-precision model once, statistics of every site out.
 
-use crate::{Error, SiteStats, Stream, StreamKind, Windows, in_order};
+use crate::{Error, SiteStats, Stream, StreamKind, Tokens, Windows, in_order};
 use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Block, Embedding, ModelSpec, RopeTable, SITES};
 use candle_core::{Device, Tensor};
@@ -66,7 +66,7 @@ impl Pass<'_> {
     ) -> Result<[SiteStats; 4], Error> {
         let spec = self.spec;
         let mut stats = SITES.each_ref().map(|at| SiteStats::new(spec.linear_shape(at.linears[0])[1]));
-        let compute = |w| -> Result<[Vec<f32>; 4], Error> {
+        let compute = |w| -> Result<[Tokens; 4], Error> {
             let values = from.read(w)?;
             let tokens = values.len() / spec.hidden;
             let h = Tensor::from_vec(values, (tokens, spec.hidden), &Device::Cpu)?;
@@ -74,14 +74,15 @@ impl Pass<'_> {
             let attn_out = block.attn_out(&attn_in, rope)?;
             let (h, mlp_in) = block.mlp_in(&h, &attn_out)?;
             let mlp_out = block.mlp_out(&mlp_in)?;
-            let seen = [rows(&attn_in)?, rows(&attn_out)?, rows(&mlp_in)?, rows(&mlp_out)?];
+            let tokens = |x: &Tensor| Ok::<_, Error>(Tokens::new(rows(x)?, x.dim(1)?));
+            let seen = [tokens(&attn_in)?, tokens(&attn_out)?, tokens(&mlp_in)?, tokens(&mlp_out)?];
             to.write(w, &rows(&block.finish(&h, &mlp_out)?)?)?;
             Ok(seen)
         };
         let batch = (BATCH_TOKENS / length).clamp(1, 64);
-        in_order(from.windows(), batch, compute, |_, activations: Vec<[Vec<f32>; 4]>| {
+        in_order(from.windows(), batch, compute, |_, activations: Vec<[Tokens; 4]>| {
             for (i, stats) in stats.iter_mut().enumerate() {
-                stats.add_parts(&activations.iter().map(|seen| &seen[i][..]).collect::<Vec<_>>());
+                stats.add_parts(&activations.iter().map(|seen| &seen[i]).collect::<Vec<_>>());
             }
             Ok(())
         })?;

@@ -37,8 +37,8 @@ pub use pooling::{Pooling, Sentences};
 pub use probe::{Probes, Replace, Replacement, probe};
 pub use sentencepiece::to_tokenizer_json;
 pub use statistics::{About, Statistics, StatisticsWriter, model_fingerprint};
-pub use stats::{SiteStats, Spread};
-pub use stream::{Stream, StreamKind, in_order};
+pub use stats::{SiteStats, Spread, Tokens};
+pub use stream::{Saved, Spare, Stream, StreamKind, in_order};
 pub use tokenizer::Tokenizer;
 pub use windows::{Windows, held_out, read_texts, splitmix, uniform};
 

@@ -3,6 +3,7 @@
 use bitmill_kernels::{Level, Moments, Short, add_moments, mirror, short_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::ops::Deref;
 
 /// Streaming statistics of the activations `x: [tokens, n]` that feed one site's linears.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +22,47 @@ pub struct SiteStats {
     /// Σ x⁴.
     fourth_sum: Vec<f64>,
     abs_max: Vec<f32>,
+}
+
+/// Activations of some tokens, and what their columns add up to: that is found where they are made, while a cache still holds
+/// them.
+#[derive(Debug, Clone, Default)]
+pub struct Tokens {
+    values: Vec<f32>,
+    pieces: Vec<Piece>,
+}
+
+/// Sums over the columns of up to [`PIECE`] tokens.
+#[derive(Debug, Clone)]
+struct Piece {
+    sum: Vec<f64>,
+    abs_sum: Vec<f64>,
+    fourth_sum: Vec<f64>,
+    abs_max: Vec<f32>,
+}
+
+impl Tokens {
+    /// The tokens `values`, row-major `[tokens, n]`.
+    #[must_use]
+    pub fn new(values: Vec<f32>, n: usize) -> Self {
+        let piece = |x: &[f32]| {
+            let zeros = || vec![0.0; n];
+            let mut piece = Piece { sum: zeros(), abs_sum: zeros(), fourth_sum: zeros(), abs_max: vec![0.0; n] };
+            let Piece { sum, abs_sum, fourth_sum, abs_max } = &mut piece;
+            add_moments(Level::best(), x, n, &mut Moments { sum, abs_sum, fourth_sum, abs_max });
+            piece
+        };
+        let pieces = values.par_chunks(PIECE * n).map(piece).collect();
+        Tokens { values, pieces }
+    }
+}
+
+impl Deref for Tokens {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
 }
 
 /// Tokens that are multiplied at a time, of windows that may be short: each time all of H is gone through.
@@ -75,28 +117,28 @@ impl SiteStats {
     /// Adds activations `x`, row-major `[tokens, n]`. Sums are folded in the order of the calls and, within one, of the
     /// tokens.
     pub fn add(&mut self, x: &[f32]) {
-        self.add_parts(&[x]);
+        self.add_parts(&[&Tokens::new(x.to_vec(), self.n)]);
     }
 
     /// The same of activations that come in several parts.
-    pub fn add_parts(&mut self, parts: &[&[f32]]) {
+    pub fn add_parts(&mut self, parts: &[&Tokens]) {
         self.weight += (parts.iter().map(|x| x.len()).sum::<usize>() / self.n) as f64;
-        self.add_products(parts);
+        self.add_products(&parts.iter().map(|x| &x[..]).collect::<Vec<_>>());
         // As long as no token was weighted, both sums are of the same terms.
         let alike = self.weighted_sum == self.sum;
         self.add_moments(parts);
         if alike {
             self.weighted_sum.copy_from_slice(&self.sum);
         } else {
-            let parts: Vec<_> = parts.iter().map(|&x| (x, None)).collect();
+            let parts: Vec<_> = parts.iter().map(|&x| (&x[..], None)).collect();
             add_columns(&mut self.weighted_sum, &parts);
         }
     }
 
     /// Adds activations, each part with `weights: [tokens]`: how many times its tokens count in H (the token importance of
     /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted.
-    pub fn add_weighted(&mut self, parts: &[(&[f32], &[f32])]) {
-        self.add_gram(parts);
+    pub fn add_weighted(&mut self, parts: &[(&Tokens, &[f32])]) {
+        self.add_gram(&parts.iter().map(|&(x, r)| (&x[..], r)).collect::<Vec<_>>());
         self.add_moments(&parts.iter().map(|&(x, _)| x).collect::<Vec<_>>());
     }
 
@@ -122,23 +164,14 @@ impl SiteStats {
         }
     }
 
-    fn add_moments(&mut self, parts: &[&[f32]]) {
-        let n = self.n;
-        self.tokens += (parts.iter().map(|x| x.len()).sum::<usize>() / n) as u64;
-        let of = |x: &[f32]| {
-            let (mut sum, mut abs_sum, mut fourth) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
-            let mut abs_max = vec![0.0; n];
-            let fourth_sum = &mut fourth;
-            let mut moments = Moments { sum: &mut sum, abs_sum: &mut abs_sum, fourth_sum, abs_max: &mut abs_max };
-            add_moments(Level::best(), x, n, &mut moments);
-            ([sum, abs_sum, fourth], abs_max)
-        };
-        let pieces: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks(PIECE * n)).collect();
-        for (sums, abs_max) in pieces.into_par_iter().map(of).collect::<Vec<_>>() {
-            for (all, sums) in [&mut self.sum, &mut self.abs_sum, &mut self.fourth_sum].into_iter().zip(sums) {
-                all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
-            }
-            self.abs_max.iter_mut().zip(abs_max).for_each(|(all, most)| *all = all.max(most));
+    fn add_moments(&mut self, parts: &[&Tokens]) {
+        self.tokens += (parts.iter().map(|x| x.len()).sum::<usize>() / self.n) as u64;
+        for piece in parts.iter().flat_map(|part| &part.pieces) {
+            let add = |all: &mut [f64], sums: &[f64]| all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
+            add(&mut self.sum, &piece.sum);
+            add(&mut self.abs_sum, &piece.abs_sum);
+            add(&mut self.fourth_sum, &piece.fourth_sum);
+            self.abs_max.iter_mut().zip(&piece.abs_max).for_each(|(all, &most)| *all = all.max(most));
         }
     }
 
@@ -282,7 +315,8 @@ mod tests {
         let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
         let (mut whole, mut parted) = (SiteStats::new(n), SiteStats::new(n));
         whole.add(&x);
-        parted.add_parts(&x.chunks(37 * n).collect::<Vec<_>>());
+        let parts: Vec<Tokens> = x.chunks(37 * n).map(|part| Tokens::new(part.to_vec(), n)).collect();
+        parted.add_parts(&parts.iter().collect::<Vec<_>>());
         assert_eq!(whole.hessian(), parted.hessian());
         assert_eq!((whole.tokens(), whole.abs_max()), (parted.tokens(), parted.abs_max()));
     }
@@ -295,10 +329,11 @@ mod tests {
         let (mut plain, mut ones, mut weighted, mut copied) =
             (SiteStats::new(n), SiteStats::new(n), SiteStats::new(n), SiteStats::new(n));
         plain.add(&x);
-        ones.add_weighted(&[(&x, &vec![1.0; tokens])]);
+        let all = Tokens::new(x.clone(), n);
+        ones.add_weighted(&[(&all, &vec![1.0; tokens])]);
         assert_eq!(plain, ones);
         let weights: Vec<f32> = (0..tokens).map(|t| (t % 4) as f32).collect();
-        weighted.add_weighted(&[(&x, &weights)]);
+        weighted.add_weighted(&[(&all, &weights)]);
         for (row, &w) in x.chunks(n).zip(&weights) {
             (0..w as usize).for_each(|_| copied.add(row));
         }

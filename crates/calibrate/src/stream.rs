@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Number type activations are kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,12 +26,55 @@ pub struct Stream {
     /// Where each window begins, in entries, and where the last one ends.
     starts: Vec<usize>,
     store: Store,
+    spare: Option<Arc<Spare>>,
+}
+
+/// Memory of streams that are no more, for those to come: what the system would have to clear page by page.
+#[derive(Debug, Default)]
+pub struct Spare(Mutex<Vec<Vec<Vec<u16>>>>);
+
+impl Spare {
+    /// The smallest that holds `entries` in each window, or else the largest.
+    fn take(&self, entries: usize) -> Option<Vec<Vec<u16>>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = |windows: &[Vec<u16>]| windows.iter().map(Vec::capacity).max().unwrap_or(0);
+        let fit = |windows: &[Vec<u16>]| match room(windows) {
+            room if room >= entries => (0, room - entries),
+            room => (1, entries - room),
+        };
+        let best = (0..all.len()).min_by_key(|&i| fit(&all[i]))?;
+        Some(all.swap_remove(best))
+    }
+}
+
+/// A stream in a file, which a loss of power may still take.
+#[derive(Debug)]
+pub struct Saved {
+    path: PathBuf,
+    file: File,
+    hash: String,
+}
+
+impl Saved {
+    /// BLAKE3 of the file, in hexadecimal digits.
+    #[must_use]
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// Makes it durable.
+    ///
+    /// # Errors
+    /// [`Error::Stream`] when the disk refuses.
+    pub fn sync(&self) -> Result<(), Error> {
+        self.file.sync_data().map_err(|source| Error::Stream { file: self.path.clone(), source })
+    }
 }
 
 #[derive(Debug)]
 enum Store {
-    /// One lock per window, so that threads working on different windows never meet. Bits, since zeros of integers come from the
-    /// system untouched: whoever writes a window first, and not who makes the stream, waits for its pages.
+    /// One lock per window, so that threads working on different windows never meet. A window that nobody has written is empty,
+    /// and stands for zeros.
     Bf16(Vec<RwLock<Vec<u16>>>),
     F32(Vec<RwLock<Vec<f32>>>),
     File {
@@ -80,7 +123,6 @@ impl Stream {
             starts.push(starts[starts.len() - 1] + length * width);
         }
         let bytes = Stream::bytes(kind, 1, starts[lengths.len()], 1);
-        let entries = |length: &usize| length * width;
         let store = if bytes > budget {
             let open = || -> std::io::Result<File> {
                 let file = File::options().read(true).write(true).create(true).truncate(true).open(spill)?;
@@ -91,11 +133,24 @@ impl Stream {
             Store::File { file, path: spill.to_owned(), kind }
         } else {
             match kind {
-                StreamKind::Bf16 => Store::Bf16(lengths.iter().map(|l| RwLock::new(vec![0; entries(l)])).collect()),
-                StreamKind::F32 => Store::F32(lengths.iter().map(|l| RwLock::new(vec![0.0; entries(l)])).collect()),
+                StreamKind::Bf16 => Store::Bf16(lengths.iter().map(|_| RwLock::default()).collect()),
+                StreamKind::F32 => Store::F32(lengths.iter().map(|_| RwLock::default()).collect()),
             }
         };
-        Ok(Stream { starts, store })
+        Ok(Stream { starts, store, spare: None })
+    }
+
+    /// The same in `spare` memory, which gets it back when the stream is no more; of streams of bfloat16 that are in memory.
+    #[must_use]
+    pub fn within(mut self, spare: &Arc<Spare>) -> Self {
+        let most = (0..self.windows()).map(|w| self.entries(w)).max().unwrap_or(0);
+        if let Store::Bf16(data) = &mut self.store {
+            if let Some(memory) = spare.take(most) {
+                data.iter_mut().zip(memory).for_each(|(window, memory)| *window = RwLock::new(memory));
+            }
+            self.spare = Some(spare.clone());
+        }
+        self
     }
 
     /// Number of windows.
@@ -129,10 +184,13 @@ impl Stream {
     pub fn read(&self, window: usize) -> Result<Vec<f32>, Error> {
         let (start, entries) = (self.starts[window] as u64, self.entries(window));
         match &self.store {
-            Store::F32(data) => Ok(data[window].read().unwrap_or_else(PoisonError::into_inner).clone()),
+            Store::F32(data) => {
+                let values = data[window].read().unwrap_or_else(PoisonError::into_inner);
+                Ok(if values.is_empty() { vec![0.0; entries] } else { values.clone() })
+            }
             Store::Bf16(data) => {
                 let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
-                Ok(widened(bits.reinterpret_cast()))
+                Ok(if bits.is_empty() { vec![0.0; entries] } else { widened(bits.reinterpret_cast()) })
             }
             Store::File { file, path, kind, .. } => {
                 let fail = |source| Error::Stream { file: path.clone(), source };
@@ -160,10 +218,17 @@ impl Stream {
         debug_assert_eq!(values.len(), self.entries(window), "activations of one window");
         let start = self.starts[window] as u64;
         match &self.store {
-            Store::F32(data) => data[window].write().unwrap_or_else(PoisonError::into_inner).copy_from_slice(values),
+            Store::F32(data) => {
+                let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
+                own.clear();
+                own.extend_from_slice(values);
+            }
             Store::Bf16(data) => {
                 let mut bits = data[window].write().unwrap_or_else(PoisonError::into_inner);
-                to_bfloat16(Level::best(), values, bits.reinterpret_cast_mut());
+                bits.clear();
+                converted(values, &mut bits, |values, out| {
+                    to_bfloat16(Level::best(), values, out.reinterpret_cast_mut());
+                });
             }
             Store::File { file, path, kind, .. } => {
                 let (bytes, at): (Vec<u8>, u64) = match kind {
@@ -176,25 +241,34 @@ impl Stream {
         Ok(())
     }
 
-    /// Writes the whole stream to `path` and makes it durable.
+    /// Writes the whole stream to `path`.
     ///
     /// # Errors
     /// [`Error::Stream`] when the disk refuses.
-    pub fn save(&self, path: &Path) -> Result<(), Error> {
+    pub fn save(&self, path: &Path) -> Result<Saved, Error> {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
-        let mut out = std::io::BufWriter::with_capacity(1 << 20, File::create(path).map_err(fail)?);
+        let (mut file, mut hash) = (File::create(path).map_err(fail)?, blake3::Hasher::new());
         for window in 0..self.windows() {
-            let bytes = match (&self.store, self.kind()) {
-                (Store::Bf16(data), _) => {
-                    bytes(&data[window].read().unwrap_or_else(PoisonError::into_inner), u16::to_le_bytes)
-                }
-                (_, StreamKind::Bf16) => bytes(&narrowed(&self.read(window)?), bf16::to_le_bytes),
-                (_, StreamKind::F32) => bytes(&self.read(window)?, f32::to_le_bytes),
-            };
-            out.write_all(&bytes).map_err(fail)?;
+            let bytes = self.bytes_of(window)?;
+            let (written, _) = rayon::join(|| file.write_all(&bytes), || hash.update(&bytes));
+            written.map_err(fail)?;
         }
-        let file = out.into_inner().map_err(|e| fail(e.into_error()))?;
-        file.sync_data().map_err(fail)
+        Ok(Saved { path: path.to_owned(), file, hash: hash.finalize().to_hex().to_string() })
+    }
+
+    /// The activations of `window` as they lie in a file.
+    fn bytes_of(&self, window: usize) -> Result<Vec<u8>, Error> {
+        if let Store::Bf16(data) = &self.store {
+            let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
+            if !bits.is_empty() {
+                return Ok(bytes(&bits, u16::to_le_bytes));
+            }
+        }
+        let values = self.read(window)?;
+        Ok(match self.kind() {
+            StreamKind::Bf16 => bytes(&narrowed(&values), bf16::to_le_bytes),
+            StreamKind::F32 => bytes(&values, f32::to_le_bytes),
+        })
     }
 
     /// Fills the stream from a file written by [`Stream::save`] for the same shape.
@@ -235,30 +309,46 @@ fn of_bytes(bytes: &[u8]) -> Vec<bf16> {
 }
 
 fn widened(values: &[bf16]) -> Vec<f32> {
-    converted(values, |values, out| from_bfloat16(Level::best(), values, out))
+    let mut out = Vec::with_capacity(values.len());
+    converted(values, &mut out, |values, out| from_bfloat16(Level::best(), values, out));
+    out
 }
 
 fn narrowed(values: &[f32]) -> Vec<bf16> {
-    converted(values, |values, out| to_bfloat16(Level::best(), values, out))
+    let mut out = Vec::with_capacity(values.len());
+    converted(values, &mut out, |values, out| to_bfloat16(Level::best(), values, out));
+    out
 }
 
-/// Converts a piece at a time, so that the memory of the result is written once.
-fn converted<A, B: Copy + Default>(values: &[A], convert: impl Fn(&[A], &mut [B])) -> Vec<B> {
+/// Appends what `convert` makes of `values` a piece at a time, so that the memory of the result is written once.
+fn converted<A, B: Copy + Default>(values: &[A], out: &mut Vec<B>, convert: impl Fn(&[A], &mut [B])) {
     const PIECE: usize = 2048;
-    let (mut piece, mut out) = ([B::default(); PIECE], Vec::with_capacity(values.len()));
+    let mut piece = [B::default(); PIECE];
+    out.reserve_exact(values.len());
     for values in values.chunks(PIECE) {
         let piece = &mut piece[..values.len()];
         convert(values, piece);
         out.extend_from_slice(piece);
     }
-    out
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Store::File { path, .. } = &self.store {
+        match &mut self.store {
             // A spill file that cannot be removed lies in the work folder, which is removed as a whole later.
-            let _ = std::fs::remove_file(path);
+            Store::File { path, .. } => drop(std::fs::remove_file(path)),
+            Store::Bf16(data) => {
+                if let Some(spare) = &self.spare {
+                    let emptied = |window: &mut RwLock<Vec<u16>>| {
+                        let mut memory = std::mem::take(window.get_mut().unwrap_or_else(PoisonError::into_inner));
+                        memory.clear();
+                        memory
+                    };
+                    let memory = data.iter_mut().map(emptied).collect();
+                    spare.0.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+                }
+            }
+            Store::F32(_) => {}
         }
     }
 }
@@ -296,14 +386,18 @@ mod tests {
                 assert_eq!(s.spilled(), budget == 0);
                 let zeros = dir.path().join("zeros");
                 s.save(&zeros).unwrap();
-                assert!(s.read(1).unwrap() == [0.0; 20] && std::fs::read(zeros).unwrap().iter().all(|&b| b == 0));
+                let zeros = std::fs::read(zeros).unwrap();
+                assert!(s.read(1).unwrap() == [0.0; 20] && zeros.iter().all(|&b| b == 0));
+                assert_eq!(zeros.len() as u64, Stream::bytes(kind, 3, 4, 5));
                 for w in 0..3 {
                     s.write(w, &(0..20).map(|i| (w * 20 + i) as f32 * 0.5).collect::<Vec<_>>()).unwrap();
                 }
                 assert_eq!(s.read(2).unwrap()[3], 21.5);
                 let saved = dir.path().join(format!("saved-{budget}"));
-                s.save(&saved).unwrap();
+                let file = s.save(&saved).unwrap();
+                file.sync().unwrap();
                 files.push(std::fs::read(&saved).unwrap());
+                assert_eq!(file.hash(), blake3::hash(&files[files.len() - 1]).to_hex().as_str());
                 let again = Stream::new(kind, 3, 4, 5, budget, &dir.path().join("spill-2")).unwrap();
                 again.load(&saved).unwrap();
                 assert_eq!(again.read(1).unwrap(), s.read(1).unwrap());
@@ -312,6 +406,34 @@ mod tests {
             assert_eq!(files[0], files[1]);
             assert!(!dir.path().join("spill").exists(), "a spill file goes with its stream");
         }
+    }
+
+    #[test]
+    fn spare_memory_goes_from_stream_to_stream_and_starts_as_zeros() {
+        let (dir, spare) = (tempfile::tempdir().unwrap(), Arc::new(Spare::default()));
+        let lengths = [3, 1];
+        let stream = |width| {
+            let new = Stream::of_lengths(StreamKind::Bf16, &lengths, width, u64::MAX, &dir.path().join("spill"));
+            new.unwrap().within(&spare)
+        };
+        let fill = |stream: &Stream, width: usize| {
+            (0..2).for_each(|w| stream.write(w, &vec![w as f32 + 2.0; lengths[w] * width]).unwrap());
+        };
+        let (narrow, wide) = (stream(2), stream(8));
+        fill(&narrow, 2);
+        fill(&wide, 8);
+        drop((wide, narrow));
+        let room = |stream: &Stream| match &stream.store {
+            Store::Bf16(data) => data[0].read().unwrap().capacity(),
+            _ => 0,
+        };
+        let (a, b) = (stream(2), stream(4));
+        assert_eq!((room(&a), room(&b)), (6, 24), "the memory that fits best");
+        assert!(a.read(0).unwrap() == [0.0; 6] && b.read(1).unwrap() == [0.0; 4]);
+        fill(&b, 4);
+        assert_eq!(b.read(1).unwrap(), [3.0; 4]);
+        drop((a, b));
+        assert_eq!(spare.0.lock().unwrap().len(), 2);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use bitmill_quantize::{Calibration, Finished, Plan, RunOptions};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes that a model is expected to take at most for freed memory to be kept.
 const SCARCE: u64 = 4_000_000_000;
@@ -19,7 +19,7 @@ const SCARCE: u64 = 4_000_000_000;
 /// Reads MODEL (config.json, tokenizer, safetensors in F32, F16 or BF16), runs calibration text through it block by
 /// block, rounds the linear layers of each block and writes OUT, a complete folder that transformers and vLLM load. OUT
 /// appears under its name only when it is finished. A run that was killed is taken up by the same command at the last
-/// finished block and ends in the same bytes.
+/// block that was on disk and ends in the same bytes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of the model, in Hugging Face layout, its name on the hub (org/model), or a GGUF file
@@ -38,6 +38,9 @@ pub(crate) struct Args {
     /// Replace OUT if it exists, and discard an unfinished run with other settings
     #[arg(long)]
     force: bool,
+    /// Time between commits, at least: what a kill may cost besides the block in the making
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = units::parse_seconds)]
+    commit_every: Duration,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -74,7 +77,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let stop = stop_on_ctrl_c()?;
     let started = Instant::now();
     let mut progress = Reporter::new(plan.units.len() + usize::from(plan.settings.tuning.is_some()));
-    let options = RunOptions { force: args.force, stream_memory: args.common.stream_memory, stop: &stop };
+    let Args { force, commit_every, common: Common { stream_memory, .. }, .. } = *args;
+    let options = RunOptions { force, stream_memory, stop: &stop, commit_every };
     if plan.peak_memory(0) > SCARCE {
         bitmill_kernels::give_back_large_buffers();
     }

@@ -133,7 +133,7 @@ impl BySize<'_> {
         }
         let out = beside(self.out, if self.plan.gguf.is_some() { ".trial.gguf" } else { ".trial" });
         let (memory, stop) = (self.stream_memory, AtomicBool::new(false));
-        let options = RunOptions { force: true, stream_memory: memory, stop: &stop };
+        let options = RunOptions { force: true, stream_memory: memory, ..RunOptions::new(&stop) };
         let calibration = plan.calibrated.then_some(Calibration::Text(&self.text.windows));
         let made = run(self.input, &plan, calibration, &out, options, &mut |_| {})?;
         let model = Checkpoint::open(&out)?;

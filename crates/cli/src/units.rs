@@ -1,5 +1,7 @@
 //! Sizes and counts as people write and read them.
 
+use std::time::Duration;
+
 /// Parses `5GB`, `512MiB`, `1000000`.
 pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
@@ -24,6 +26,12 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
 /// Parses a count above zero.
 pub(crate) fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is not a positive number"))
+}
+
+/// Parses a number of seconds, zero or more.
+pub(crate) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.ok_or_else(|| format!("`{text}` is not a number of seconds"))
 }
 
 /// `1.50 GB`.

@@ -70,8 +70,8 @@ impl Reporter {
                 self.bar.message(format!("tuning step {done}/{total}: held-out loss {before:.5} -> {last:.5}"));
             }
             Event::Stage(stage) => self.bar.line(&tuned(stage)),
-            Event::Committed { done, .. } => {
-                self.bar.set(*done as u64 * STEPS);
+            Event::Worked { unit } => {
+                self.bar.set((*unit as u64 + 1) * STEPS);
                 if !self.errors.is_empty() {
                     let mean = self.errors.iter().sum::<f64>() / self.errors.len() as f64;
                     self.bar.plain_line(&format!("{}: mean relative error {mean:.3e}", self.label));

@@ -21,12 +21,13 @@ pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
 pub use ops::moments::{Moments, add_moments};
+pub use ops::norm::rms_norm;
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
     CHUNK, Meeting, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, packed_products,
     packed_products_int8, round_activations,
 };
-pub use ops::short::{Panels, Short, short_gemm, short_product, short_syrk};
-pub use ops::softmax::{exp, silu_mul, softmax, softmax_divergence};
+pub use ops::short::{Panels, Short, short_gemm, short_part, short_product, short_syrk};
+pub use ops::softmax::{exp, exponentials, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;
 pub use team::{awake, fill_chunks};

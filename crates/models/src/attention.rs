@@ -6,10 +6,12 @@
 
 use crate::backward::values;
 use crate::ops::{floats, softmax};
-use bitmill_kernels::{Panels, Short, View, ViewMut, gemm, short_product};
+use bitmill_kernels::{Short, View, ViewMut, gemm};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 use std::ops::Range;
+
+mod short;
 
 /// Rows of scores computed at once: enough for an efficient product, few enough that the diagonal wastes little.
 const ROWS: usize = 256;
@@ -107,14 +109,18 @@ impl CustomOp3 for Attention {
             tokens,
             dim,
             group,
-            short: self.short,
         };
         let width = kv_heads * group * dim;
-        let chunk = (ROWS / group.max(1)).max(32);
         let mut out = vec![0.0f32; tokens * width];
-        out.par_chunks_mut((chunk * width).max(1))
-            .enumerate()
-            .for_each(|(i, out)| inputs.attend(i * chunk, self.scoring, out));
+        match self.short {
+            Some(short) => short::attend(&inputs, short, self.scoring, &mut out),
+            None => {
+                let chunk = (ROWS / group.max(1)).max(32);
+                out.par_chunks_mut((chunk * width).max(1))
+                    .enumerate()
+                    .for_each(|(i, out)| inputs.attend(i * chunk, self.scoring, out));
+            }
+        }
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }
@@ -127,19 +133,6 @@ struct Inputs<'a> {
     tokens: usize,
     dim: usize,
     group: usize,
-    short: Option<Short>,
-}
-
-/// `c ← a·bᵀ`, of both rounded with `short`.
-fn product(short: Option<Short>, a: View<'_, f32>, b: View<'_, f32>, c: &mut [f32]) {
-    let (rows, cols) = (a.rows(), b.rows());
-    match short {
-        Some(short) => {
-            let (a, b) = (Panels::left(short, a), Panels::right(short, b));
-            short_product(&a, 0..rows, &b, &mut ViewMut::new(c, rows, cols, cols));
-        }
-        None => gemm(1.0, a, b.t(), 0.0, &mut ViewMut::new(c, rows, cols, cols)),
-    }
 }
 
 impl Inputs<'_> {
@@ -157,7 +150,8 @@ impl Inputs<'_> {
             let k = View::new(&self.k[(head * tokens + oldest) * dim..], keys, dim, dim);
             let v = View::new(&self.v[oldest * kv_heads * dim + head * dim..], keys, dim, kv_heads * dim);
             self.weights(q, k, begin, (oldest, scoring), &mut scores);
-            product(self.short, View::new(&scores, rows, keys, keys), v.t(), &mut mixed);
+            let scores = View::new(&scores, rows, keys, keys);
+            gemm(1.0, scores, v, 0.0, &mut ViewMut::new(&mut mixed, rows, dim, dim));
             for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
                 out[head * row..][..row].copy_from_slice(mixed);
             }
@@ -170,7 +164,7 @@ pub(crate) fn concentration(q: &Tensor, k: &Tensor, scoring: Scoring) -> std::re
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k) = (values(q)?, values(k)?);
-    let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group, short: None };
+    let inputs = Inputs { q: &q, k: &k, v: &[], kv_heads, tokens, dim, group };
     let sight = scoring.sight;
     let (mut sum, chunk, row) = (vec![0.0f64; tokens], (ROWS / group.max(1)).max(32), group * dim);
     for begin in (0..tokens).step_by(chunk) {
@@ -203,7 +197,7 @@ pub(crate) fn backward(
     let (kv_heads, tokens, dim) = k.dims3()?;
     let group = q.dim(1)? / tokens.max(1);
     let (q, k, v, out) = (values(q)?, values(k)?, values(v)?, values(out)?);
-    let inputs = Inputs { q: &q, k: &k, v: &v, kv_heads, tokens, dim, group, short: None };
+    let inputs = Inputs { q: &q, k: &k, v: &v, kv_heads, tokens, dim, group };
     let mut gradients = Gradients { q: vec![0.0; q.len()], k: vec![0.0; k.len()], v: vec![0.0; v.len()] };
     let chunk = (ROWS / group.max(1)).max(32);
     for begin in (0..tokens).step_by(chunk) {
@@ -277,7 +271,7 @@ impl Inputs<'_> {
         p: &mut [f32],
     ) {
         let keys = k.rows();
-        product(self.short, q, k, p);
+        gemm(1.0, q, k.t(), 0.0, &mut ViewMut::new(p, q.rows(), keys, keys));
         for (i, scores) in p.chunks_exact_mut(keys).enumerate() {
             let seen = scoring.sight.of(begin + i / self.group, self.tokens);
             let (first, past) = (seen.start - oldest, seen.end - oldest);

@@ -9,7 +9,6 @@ use crate::{Act, Error, ModelSpec, NormRole, Pairs, QkNorm, Role, RopeTable, Tem
 use bitmill_kernels::{Brain, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::rms_norm;
 use std::ops::Range;
 
 /// The weights of one block, f32.
@@ -422,7 +421,7 @@ impl Block {
     /// Norms `x [tokens, n · head_dim]`, head by head or all heads together, as the weight is wide.
     pub(crate) fn norm_heads(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, Error> {
         let rows = x.reshape(((), weight.dim(0)?))?;
-        Ok(rms_norm(&rows, weight, self.eps)?.reshape(x.shape())?)
+        Ok(ops::rms_norm(&rows, weight, self.eps)?.reshape(x.shape())?)
     }
 
     /// Every linear it has, in the order of [`Role`].

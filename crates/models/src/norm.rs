@@ -4,7 +4,6 @@ use crate::backward::values;
 use crate::weights::shaped;
 use crate::{Error, ModelSpec, Weights, ops};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::rms_norm;
 
 /// The kind of all norms of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +43,7 @@ impl Norm {
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
         let x = x.contiguous()?;
         Ok(match &self.bias {
-            None => rms_norm(&x, &self.weight, self.eps)?,
+            None => ops::rms_norm(&x, &self.weight, self.eps)?,
             Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
         })
     }

@@ -125,6 +125,11 @@ pub(crate) fn round_inputs(x: &Tensor, inputs: Inputs) -> Result<Tensor> {
     x.contiguous()?.apply_op1_no_bwd(&RoundInputs { inputs })
 }
 
+/// Every row of `x [rows, width]` over its root mean square: `x / √(mean x² + eps) · weight`.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    x.apply_op2_no_bwd(weight, &RmsNorm { eps })
+}
+
 /// Layer norm of every row of `x [rows, width]`: `(x − mean) / √(var + eps) · weight + bias`, variance over `width`.
 pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     x.apply_op3_no_bwd(weight, bias, &LayerNorm { eps })
@@ -281,6 +286,32 @@ impl CustomOp1 for RoundInputs {
             block.chunks_exact_mut(width).for_each(|row| self.inputs.round(row));
         });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = x_layout.shape().dims2()?;
+        if width == 0 || weight_layout.dims() != [width] {
+            bail!("rms-norm: rows of {width}, weight {:?}", weight_layout.shape());
+        }
+        let (weight, mut out) = (floats(weight, weight_layout)?, floats(x, x_layout)?.to_vec());
+        each_block(&mut out, width, |_, block| bitmill_kernels::rms_norm(Level::best(), block, weight, self.eps));
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 }
 

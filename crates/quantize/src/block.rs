@@ -16,16 +16,17 @@ use crate::shift::{Shifted, choose};
 use crate::token_weights::{Look, token_weights};
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
-use bitmill_calibrate::{Stream, StreamKind, in_order};
+use bitmill_calibrate::{Spare, Stream, StreamKind, Tokens, in_order};
 use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
 use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Tokens whose activations are in memory at a time. It fixes the order of sums, so it is a constant.
-pub(crate) const BATCH_TOKENS: usize = 16_384;
+pub(crate) const BATCH_TOKENS: usize = 8_192;
 /// Numbers of them of one stream, which limit the tokens of wide sites: 256 MB.
 const BATCH_NUMBERS: usize = 1 << 26;
 
@@ -46,6 +47,8 @@ pub(crate) struct Flow<'a> {
     pub(crate) budget: u64,
     /// Folder of spilled streams.
     pub(crate) spill: &'a Path,
+    /// Memory of the streams between the pieces of blocks.
+    pub(crate) spare: &'a Arc<Spare>,
     /// Residual stream that enters the block; what leaves it, afterwards.
     pub(crate) hidden: &'a Stream,
     /// The same of the full-precision model, where it runs beside the rounded one.
@@ -269,12 +272,14 @@ impl Flow<'_> {
     ) -> Result<Glimpse, Error> {
         let hidden = self.hidden;
         let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: next.map(|next| &next.rounded) };
-        let mut glimpse = Glimpse { seen: self.piece(i, &lane, w)?, ..Glimpse::default() };
+        let seen = self.piece(i, &lane, w)?;
+        let width = seen.len() / self.lengths[w];
+        let mut glimpse = Glimpse { seen: Tokens::new(seen, width), ..Glimpse::default() };
         if let Some((block, full)) = full {
             let next = next.and_then(|next| next.full.as_ref());
             let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
             glimpse.drift = self.piece(i, &lane, w)?;
-            glimpse.drift.iter_mut().zip(&glimpse.seen).for_each(|(d, x)| *d -= x);
+            glimpse.drift.iter_mut().zip(&glimpse.seen[..]).for_each(|(d, x)| *d -= x);
             if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
                 glimpse.residual = full.read(w)?;
                 glimpse.residual.iter_mut().zip(hidden.read(w)?).for_each(|(d, h)| *d -= h);
@@ -360,7 +365,7 @@ impl Flow<'_> {
 
     pub(crate) fn stream(&self, width: usize, site: &str) -> Result<Stream, Error> {
         let spill = self.spill.join(format!("site-{site}"));
-        Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?)
+        Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?.within(self.spare))
     }
 
     pub(crate) fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {

@@ -18,6 +18,7 @@ use crate::journal::SiteRecord;
 use crate::learn::Start;
 use crate::seen::{Glimpse, Seen};
 use crate::{Error, Method, Observation, SolverOptions, TargetShift};
+use bitmill_calibrate::Tokens;
 use bitmill_models::{Block, Expert, ModelSpec, Role, Routing, SITES, Site};
 use candle_core::{Device, Tensor};
 
@@ -218,10 +219,12 @@ impl Window {
         read: &Reading<'_>,
     ) -> Result<Glimpse, Error> {
         let (Some(block), false) = (block, tokens.is_empty()) else { return Ok(Glimpse::default()) };
-        let mut glimpse = Glimpse { seen: read(block, &self.rounded)?, ..Glimpse::default() };
+        let seen = read(block, &self.rounded)?;
+        let width = seen.len() / tokens.len();
+        let mut glimpse = Glimpse { seen: Tokens::new(seen, width), ..Glimpse::default() };
         if let (Some(full), Some(x)) = (full, &self.full) {
             glimpse.drift = read(full, x)?;
-            glimpse.drift.iter_mut().zip(&glimpse.seen).for_each(|(d, x)| *d -= x);
+            glimpse.drift.iter_mut().zip(&glimpse.seen[..]).for_each(|(d, x)| *d -= x);
         }
         if made_up && !self.residual.is_empty() {
             let hidden = self.residual.len() / self.rounded.dim(0)?;

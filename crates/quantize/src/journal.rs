@@ -104,6 +104,9 @@ pub struct StageRecord {
 }
 
 /// One line of the journal.
+///
+/// Lines that are written together are of units that were finished within one stretch of time; only after the last of them a run
+/// can be taken up.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Line {
     /// Index of the unit.
@@ -124,11 +127,44 @@ pub(crate) struct Line {
     /// Fingerprints of the tensors that were read for it alone.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) sources: BTreeMap<String, String>,
+    /// Whether more lines belong to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) goes_on: bool,
+}
+
+/// The names of what lies in a work folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Work(PathBuf);
+
+impl Work {
+    /// The work folder.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.0
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.0.join("journal.jsonl")
+    }
+
+    /// The output folder in the making.
+    pub(crate) fn output(&self) -> PathBuf {
+        self.0.join("model")
+    }
+
+    /// File of the activations that enter unit `unit`.
+    pub(crate) fn stream(&self, unit: usize) -> PathBuf {
+        self.0.join(format!("stream-{unit}"))
+    }
+
+    /// File of those of the full-precision model.
+    pub(crate) fn full_stream(&self, unit: usize) -> PathBuf {
+        self.0.join(format!("stream-full-{unit}"))
+    }
 }
 
 /// An open work folder.
 pub(crate) struct Journal {
-    dir: PathBuf,
+    pub(crate) work: Work,
     file: File,
     /// Lines of an earlier process, then of this one.
     pub(crate) lines: Vec<Line>,
@@ -179,7 +215,7 @@ impl Journal {
         }
         write_durably(&identity_file, identity.to_string().as_bytes())?;
         let (file, lines) = Journal::lines(&journal_file)?;
-        Ok(Journal { dir, file, lines, _lock: lock })
+        Ok(Journal { work: Work(dir), file, lines, _lock: lock })
     }
 
     fn lines(path: &Path) -> Result<(File, Vec<Line>), Error> {
@@ -202,11 +238,11 @@ impl Journal {
         force: bool,
     ) -> Result<(), Error> {
         if !force {
-            return Err(Error::Leftover { work: self.dir.clone(), what: format!("weights.{tensor}"), theirs, ours });
+            return Err(Error::Leftover { work: self.work.0.clone(), what: format!("weights.{tensor}"), theirs, ours });
         }
-        let path = self.dir.join("journal.jsonl");
-        discard(&self.dir, &path)?;
-        write_durably(&self.dir.join("run.json"), identity.to_string().as_bytes())?;
+        let path = self.work.journal();
+        discard(self.work.dir(), &path)?;
+        write_durably(&self.work.dir().join("run.json"), identity.to_string().as_bytes())?;
         (self.file, self.lines) = Journal::lines(&path)?;
         Ok(())
     }
@@ -221,59 +257,47 @@ impl Journal {
         }
     }
 
-    /// Reads the complete lines and cuts off what a kill left of an incomplete one.
+    /// Reads the lines up to the last one that nothing else belongs to, and cuts off what a kill left of others.
     fn recover(file: &mut File) -> std::io::Result<Vec<Line>> {
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;
-        let (mut lines, mut good) = (Vec::new(), 0);
+        let (mut lines, mut read, mut good) = (Vec::new(), 0, [0, 0]);
         for part in text.split_inclusive(|&b| b == b'\n') {
             match serde_json::from_slice::<Line>(part) {
                 Ok(line) if part.ends_with(b"\n") && line.unit == lines.len() => {
-                    good += part.len();
+                    read += part.len();
+                    let whole = !line.goes_on;
                     lines.push(line);
+                    if whole {
+                        good = [read, lines.len()];
+                    }
                 }
                 _ => break,
             }
         }
+        let [good, count] = good;
+        lines.truncate(count);
         file.set_len(good as u64)?;
         file.seek(SeekFrom::End(0))?;
         Ok(lines)
     }
 
-    /// Commits a unit.
-    pub(crate) fn append(&mut self, line: Line) -> Result<(), Error> {
-        let path = self.dir.join("journal.jsonl");
-        let mut text = json!(line).to_string();
-        text.push('\n');
+    /// Commits the units of `lines` together.
+    pub(crate) fn append(&mut self, mut lines: Vec<Line>) -> Result<(), Error> {
+        let path = self.work.journal();
+        let count = lines.len();
+        lines.iter_mut().enumerate().for_each(|(i, line)| line.goes_on = i + 1 < count);
+        let text: String = lines.iter().map(|line| format!("{}\n", json!(line))).collect();
         self.file.write_all(text.as_bytes()).map_err(io(&path, "writing the journal"))?;
         self.file.sync_data().map_err(io(&path, "writing the journal"))?;
-        self.lines.push(line);
+        self.lines.extend(lines);
         Ok(())
-    }
-
-    /// The work folder.
-    pub(crate) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// The output folder in the making.
-    pub(crate) fn output(&self) -> PathBuf {
-        self.dir.join("model")
-    }
-
-    /// File of the activations that enter unit `unit`.
-    pub(crate) fn stream(&self, unit: usize) -> PathBuf {
-        self.dir.join(format!("stream-{unit}"))
-    }
-
-    /// File of those of the full-precision model.
-    pub(crate) fn full_stream(&self, unit: usize) -> PathBuf {
-        self.dir.join(format!("stream-full-{unit}"))
     }
 
     /// Removes the work folder; the run is complete.
     pub(crate) fn remove(self) -> Result<(), Error> {
-        std::fs::remove_dir_all(&self.dir).map_err(io(&self.dir, "removing the work folder"))
+        let dir = self.work.dir();
+        std::fs::remove_dir_all(dir).map_err(io(dir, "removing the work folder"))
     }
 }
 
@@ -399,8 +423,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (out, identity) = (dir.path().join("out"), json!({"a": 1}));
         let mut journal = Journal::open(&out, &identity, false).unwrap();
-        journal.append(line(0)).unwrap();
-        journal.append(line(1)).unwrap();
+        journal.append(vec![line(0)]).unwrap();
+        journal.append(vec![line(1)]).unwrap();
         drop(journal);
         let path = Journal::folder(&out).join("journal.jsonl");
         let whole = std::fs::read(&path).unwrap();
@@ -409,9 +433,30 @@ mod tests {
             let expected = whole[..cut].iter().filter(|&&b| b == b'\n').count();
             let mut journal = Journal::open(&out, &identity, false).unwrap();
             assert_eq!(journal.lines.len(), expected);
-            journal.append(line(expected)).unwrap();
+            journal.append(vec![line(expected)]).unwrap();
             drop(journal);
             assert_eq!(Journal::open(&out, &identity, false).unwrap().lines.len(), expected + 1);
+        }
+    }
+
+    #[test]
+    fn of_lines_that_belong_together_all_count_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, identity) = (dir.path().join("out"), json!({"a": 1}));
+        let mut journal = Journal::open(&out, &identity, false).unwrap();
+        journal.append(vec![line(0)]).unwrap();
+        journal.append(vec![line(1), line(2), line(3)]).unwrap();
+        assert_eq!(journal.lines.len(), 4);
+        drop(journal);
+        let path = Journal::folder(&out).join("journal.jsonl");
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..=whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let expected = match whole[..cut].iter().filter(|&&b| b == b'\n').count() {
+                2 | 3 => 1,
+                lines => lines,
+            };
+            assert_eq!(Journal::open(&out, &identity, false).unwrap().lines.len(), expected);
         }
     }
 
@@ -420,7 +465,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let mut journal = Journal::open(&out, &json!({"settings": {"method": "gptq", "seed": 1}}), false).unwrap();
-        journal.append(line(0)).unwrap();
+        journal.append(vec![line(0)]).unwrap();
         assert!(matches!(Journal::open(&out, &json!({}), false), Err(Error::Busy { .. })));
         drop(journal);
         let other = json!({"settings": {"method": "rtn", "seed": 1}});
@@ -434,7 +479,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (out, identity) = (dir.path().join("out"), json!({"a": 1}));
         let mut journal = Journal::open(&out, &identity, false).unwrap();
-        journal.append(line(0)).unwrap();
+        journal.append(vec![line(0)]).unwrap();
         drop(journal);
         // What a kill could leave of a discarded run.
         std::fs::remove_file(Journal::folder(&out).join("run.json")).unwrap();

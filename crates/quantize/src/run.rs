@@ -2,6 +2,7 @@
 
 mod calibrated;
 mod card;
+mod commits;
 mod later;
 mod measured;
 mod publish;
@@ -16,22 +17,24 @@ pub(crate) use publish::gguf_names;
 use crate::block::{Flow, Moment, Target};
 use crate::fused::Magnitudes;
 use crate::journal::{
-    Journal, Line, SiteRecord, StageRecord, TensorRecord, fingerprints, hash_file, identity, io, write_durably,
+    Journal, Line, SiteRecord, StageRecord, TensorRecord, Work, fingerprints, identity, io, write_durably,
 };
 use crate::learn::{Lesson, rounding_to, tune};
 use crate::reconstruction::RebuiltBlock;
 use crate::transforms::{transformed, transformed_bytes};
 use crate::weight::weight;
 use crate::{Action, Error, Linear, Method, Needs, Plan, SolverOptions, Unit, method};
-use bitmill_calibrate::{Imatrix, Statistics, Stream, Windows};
+use bitmill_calibrate::{Imatrix, Statistics, Windows};
 use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
 use bitmill_models::Block;
 use calibrated::Calibrated;
+use commits::Commits;
 use later::{changed, read_later};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tensors::{write_cache_scales, write_quantized, write_values};
 
 /// What a run tells while it goes.
@@ -88,7 +91,12 @@ pub enum Event<'a> {
     },
     /// A stage over the whole model is finished.
     Stage(&'a StageRecord),
-    /// A unit is on disk.
+    /// A unit is finished, and will be on disk.
+    Worked {
+        /// Its index.
+        unit: usize,
+    },
+    /// Units are on disk.
     Committed {
         /// Units finished.
         done: usize,
@@ -117,6 +125,17 @@ pub struct RunOptions<'a> {
     pub stream_memory: u64,
     /// Set to ask the run to stop at the next clean point.
     pub stop: &'a AtomicBool,
+    /// Time between commits, at least: what a kill may cost besides the unit in the making. Units that take less are committed
+    /// together, and the next ones are worked meanwhile; with none, each is on disk before the next is begun.
+    pub commit_every: Duration,
+}
+
+impl<'a> RunOptions<'a> {
+    /// Nothing is replaced, activations take 4 GiB, and commits are two seconds apart.
+    #[must_use]
+    pub fn new(stop: &'a AtomicBool) -> Self {
+        RunOptions { force: false, stream_memory: 4 << 30, stop, commit_every: Duration::from_secs(2) }
+    }
 }
 
 /// A finished run.
@@ -187,68 +206,31 @@ pub fn run(
         Some(Calibration::Text(windows)) => Some(windows),
         _ => None,
     };
-    let place = (journal.dir(), options.stream_memory, options.stop);
+    let work = journal.work.clone();
+    let place = (work.dir(), options.stream_memory, options.stop);
     let rewritten = transformed(input, plan, text, place, &mut |done, total| {
         observe(Event::Transforming { done, total });
     })?;
     let (model, stages) = rewritten.as_ref().map_or((input, &[][..]), |(model, stages)| (model, stages));
     stages.iter().for_each(|stage| observe(Event::Stage(stage)));
-    let sources = BTreeMap::new();
-    let mut worker = Worker { input: model, plan, output, observe, options, later: &later, sources };
-    let flow = Calibrated::new(&worker, calibration, &journal)?;
-    let is_last = |unit: usize| plan.units[unit + 1..].iter().all(|unit| unit.block.is_none());
-    for unit in done..total {
-        if options.stop.load(Ordering::Relaxed) {
-            return Err(Error::Stopped { done: unit, total });
-        }
-        let Some(label) = plan.units.get(unit).map(|unit| &unit.label) else {
-            (worker.observe)(Event::Started { unit, total, label: "tuning" });
-            let stage = worker.tune(calibration, &journal)?;
-            worker.output.sync()?;
-            let stage = Some(stage);
-            journal.append(Line { unit, stage, ..Line::default() })?;
-            (worker.observe)(Event::Committed { done: unit + 1, total });
-            continue;
-        };
-        (worker.observe)(Event::Started { unit, total, label });
-        let (tensors, sites) = match (&flow, plan.units[unit].block) {
-            (Some(flow), Some(block)) => {
-                let flow = flow.flow(is_last(unit));
-                worker.calibrated_unit(&plan.units[unit], block, &flow, unit, total)?
-            }
-            (None, Some(block)) if plan.calibrated => match calibration {
-                Some(Calibration::Importance(imatrix)) => {
-                    (worker.weighed_unit(&plan.units[unit], imatrix)?, Vec::new())
-                }
-                _ => worker.measured_unit(&plan.units[unit], block, calibration)?,
-            },
-            _ => match worker.plain_unit(&plan.units[unit]) {
-                // Where weights are damaged nothing is written, and here they are read for the first time.
-                Err(damaged @ Error::NonFinite { .. }) => {
-                    journal.remove()?;
-                    return Err(damaged);
-                }
-                tensors => (tensors?, Vec::new()),
-            },
-        };
-        worker.output.sync()?;
-        let save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
-            stream.save(&file)?;
-            hash_file(&file)
-        };
-        let (mut stream, mut full) = (None, None);
-        if let (Some(flow), Some(_), false) = (&flow, plan.units[unit].block, is_last(unit)) {
-            stream = Some(save(&flow.hidden, journal.stream(unit + 1))?);
-            full = flow.full.as_ref().map(|full| save(full, journal.full_stream(unit + 1))).transpose()?;
-        }
-        let sources = std::mem::take(&mut worker.sources);
-        journal.append(Line { unit, stream, full, tensors, sites, stage: None, sources })?;
-        // What entered this unit is of no more use; a file that stays behind goes with the work folder.
-        let _ = std::fs::remove_file(journal.stream(unit));
-        let _ = std::fs::remove_file(journal.full_stream(unit));
-        // No unit reads the weights of another.
-        input.release();
-        (worker.observe)(Event::Committed { done: unit + 1, total });
+    let flow = Calibrated::new((model, plan), calibration, &journal, options.stream_memory)?;
+    let output = Arc::new(output);
+    let commits = Commits::new(journal, output.clone());
+    let (sources, held, last) = (BTreeMap::new(), Vec::new(), Instant::now());
+    let mut worker =
+        Worker { input: model, plan, output, work, commits, held, last, observe, options, later: &later, sources };
+    let worked = (done..total).try_for_each(|unit| worker.unit((unit, total), calibration, flow.as_ref()));
+    worker.settle()?;
+    let journal = worker.commits.into_journal();
+    // Where weights are damaged nothing is written; those that nobody had read yet show it now.
+    if let Err(damaged @ Error::NonFinite { .. }) = worked {
+        journal.remove()?;
+        return Err(damaged);
+    }
+    match worked {
+        // Units that were finished shortly before are begun again.
+        Err(Error::Stopped { total, .. }) => return Err(Error::Stopped { done: journal.lines.len(), total }),
+        worked => worked?,
     }
     drop(flow);
     let read = journal.lines.iter().flat_map(|line| line.sources.clone()).collect();
@@ -292,7 +274,7 @@ fn extra_bytes(input: &Checkpoint, plan: &Plan) -> Result<u64, Error> {
 }
 
 fn open_output(plan: &Plan, journal: &mut Journal) -> Result<Output, Error> {
-    let dir = journal.output();
+    let dir = journal.work.output();
     if !journal.lines.is_empty() {
         return Ok(plan.output.reopen(&dir)?);
     }
@@ -327,7 +309,13 @@ type Records = (Vec<TensorRecord>, Vec<SiteRecord>);
 struct Worker<'a, 'o> {
     input: &'a Checkpoint,
     plan: &'a Plan,
-    output: Output,
+    output: Arc<Output>,
+    work: Work,
+    commits: Commits,
+    /// Units that are finished and not yet sent to the disk.
+    held: Vec<Line>,
+    /// When units were sent last.
+    last: Instant,
     observe: &'o mut dyn FnMut(Event<'_>),
     options: RunOptions<'a>,
     /// Tensors that nobody has read yet.
@@ -337,6 +325,53 @@ struct Worker<'a, 'o> {
 }
 
 impl Worker<'_, '_> {
+    /// Works one unit, and sends it on its way to the disk.
+    fn unit(
+        &mut self,
+        (unit, total): (usize, usize),
+        calibration: Option<Calibration<'_>>,
+        flow: Option<&Calibrated<'_>>,
+    ) -> Result<(), Error> {
+        if self.options.stop.load(Ordering::Relaxed) {
+            self.commit(flow)?;
+            return Err(Error::Stopped { done: unit, total });
+        }
+        let plan = self.plan;
+        let line = match plan.units.get(unit) {
+            None => {
+                (self.observe)(Event::Started { unit, total, label: "tuning" });
+                self.commit(flow)?;
+                Line { unit, stage: Some(self.tune(calibration)?), ..Line::default() }
+            }
+            Some(planned) => {
+                (self.observe)(Event::Started { unit, total, label: &planned.label });
+                let (tensors, sites) = match (flow, planned.block) {
+                    (Some(flow), Some(block)) => {
+                        let is_last = plan.units[unit + 1..].iter().all(|unit| unit.block.is_none());
+                        self.calibrated_unit(planned, block, &flow.flow(is_last), unit, total)?
+                    }
+                    (None, Some(block)) if plan.calibrated => match calibration {
+                        Some(Calibration::Importance(imatrix)) => (self.weighed_unit(planned, imatrix)?, Vec::new()),
+                        _ => self.measured_unit(planned, block, calibration)?,
+                    },
+                    _ => (self.plain_unit(planned)?, Vec::new()),
+                };
+                // No unit reads the weights of another.
+                self.input.release();
+                Line { unit, tensors, sites, sources: std::mem::take(&mut self.sources), ..Line::default() }
+            }
+        };
+        self.held.push(line);
+        (self.observe)(Event::Worked { unit });
+        if unit + 1 == total || self.last.elapsed() >= self.options.commit_every {
+            self.commit(flow)?;
+        }
+        if self.options.commit_every.is_zero() {
+            self.settle()?;
+        }
+        Ok(())
+    }
+
     /// A unit without activations: copies, and methods that need no data.
     fn plain_unit(&mut self, unit: &Unit) -> Result<Vec<TensorRecord>, Error> {
         let mut records = Vec::new();
@@ -419,6 +454,8 @@ impl Worker<'_, '_> {
         let how = (self.plan.method, &self.plan.settings.solver);
         let (mut tensors, mut sites) = (Vec::new(), Vec::new());
         flow.quantize_block(index, block, &targets, how, &mut |moment| {
+            let committed = self.commits.poll()?;
+            self.tell(committed);
             match moment {
                 Moment::Site(_) | Moment::Rebuilding(..) if self.options.stop.load(Ordering::Relaxed) => {
                     return Err(Error::Stopped { done, total });
@@ -458,7 +495,7 @@ impl Worker<'_, '_> {
     }
 
     /// Tunes the whole rounded model and writes what came of it in the place of what was there.
-    fn tune(&mut self, calibration: Option<Calibration<'_>>, journal: &Journal) -> Result<StageRecord, Error> {
+    fn tune(&mut self, calibration: Option<Calibration<'_>>) -> Result<StageRecord, Error> {
         let started = Instant::now();
         let settings = &self.plan.settings;
         let (Some(tuning), Some(spec)) = (&settings.tuning, &self.plan.spec) else {
@@ -467,7 +504,7 @@ impl Worker<'_, '_> {
         let Some(Calibration::Text(windows)) = calibration else {
             unreachable!("checked before anything was written");
         };
-        let written = Checkpoint::open(&journal.output())?;
+        let written = Checkpoint::open(&self.work.output())?;
         let lesson = Lesson {
             spec,
             input: self.input,
@@ -476,7 +513,7 @@ impl Worker<'_, '_> {
             tuning,
             seed: settings.seed,
             train_head: self.plan.trains_head(),
-            work: journal.dir(),
+            work: self.work.dir(),
             stream_memory: self.options.stream_memory,
             stop: self.options.stop,
         };

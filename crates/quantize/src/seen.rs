@@ -2,7 +2,7 @@
 //! drift between two streams where there are two.
 
 use crate::{Observation, TargetShift, TokenWeights};
-use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, held_out};
+use bitmill_calibrate::{CrossStats, Drift, SiteStats, Spread, Tokens, held_out};
 use rayon::prelude::*;
 
 /// One window in this many is held out.
@@ -12,7 +12,7 @@ const HELD_OUT: usize = 8;
 #[derive(Default, Clone)]
 pub(crate) struct Glimpse {
     /// x̂ `[tokens, n]`.
-    pub(crate) seen: Vec<f32>,
+    pub(crate) seen: Tokens,
     /// x − x̂ `[tokens, n]`; empty with one stream.
     pub(crate) drift: Vec<f32>,
     /// h − ĥ `[tokens, hidden]`; empty where the site's output is not added to the residual stream.
@@ -72,6 +72,7 @@ impl Seen {
         for part in 0..2 {
             let mine = |w: usize| usize::from(split && held_out(w, self.windows, HELD_OUT)) == part;
             let mine = |(w, _): &(usize, &Glimpse)| mine(*w);
+            let tokens: Vec<&Tokens> = (first..).zip(glimpses).filter(mine).map(|(_, glimpse)| &glimpse.seen).collect();
             let parts: Vec<Drift<'_>> = (first..)
                 .zip(glimpses)
                 .filter(mine)
@@ -98,7 +99,7 @@ impl Seen {
                 self.largest = self.largest.max(parts.par_iter().map(largest).reduce(|| 0.0, f32::max));
             }
             match (weights, share > 0.0) {
-                (None, false) => stats.add_parts(&parts.iter().map(|part| part.seen).collect::<Vec<_>>()),
+                (None, false) => stats.add_parts(&tokens),
                 _ => {
                     let scaled = |by: f32| -> Vec<Vec<f32>> {
                         let of = |part: &Drift<'_>| match part.weights {
@@ -108,10 +109,10 @@ impl Seen {
                         parts.iter().map(of).collect()
                     };
                     let (own, other) = (scaled(1.0 - share), scaled(share));
-                    let seen: Vec<_> = parts.iter().zip(&own).map(|(part, r)| (part.seen, &r[..])).collect();
+                    let weights = own.iter().map(|r| &r[..]);
                     match counted {
-                        true => stats.add_weighted(&seen),
-                        false => stats.add_gram(&seen),
+                        true => stats.add_weighted(&tokens.into_iter().zip(weights).collect::<Vec<_>>()),
+                        false => stats.add_gram(&parts.iter().map(|part| part.seen).zip(weights).collect::<Vec<_>>()),
                     }
                     if share > 0.0 {
                         let of = |part: &Drift<'_>| part.seen.iter().zip(part.drift).map(|(x, d)| x + d).collect();
@@ -227,7 +228,8 @@ mod tests {
 
     #[test]
     fn sinks_that_are_left_out_set_no_range() {
-        let glimpse = || Glimpse { seen: vec![9.0, -40.0, 1.0, -2.0], drift: Vec::new(), residual: Vec::new() };
+        let glimpse =
+            || Glimpse { seen: Tokens::new(vec![9.0, -40.0, 1.0, -2.0], 2), drift: Vec::new(), residual: Vec::new() };
         let largest = |tokens| {
             let mut seen = Seen::new(Observation { tokens, ..Observation::default() }, 2, 0, 1);
             seen.add(0, &[glimpse()], Some(&[vec![0.0, 2.0]]));

@@ -203,6 +203,7 @@ mod tests {
     use crate::seen::{Glimpse, Seen};
     use crate::sweep::tests::{Random, random_w};
     use crate::{Observation, TargetShift};
+    use bitmill_calibrate::Tokens;
 
     const N: usize = 12;
     const ROWS: usize = 9;
@@ -211,15 +212,15 @@ mod tests {
     fn glimpses(windows: usize, drift: f32) -> Vec<Glimpse> {
         let mut r = Random::new(77);
         let window = |_| {
-            let mut g = Glimpse::default();
+            let (mut g, mut seen) = (Glimpse::default(), Vec::new());
             for _ in 0..40 {
                 let common = r.normal() as f32;
                 let x: Vec<f32> = (0..N).map(|_| r.normal() as f32 + common).collect();
                 g.drift.extend((0..N).map(|i| drift * (x[(i + 1) % N] + 0.5 * r.normal() as f32)));
                 g.residual.extend((0..ROWS).map(|i| drift * (x[i] - 0.3 * r.normal() as f32)));
-                g.seen.extend(x);
+                seen.extend(x);
             }
-            g
+            Glimpse { seen: Tokens::new(seen, N), ..g }
         };
         (0..windows).map(window).collect()
     }

@@ -22,6 +22,8 @@ use rayon::prelude::*;
 pub(super) const LANES: usize = 16;
 /// Panels that are filled together: of a transpose, whose columns are in one piece, they take 512 bytes of each.
 pub(super) const TOGETHER: usize = 8;
+/// Entries that are rounded sooner than other threads are told.
+pub(super) const ALONE: usize = 1 << 16;
 /// Pairs beyond a matrix's own, for the first panel to begin at a line of the cache wherever the slice does.
 pub(super) const SPARE: usize = LANES - 1;
 
@@ -114,9 +116,11 @@ impl Panels {
         (self.rows, self.depth, self.turned) = (rows, depth, turned);
         of_length(&mut self.pairs, rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE);
         let out = from_line(&mut self.pairs);
-        if !out.is_empty() {
-            let tasks = out.par_chunks_mut(TOGETHER * LANES * row_pairs(depth)).enumerate();
-            tasks.for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
+        let each = TOGETHER * LANES * row_pairs(depth);
+        if out.len() <= each || rows * depth <= ALONE {
+            out.chunks_mut(each.max(1)).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
+        } else {
+            out.par_chunks_mut(each).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
         }
     }
 
@@ -129,8 +133,10 @@ impl Panels {
 
 /// Makes `values` so many, whatever they are. New memory is not touched.
 pub(super) fn of_length<T: Copy + Default>(values: &mut Vec<T>, count: usize) {
-    if values.len() != count {
+    if values.capacity() < count {
         *values = vec![T::default(); count];
+    } else {
+        values.resize(count, T::default());
     }
 }
 

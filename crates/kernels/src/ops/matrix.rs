@@ -148,6 +148,15 @@ impl<'a, T: Element> ViewMut<'a, T> {
         let inside = i < self.rows && j < self.cols;
         inside.then(|| &mut self.data[i * self.stride + j..][..count.min(self.cols - j)])
     }
+
+    /// The entries from row `i` and column `j` on, and how far apart rows of them lie, where a whole tile of `rows` by `cols`
+    /// begins there.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn whole(&mut self, (i, j): (usize, usize), (rows, cols): (usize, usize)) -> Option<(&mut [T], usize)> {
+        let inside = rows > 0 && i + rows <= self.rows && j + cols <= self.cols;
+        let count = (rows.max(1) - 1) * self.stride + cols;
+        inside.then(|| (&mut self.data[i * self.stride + j..][..count], self.stride))
+    }
 }
 
 /// `c ← beta·c + alpha·a·b` for `a: [m, k]`, `b: [k, n]`, `c: [m, n]`, on the calling thread. With `beta` zero the old

@@ -12,6 +12,7 @@ pub(crate) mod hadamard;
 pub(crate) mod half;
 pub(crate) mod matrix;
 pub(crate) mod moments;
+pub(crate) mod norm;
 pub(crate) mod pack;
 pub(crate) mod packed;
 pub(crate) mod short;

@@ -7,6 +7,7 @@ use super::eight::{self, Eights};
 use super::matrix::{TOKENS, View, ViewMut, band};
 use crate::level::{Brain, Eight};
 use rayon::prelude::*;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -63,11 +64,16 @@ impl Panels {
     #[must_use]
     pub fn left(short: Short, matrix: View<'_, f32>) -> Self {
         let mut panels = Panels::empty(short);
-        match &mut panels.0 {
+        panels.refill_left(matrix);
+        panels
+    }
+
+    /// [`Panels::left`] in the memory of what was there.
+    pub fn refill_left(&mut self, matrix: View<'_, f32>) {
+        match &mut self.0 {
             Kept::Bf16(brain, panels) => panels.round_left(*brain, matrix),
             Kept::Int8(eight, panels) => panels.round(*eight, matrix),
         }
-        panels
     }
 
     /// Rounds the transpose of `tokens`, rows of width `rows` that may lie anywhere, in the memory of what was there.
@@ -87,6 +93,13 @@ impl Panels {
         match self.matrix() {
             Matrix::Bf16(_, matrix) => matrix.shape(),
             Matrix::Int8(_, matrix) => matrix.shape(),
+        }
+    }
+
+    fn short(&self) -> Short {
+        match &self.0 {
+            Kept::Bf16(brain, _) => Short::Bf16(*brain),
+            Kept::Int8(eight, _) => Short::Int8(*eight),
         }
     }
 
@@ -142,8 +155,22 @@ pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut
     a.matrix().between(rows).multiply(b.matrix(), (Old::Goes, usize::MAX), c);
 }
 
+/// [`short_product`] of all of `a` with the rows `which` of `b`, the first of which is a multiple of 16, where of `c` only entries
+/// `(i, j)` with `j ≤ diagonal + i` are asked for: what the others become is not said.
+///
+/// # Panics
+/// As [`short_gemm`].
+pub fn short_part(a: &Panels, b: &Panels, which: Range<usize>, diagonal: usize, c: &mut ViewMut<'_, f32>) {
+    a.matrix().multiply(b.matrix().between(which), (Old::Goes, diagonal), c);
+}
+
 /// Bytes of rounded entries that are made at a time, where those are more tokens than each pass through H should be for.
 const ROUNDED: usize = 4 << 20;
+
+thread_local! {
+    /// What this thread rounded last for a [`short_syrk`]: memory for the next.
+    static ROUNDED_LAST: Cell<Option<Panels>> = const { Cell::new(None) };
+}
 
 /// [`syrk`](crate::syrk) of what `x` is when rounded, likewise without what lies above the diagonal. The tokens come in parts that
 /// may lie anywhere; results do not depend on how they are parted.
@@ -159,10 +186,11 @@ pub fn short_syrk(short: Short, x: &[&[f32]], n: usize, h: &mut [f32]) {
     };
     let (band, at_once) = (band(n), (ROUNDED / bytes / n).next_multiple_of(TOKENS).max(least));
     let tokens: Vec<&[f32]> = x.iter().flat_map(|part| part.chunks_exact(n)).collect();
-    let mut x = Panels::empty(short);
+    let mut panels =
+        ROUNDED_LAST.take().filter(|panels| panels.short() == short).unwrap_or_else(|| Panels::empty(short));
     for tokens in tokens.chunks(at_once) {
-        x.refill(tokens, n);
-        let x = x.matrix();
+        panels.refill(tokens, n);
+        let x = panels.matrix();
         // The first band has the shortest rows and the last the longest: with one of either all tasks are alike.
         let mut bands: VecDeque<(usize, &mut [f32])> = h.chunks_mut(band * n).enumerate().collect();
         let mut tasks = Vec::new();
@@ -178,6 +206,7 @@ pub fn short_syrk(short: Short, x: &[&[f32]], n: usize, h: &mut [f32]) {
             }
         });
     }
+    ROUNDED_LAST.set(Some(panels));
 }
 
 #[cfg(test)]

@@ -7,10 +7,17 @@ use crate::level::at_level;
 
 /// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
 const LANES: usize = 16;
+/// As many as hide the latency of what an entry is added to.
+const WIDE: usize = 4 * LANES;
 
 /// Soft-max of `scale · row`, in place.
 pub fn softmax(level: Level, row: &mut [f32], scale: f32) {
     at_level!(level, softmax_row, (row: &mut [f32], scale: f32));
+}
+
+/// [`softmax`] but for the last step: the row becomes numbers of which those of the soft-max are this multiple.
+pub fn exponentials(level: Level, row: &mut [f32], scale: f32) -> f32 {
+    at_level!(level, exponentials_of, (row: &mut [f32], scale: f32) -> f32)
 }
 
 /// `gate ← silu(gate) · up`.
@@ -34,20 +41,60 @@ pub fn softmax_divergence(level: Level, q: &mut [f32], p: &[f32]) -> f64 {
 
 #[inline(always)]
 fn softmax_row(row: &mut [f32], scale: f32) {
-    let max = scale * largest(row);
-    for v in row.iter_mut() {
-        *v = exp(scale * *v - max);
-    }
-    let inverse = 1.0 / total(row);
+    let inverse = exponentials_of(row, scale);
     for v in row.iter_mut() {
         *v *= inverse;
     }
 }
 
 #[inline(always)]
+fn exponentials_of(row: &mut [f32], scale: f32) -> f32 {
+    let max = scale * largest(row);
+    let (mut wide, mut lanes, mut last) = ([0.0f32; WIDE], [0.0f32; LANES], [0.0f32; LANES]);
+    let (whole, rest) = row.as_chunks_mut::<WIDE>();
+    for chunk in whole {
+        for i in 0..WIDE {
+            chunk[i] = exp_fused(scale * chunk[i] - max);
+            wide[i] += chunk[i];
+        }
+    }
+    let (whole, rest) = rest.as_chunks_mut::<LANES>();
+    for chunk in whole {
+        for i in 0..LANES {
+            chunk[i] = exp_fused(scale * chunk[i] - max);
+            lanes[i] += chunk[i];
+        }
+    }
+    // Lanes of their own: these are looked up one by one, which keeps them out of registers.
+    for (lane, v) in last.iter_mut().zip(rest) {
+        *v = exp_fused(scale * *v - max);
+        *lane += *v;
+    }
+    1.0 / folded(wide, lanes, last, |a, b| a + b)
+}
+
+/// All lanes in one number, in halves.
+#[inline(always)]
+fn folded(wide: [f32; WIDE], lanes: [f32; LANES], last: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut all = [0.0f32; LANES];
+    for i in 0..LANES {
+        let wide = with(with(wide[i], wide[LANES + i]), with(wide[2 * LANES + i], wide[3 * LANES + i]));
+        all[i] = with(wide, with(lanes[i], last[i]));
+    }
+    let (mut eight, mut four) = ([0.0f32; 8], [0.0f32; 4]);
+    for i in 0..8 {
+        eight[i] = with(all[i], all[8 + i]);
+    }
+    for i in 0..4 {
+        four[i] = with(eight[i], eight[4 + i]);
+    }
+    with(with(four[0], four[2]), with(four[1], four[3]))
+}
+
+#[inline(always)]
 fn silu_mul_row(gate: &mut [f32], up: &[f32]) {
     for (g, &u) in gate.iter_mut().zip(up) {
-        *g = *g / (1.0 + exp(-*g)) * u;
+        *g = *g / (1.0 + exp_fused(-*g)) * u;
     }
 }
 
@@ -59,7 +106,7 @@ fn divergence_row(q: &mut [f32], p: &[f32]) -> f64 {
     for (q, p) in q.chunks(LANES).zip(p.chunks(LANES)) {
         for (i, (&q, &p)) in q.iter().zip(p).enumerate() {
             let (to_q, to_p) = (q - top_q, p - top_p);
-            let (eq, ep) = (exp(to_q), exp(to_p));
+            let (eq, ep) = (exp_fused(to_q), exp_fused(to_p));
             sum_q[i] += eq;
             sum_p[i] += ep;
             cross[i] += ep * (to_p - to_q);
@@ -68,37 +115,31 @@ fn divergence_row(q: &mut [f32], p: &[f32]) -> f64 {
     let [sum_q, sum_p, cross] = [sum_q, sum_p, cross].map(|lanes| lanes.iter().map(|&v| f64::from(v)).sum::<f64>());
     let (inverse_q, inverse_p) = ((1.0 / sum_q) as f32, (1.0 / sum_p) as f32);
     for (q, &p) in q.iter_mut().zip(p) {
-        *q = exp(*q - top_q) * inverse_q - exp(p - top_p) * inverse_p;
+        *q = exp_fused(*q - top_q) * inverse_q - exp_fused(p - top_p) * inverse_p;
     }
     cross / sum_p - (sum_p / sum_q).ln()
 }
 
 #[inline(always)]
 fn largest(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (whole, rest) = row.as_chunks::<LANES>();
+    let (mut wide, mut lanes, mut last) =
+        ([f32::NEG_INFINITY; WIDE], [f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let (whole, rest) = row.as_chunks::<WIDE>();
+    for chunk in whole {
+        for i in 0..WIDE {
+            wide[i] = if chunk[i] > wide[i] { chunk[i] } else { wide[i] };
+        }
+    }
+    let (whole, rest) = rest.as_chunks::<LANES>();
     for chunk in whole {
         for i in 0..LANES {
             lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
         }
     }
-    let all = lanes.iter().chain(rest);
-    all.fold(f32::NEG_INFINITY, |most, &v| if v > most { v } else { most })
-}
-
-#[inline(always)]
-fn total(row: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (whole, rest) = row.as_chunks::<LANES>();
-    for (lane, &v) in lanes.iter_mut().zip(rest) {
-        *lane += v;
+    for (lane, &v) in last.iter_mut().zip(rest) {
+        *lane = if v > *lane { v } else { *lane };
     }
-    for chunk in whole {
-        for i in 0..LANES {
-            lanes[i] += chunk[i];
-        }
-    }
-    lanes.iter().sum()
+    folded(wide, lanes, last, |a, b| if b > a { b } else { a })
 }
 
 /// `e^x` within two units in the last place, written without branches so that loops over it become vector code. Below
@@ -106,21 +147,32 @@ fn total(row: &[f32]) -> f32 {
 #[inline(always)]
 #[must_use]
 pub fn exp(x: f32) -> f32 {
+    exp_with(x, |a, b, c| a * b + c)
+}
+
+/// The same in fewer instructions where products are added in one, as all vector levels do; elsewhere that takes longer.
+#[inline(always)]
+fn exp_fused(x: f32) -> f32 {
+    exp_with(x, f32::mul_add)
+}
+
+#[inline(always)]
+fn exp_with(x: f32, product_plus: impl Fn(f32, f32, f32) -> f32) -> f32 {
     const TO_INTEGER: f32 = 12_582_912.0;
     // ln 2 in two parts, the first short enough that its product with an exponent is exact.
     const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + TO_INTEGER;
+    let shifted = product_plus(x, std::f32::consts::LOG2_E, TO_INTEGER);
     let n = shifted - TO_INTEGER;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    let r = product_plus(n, -LN2_LOW, product_plus(n, -LN2_HIGH, x));
     // The Taylor series: |r| ≤ ln(2)/2 leaves a remainder under 2^-27.
     let mut series = 1.0 / 5040.0;
     for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
-        series = series * r + factor;
+        series = product_plus(series, r, factor);
     }
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
-    (series * r * r + r + 1.0) * power
+    (product_plus(series * r, r, r) + 1.0) * power
 }
 
 #[cfg(test)]
@@ -134,7 +186,8 @@ mod tests {
             let x = i as f32 * 1e-4;
             let truth = f64::from(x).exp();
             let unit = f64::from(f32::EPSILON) * 2f64.powi(truth.log2().floor() as i32);
-            worst = worst.max((f64::from(exp(x)) - truth).abs() / unit);
+            let worse = |found: f32| (f64::from(found) - truth).abs() / unit;
+            worst = worst.max(worse(exp(x))).max(worse(exp_fused(x)));
         }
         assert!(worst <= 2.0, "{worst}");
         assert_eq!(exp(0.0), 1.0);

@@ -151,7 +151,7 @@ fn write(input: &Checkpoint, own: GgufSettings, scheme: BlockType, out: &Path) -
     };
     let plan = Plan::new(input, &settings).unwrap();
     let stop = AtomicBool::new(false);
-    let options = RunOptions { force: true, stream_memory: 1 << 30, stop: &stop };
+    let options = RunOptions { force: true, ..RunOptions::new(&stop) };
     run(input, &plan, None::<Calibration<'_>>, out, options, &mut |_| {}).unwrap();
     Checkpoint::open(out).unwrap()
 }

@@ -1,16 +1,17 @@
 //! The state that a calibrated run carries from block to block: the calibration text on its way through the model.
 
-use super::Worker;
 use crate::block::Flow;
 use crate::journal::{Journal, hash_file, io};
 use crate::plan::model_scale_type;
 use crate::reconstruction::Rebuild;
 use crate::token_weights::occurrences;
-use crate::{Calibration, Error, Observation, TokenWeights};
-use bitmill_calibrate::{Stream, StreamKind, in_order};
+use crate::{Calibration, Error, Observation, Plan, TokenWeights};
+use bitmill_calibrate::{Spare, Stream, StreamKind, in_order};
+use bitmill_checkpoint::Checkpoint;
 use bitmill_models::{Embedding, ModelSpec, RopeTable};
 use bitmill_scheme::ScaleType;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The state that a calibrated run carries from block to block.
 pub(super) struct Calibrated<'a> {
@@ -20,6 +21,7 @@ pub(super) struct Calibrated<'a> {
     occurrences: Vec<Vec<f32>>,
     budget: u64,
     spill: PathBuf,
+    spare: Arc<Spare>,
     pub(super) hidden: Stream,
     pub(super) full: Option<Stream>,
     observation: Observation,
@@ -29,30 +31,29 @@ pub(super) struct Calibrated<'a> {
 
 impl<'a> Calibrated<'a> {
     pub(super) fn new(
-        worker: &Worker<'a, '_>,
+        (input, plan): (&'a Checkpoint, &'a Plan),
         calibration: Option<Calibration<'_>>,
         journal: &Journal,
+        stream_memory: u64,
     ) -> Result<Option<Self>, Error> {
-        let (true, Some(spec), Some(Calibration::Text(windows))) =
-            (worker.plan.calibrated, &worker.plan.spec, calibration)
-        else {
+        let (true, Some(spec), Some(Calibration::Text(windows))) = (plan.calibrated, &plan.spec, calibration) else {
             return Ok(None);
         };
         // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
-        let settings = &worker.plan.settings;
+        let (settings, work) = (&plan.settings, &journal.work);
         let observation = settings.observation;
         // Reconstruction keeps what entered the block besides, and what is to leave it.
         let rebuild = settings.reconstruction.as_ref();
-        let rebuild = rebuild.map(|how| Rebuild { how, model: worker.input, plan: worker.plan, seed: settings.seed });
+        let rebuild = rebuild.map(|how| Rebuild { how, model: input, plan, seed: settings.seed });
         let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
-        let budget = worker.options.stream_memory / streams;
+        let budget = stream_memory / streams;
         let (count, lengths) = (windows.count(), windows.lengths());
         let rare = observation.tokens == TokenWeights::Rare;
         let texts = (0..if rare { count } else { 0 }).map(|w| windows.tokens(w));
         let occurrences = occurrences(texts);
-        let spill = journal.dir().join("stream-spill");
+        let spill = work.dir().join("stream-spill");
         let hidden = Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &spill)?;
-        let second = journal.dir().join("stream-full-spill");
+        let second = work.dir().join("stream-full-spill");
         let second = || Stream::of_lengths(StreamKind::Bf16, &lengths, spec.hidden, budget, &second);
         let full = settings.two_streams().then(second).transpose()?;
         let rope = RopeTable::new(&spec.ropes, windows.length)?;
@@ -60,13 +61,13 @@ impl<'a> Calibrated<'a> {
         let saved = journal.lines.last().and_then(|l| l.stream.as_ref());
         match saved {
             Some(hash) => {
-                take_up(&hidden, &journal.stream(done), hash)?;
+                take_up(&hidden, &work.stream(done), hash)?;
                 if let (Some(full), Some(hash)) = (&full, journal.lines.last().and_then(|l| l.full.as_ref())) {
-                    take_up(full, &journal.full_stream(done), hash)?;
+                    take_up(full, &work.full_stream(done), hash)?;
                 }
             }
             None => {
-                let embedding = Embedding::load(spec, worker.input)?;
+                let embedding = Embedding::load(spec, input)?;
                 in_order(
                     count,
                     16,
@@ -81,8 +82,8 @@ impl<'a> Calibrated<'a> {
                 )?;
             }
         }
-        let spill = journal.dir().to_owned();
-        let cache = settings.kv_cache.then(|| model_scale_type(worker.input));
+        let spill = work.dir().to_owned();
+        let cache = settings.kv_cache.then(|| model_scale_type(input));
         Ok(Some(Calibrated {
             spec,
             rope,
@@ -90,6 +91,7 @@ impl<'a> Calibrated<'a> {
             occurrences,
             budget,
             spill,
+            spare: Arc::default(),
             hidden,
             full,
             observation,
@@ -102,10 +104,10 @@ impl<'a> Calibrated<'a> {
 impl Calibrated<'_> {
     /// The flow at a block, which may be the `last`.
     pub(super) fn flow(&self, last: bool) -> Flow<'_> {
-        let Calibrated { spec, rope, lengths, occurrences, budget, spill, hidden, full, .. } = self;
+        let Calibrated { spec, rope, lengths, occurrences, budget, spill, spare, hidden, full, .. } = self;
         let (budget, full, observation, cache, rebuild) =
             (*budget, full.as_ref(), self.observation, self.cache, self.rebuild);
-        Flow { spec, rope, lengths, occurrences, budget, spill, hidden, full, last, observation, cache, rebuild }
+        Flow { spec, rope, lengths, occurrences, budget, spill, spare, hidden, full, last, observation, cache, rebuild }
     }
 }
 

@@ -23,11 +23,11 @@ pub(super) fn publish(
     let manifest = manifest(plan, identity, (&tensors, &sites, &stages));
     // GGUF files are complete in themselves, and what describes them lies beside the first; a folder has more in it than
     // weights.
-    let names = names(plan, &journal.output(), out);
+    let names = names(plan, &journal.work.output(), out);
     let first = names.first().map_or_else(|| out.to_owned(), |(_, to)| to.clone());
     match plan.gguf {
         Some(_) => write_durably(&beside(&first, ".bitmill.json"), &pretty(&manifest))?,
-        None => complete_folder(input, plan, &manifest, &journal.output())?,
+        None => complete_folder(input, plan, &manifest, &journal.work.output())?,
     }
     let log = beside(out, ".log.jsonl");
     let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
@@ -38,7 +38,7 @@ pub(super) fn publish(
             if !force {
                 return Err(Error::Exists { out: to.clone() });
             }
-            let old = journal.dir().join(format!("replaced-{i}"));
+            let old = journal.work.dir().join(format!("replaced-{i}"));
             std::fs::rename(to, &old).map_err(io(to, "moving the old output away"))?;
         }
         std::fs::rename(from, to).map_err(io(to, "naming the output"))?;

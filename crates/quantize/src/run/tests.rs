@@ -30,7 +30,7 @@ fn go(case: &str, settings: &Settings, out: &Path, threads: usize, stop: Option<
     let windows = tiny::windows(&spec_of(&input).unwrap(), 10, 24);
     let plan = Plan::new(&input, settings).unwrap();
     let flag = AtomicBool::new(false);
-    let options = RunOptions { force: false, stream_memory: 1 << 30, stop: &flag };
+    let options = RunOptions { commit_every: Duration::ZERO, ..RunOptions::new(&flag) };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
         let mut sites = 0;
@@ -120,7 +120,7 @@ fn nearest(model: &Path, out: &Path, force: bool, stop: usize) -> Result<Finishe
     let settings = Settings { shard_bytes: u64::MAX, ..tiny::settings(&[]) };
     let plan = Plan::new(&input, &Settings { method: "rtn".into(), ..settings }).unwrap();
     let flag = AtomicBool::new(false);
-    let options = RunOptions { force, stream_memory: 1 << 30, stop: &flag };
+    let options = RunOptions { force, commit_every: Duration::ZERO, ..RunOptions::new(&flag) };
     run(&input, &plan, None, out, options, &mut |event| {
         if let Event::Committed { done, .. } = event {
             flag.store(done == stop, Ordering::Relaxed);

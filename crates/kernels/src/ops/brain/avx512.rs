@@ -169,7 +169,10 @@ fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut
     let pairs = a.depth.div_ceil(2);
     for from in (0..pairs).step_by(DEPTH) {
         let deep = from..pairs.min(from + DEPTH);
-        for col in (0..b.rows).step_by(PANELS * LANES) {
+        let mut next = 0;
+        while next < b.rows {
+            let col = next;
+            next += panels_at(col, b.rows) * LANES;
             // Rows above are asked for none of these columns.
             let top = col.saturating_sub(diagonal) / ROWS * ROWS;
             let tiles = a.rows.saturating_sub(top).div_ceil(ROWS);
@@ -181,6 +184,15 @@ fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut
                 }
             }
         }
+    }
+}
+
+/// Panels of the tiles that begin at column `col` of so many: of four that are left two at a time, since those of a single one
+/// would load more than they multiply.
+pub(in crate::ops) fn panels_at(col: usize, cols: usize) -> usize {
+    match (cols - col).div_ceil(LANES) {
+        4 => 2,
+        left => left.min(PANELS),
     }
 }
 
@@ -196,7 +208,7 @@ fn chain(
 ) {
     let stride = row_pairs(a.depth);
     let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
-    let (first, left) = (col / LANES, (b.rows - col).div_ceil(LANES).min(PANELS));
+    let (first, left) = (col / LANES, panels_at(col, b.rows));
     let side = &a.pairs[panel(row / LANES)];
     let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
     match left {
@@ -248,10 +260,13 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(in crate::ops) fn fetch_tile<const N: usize>(([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
-    for r in 0..ROWS {
-        for n in 0..N {
-            if let (Some(c), Old::Counts) = (c.part(row + r, col + n * LANES, LANES), old) {
-                _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().cast());
+    if old == Old::Goes {
+        return;
+    }
+    if let Some((c, stride)) = c.whole((row, col), (ROWS, N * LANES)) {
+        for r in 0..ROWS {
+            for n in 0..N {
+                _mm_prefetch::<_MM_HINT_T0>(c[r * stride + n * LANES..].as_ptr().cast());
             }
         }
     }
@@ -265,6 +280,23 @@ pub(in crate::ops) fn finish<const N: usize>(
     ([row, col], old): ([usize; 2], Old),
     c: &mut ViewMut<'_, f32>,
 ) {
+    if let Some((c, stride)) = c.whole((row, col), (ROWS, N * LANES)) {
+        let c = c.as_mut_ptr();
+        for r in 0..ROWS {
+            for n in 0..N {
+                // SAFETY: a whole tile lies from here on, and neither needs alignment.
+                unsafe {
+                    let c = c.add(r * stride + n * LANES);
+                    let sum = match old {
+                        Old::Counts => _mm512_add_ps(_mm512_loadu_ps(c), sums[r][n]),
+                        Old::Goes => sums[r][n],
+                    };
+                    _mm512_storeu_ps(c, sum);
+                }
+            }
+        }
+        return;
+    }
     for (r, sums) in sums.iter().enumerate() {
         for (n, sum) in sums.iter().enumerate() {
             if let Some(c) = c.part(row + r, col + n * LANES, LANES) {

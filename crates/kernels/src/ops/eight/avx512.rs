@@ -5,7 +5,7 @@
 //! sums to f32, so nine tenths of the peak are what to expect. The f32 sums of a tile stay in the first cache, the panels of B
 //! in the second, as in bfloat16.
 
-use super::super::brain::avx512::{AHEAD, ROWS, fetch_columns, fetch_tile, finish, load, turn};
+use super::super::brain::avx512::{AHEAD, ROWS, fetch_columns, fetch_tile, finish, load, panels_at, turn};
 use super::super::brain::{LANES, Old, TOGETHER};
 use super::super::matrix::{View, ViewMut};
 use super::{Eights, GROUP, Out, TURN, groups, row_words};
@@ -195,13 +195,16 @@ fn blocks(a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut V
     for from in (0..all).step_by(DEPTH) {
         let deep = from..all.min(from + DEPTH);
         let old = if from == 0 { old } else { Old::Counts };
-        for col in (0..b.rows).step_by(PANELS * LANES) {
+        let mut next = 0;
+        while next < b.rows {
+            let (col, panels) = (next, panels_at(next, b.rows));
+            next += panels * LANES;
             // Rows above are asked for none of these columns.
             let top = col.saturating_sub(diagonal) / ROWS * ROWS;
             let tiles = a.rows.saturating_sub(top).div_ceil(ROWS);
             for (i, row) in (top..a.rows).step_by(ROWS).enumerate() {
                 fetch(b, col / LANES + PANELS, &deep, (i, tiles));
-                match (b.rows - col).div_ceil(LANES) {
+                match panels {
                     1 => tile::<1>(a, b, &deep, ([row, col], old), c),
                     2 => tile::<2>(a, b, &deep, ([row, col], old), c),
                     _ => tile::<PANELS>(a, b, &deep, ([row, col], old), c),
