@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Level, Moments, Short, add_moments, mirror, short_syrk, syrk};
+use bitmill_kernels::{Level, Moments, Panels, Short, View, add_moments, mirror, panels_syrk, short_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Deref;
@@ -26,9 +26,13 @@ pub struct SiteStats {
 
 /// Activations of some tokens, and what their columns add up to: that is found where they are made, while a cache still holds
 /// them.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Tokens {
+    count: usize,
+    /// As they are, where they are kept so.
     values: Vec<f32>,
+    /// Their transpose, rounded for H, where they are kept so.
+    panels: Option<Panels>,
     pieces: Vec<Piece>,
 }
 
@@ -45,6 +49,25 @@ impl Tokens {
     /// The tokens `values`, row-major `[tokens, n]`.
     #[must_use]
     pub fn new(values: Vec<f32>, n: usize) -> Self {
+        Tokens { count: values.len() / n, pieces: Tokens::pieces(&values, n), values, panels: None }
+    }
+
+    /// The same for H and for what columns add up to, and for nothing else: they are rounded with `short` now.
+    #[must_use]
+    pub fn rounded(short: Short, values: &[f32], n: usize) -> Self {
+        let count = values.len() / n;
+        let panels = Some(Panels::right(short, View::new(values, count, n, n).t()));
+        Tokens { count, pieces: Tokens::pieces(values, n), values: Vec::new(), panels }
+    }
+
+    /// Whether it is as well to round so many tokens by themselves: whole groups of those that share a scale, and so few columns
+    /// that H need not be gone through for as many tokens as can be at a time.
+    #[must_use]
+    pub fn can_be_rounded(tokens: usize, n: usize) -> bool {
+        tokens.is_multiple_of(256) && n <= 2048
+    }
+
+    fn pieces(values: &[f32], n: usize) -> Vec<Piece> {
         let piece = |x: &[f32]| {
             let zeros = || vec![0.0; n];
             let mut piece = Piece { sum: zeros(), abs_sum: zeros(), fourth_sum: zeros(), abs_max: vec![0.0; n] };
@@ -52,11 +75,11 @@ impl Tokens {
             add_moments(Level::best(), x, n, &mut Moments { sum, abs_sum, fourth_sum, abs_max });
             piece
         };
-        let pieces = values.par_chunks(PIECE * n).map(piece).collect();
-        Tokens { values, pieces }
+        values.par_chunks(PIECE * n).map(piece).collect()
     }
 }
 
+/// The values, none where they are rounded.
 impl Deref for Tokens {
     type Target = [f32];
 
@@ -88,6 +111,10 @@ pub(crate) fn add_columns(sums: &mut [f64], parts: &[(&[f32], Option<&[f32]>)]) 
     for part in pieces.collect::<Vec<_>>().into_par_iter().map(of).collect::<Vec<_>>() {
         sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
+}
+
+fn add(all: &mut [f64], sums: &[f64]) {
+    all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
 }
 
 impl SiteStats {
@@ -122,21 +149,22 @@ impl SiteStats {
 
     /// The same of activations that come in several parts.
     pub fn add_parts(&mut self, parts: &[&Tokens]) {
-        self.weight += (parts.iter().map(|x| x.len()).sum::<usize>() / self.n) as f64;
-        self.add_products(&parts.iter().map(|x| &x[..]).collect::<Vec<_>>());
+        self.weight += parts.iter().map(|x| x.count).sum::<usize>() as f64;
+        let (rounded, whole): (Vec<&Tokens>, Vec<_>) = parts.iter().partition(|x| x.panels.is_some());
+        panels_syrk(&rounded.iter().filter_map(|x| x.panels.as_ref()).collect::<Vec<_>>(), &mut self.gram);
+        self.add_products(&whole.iter().map(|x| &x[..]).collect::<Vec<_>>());
         // As long as no token was weighted, both sums are of the same terms.
         let alike = self.weighted_sum == self.sum;
         self.add_moments(parts);
         if alike {
             self.weighted_sum.copy_from_slice(&self.sum);
         } else {
-            let parts: Vec<_> = parts.iter().map(|&x| (&x[..], None)).collect();
-            add_columns(&mut self.weighted_sum, &parts);
+            parts.iter().flat_map(|part| &part.pieces).for_each(|piece| add(&mut self.weighted_sum, &piece.sum));
         }
     }
 
     /// Adds activations, each part with `weights: [tokens]`: how many times its tokens count in H (the token importance of
-    /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted.
+    /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted. Tokens must be there as they are.
     pub fn add_weighted(&mut self, parts: &[(&Tokens, &[f32])]) {
         self.add_gram(&parts.iter().map(|&(x, r)| (&x[..], r)).collect::<Vec<_>>());
         self.add_moments(&parts.iter().map(|&(x, _)| x).collect::<Vec<_>>());
@@ -165,9 +193,8 @@ impl SiteStats {
     }
 
     fn add_moments(&mut self, parts: &[&Tokens]) {
-        self.tokens += (parts.iter().map(|x| x.len()).sum::<usize>() / self.n) as u64;
+        self.tokens += parts.iter().map(|x| x.count).sum::<usize>() as u64;
         for piece in parts.iter().flat_map(|part| &part.pieces) {
-            let add = |all: &mut [f64], sums: &[f64]| all.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
             add(&mut self.sum, &piece.sum);
             add(&mut self.abs_sum, &piece.abs_sum);
             add(&mut self.fourth_sum, &piece.fourth_sum);
@@ -319,6 +346,21 @@ mod tests {
         parted.add_parts(&parts.iter().collect::<Vec<_>>());
         assert_eq!(whole.hessian(), parted.hessian());
         assert_eq!((whole.tokens(), whole.abs_max()), (parted.tokens(), parted.abs_max()));
+    }
+
+    #[test]
+    fn tokens_that_are_rounded_before_have_the_same_statistics() {
+        let (tokens, n) = (1024, 70);
+        let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
+        for short in Short::all() {
+            let (mut whole, mut rounded) = (SiteStats::new(n).by(Some(short)), SiteStats::new(n).by(Some(short)));
+            whole.add(&x);
+            let parts: Vec<Tokens> = x.chunks(256 * n).map(|x| Tokens::rounded(short, x, n)).collect();
+            rounded.add_parts(&parts.iter().collect::<Vec<_>>());
+            assert_eq!((whole.mean(), whole.fourth()), (rounded.mean(), rounded.fourth()));
+            assert_eq!((whole.tokens(), whole.weight()), (rounded.tokens(), rounded.weight()));
+            assert!(whole.hessian().iter().zip(rounded.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
+        }
     }
 
     #[test]

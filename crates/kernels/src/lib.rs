@@ -1,7 +1,7 @@
 //! The arithmetic of quantization made fast: slices in, slices out.
 //!
-//! Nothing here knows a tensor, a file or a model, and nothing allocates its result. Every function is held to a scalar
-//! definition by its tests. Parallel functions split their *output* into tiles of a fixed size and fold each tile in a
+//! Nothing here knows a tensor, a file or a model, and nothing allocates its result but what would have to be cleared else
+//! ([`short_outer`]). Every function is held to a scalar definition by its tests. Parallel functions split their *output* into tiles of a fixed size and fold each tile in a
 //! fixed order, so that results do not depend on the number of threads.
 
 mod level;
@@ -27,7 +27,7 @@ pub use ops::packed::{
     CHUNK, Meeting, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, packed_products,
     packed_products_int8, round_activations,
 };
-pub use ops::short::{Panels, Short, short_gemm, short_part, short_product, short_syrk};
+pub use ops::short::{Panels, Short, panels_syrk, short_gemm, short_outer, short_part, short_product, short_syrk};
 pub use ops::softmax::{exp, exponentials, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;
 pub use team::{awake, fill_chunks};

@@ -289,7 +289,10 @@ pub(crate) fn accumulate(sum: &mut [f32], term: &[f32]) {
 }
 
 /// The entries of a contiguous f32 tensor, borrowed.
-pub(crate) fn values(t: &Tensor) -> Result<impl Deref<Target = [f32]> + '_, Error> {
+///
+/// # Errors
+/// [`Error::Tensor`] where it is not one.
+pub fn values(t: &Tensor) -> Result<impl Deref<Target = [f32]> + '_, Error> {
     let (storage, layout) = t.storage_and_layout();
     let entries = Values { storage, layout };
     entries.get()?;

@@ -31,7 +31,7 @@ mod tensors;
 mod weights;
 
 pub use arch::{ARCHES, Arch, spec, spec_of};
-pub use backward::{BlockGradients, Trace};
+pub use backward::{BlockGradients, Trace, values};
 pub use block::Block;
 pub use decode::Decoder;
 pub use ends::{Ends, Head, HeadGradients};

@@ -91,13 +91,7 @@ pub(crate) fn short_product(x: &Panels, weight: &Panels) -> Result<Tensor> {
     if inner != w_inner || inner == 0 || out == 0 {
         bail!("product: an input of {inner} channels, a weight of {out} x {w_inner}");
     }
-    let mut y = vec![0.0f32; tokens * out];
-    y.par_chunks_mut(BAND * out).enumerate().for_each(|(i, y)| {
-        let rows = y.len() / out;
-        let rows_of = i * BAND..i * BAND + rows;
-        bitmill_kernels::short_product(x, rows_of, weight, &mut ViewMut::new(y, rows, out, out));
-    });
-    Tensor::from_vec(y, (tokens, out), &Device::Cpu)
+    Tensor::from_vec(bitmill_kernels::short_outer(x, weight), (tokens, out), &Device::Cpu)
 }
 
 /// `gate ← silu(gate) · up`, in place.

@@ -17,7 +17,7 @@ use crate::token_weights::{Look, token_weights};
 use crate::{Action, Error, Linear, PlannedTensor, Solved, loss};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
 use bitmill_calibrate::{Spare, Stream, StreamKind, Tokens, in_order};
-use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site};
+use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site, values};
 use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Tokens whose activations are in memory at a time. It fixes the order of sums, so it is a constant.
-pub(crate) const BATCH_TOKENS: usize = 8_192;
+pub(crate) const BATCH_TOKENS: usize = 16_384;
 /// Numbers of them of one stream, which limit the tokens of wide sites: 256 MB.
 const BATCH_NUMBERS: usize = 1 << 26;
 
@@ -257,7 +257,7 @@ impl Flow<'_> {
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {
         let out = block.finish(&self.tensor(hidden, w)?, &self.tensor(x, w)?)?;
-        Ok(hidden.write(w, &rows(&out)?)?)
+        Ok(hidden.write(w, &values(&out)?)?)
     }
 
     /// Moves window `w` through piece `i` of the block and returns what is seen at its site.
@@ -272,13 +272,17 @@ impl Flow<'_> {
     ) -> Result<Glimpse, Error> {
         let hidden = self.hidden;
         let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: next.map(|next| &next.rounded) };
-        let seen = self.piece(i, &lane, w)?;
-        let width = seen.len() / self.lengths[w];
-        let mut glimpse = Glimpse { seen: Tokens::new(seen, width), ..Glimpse::default() };
+        let (seen, tokens) = (self.piece(i, &lane, w)?, self.lengths[w]);
+        let width = seen.dim(1)?;
+        let seen = match self.observation.rounds().filter(|_| Tokens::can_be_rounded(tokens, width)) {
+            Some(short) => Tokens::rounded(short, &values(&seen)?, width),
+            None => Tokens::new(rows(&seen)?, width),
+        };
+        let mut glimpse = Glimpse { seen, ..Glimpse::default() };
         if let Some((block, full)) = full {
             let next = next.and_then(|next| next.full.as_ref());
             let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
-            glimpse.drift = self.piece(i, &lane, w)?;
+            glimpse.drift = rows(&self.piece(i, &lane, w)?)?;
             glimpse.drift.iter_mut().zip(&glimpse.seen[..]).for_each(|(d, x)| *d -= x);
             if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
                 glimpse.residual = full.read(w)?;
@@ -289,7 +293,7 @@ impl Flow<'_> {
     }
 
     /// Piece `i` of the block for window `w`: returns the activation at its site, and writes it to where it goes on from.
-    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize) -> Result<Vec<f32>, Error> {
+    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize) -> Result<Tensor, Error> {
         let Lane { block, hidden: stream, x, next } = *lane;
         let hidden = || self.tensor(stream, w);
         let input = || match x {
@@ -301,14 +305,13 @@ impl Flow<'_> {
             1 => block.attn_out(&input()?, self.rope)?,
             2 => {
                 let (h, out) = block.mlp_in(&hidden()?, &input()?)?;
-                stream.write(w, &rows(&h)?)?;
+                stream.write(w, &values(&h)?)?;
                 out
             }
             _ => block.mlp_out(&input()?)?,
         };
-        let out = rows(&out)?;
         if let Some(next) = next {
-            next.write(w, &out)?;
+            next.write(w, &values(&out)?)?;
         }
         Ok(out)
     }

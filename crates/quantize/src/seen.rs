@@ -9,7 +9,7 @@ use rayon::prelude::*;
 const HELD_OUT: usize = 8;
 
 /// Activations of one window at a site, row-major.
-#[derive(Default, Clone)]
+#[derive(Default)]
 pub(crate) struct Glimpse {
     /// x̂ `[tokens, n]`.
     pub(crate) seen: Tokens,

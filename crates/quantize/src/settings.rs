@@ -185,6 +185,11 @@ impl Observation {
     pub fn two_streams(&self) -> bool {
         self.shift != TargetShift::Off || self.full_share > 0.0
     }
+
+    /// What activations may be rounded to as soon as they are made: where nothing but H is made of them as they are.
+    pub(crate) fn rounds(&self) -> Option<Short> {
+        self.arithmetic.short().filter(|_| !self.two_streams() && self.tokens == TokenWeights::Equal)
+    }
 }
 
 /// What a linear makes up for besides its own rounding.

@@ -14,9 +14,10 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 
-use super::matrix::{View, ViewMut};
+use super::matrix::{Output, View};
 use crate::level::Brain;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Rows of a panel, and pairs of a row that make a tile.
 pub(super) const LANES: usize = 16;
@@ -177,7 +178,7 @@ pub(super) fn multiply(
     a: Brained<'_>,
     b: Brained<'_>,
     (old, diagonal): (Old, usize),
-    c: &mut ViewMut<'_, f32>,
+    c: &mut Output<'_>,
 ) {
     assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
     assert!(!b.turned, "a right side");
@@ -185,12 +186,12 @@ pub(super) fn multiply(
     match brain.amx() {
         Some(amx) => {
             if old == Old::Goes {
-                c.fill(0.0);
+                c.fill(MaybeUninit::new(0.0));
             }
             amx::gemm(amx, a, b, c);
         }
         // There is no product to put there.
-        None if a.depth == 0 && old == Old::Goes => c.fill(0.0),
+        None if a.depth == 0 && old == Old::Goes => c.fill(MaybeUninit::new(0.0)),
         None => {
             assert!(!a.turned, "a left side of this way");
             avx512::gemm(brain, a, b, (old, diagonal), c);

@@ -17,9 +17,10 @@
 mod avx512;
 
 use super::brain::{ALONE, LANES, Old, SPARE, TOGETHER, from_line, line_start, of_length};
-use super::matrix::{View, ViewMut};
+use super::matrix::{Output, View};
 use crate::level::Eight;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Neighbouring entries of a row that share a scale.
 pub(super) const GROUP: usize = 128;
@@ -156,18 +157,12 @@ fn round_tokens(eight: Eight, _: &[&[f32]], _: usize, _: Out<'_>) {
 }
 
 /// As that of bfloat16.
-pub(super) fn multiply(
-    eight: Eight,
-    a: Eights<'_>,
-    b: Eights<'_>,
-    (old, diagonal): (Old, usize),
-    c: &mut ViewMut<'_, f32>,
-) {
+pub(super) fn multiply(eight: Eight, a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
     #[cfg(target_arch = "x86_64")]
     match (a.depth, old) {
         // There is no product to put there.
-        (0, Old::Goes) => c.fill(0.0),
+        (0, Old::Goes) => c.fill(MaybeUninit::new(0.0)),
         _ => avx512::gemm(eight, a, b, (old, diagonal), c),
     }
     #[cfg(not(target_arch = "x86_64"))]

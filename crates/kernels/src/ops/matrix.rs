@@ -5,6 +5,7 @@
 //! thread count.
 
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// A number the products are compiled for.
@@ -119,7 +120,21 @@ pub struct ViewMut<'a, T> {
     stride: usize,
 }
 
-impl<'a, T: Element> ViewMut<'a, T> {
+/// What a product may go to, be it memory that holds nothing yet.
+pub(super) type Output<'a> = ViewMut<'a, MaybeUninit<f32>>;
+
+impl ViewMut<'_, f32> {
+    /// The same to be written to, by who puts nothing there but numbers.
+    pub(super) fn output(&mut self) -> Output<'_> {
+        let ViewMut { rows, cols, stride, .. } = *self;
+        // SAFETY: the type is laid out as the number in it, and who writes to it is bound to write numbers, as every caller's
+        // callee in this crate does.
+        let data = unsafe { std::slice::from_raw_parts_mut(self.data.as_mut_ptr().cast(), self.data.len()) };
+        ViewMut { data, rows, cols, stride }
+    }
+}
+
+impl<'a, T: Copy> ViewMut<'a, T> {
     /// A view of `data`.
     ///
     /// # Panics

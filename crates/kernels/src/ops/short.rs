@@ -4,7 +4,7 @@
 
 use super::brain::{self, Brained, Old};
 use super::eight::{self, Eights};
-use super::matrix::{TOKENS, View, ViewMut, band};
+use super::matrix::{Output, TOKENS, View, ViewMut, band};
 use crate::level::{Brain, Eight};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -128,7 +128,7 @@ impl Matrix<'_> {
 
     /// `c ← self·rightᵀ` or `c ← c + self·rightᵀ`, where only entries `(i, j)` with `j ≤ diagonal + i` are asked for; others may
     /// be computed, or not.
-    fn multiply(self, right: Matrix<'_>, what: (Old, usize), c: &mut ViewMut<'_, f32>) {
+    fn multiply(self, right: Matrix<'_>, what: (Old, usize), c: &mut Output<'_>) {
         match (self, right) {
             (Matrix::Bf16(brain, a), Matrix::Bf16(_, b)) => brain::multiply(brain, a, b, what, c),
             (Matrix::Int8(eight, a), Matrix::Int8(_, b)) => eight::multiply(eight, a, b, what, c),
@@ -144,7 +144,7 @@ impl Matrix<'_> {
 /// When the shapes do not chain, the sides are not rounded alike, or one was made as the left one for other use: a caller's
 /// bug.
 pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
-    a.matrix().between(rows).multiply(b.matrix(), (Old::Counts, usize::MAX), c);
+    a.matrix().between(rows).multiply(b.matrix(), (Old::Counts, usize::MAX), &mut c.output());
 }
 
 /// `c ← a·bᵀ`, otherwise as [`short_gemm`]. What `c` held is not even read: fresh memory is not touched twice.
@@ -152,7 +152,26 @@ pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_
 /// # Panics
 /// As [`short_gemm`].
 pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
-    a.matrix().between(rows).multiply(b.matrix(), (Old::Goes, usize::MAX), c);
+    a.matrix().between(rows).multiply(b.matrix(), (Old::Goes, usize::MAX), &mut c.output());
+}
+
+/// `a·bᵀ`, `[m, n]` for `a: [m, depth]` and `b: [n, depth]`, in memory of its own that is not cleared first; by all threads.
+///
+/// # Panics
+/// As [`short_gemm`].
+#[must_use]
+pub fn short_outer(a: &Panels, b: &Panels) -> Vec<f32> {
+    let ([rows, _], [cols, _]) = (a.shape(), b.shape());
+    let mut c = Vec::with_capacity(rows * cols);
+    let fresh = &mut c.spare_capacity_mut()[..rows * cols];
+    fresh.par_chunks_mut((BAND * cols).max(1)).enumerate().for_each(|(i, c)| {
+        let (from, height) = (i * BAND, c.len() / cols);
+        let c = &mut Output::new(c, height, cols, cols);
+        a.matrix().between(from..from + height).multiply(b.matrix(), (Old::Goes, usize::MAX), c);
+    });
+    // SAFETY: there is room for them, and a product whose old entries go writes all entries.
+    unsafe { c.set_len(rows * cols) };
+    c
 }
 
 /// [`short_product`] of all of `a` with the rows `which` of `b`, the first of which is a multiple of 16, where of `c` only entries
@@ -161,9 +180,11 @@ pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut
 /// # Panics
 /// As [`short_gemm`].
 pub fn short_part(a: &Panels, b: &Panels, which: Range<usize>, diagonal: usize, c: &mut ViewMut<'_, f32>) {
-    a.matrix().multiply(b.matrix().between(which), (Old::Goes, diagonal), c);
+    a.matrix().multiply(b.matrix().between(which), (Old::Goes, diagonal), &mut c.output());
 }
 
+/// Rows that a task of a product computes: fewer would go through the right side too often.
+const BAND: usize = 512;
 /// Bytes of rounded entries that are made at a time, where those are more tokens than each pass through H should be for.
 const ROUNDED: usize = 4 << 20;
 
@@ -184,29 +205,43 @@ pub fn short_syrk(short: Short, x: &[&[f32]], n: usize, h: &mut [f32]) {
         Short::Bf16(_) => (2, TOKENS),
         Short::Int8(_) => (1, 2 * TOKENS),
     };
-    let (band, at_once) = (band(n), (ROUNDED / bytes / n).next_multiple_of(TOKENS).max(least));
+    let at_once = (ROUNDED / bytes / n).next_multiple_of(TOKENS).max(least);
     let tokens: Vec<&[f32]> = x.iter().flat_map(|part| part.chunks_exact(n)).collect();
     let mut panels =
         ROUNDED_LAST.take().filter(|panels| panels.short() == short).unwrap_or_else(|| Panels::empty(short));
     for tokens in tokens.chunks(at_once) {
         panels.refill(tokens, n);
-        let x = panels.matrix();
-        // The first band has the shortest rows and the last the longest: with one of either all tasks are alike.
-        let mut bands: VecDeque<(usize, &mut [f32])> = h.chunks_mut(band * n).enumerate().collect();
-        let mut tasks = Vec::new();
-        while let Some(last) = bands.pop_back() {
-            tasks.push([Some(last), bands.pop_front()]);
-        }
-        tasks.into_par_iter().with_max_len(1).for_each(|task| {
-            for (i, rows) in task.into_iter().flatten() {
-                let (from, height) = (i * band, rows.len() / n);
-                let to = from + height;
-                let c = &mut ViewMut::new(rows, height, to, n);
-                x.between(from..to).multiply(x.between(0..to), (Old::Counts, from), c);
-            }
-        });
+        panels_syrk(&[&panels], h);
     }
     ROUNDED_LAST.set(Some(panels));
+}
+
+/// The same of tokens that are rounded: `x` are the transposes of some, `[n, tokens]` each. Where each but the last has whole
+/// multiples of 128 of them, results are those of [`short_syrk`] but for the order of sums.
+///
+/// # Panics
+/// When shapes do not fit, or they are not rounded alike: a caller's bug.
+pub fn panels_syrk(x: &[&Panels], h: &mut [f32]) {
+    let Some(n) = x.first().map(|x| x.shape()[0]).filter(|&n| n > 0) else { return };
+    assert!(x.iter().all(|x| x.shape()[0] == n) && h.len() == n * n, "syrk shapes");
+    let x: Vec<Matrix<'_>> = x.iter().map(|x| x.matrix()).collect();
+    let band = band(n);
+    // The first band has the shortest rows and the last the longest: with one of either all tasks are alike.
+    let mut bands: VecDeque<(usize, &mut [f32])> = h.chunks_mut(band * n).enumerate().collect();
+    let mut tasks = Vec::new();
+    while let Some(last) = bands.pop_back() {
+        tasks.push([Some(last), bands.pop_front()]);
+    }
+    tasks.into_par_iter().with_max_len(1).for_each(|task| {
+        for (i, rows) in task.into_iter().flatten() {
+            let (from, height) = (i * band, rows.len() / n);
+            let to = from + height;
+            for x in &x {
+                let mut c = ViewMut::new(rows, height, to, n);
+                x.between(from..to).multiply(x.between(0..to), (Old::Counts, from), &mut c.output());
+            }
+        }
+    });
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@
 //! A tile's sums are those of its even columns and its odd ones, each in order, and denormals count as zero, whatever MXCSR
 //! says; results differ from those of AVX-512 by rounding alone.
 
-use super::super::matrix::ViewMut;
+use super::super::matrix::Output;
 use super::super::tiles::Tiles;
 use super::avx512::{add, turn};
 use super::{Brained, LANES, SPARE, from_line, row_pairs};
@@ -40,14 +40,14 @@ type Pairs = Tiles<LANES>;
 struct Sums([[f32; LANES]; 2 * SIDE]);
 
 /// [`super::brain_gemm`].
-pub(super) fn gemm(amx: Amx, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
+pub(super) fn gemm(amx: Amx, a: Brained<'_>, b: Brained<'_>, c: &mut Output<'_>) {
     let tiles = Pairs::configure(amx);
     // SAFETY: the token proves AVX-512.
     unsafe { blocks(&tiles, a, b, c) }
 }
 
 #[target_feature(enable = "avx512f")]
-fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut ViewMut<'_, f32>) {
+fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut Output<'_>) {
     let steps = row_pairs(a.depth) / LANES;
     let (a_panels, b_panels) = (a.rows.div_ceil(LANES), b.rows.div_ceil(LANES));
     let (a_tiles, b_tiles) = (a.pairs.as_chunks::<TILE>().0, b.pairs.as_chunks::<TILE>().0);

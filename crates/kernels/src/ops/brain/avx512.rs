@@ -4,10 +4,11 @@
 //! multiply are what it waits for. The depth is cut so that three panels of B stay in the second cache while A passes: a tile of
 //! C comes from further away than they do, and is brought in once for every cut.
 
-use super::super::matrix::{View, ViewMut};
+use super::super::matrix::{Output, View};
 use super::{Brained, LANES, Old, row_pairs};
 use crate::level::Brain;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Rows of a tile: half a panel.
@@ -159,13 +160,13 @@ pub(in crate::ops) fn turn(rows: [__m512i; LANES]) -> [__m512i; LANES] {
 }
 
 /// [`super::multiply`].
-pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
+pub(super) fn gemm(_: Brain, a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     // SAFETY: the token proves AVX-512 with BF16.
     unsafe { blocks(a, b, (old, diagonal), c) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
+fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     let pairs = a.depth.div_ceil(2);
     for from in (0..pairs).step_by(DEPTH) {
         let deep = from..pairs.min(from + DEPTH);
@@ -204,7 +205,7 @@ fn chain(
     b: Brained<'_>,
     chain: Range<usize>,
     ([row, col], old): ([usize; 2], Old),
-    c: &mut ViewMut<'_, f32>,
+    c: &mut Output<'_>,
 ) {
     let stride = row_pairs(a.depth);
     let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
@@ -235,7 +236,7 @@ fn fetch(b: Brained<'_>, first: usize, deep: &Range<usize>, (i, parts): (usize, 
 /// Adds the products of eight rows of a panel of A with `N` panels of B to C, from a row and a column on, or puts them there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
+fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2], Old), c: &mut Output<'_>) {
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     fetch_tile::<N>(([row, col], old), c);
     let a = a.as_chunks::<ROWS>().0.iter().skip(row % LANES / ROWS).step_by(2);
@@ -259,7 +260,7 @@ fn tile<const N: usize>(a: &[u32], b: [&[u32]; N], ([row, col], old): ([usize; 2
 /// Brings what a tile of C holds into the first cache, where it counts: it is there when the sums are.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in crate::ops) fn fetch_tile<const N: usize>(([row, col], old): ([usize; 2], Old), c: &mut ViewMut<'_, f32>) {
+pub(in crate::ops) fn fetch_tile<const N: usize>(([row, col], old): ([usize; 2], Old), c: &mut Output<'_>) {
     if old == Old::Goes {
         return;
     }
@@ -278,10 +279,10 @@ pub(in crate::ops) fn fetch_tile<const N: usize>(([row, col], old): ([usize; 2],
 pub(in crate::ops) fn finish<const N: usize>(
     sums: &[[__m512; N]; ROWS],
     ([row, col], old): ([usize; 2], Old),
-    c: &mut ViewMut<'_, f32>,
+    c: &mut Output<'_>,
 ) {
     if let Some((c, stride)) = c.whole((row, col), (ROWS, N * LANES)) {
-        let c = c.as_mut_ptr();
+        let c: *mut f32 = c.as_mut_ptr().cast();
         for r in 0..ROWS {
             for n in 0..N {
                 // SAFETY: a whole tile lies from here on, and neither needs alignment.
@@ -312,19 +313,19 @@ pub(in crate::ops) fn finish<const N: usize>(
 /// Makes the entries of C that there are, sixteen at most, the first sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn put(c: &mut [f32], sums: __m512) {
+fn put(c: &mut [MaybeUninit<f32>], sums: __m512) {
     // SAFETY: the mask leaves out what lies beyond the slice, and the store needs no alignment.
-    unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr(), first_lanes(c.len()), sums) }
+    unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr().cast(), first_lanes(c.len()), sums) }
 }
 
-/// Adds the first sums to the entries of C that there are, sixteen at most.
+/// Adds the first sums to the entries of C that there are, sixteen at most, and hold numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(in crate::ops) fn add(c: &mut [f32], sums: __m512) {
+pub(in crate::ops) fn add(c: &mut [MaybeUninit<f32>], sums: __m512) {
     let mask = first_lanes(c.len());
     // SAFETY: the mask leaves out what lies beyond the slice, and neither needs alignment.
     unsafe {
-        let old = _mm512_maskz_loadu_ps(mask, c.as_ptr());
-        _mm512_mask_storeu_ps(c.as_mut_ptr(), mask, _mm512_add_ps(old, sums));
+        let old = _mm512_maskz_loadu_ps(mask, c.as_ptr().cast());
+        _mm512_mask_storeu_ps(c.as_mut_ptr().cast(), mask, _mm512_add_ps(old, sums));
     }
 }

@@ -7,7 +7,7 @@
 
 use super::super::brain::avx512::{AHEAD, ROWS, fetch_columns, fetch_tile, finish, load, panels_at, turn};
 use super::super::brain::{LANES, Old, TOGETHER};
-use super::super::matrix::{View, ViewMut};
+use super::super::matrix::{Output, View};
 use super::{Eights, GROUP, Out, TURN, groups, row_words};
 use crate::level::Eight;
 use std::arch::x86_64::*;
@@ -184,13 +184,13 @@ fn columns(values: &[__m512; 4], inverse: __m512) -> __m512i {
 }
 
 /// [`super::multiply`].
-pub(super) fn gemm(_: Eight, a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
+pub(super) fn gemm(_: Eight, a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     // SAFETY: the token proves AVX-512 with VNNI.
     unsafe { blocks(a, b, (old, diagonal), c) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn blocks(a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut ViewMut<'_, f32>) {
+fn blocks(a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     let all = groups(a.depth);
     for from in (0..all).step_by(DEPTH) {
         let deep = from..all.min(from + DEPTH);
@@ -243,7 +243,7 @@ fn tile<const N: usize>(
     b: Eights<'_>,
     deep: &Range<usize>,
     ([row, col], old): ([usize; 2], Old),
-    c: &mut ViewMut<'_, f32>,
+    c: &mut Output<'_>,
 ) {
     fetch_tile::<N>(([row, col], old), c);
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];

@@ -91,6 +91,26 @@ fn products_are_sums_of_rounded_entries() {
 }
 
 #[test]
+fn a_part_of_a_product_has_its_bits() {
+    let (m, n, depth) = (40, 150, 70);
+    let (a, b) = (sample(m * depth, 1), sample(n * depth, 2));
+    for short in ways() {
+        let (left, right) =
+            (Panels::left(short, View::new(&a, m, depth, depth)), Panels::right(short, View::new(&b, n, depth, depth)));
+        let mut whole = vec![0.0; m * n];
+        short_product(&left, 0..m, &right, &mut ViewMut::new(&mut whole, m, n, n));
+        for (which, diagonal) in [(0..n, usize::MAX), (0..n, 20), (32..101, 5), (144..150, 0), (16..16, 3)] {
+            let mut part = vec![f32::NAN; m * n];
+            short_part(&left, &right, which.clone(), diagonal, &mut ViewMut::new(&mut part, m, which.len(), n));
+            for (i, row) in part.chunks(n).enumerate() {
+                let asked = which.len().min(diagonal.saturating_add(i + 1));
+                assert_eq!(row[..asked], whole[i * n..][which.clone()][..asked], "{short:?} {which:?} {diagonal} {i}");
+            }
+        }
+    }
+}
+
+#[test]
 fn products_without_depth_are_zero() {
     for short in ways() {
         let (left, right) =
@@ -118,6 +138,19 @@ fn syrk_is_the_product_and_ignores_the_thread_count_and_the_parts() {
             };
             let h = run(1, &[&x]);
             assert!([2, 3].iter().all(|&t| run(t, &[halves.0, &[], halves.1]) == h));
+            let by_panels = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let part = |x: &[f32]| Panels::right(short, View::new(x, x.len() / n, n, n).t());
+                let parts: Vec<Panels> = x.chunks(512 * n).map(part).collect();
+                let mut h = vec![0.5; n * n];
+                pool.install(|| panels_syrk(&parts.iter().collect::<Vec<_>>(), &mut h));
+                mirror(&mut h, n);
+                h
+            };
+            let again = by_panels(1);
+            assert!(by_panels(3) == again);
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-6 * tokens as f32;
+            assert!(again.iter().zip(&h).all(close), "{short:?} {tokens} {n}: tokens that are rounded before");
             // Tokens are the depth here.
             let x = rounded(short, &other(&x, tokens), tokens);
             for i in (0..n).step_by(n.div_ceil(210)) {
