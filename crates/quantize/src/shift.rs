@@ -321,12 +321,12 @@ mod tests {
 
     #[test]
     fn moments_of_two_parts_are_those_of_all_tokens() {
-        let glimpses = glimpses(16, 0.3);
+        let windows = || glimpses(16, 0.3);
         for centred in [false, true] {
-            let (learnt, held) = moments(TargetShift::Outputs, &glimpses, centred);
+            let (learnt, held) = moments(TargetShift::Outputs, &windows(), centred);
             let all = learnt.merged(held);
             let mut one = Seen::new(Observation { full_share: 1e-9, ..Observation::default() }, N, ROWS, 16);
-            let mut whole = glimpses.clone();
+            let mut whole = windows();
             whole.iter_mut().for_each(|g| g.residual.clear());
             one.add(0, &whole, None);
             let (one, none) = one.moments(centred);

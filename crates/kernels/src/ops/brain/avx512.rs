@@ -172,16 +172,17 @@ fn blocks(a: Brained<'_>, b: Brained<'_>, (old, diagonal): (Old, usize), c: &mut
         let deep = from..pairs.min(from + DEPTH);
         let mut next = 0;
         while next < b.rows {
-            let col = next;
-            next += panels_at(col, b.rows) * LANES;
+            let (col, panels) = (next, panels_at(next, b.rows));
+            next += panels * LANES;
             // Rows above are asked for none of these columns.
             let top = col.saturating_sub(diagonal) / ROWS * ROWS;
             let tiles = a.rows.saturating_sub(top).div_ceil(ROWS);
             for (i, row) in (top..a.rows).step_by(ROWS).enumerate() {
                 fetch(b, col / LANES + PANELS, &deep, (i, tiles));
+                let panels = panels.min(asked(row, col, diagonal));
                 for begin in deep.clone().step_by(CHAIN) {
                     let old = if begin == 0 { old } else { Old::Counts };
-                    chain(a, b, begin..deep.end.min(begin + CHAIN), ([row, col], old), c);
+                    chain(a, b, begin..deep.end.min(begin + CHAIN), ([row, col], panels, old), c);
                 }
             }
         }
@@ -197,22 +198,27 @@ pub(in crate::ops) fn panels_at(col: usize, cols: usize) -> usize {
     }
 }
 
-/// The products of the pairs `chain` of eight rows with up to three panels.
+/// Panels from column `col` on of which the rows of a tile from `row` on are asked for anything, where there is no end of panels.
+pub(in crate::ops) fn asked(row: usize, col: usize, diagonal: usize) -> usize {
+    diagonal.saturating_add(row + ROWS).saturating_sub(col).div_ceil(LANES)
+}
+
+/// The products of the pairs `chain` of eight rows with `panels` panels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn chain(
     a: Brained<'_>,
     b: Brained<'_>,
     chain: Range<usize>,
-    ([row, col], old): ([usize; 2], Old),
+    ([row, col], panels, old): ([usize; 2], usize, Old),
     c: &mut Output<'_>,
 ) {
     let stride = row_pairs(a.depth);
     let panel = |i: usize| (i * stride + chain.start) * LANES..(i * stride + chain.end) * LANES;
-    let (first, left) = (col / LANES, panels_at(col, b.rows));
+    let first = col / LANES;
     let side = &a.pairs[panel(row / LANES)];
-    let of = |n: usize| &b.pairs[panel((first + n).min(first + left - 1))];
-    match left {
+    let of = |n: usize| &b.pairs[panel((first + n).min(first + panels - 1))];
+    match panels {
         1 => tile(side, [of(0)], ([row, col], old), c),
         2 => tile(side, [of(0), of(1)], ([row, col], old), c),
         _ => tile(side, [of(0), of(1), of(2)], ([row, col], old), c),

@@ -5,7 +5,7 @@
 //! sums to f32, so nine tenths of the peak are what to expect. The f32 sums of a tile stay in the first cache, the panels of B
 //! in the second, as in bfloat16.
 
-use super::super::brain::avx512::{AHEAD, ROWS, fetch_columns, fetch_tile, finish, load, panels_at, turn};
+use super::super::brain::avx512::{AHEAD, ROWS, asked, fetch_columns, fetch_tile, finish, load, panels_at, turn};
 use super::super::brain::{LANES, Old, TOGETHER};
 use super::super::matrix::{Output, View};
 use super::{Eights, GROUP, Out, TURN, groups, row_words};
@@ -204,7 +204,7 @@ fn blocks(a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut O
             let tiles = a.rows.saturating_sub(top).div_ceil(ROWS);
             for (i, row) in (top..a.rows).step_by(ROWS).enumerate() {
                 fetch(b, col / LANES + PANELS, &deep, (i, tiles));
-                match panels {
+                match panels.min(asked(row, col, diagonal)) {
                     1 => tile::<1>(a, b, &deep, ([row, col], old), c),
                     2 => tile::<2>(a, b, &deep, ([row, col], old), c),
                     _ => tile::<PANELS>(a, b, &deep, ([row, col], old), c),
