@@ -137,11 +137,13 @@ pub(crate) fn stops(model: &Checkpoint, spec: &ModelSpec) -> Vec<u32> {
 
 /// The next token, the `at`th of its text.
 fn choose(mut logits: Vec<f32>, args: &Args, at: usize) -> u32 {
+    if args.temperature < 1e-6 {
+        // The first of the likeliest.
+        let likelier = |best: usize, i: usize| if logits[i].total_cmp(&logits[best]).is_gt() { i } else { best };
+        return (0..logits.len()).fold(0, likelier) as u32;
+    }
     let likelier = |a: &usize, b: &usize, logits: &[f32]| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     let mut ranked: Vec<usize> = (0..logits.len()).collect();
-    if args.temperature < 1e-6 {
-        return ranked.into_iter().min_by(|a, b| likelier(a, b, &logits)).unwrap_or(0) as u32;
-    }
     let kept = if args.top_k == 0 { ranked.len() } else { args.top_k.min(ranked.len()) };
     if kept < ranked.len() {
         ranked.select_nth_unstable_by(kept - 1, |a, b| likelier(a, b, &logits));

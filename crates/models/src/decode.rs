@@ -20,6 +20,9 @@ pub struct Decoder<'a> {
     length: usize,
 }
 
+/// Keys that a query meets at a time.
+const LANES: usize = 16;
+
 /// Keys and values of one sequence in one block.
 struct Cache {
     /// `[kv_heads, head_dim, capacity]`: a query meets all keys in one loop over contiguous scores.
@@ -193,12 +196,14 @@ impl Cache {
         scoring: Scoring,
         out: &mut [f32],
     ) {
-        let dim = q.len();
-        let level = Level::best();
-        let mut scores = vec![0.0f32; seen.len()];
+        let (dim, level) = (q.len(), Level::best());
+        // Whole registers of keys, where the cache has as many: the last are of no token, and of no use.
+        let whole = seen.len().next_multiple_of(LANES).min(self.capacity - seen.start);
+        let mut scores = vec![0.0f32; whole];
         axpys(level, q, (&self.keys[head * dim * self.capacity + seen.start..], self.capacity), &mut scores);
-        scoring.weigh(&mut scores);
-        axpys(level, &scores, (&self.values[seen.start * width + head * dim..], width), out);
+        let scores = &mut scores[..seen.len()];
+        scoring.weigh(scores);
+        axpys(level, scores, (&self.values[seen.start * width + head * dim..], width), out);
     }
 }
 

@@ -3,8 +3,13 @@
 use crate::Level;
 use crate::level::at_level;
 
-/// Entries that several x are added to at a time, small enough to stay in registers meanwhile.
-const CHUNK: usize = 64;
+/// Entries that several x are added to at a time: they stay in registers meanwhile, and are as many as hide the latency of an
+/// addition.
+const WIDE: usize = 128;
+/// The same of what is left, such as the channels of a head.
+const HEAD: usize = 64;
+/// And of what is left then.
+const LANES: usize = 16;
 
 /// Adds `a·x` to `y`, each entry by one fused multiply-add.
 ///
@@ -30,24 +35,37 @@ pub fn axpys(level: Level, a: &[f32], (x, stride): (&[f32], usize), y: &mut [f32
 
 #[inline(always)]
 fn add(a: &[f32], x: &[f32], stride: usize, y: &mut [f32]) {
-    for (c, y) in y.chunks_mut(CHUNK).enumerate() {
-        let from = c * CHUNK;
-        if let Ok(y) = <&mut [f32; CHUNK]>::try_from(&mut *y) {
-            let mut sum = *y;
-            for (i, &a) in a.iter().enumerate() {
-                let x = &x[i * stride + from..][..CHUNK];
-                for j in 0..CHUNK {
-                    sum[j] = a.mul_add(x[j], sum[j]);
-                }
-            }
-            *y = sum;
-        } else {
-            for (i, &a) in a.iter().enumerate() {
-                let x = &x[i * stride + from..][..y.len()];
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = a.mul_add(*x, *y));
-            }
+    let mut from = 0;
+    while from + WIDE <= y.len() {
+        add_chunk::<WIDE>(a, x, stride, y, from);
+        from += WIDE;
+    }
+    while from + HEAD <= y.len() {
+        add_chunk::<HEAD>(a, x, stride, y, from);
+        from += HEAD;
+    }
+    while from + LANES <= y.len() {
+        add_chunk::<LANES>(a, x, stride, y, from);
+        from += LANES;
+    }
+    let y = &mut y[from..];
+    for (i, &a) in a.iter().enumerate() {
+        let x = &x[i * stride + from..][..y.len()];
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = a.mul_add(*x, *y));
+    }
+}
+
+#[inline(always)]
+fn add_chunk<const N: usize>(a: &[f32], x: &[f32], stride: usize, y: &mut [f32], from: usize) {
+    let mut sum = [0.0f32; N];
+    sum.copy_from_slice(&y[from..][..N]);
+    for (i, &a) in a.iter().enumerate() {
+        let x = &x[i * stride + from..][..N];
+        for j in 0..N {
+            sum[j] = a.mul_add(x[j], sum[j]);
         }
     }
+    y[from..][..N].copy_from_slice(&sum);
 }
 
 #[cfg(test)]

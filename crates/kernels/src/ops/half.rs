@@ -184,32 +184,47 @@ mod avx512 {
             let mut row = strip.rows.start;
             while row < strip.rows.end {
                 if strip.rows.end - row >= ROWS {
-                    strip.put(token, row, &rows::<BF, ROWS>(&w[row * cols..][..ROWS * cols], x));
+                    let sums = rows::<BF, ROWS>(&w[row * cols..][..ROWS * cols], x);
+                    strip.put(token, row, &all_folded(sums));
                     row += ROWS;
                 } else {
-                    strip.put(token, row, &rows::<BF, 1>(&w[row * cols..][..cols], x));
+                    let [sums] = rows::<BF, 1>(&w[row * cols..][..cols], x);
+                    let mut lanes = [0.0f32; LANES];
+                    // SAFETY: 64 bytes are there, and the store needs no alignment.
+                    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums) };
+                    strip.put(token, row, &[folded(lanes)]);
                     row += 1;
                 }
             }
         }
     }
 
-    /// A register holds the sixteen sums of a row.
+    /// The sums of rows, a register each.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    fn rows<const BF: bool, const N: usize>(w: &[u16], x: &[f32]) -> [f32; N] {
+    fn rows<const BF: bool, const N: usize>(w: &[u16], x: &[f32]) -> [__m512; N] {
         let cols = x.len();
         let mut sums = [_mm512_setzero_ps(); N];
-        for at in (0..cols).step_by(LANES) {
-            let here = x[at..].len().min(LANES);
+        let whole = cols / LINE * LINE;
+        for at in (0..whole).step_by(LINE) {
+            let here: &[f32] = &x[at..][..LINE];
+            // SAFETY: 64 bytes are there, and as many after them, and loads need no alignment.
+            let x = unsafe { [_mm512_loadu_ps(here.as_ptr()), _mm512_loadu_ps(here[LANES..].as_ptr())] };
+            // The rows after these, which a CPU that sees short rows does not expect, from one end to the other, as memory is
+            // fastest; beyond the matrix nothing is fetched.
+            for n in 0..N {
+                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(N * (cols + at) + n * LINE).cast());
+            }
+            for n in 0..N {
+                let [a, b] = widened::<BF>(&w[n * cols + at..][..LINE]);
+                sums[n] = _mm512_fmadd_ps(b, x[1], _mm512_fmadd_ps(a, x[0], sums[n]));
+            }
+        }
+        for at in (whole..cols).step_by(LANES) {
+            let here = (cols - at).min(LANES);
             let mask = (0xffffu32 >> (LANES - here)) as u16;
             // SAFETY: the mask leaves out what lies beyond the slice, and the load needs no alignment.
             let x = unsafe { _mm512_maskz_loadu_ps(mask, x[at..].as_ptr()) };
-            // The rows after these, which a CPU that sees short rows does not expect, from one end to the other, as memory is
-            // fastest; beyond the matrix nothing is fetched.
-            for line in (0..N * LANES).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T1>(w.as_ptr().wrapping_add(N * (cols + at) + line).cast());
-            }
             for n in 0..N {
                 let w = &w[n * cols + at..][..here];
                 // SAFETY: as above.
@@ -222,13 +237,53 @@ mod avx512 {
                 sums[n] = _mm512_fmadd_ps(w, x, sums[n]);
             }
         }
-        let mut out = [0.0; N];
-        for n in 0..N {
-            let mut lanes = [0.0f32; LANES];
-            // SAFETY: 64 bytes are there, and the store needs no alignment.
-            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums[n]) };
-            out[n] = folded(lanes);
+        sums
+    }
+
+    /// The numbers of a line, the first sixteen and the last.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn widened<const BF: bool>(w: &[u16]) -> [__m512; 2] {
+        // SAFETY: every caller passes a whole line, and the load needs no alignment.
+        let bits = unsafe { _mm512_loadu_si512(w[..LINE].as_ptr().cast()) };
+        if !BF {
+            let upper = _mm512_extracti64x4_epi64::<1>(bits);
+            return [_mm512_cvtph_ps(_mm512_castsi512_si256(bits)), _mm512_cvtph_ps(upper)];
         }
+        // Each of the first is put beside one of the last: it is shifted to where that is, which needs but be alone.
+        let beside = _mm512_permutexvar_epi16(lines_beside(), bits);
+        let upper = _mm512_and_si512(beside, _mm512_set1_epi32(-0x1_0000));
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(beside)), _mm512_castsi512_ps(upper)]
+    }
+
+    /// 0, 16, 1, 17 and so on.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn lines_beside() -> __m512i {
+        let first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        _mm512_or_si512(first, _mm512_slli_epi32::<16>(_mm512_add_epi32(first, _mm512_set1_epi32(16))))
+    }
+
+    /// What [`folded`] makes of the lanes of each of eight rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    fn all_folded(rows: [__m512; ROWS]) -> [f32; ROWS] {
+        let halves = |a: __m512, b: __m512| {
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b))
+        };
+        let quarters = |a: __m512, b: __m512| {
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+        };
+        let [a, b, c, d, e, f, g, h] = rows;
+        // Four numbers of each of four rows.
+        let (first, last) = (quarters(halves(a, b), halves(c, d)), quarters(halves(e, f), halves(g, h)));
+        let two = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(first, last), _mm512_shuffle_ps::<0xee>(first, last));
+        let one = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two, two), _mm512_shuffle_ps::<0xdd>(two, two));
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+        let mut out = [0.0f32; ROWS];
+        let sums = _mm512_castps512_ps256(_mm512_permutexvar_ps(order, one));
+        // SAFETY: 32 bytes are there, and the store needs no alignment.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
         out
     }
 }

@@ -264,10 +264,10 @@ fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[Block<'a>; 2]
     codes
 }
 
-/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a part of the second cache.
+/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a third of the first cache.
 const AHEAD: usize = 1 << 14;
 
-/// Has what is met `ahead` bytes later come into the second cache: one token waits for nothing but memory.
+/// Has what is met `ahead` bytes later come into the first cache: one token waits for nothing but memory.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
@@ -275,7 +275,7 @@ fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
         for codes in pair {
             for line in codes.chunks(64) {
                 // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
-                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().wrapping_add(ahead).cast());
+                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
             }
         }
     }
