@@ -220,18 +220,21 @@ pub fn run(
     let mut worker =
         Worker { input: model, plan, output, work, commits, held, last, observe, options, later: &later, sources };
     let worked = (done..total).try_for_each(|unit| worker.unit((unit, total), calibration, flow.as_ref()));
-    worker.settle()?;
-    let journal = worker.commits.into_journal();
-    // Where weights are damaged nothing is written; those that nobody had read yet show it now.
-    if let Err(damaged @ Error::NonFinite { .. }) = worked {
-        journal.remove()?;
-        return Err(damaged);
-    }
-    match worked {
+    let settled = worker.settle();
+    let journal = match (worker.commits.into_journal(), settled.and(worked)) {
+        (Some(journal), Ok(())) => journal,
+        // Where weights are damaged nothing is written; those that nobody had read yet show it now.
+        (Some(journal), Err(damaged @ Error::NonFinite { .. })) => {
+            journal.remove()?;
+            return Err(damaged);
+        }
         // Units that were finished shortly before are begun again.
-        Err(Error::Stopped { total, .. }) => return Err(Error::Stopped { done: journal.lines.len(), total }),
-        worked => worked?,
-    }
+        (Some(journal), Err(Error::Stopped { total, .. })) => {
+            return Err(Error::Stopped { done: journal.lines.len(), total });
+        }
+        (_, Err(error)) => return Err(error),
+        (None, Ok(())) => unreachable!("a commit that failed says so"),
+    };
     drop(flow);
     let read = journal.lines.iter().flat_map(|line| line.sources.clone()).collect();
     identity["weights"] = fingerprints(&surveys, &read);

@@ -81,19 +81,22 @@ impl Commits {
         }
     }
 
-    /// The journal of units that have all arrived.
-    pub(super) fn into_journal(mut self) -> Journal {
+    /// The journal of units that have all been waited for; `None` where some have failed.
+    pub(super) fn into_journal(mut self) -> Option<Journal> {
         match std::mem::replace(&mut self.state, State::Lost) {
-            State::Idle(journal) => journal,
-            _ => panic!("units that were not waited for"),
+            State::Idle(journal) => Some(journal),
+            State::Lost => None,
+            State::Busy(_) => panic!("units that were not waited for"),
         }
     }
 }
 
 impl Drop for Commits {
     fn drop(&mut self) {
-        // Who is dropped on the way has an error to tell already.
-        let _ = self.wait();
+        if let State::Busy(units) = std::mem::replace(&mut self.state, State::Lost) {
+            // Who is dropped on the way has an error to tell already.
+            let _ = units.join();
+        }
     }
 }
 
@@ -103,9 +106,10 @@ impl Worker<'_, '_> {
         let Some(next) = self.held.last().map(|line| line.unit + 1) else { return Ok(()) };
         let units = &self.plan.units;
         let has_block = |units: &[Unit]| units.iter().any(|unit| unit.block.is_some());
-        let (begun, ends) = (has_block(&units[..next.min(units.len())]), !has_block(&units[next.min(units.len())..]));
+        // Beyond the last unit stands tuning.
+        let (before, after) = units.split_at(next.min(units.len()));
         let (mut lines, mut saved) = (std::mem::take(&mut self.held), Vec::new());
-        if let (Some(flow), Some(line), true, false) = (flow, lines.last_mut(), begun, ends) {
+        if let (Some(flow), Some(line), true, true) = (flow, lines.last_mut(), has_block(before), has_block(after)) {
             let mut save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
                 let file = stream.save(&file)?;
                 let hash = file.hash().to_owned();

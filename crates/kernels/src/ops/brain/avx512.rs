@@ -289,14 +289,14 @@ pub(in crate::ops) fn finish<const N: usize>(
 ) {
     if let Some((c, stride)) = c.whole((row, col), (ROWS, N * LANES)) {
         let c: *mut f32 = c.as_mut_ptr().cast();
-        for r in 0..ROWS {
-            for n in 0..N {
+        for (r, sums) in sums.iter().enumerate() {
+            for (n, &sum) in sums.iter().enumerate() {
                 // SAFETY: a whole tile lies from here on, and neither needs alignment.
                 unsafe {
                     let c = c.add(r * stride + n * LANES);
                     let sum = match old {
-                        Old::Counts => _mm512_add_ps(_mm512_loadu_ps(c), sums[r][n]),
-                        Old::Goes => sums[r][n],
+                        Old::Counts => _mm512_add_ps(_mm512_loadu_ps(c), sum),
+                        Old::Goes => sum,
                     };
                     _mm512_storeu_ps(c, sum);
                 }
