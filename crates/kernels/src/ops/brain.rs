@@ -17,7 +17,6 @@ pub(super) mod avx512;
 use super::matrix::{Output, View};
 use crate::level::Brain;
 use rayon::prelude::*;
-use std::mem::MaybeUninit;
 
 /// Rows of a panel, and pairs of a row that make a tile.
 pub(super) const LANES: usize = 16;
@@ -186,12 +185,12 @@ pub(super) fn multiply(
     match brain.amx() {
         Some(amx) => {
             if old == Old::Goes {
-                c.fill(MaybeUninit::new(0.0));
+                c.fill(std::mem::MaybeUninit::new(0.0));
             }
             amx::gemm(amx, a, b, c);
         }
         // There is no product to put there.
-        None if a.depth == 0 && old == Old::Goes => c.fill(MaybeUninit::new(0.0)),
+        None if a.depth == 0 && old == Old::Goes => c.fill(std::mem::MaybeUninit::new(0.0)),
         None => {
             assert!(!a.turned, "a left side of this way");
             avx512::gemm(brain, a, b, (old, diagonal), c);

@@ -20,7 +20,6 @@ use super::brain::{ALONE, LANES, Old, SPARE, TOGETHER, from_line, line_start, of
 use super::matrix::{Output, View};
 use crate::level::Eight;
 use rayon::prelude::*;
-use std::mem::MaybeUninit;
 
 /// Neighbouring entries of a row that share a scale.
 pub(super) const GROUP: usize = 128;
@@ -162,7 +161,7 @@ pub(super) fn multiply(eight: Eight, a: Eights<'_>, b: Eights<'_>, (old, diagona
     #[cfg(target_arch = "x86_64")]
     match (a.depth, old) {
         // There is no product to put there.
-        (0, Old::Goes) => c.fill(MaybeUninit::new(0.0)),
+        (0, Old::Goes) => c.fill(std::mem::MaybeUninit::new(0.0)),
         _ => avx512::gemm(eight, a, b, (old, diagonal), c),
     }
     #[cfg(not(target_arch = "x86_64"))]
