@@ -92,7 +92,7 @@ fn killed_or_not_and_at_any_thread_count_the_bytes_are_the_same() {
         .arg("-o")
         .arg(&two)
         .args(QUICK)
-        .args(["--scheme", "q3_k"])
+        .args(["--scheme", "q3_k", "--commit-every", "0"])
         .stderr(std::process::Stdio::null())
         .stdout(std::process::Stdio::null())
         .spawn()

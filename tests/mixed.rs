@@ -193,7 +193,8 @@ fn a_killed_mixture_resumes_in_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let command = |out: &Path| {
         let mut command = bitmill(["quantize"]);
-        command.arg(books()).arg("-o").arg(out).args(["--bits", "3.0", "--options", "2,4"]).args(QUICK).args(FEW);
+        command.arg(books()).arg("-o").arg(out).args(["--bits", "3.0", "--options", "2,4", "--commit-every", "0"]);
+        command.args(QUICK).args(FEW);
         command
     };
     let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));

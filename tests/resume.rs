@@ -94,6 +94,20 @@ fn killed_runs_whose_units_go_to_disk_together_end_in_the_same_bytes() {
 }
 
 #[test]
+fn activations_that_are_rounded_where_they_are_made_end_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    // One stream, tokens of equal weight and windows of whole groups: H is of what is rounded window by window.
+    let plain =
+        ["--target-shift", "off", "--written", "0", "--samples", "12", "--sequence-length", "256", "--no-report"];
+    let run = |threads: &str| {
+        let out = dir.path().join(threads);
+        success(bitmill(["quantize"]).arg(books()).arg("-o").arg(&out).args(plain).args(["--threads", threads]));
+        out
+    };
+    assert_same(&run("1"), &run("3"));
+}
+
+#[test]
 fn killed_tuning_goes_on_after_its_last_pass() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, out) = (dir.path().join("whole"), dir.path().join("killed"));
