@@ -60,11 +60,17 @@ impl Tokens {
         Tokens { count, pieces: Tokens::pieces(values, n), values: Vec::new(), panels }
     }
 
-    /// Whether it is as well to round so many tokens by themselves: whole groups of those that share a scale, and so few columns
-    /// that H need not be gone through for as many tokens as can be at a time.
+    /// Whether it is as well to round so many tokens by themselves: whole groups of those that share a scale, or whose products are
+    /// added up before H takes them, and so few columns that H need not be gone through for as many tokens as can be at a time.
     #[must_use]
     pub fn can_be_rounded(tokens: usize, n: usize) -> bool {
         tokens.is_multiple_of(256) && n <= 2048
+    }
+
+    /// Whether they are kept rounded, and not as they are.
+    #[must_use]
+    pub fn are_rounded(&self) -> bool {
+        self.panels.is_some()
     }
 
     fn pieces(values: &[f32], n: usize) -> Vec<Piece> {
@@ -150,7 +156,7 @@ impl SiteStats {
     /// The same of activations that come in several parts.
     pub fn add_parts(&mut self, parts: &[&Tokens]) {
         self.weight += parts.iter().map(|x| x.count).sum::<usize>() as f64;
-        let (rounded, whole): (Vec<&Tokens>, Vec<_>) = parts.iter().partition(|x| x.panels.is_some());
+        let (rounded, whole): (Vec<&Tokens>, Vec<_>) = parts.iter().partition(|x| x.are_rounded());
         panels_syrk(&rounded.iter().filter_map(|x| x.panels.as_ref()).collect::<Vec<_>>(), &mut self.gram);
         self.add_products(&whole.iter().map(|x| &x[..]).collect::<Vec<_>>());
         // As long as no token was weighted, both sums are of the same terms.
@@ -164,8 +170,12 @@ impl SiteStats {
     }
 
     /// Adds activations, each part with `weights: [tokens]`: how many times its tokens count in H (the token importance of
-    /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted. Tokens must be there as they are.
+    /// RSQ); a weight of 0 leaves a token out. Means and maxima stay unweighted.
+    ///
+    /// # Panics
+    /// Where they are rounded: a caller's bug.
     pub fn add_weighted(&mut self, parts: &[(&Tokens, &[f32])]) {
+        assert!(parts.iter().all(|(x, _)| !x.are_rounded()), "tokens as they are");
         self.add_gram(&parts.iter().map(|&(x, r)| (&x[..], r)).collect::<Vec<_>>());
         self.add_moments(&parts.iter().map(|&(x, _)| x).collect::<Vec<_>>());
     }

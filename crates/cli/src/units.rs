@@ -87,6 +87,8 @@ mod tests {
         assert_eq!(parse_bytes("5GB"), Ok(5_000_000_000));
         assert_eq!(parse_bytes("1.5 MiB"), Ok(1_572_864));
         assert_eq!(parse_bytes("17"), Ok(17));
+        assert_eq!(parse_seconds("0.25"), Ok(Duration::from_millis(250)));
+        assert!(["-1", "inf", "NaN", "1s", ""].iter().all(|text| parse_seconds(text).is_err()));
         assert!(parse_bytes("5 parsecs").is_err() && parse_bytes("GB").is_err() && parse_bytes("-1").is_err());
         assert_eq!([bytes(17), bytes(10_490_000), bytes(999_999)], ["17 B", "10.5 MB", "1.00 MB"]);
         assert_eq!(count(10_490_000), "10.5 M");

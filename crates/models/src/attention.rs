@@ -36,9 +36,15 @@ pub(crate) struct Scoring {
 impl Scoring {
     /// Soft-max of one query's products with the keys it sees, in place.
     pub(crate) fn weigh(&self, products: &mut [f32]) {
-        let Some(cap) = self.cap else { return softmax(products, self.scale) };
+        let scale = self.bounded(products);
+        softmax(products, scale);
+    }
+
+    /// Bounds one query's products, in place, where they have a bound; returns the factor that is left to apply.
+    fn bounded(&self, products: &mut [f32]) -> f32 {
+        let Some(cap) = self.cap else { return self.scale };
         cap_scores(products, self.scale, cap);
-        softmax(products, 1.0);
+        1.0
     }
 }
 

@@ -343,7 +343,9 @@ impl Worker<'_, '_> {
         let line = match plan.units.get(unit) {
             None => {
                 (self.observe)(Event::Started { unit, total, label: "tuning" });
+                // It takes long: what the disk says to what was before is said first.
                 self.commit(flow)?;
+                self.settle()?;
                 Line { unit, stage: Some(self.tune(calibration)?), ..Line::default() }
             }
             Some(planned) => {

@@ -87,6 +87,8 @@ impl Seen {
                 continue;
             }
             let (stats, cross) = &mut self.parts[part];
+            let plain = counted && weights.is_none() && share == 0.0 && cross.is_none();
+            assert!(plain || tokens.iter().all(|x| !x.are_rounded()), "tokens as they are");
             // Sinks that are left out are so from ranges, too; what other weights leave out, a model still reads.
             let ranged = weights.is_some() && self.observation.tokens == TokenWeights::NoSinks;
             if !counted || ranged {

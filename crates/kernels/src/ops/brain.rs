@@ -22,8 +22,11 @@ use rayon::prelude::*;
 pub(super) const LANES: usize = 16;
 /// Panels that are filled together: of a transpose, whose columns are in one piece, they take 512 bytes of each.
 pub(super) const TOGETHER: usize = 8;
-/// Entries that are rounded sooner than other threads are told.
-pub(super) const ALONE: usize = 1 << 16;
+/// Tasks that a thread takes at least of those that round so many entries: few are rounded sooner than others are told.
+pub(super) fn least(entries: usize) -> usize {
+    const FEW: usize = 1 << 16;
+    if entries <= FEW { usize::MAX } else { 1 }
+}
 /// Pairs beyond a matrix's own, for the first panel to begin at a line of the cache wherever the slice does.
 pub(super) const SPARE: usize = LANES - 1;
 
@@ -117,11 +120,8 @@ impl Panels {
         of_length(&mut self.pairs, rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE);
         let out = from_line(&mut self.pairs);
         let each = TOGETHER * LANES * row_pairs(depth);
-        if out.len() <= each || rows * depth <= ALONE {
-            out.chunks_mut(each.max(1)).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
-        } else {
-            out.par_chunks_mut(each).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
-        }
+        let tasks = out.par_chunks_mut(each.max(1)).enumerate().with_min_len(least(rows * depth));
+        tasks.for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
     }
 
     /// The matrix.

@@ -16,7 +16,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-use super::brain::{ALONE, LANES, Old, SPARE, TOGETHER, from_line, line_start, of_length};
+use super::brain::{LANES, Old, SPARE, TOGETHER, from_line, least, line_start, of_length};
 use super::matrix::{Output, View};
 use crate::level::Eight;
 use rayon::prelude::*;
@@ -113,19 +113,10 @@ impl Panels {
             return;
         }
         let each = TOGETHER * LANES;
-        let words = from_line(&mut self.words);
-        let (scales, starts) = (&mut self.scales[..], &mut self.starts[..]);
-        if rows <= each || rows * depth <= ALONE {
-            let params = scales.chunks_mut(each * groups).zip(starts.chunks_mut(each * groups));
-            for (i, (words, (scales, starts))) in words.chunks_mut(each * per_row).zip(params).enumerate() {
-                panels(i * each, Out { words, scales, starts });
-            }
-        } else {
-            let params = scales.par_chunks_mut(each * groups).zip(starts.par_chunks_mut(each * groups));
-            words.par_chunks_mut(each * per_row).zip(params).enumerate().for_each(|(i, (words, (scales, starts)))| {
-                panels(i * each, Out { words, scales, starts });
-            });
-        }
+        let words = from_line(&mut self.words).par_chunks_mut(each * per_row);
+        let params = self.scales.par_chunks_mut(each * groups).zip(self.starts.par_chunks_mut(each * groups));
+        let tasks = words.zip(params).enumerate().with_min_len(least(rows * depth));
+        tasks.for_each(|(i, (words, (scales, starts)))| panels(i * each, Out { words, scales, starts }));
     }
 
     /// The matrix.

@@ -127,8 +127,7 @@ impl ViewMut<'_, f32> {
     /// The same to be written to, by who puts nothing there but numbers.
     pub(super) fn output(&mut self) -> Output<'_> {
         let ViewMut { rows, cols, stride, .. } = *self;
-        // SAFETY: the type is laid out as the number in it, and who writes to it is bound to write numbers, as every caller's
-        // callee in this crate does.
+        // SAFETY: the type is laid out as the number in it, and none but the products of this crate see it, which store numbers.
         let data = unsafe { std::slice::from_raw_parts_mut(self.data.as_mut_ptr().cast(), self.data.len()) };
         ViewMut { data, rows, cols, stride }
     }

@@ -31,7 +31,7 @@ pub fn add_moments(level: Level, x: &[f32], stride: usize, moments: &mut Moments
 }
 
 /// Rows and columns whose entries are in the first cache while their sums are in registers.
-const ROWS: usize = 4;
+const ROWS: usize = 8;
 const COLUMNS: usize = 16;
 
 #[inline(always)]

@@ -48,6 +48,12 @@ impl Panels {
         })
     }
 
+    /// The same in `memory` of others, if those are rounded alike.
+    #[must_use]
+    pub fn within(memory: Option<Panels>, short: Short) -> Self {
+        memory.filter(|panels| panels.short() == short).unwrap_or_else(|| Panels::empty(short))
+    }
+
     /// Rounds `matrix`, in parallel over its panels.
     #[must_use]
     pub fn right(short: Short, matrix: View<'_, f32>) -> Self {
@@ -207,8 +213,7 @@ pub fn short_syrk(short: Short, x: &[&[f32]], n: usize, h: &mut [f32]) {
     };
     let at_once = (ROUNDED / bytes / n).next_multiple_of(TOKENS).max(least);
     let tokens: Vec<&[f32]> = x.iter().flat_map(|part| part.chunks_exact(n)).collect();
-    let mut panels =
-        ROUNDED_LAST.take().filter(|panels| panels.short() == short).unwrap_or_else(|| Panels::empty(short));
+    let mut panels = Panels::within(ROUNDED_LAST.take(), short);
     for tokens in tokens.chunks(at_once) {
         panels.refill(tokens, n);
         panels_syrk(&[&panels], h);

@@ -4,10 +4,11 @@
 //! chunk of queries are rounded and multiplied with at a time. The weights are mixed before they are divided by their sum,
 //! which the mix is instead.
 
-use super::{Inputs, Scoring, Sight, cap_scores};
+use super::{Inputs, Scoring, Sight};
 use bitmill_kernels::{Level, Panels, Short, View, ViewMut, exponentials, short_gemm, short_part, short_product};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Rows of scores computed at once: their weights are to stay in the cache that is next to the first.
 const ROWS: usize = 64;
@@ -93,7 +94,8 @@ impl Inputs<'_> {
         };
         let (scores, mixed) = (first(&mut scratch.scores, rows * keys), first(&mut scratch.mixed, rows * dim));
         let inverses = first(&mut scratch.inverses, rows);
-        let left = scratch.left.get_or_insert_with(|| Panels::empty(short));
+        let memory = scratch.left.take();
+        let left = scratch.left.insert(Panels::within(memory, short));
         for (head, Head { keys: head_keys, values }) in heads.iter().enumerate() {
             left.refill_left(View::new(&self.q[(head * tokens + begin) * row..], rows, dim, dim));
             let products = &mut ViewMut::new(scores, rows, newest - oldest, keys);
@@ -121,15 +123,9 @@ impl Inputs<'_> {
 
 /// Turns one query's products with the keys that it sees, `seen`, into weights, up to a multiple that is returned, and those with
 /// others into zeros.
-fn weigh(products: &mut [f32], seen: std::ops::Range<usize>, Scoring { scale, cap, .. }: Scoring) -> f32 {
+fn weigh(products: &mut [f32], seen: Range<usize>, scoring: Scoring) -> f32 {
     let (first, past) = (seen.start, seen.end);
-    let scale = match cap {
-        Some(cap) => {
-            cap_scores(&mut products[first..past], scale, cap);
-            1.0
-        }
-        None => scale,
-    };
+    let scale = scoring.bounded(&mut products[first..past]);
     let whole = (first + (past - first).next_multiple_of(LANES)).min(products.len());
     products[past..whole].fill(f32::NEG_INFINITY);
     let inverse = exponentials(Level::best(), &mut products[first..whole], scale);
