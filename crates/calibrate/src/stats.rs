@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Level, Moments, Panels, Short, View, add_moments, mirror, panels_syrk, short_syrk, syrk};
+use bitmill_kernels::{Level, Moments, Panels, Short, add_moments, mirror, panels_syrk, short_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Deref;
@@ -28,6 +28,7 @@ pub struct SiteStats {
 /// them.
 #[derive(Debug, Default)]
 pub struct Tokens {
+    n: usize,
     count: usize,
     /// As they are, where they are kept so.
     values: Vec<f32>,
@@ -49,15 +50,38 @@ impl Tokens {
     /// The tokens `values`, row-major `[tokens, n]`.
     #[must_use]
     pub fn new(values: Vec<f32>, n: usize) -> Self {
-        Tokens { count: values.len() / n, pieces: Tokens::pieces(&values, n), values, panels: None }
+        Tokens { n, count: values.len() / n, pieces: Tokens::pieces(&values, n), values, panels: None }
     }
 
-    /// The same for H and for what columns add up to, and for nothing else: they are rounded with `short` now.
+    /// So many `tokens` of width `n`, which [`Tokens::push`] brings. With `panels`, they are rounded there, for H and for what
+    /// columns add up to, and are of use for nothing else.
     #[must_use]
-    pub fn rounded(short: Short, values: &[f32], n: usize) -> Self {
-        let count = values.len() / n;
-        let panels = Some(Panels::right(short, View::new(values, count, n, n).t()));
-        Tokens { count, pieces: Tokens::pieces(values, n), values: Vec::new(), panels }
+    pub fn to_come(tokens: usize, n: usize, mut panels: Option<Panels>) -> Self {
+        match &mut panels {
+            Some(panels) => panels.reshape([n, tokens]),
+            None => return Tokens { n, values: Vec::with_capacity(tokens * n), ..Tokens::default() },
+        }
+        Tokens { n, panels, ..Tokens::default() }
+    }
+
+    /// Adds the next tokens, `x [some, n]`.
+    ///
+    /// # Panics
+    /// Where there are more than were to come, or where tokens are rounded and other than the last come in numbers that are no
+    /// multiples of [`APART`](bitmill_kernels::APART): a caller's bug.
+    pub fn push(&mut self, x: &[f32]) {
+        self.pieces.extend(Tokens::pieces(x, self.n));
+        match &mut self.panels {
+            Some(panels) => panels.put(self.count, &x.chunks_exact(self.n).collect::<Vec<_>>()),
+            None => self.values.extend_from_slice(x),
+        }
+        self.count += x.len() / self.n;
+    }
+
+    /// What they are rounded in.
+    #[must_use]
+    pub fn into_panels(self) -> Option<Panels> {
+        self.panels
     }
 
     /// Whether it is as well to round so many tokens by themselves: whole groups of those that share a scale, or whose products are
@@ -365,7 +389,12 @@ mod tests {
         for short in Short::all() {
             let (mut whole, mut rounded) = (SiteStats::new(n).by(Some(short)), SiteStats::new(n).by(Some(short)));
             whole.add(&x);
-            let parts: Vec<Tokens> = x.chunks(256 * n).map(|x| Tokens::rounded(short, x, n)).collect();
+            let mut rounded_tokens = |x: &[f32]| {
+                let mut tokens = Tokens::to_come(x.len() / n, n, Some(Panels::empty(short)));
+                x.chunks(128 * n).for_each(|x| tokens.push(x));
+                tokens
+            };
+            let parts: Vec<Tokens> = x.chunks(256 * n).map(&mut rounded_tokens).collect();
             rounded.add_parts(&parts.iter().collect::<Vec<_>>());
             assert_eq!((whole.mean(), whole.fourth()), (rounded.mean(), rounded.fourth()));
             assert_eq!((whole.tokens(), whole.weight()), (rounded.tokens(), rounded.weight()));

@@ -1,12 +1,12 @@
 //! The activations of every window between two pieces of a model: in memory up to a budget, else in a file.
 
 use crate::Error;
-use bitmill_kernels::{Level, from_bfloat16, to_bfloat16};
+use bitmill_kernels::{Level, Panels, Short, append_bfloat16, append_f32, to_bfloat16};
 use half::bf16;
-use half::slice::HalfBitsSliceExt;
 use rayon::prelude::*;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -25,25 +25,42 @@ pub enum StreamKind {
 pub struct Stream {
     /// Where each window begins, in entries, and where the last one ends.
     starts: Vec<usize>,
+    /// Entries of a token.
+    width: usize,
     store: Store,
     spare: Option<Arc<Spare>>,
 }
 
-/// Memory of streams that are no more, for those to come: what the system would have to clear page by page.
+/// Memory of streams that are no more, and of rounded tokens, for those to come: what the system would have to clear page by page.
 #[derive(Debug, Default)]
-pub struct Spare(Mutex<Vec<Vec<Vec<u16>>>>);
+pub struct Spare {
+    streams: Mutex<Vec<Vec<Vec<bf16>>>>,
+    panels: Mutex<Vec<Panels>>,
+}
 
 impl Spare {
     /// The smallest that holds `entries` in each window, or else the largest.
-    fn take(&self, entries: usize) -> Option<Vec<Vec<u16>>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = |windows: &[Vec<u16>]| windows.iter().map(Vec::capacity).max().unwrap_or(0);
-        let fit = |windows: &[Vec<u16>]| match room(windows) {
+    fn take(&self, entries: usize) -> Option<Vec<Vec<bf16>>> {
+        let mut all = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = |windows: &[Vec<bf16>]| windows.iter().map(Vec::capacity).max().unwrap_or(0);
+        let fit = |windows: &[Vec<bf16>]| match room(windows) {
             room if room >= entries => (0, room - entries),
             room => (1, entries - room),
         };
         let best = (0..all.len()).min_by_key(|&i| fit(&all[i]))?;
         Some(all.swap_remove(best))
+    }
+
+    /// Panels that hold anything.
+    #[must_use]
+    pub fn panels(&self, short: Short) -> Panels {
+        let memory = self.panels.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Panels::within(memory, short)
+    }
+
+    /// Takes the memory of panels back.
+    pub fn keep(&self, panels: impl IntoIterator<Item = Panels>) {
+        self.panels.lock().unwrap_or_else(PoisonError::into_inner).extend(panels);
     }
 }
 
@@ -75,7 +92,7 @@ impl Saved {
 enum Store {
     /// One lock per window, so that threads working on different windows never meet. A window that nobody has written is empty,
     /// and stands for zeros.
-    Bf16(Vec<RwLock<Vec<u16>>>),
+    Bf16(Vec<RwLock<Vec<bf16>>>),
     F32(Vec<RwLock<Vec<f32>>>),
     File {
         file: File,
@@ -137,7 +154,7 @@ impl Stream {
                 StreamKind::F32 => Store::F32(lengths.iter().map(|_| RwLock::default()).collect()),
             }
         };
-        Ok(Stream { starts, store, spare: None })
+        Ok(Stream { starts, width, store, spare: None })
     }
 
     /// The same in `spare` memory, which gets it back when the stream is no more; of streams of bfloat16 that are in memory.
@@ -151,6 +168,12 @@ impl Stream {
             self.spare = Some(spare.clone());
         }
         self
+    }
+
+    /// Entries of a token.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     /// Number of windows.
@@ -182,15 +205,31 @@ impl Stream {
     /// # Errors
     /// [`Error::Stream`] when the spill file cannot be read.
     pub fn read(&self, window: usize) -> Result<Vec<f32>, Error> {
-        let (start, entries) = (self.starts[window] as u64, self.entries(window));
+        self.read_entries(window, 0..self.entries(window))
+    }
+
+    /// The activations of some tokens of `window`.
+    ///
+    /// # Errors
+    /// As [`Stream::read`].
+    ///
+    /// # Panics
+    /// Where the window has no such tokens: a caller's bug.
+    pub fn read_tokens(&self, window: usize, tokens: Range<usize>) -> Result<Vec<f32>, Error> {
+        self.read_entries(window, tokens.start * self.width..tokens.end * self.width)
+    }
+
+    fn read_entries(&self, window: usize, part: Range<usize>) -> Result<Vec<f32>, Error> {
+        assert!(part.end <= self.entries(window), "tokens of the window");
+        let (start, entries) = ((self.starts[window] + part.start) as u64, part.len());
         match &self.store {
             Store::F32(data) => {
                 let values = data[window].read().unwrap_or_else(PoisonError::into_inner);
-                Ok(if values.is_empty() { vec![0.0; entries] } else { values.clone() })
+                Ok(if values.is_empty() { vec![0.0; entries] } else { values[part].to_vec() })
             }
             Store::Bf16(data) => {
                 let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
-                Ok(if bits.is_empty() { vec![0.0; entries] } else { widened(bits.reinterpret_cast()) })
+                Ok(if bits.is_empty() { vec![0.0; entries] } else { widened(&bits[part]) })
             }
             Store::File { file, path, kind, .. } => {
                 let fail = |source| Error::Stream { file: path.clone(), source };
@@ -216,19 +255,33 @@ impl Stream {
     /// [`Error::Stream`] when the spill file cannot be written.
     pub fn write(&self, window: usize, values: &[f32]) -> Result<(), Error> {
         debug_assert_eq!(values.len(), self.entries(window), "activations of one window");
-        let start = self.starts[window] as u64;
+        self.write_tokens(window, 0, values)
+    }
+
+    /// Replaces the activations of the tokens of `window` from token `from` on. Who writes a window for the first time begins
+    /// with its first.
+    ///
+    /// # Errors
+    /// As [`Stream::write`].
+    ///
+    /// # Panics
+    /// Where the window has no such tokens, or those before them were never written: a caller's bug.
+    pub fn write_tokens(&self, window: usize, from: usize, values: &[f32]) -> Result<(), Error> {
+        let from = from * self.width;
+        assert!(from + values.len() <= self.entries(window), "tokens of the window");
+        let start = (self.starts[window] + from) as u64;
         match &self.store {
             Store::F32(data) => {
                 let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
-                own.clear();
-                own.extend_from_slice(values);
+                let new = replace(&mut own, from, values, |values, old| old.copy_from_slice(values));
+                own.extend_from_slice(new);
             }
             Store::Bf16(data) => {
-                let mut bits = data[window].write().unwrap_or_else(PoisonError::into_inner);
-                bits.clear();
-                converted(values, &mut bits, |values, out| {
-                    to_bfloat16(Level::best(), values, out.reinterpret_cast_mut());
-                });
+                let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
+                let new = replace(&mut own, from, values, |values, old| to_bfloat16(Level::best(), values, old));
+                let room = self.entries(window) - own.len();
+                own.reserve_exact(room);
+                append_bfloat16(Level::best(), new, &mut own);
             }
             Store::File { file, path, kind, .. } => {
                 let (bytes, at): (Vec<u8>, u64) = match kind {
@@ -261,7 +314,7 @@ impl Stream {
         if let Store::Bf16(data) = &self.store {
             let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
             if !bits.is_empty() {
-                return Ok(bytes(&bits, u16::to_le_bytes));
+                return Ok(bytes(&bits, bf16::to_le_bytes));
             }
         }
         let values = self.read(window)?;
@@ -308,28 +361,24 @@ fn of_bytes(bytes: &[u8]) -> Vec<bf16> {
     bytes.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes)).collect()
 }
 
+/// Has `over` replace what `own` holds from `from` on; returns the values that come behind all of it.
+fn replace<'a, T>(own: &mut [T], from: usize, values: &'a [f32], over: impl Fn(&[f32], &mut [T])) -> &'a [f32] {
+    assert!(from <= own.len(), "a window that is written from its beginning");
+    let (old, new) = values.split_at(values.len().min(own.len() - from));
+    over(old, &mut own[from..from + old.len()]);
+    new
+}
+
 fn widened(values: &[bf16]) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    converted(values, &mut out, |values, out| from_bfloat16(Level::best(), values, out));
+    let mut out = Vec::new();
+    append_f32(Level::best(), values, &mut out);
     out
 }
 
 fn narrowed(values: &[f32]) -> Vec<bf16> {
-    let mut out = Vec::with_capacity(values.len());
-    converted(values, &mut out, |values, out| to_bfloat16(Level::best(), values, out));
+    let mut out = Vec::new();
+    append_bfloat16(Level::best(), values, &mut out);
     out
-}
-
-/// Appends what `convert` makes of `values` a piece at a time, so that the memory of the result is written once.
-fn converted<A, B: Copy + Default>(values: &[A], out: &mut Vec<B>, convert: impl Fn(&[A], &mut [B])) {
-    const PIECE: usize = 2048;
-    let mut piece = [B::default(); PIECE];
-    out.reserve_exact(values.len());
-    for values in values.chunks(PIECE) {
-        let piece = &mut piece[..values.len()];
-        convert(values, piece);
-        out.extend_from_slice(piece);
-    }
 }
 
 impl Drop for Stream {
@@ -339,13 +388,13 @@ impl Drop for Stream {
             Store::File { path, .. } => drop(std::fs::remove_file(path)),
             Store::Bf16(data) => {
                 if let Some(spare) = &self.spare {
-                    let emptied = |window: &mut RwLock<Vec<u16>>| {
+                    let emptied = |window: &mut RwLock<Vec<bf16>>| {
                         let mut memory = std::mem::take(window.get_mut().unwrap_or_else(PoisonError::into_inner));
                         memory.clear();
                         memory
                     };
                     let memory = data.iter_mut().map(emptied).collect();
-                    spare.0.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+                    spare.streams.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
                 }
             }
             Store::F32(_) => {}
@@ -393,6 +442,13 @@ mod tests {
                     s.write(w, &(0..20).map(|i| (w * 20 + i) as f32 * 0.5).collect::<Vec<_>>()).unwrap();
                 }
                 assert_eq!(s.read(2).unwrap()[3], 21.5);
+                let part = s.read(1).unwrap()[5..15].to_vec();
+                assert_eq!(s.read_tokens(1, 1..3).unwrap(), part);
+                let apart = Stream::new(kind, 1, 4, 5, budget, &dir.path().join("apart")).unwrap();
+                apart.write_tokens(0, 0, &[1.0; 10]).unwrap();
+                apart.write_tokens(0, 2, &[2.0; 10]).unwrap();
+                apart.write_tokens(0, 1, &[3.0; 5]).unwrap();
+                assert_eq!(apart.read(0).unwrap(), [[1.0; 5], [3.0; 5], [2.0; 5], [2.0; 5]].as_flattened());
                 let saved = dir.path().join(format!("saved-{budget}"));
                 let file = s.save(&saved).unwrap();
                 file.sync().unwrap();
@@ -433,7 +489,7 @@ mod tests {
         fill(&b, 4);
         assert_eq!(b.read(1).unwrap(), [3.0; 4]);
         drop((a, b));
-        assert_eq!(spare.0.lock().unwrap().len(), 2);
+        assert_eq!(spare.streams.lock().unwrap().len(), 2);
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod how;
 mod hub;
 mod inspect;
 mod mixed;
+mod pages;
 mod plan;
 mod progress;
 mod quantize;
@@ -118,6 +119,7 @@ impl std::error::Error for Broken {}
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
+    pages::ask_for_large_ones();
     bitmill_kernels::keep_freed_memory();
     let mut cli = Cli::parse();
     let found = hub::resolve(cli.command.models(), cli.revision.as_deref());

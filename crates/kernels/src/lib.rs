@@ -12,7 +12,7 @@ mod team;
 pub use level::{Brain, Eight, Level};
 pub use memory::{give_back_large_buffers, keep_freed_memory};
 pub use ops::axpy::{axpy, axpys};
-pub use ops::bfloat::{from_bfloat16, to_bfloat16};
+pub use ops::bfloat::{append_bfloat16, append_f32, to_bfloat16};
 pub use ops::blocks::{Stored, fit_blocks};
 pub use ops::cholesky::cholesky;
 pub use ops::eigen::eigen;
@@ -27,7 +27,9 @@ pub use ops::packed::{
     CHUNK, Meeting, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, packed_products,
     packed_products_int8, round_activations,
 };
-pub use ops::short::{Panels, Short, panels_syrk, short_gemm, short_outer, short_part, short_product, short_syrk};
+pub use ops::short::{
+    APART, Panels, Short, panels_syrk, short_gemm, short_outer, short_part, short_product, short_syrk,
+};
 pub use ops::softmax::{exp, exponentials, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;
 pub use team::{awake, fill_chunks};

@@ -15,6 +15,10 @@ pub fn give_back_large_buffers() {
     give_back_from(LARGE);
 }
 
+/// Bytes that the allocator takes from the system at least, so that large pages fit in; nobody pays for those that are not touched.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const AT_ONCE: i32 = 1 << 26;
+
 /// Has buffers of so many bytes and more taken from the system, and given back.
 fn give_back_from(bytes: i32) {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -23,6 +27,7 @@ fn give_back_from(bytes: i32) {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, bytes);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, AT_ONCE);
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     let _ = bytes;

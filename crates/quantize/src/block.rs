@@ -21,6 +21,7 @@ use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site, values};
 use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,6 +30,10 @@ use std::time::Instant;
 pub(crate) const BATCH_TOKENS: usize = 16_384;
 /// Numbers of them of one stream, which limit the tokens of wide sites: 256 MB.
 const BATCH_NUMBERS: usize = 1 << 26;
+
+/// Weights of a linear that stay in the second cache of a core in bfloat16 beside another's and the activations of as many tokens.
+const FEW_WEIGHTS: usize = 1 << 18;
+const FEW_TOKENS: usize = 128;
 
 /// Bytes of the activations of one stream that are in memory at a time, where they are of width `n`.
 pub(crate) fn batch_bytes(n: u64) -> u64 {
@@ -169,12 +174,13 @@ impl Flow<'_> {
                 block.prepare(roles)?;
                 full.iter().try_for_each(|(full, _)| full.prepare(roles))?;
             }
-            let glimpse = |w: usize| self.glimpse(i, &block, full.as_ref(), x.as_ref(), next.as_ref(), w);
+            let glimpse = |w: usize| self.glimpse((i, width), &block, full.as_ref(), x.as_ref(), next.as_ref(), w);
             self.windows(width, glimpse, &mut |first, glimpses| {
                 if let Some(seen) = &mut seen {
                     let weights = weights.as_ref().map(|all| &all[first..first + glimpses.len()]);
                     seen.add(first, &glimpses, weights);
                 }
+                self.spare.keep(glimpses.into_iter().filter_map(|glimpse| glimpse.seen.into_panels()));
             })?;
             if let (Some(before), None) = (i.checked_sub(1), &entered) {
                 // Nothing runs through them again.
@@ -256,48 +262,63 @@ impl Flow<'_> {
     }
 
     fn finish(&self, block: &Block, hidden: &Stream, x: &Stream, w: usize) -> Result<(), Error> {
-        let out = block.finish(&self.tensor(hidden, w)?, &self.tensor(x, w)?)?;
-        Ok(hidden.write(w, &values(&out)?)?)
+        for part in self.parts(x.width(), w) {
+            let out = block.finish(&self.some(hidden, w, &part)?, &self.some(x, w, &part)?)?;
+            hidden.write_tokens(w, part.start, &values(&out)?)?;
+        }
+        Ok(())
     }
 
-    /// Moves window `w` through piece `i` of the block and returns what is seen at its site.
+    /// Tokens of window `w` that go through a piece together whose linears are between the residual stream and `width`. Where the
+    /// weights stay in a cache beside their activations, few do, for these to stay there as well.
+    fn parts(&self, width: usize, w: usize) -> impl Iterator<Item = Range<usize>> {
+        let length = self.lengths[w];
+        let few = if self.spec.hidden * width <= FEW_WEIGHTS { FEW_TOKENS } else { length.max(1) };
+        (0..length).step_by(few).map(move |from| from..length.min(from + few))
+    }
+
+    /// Moves window `w` through piece `i` of the block and returns what is seen at its site, which is so wide.
     fn glimpse(
         &self,
-        i: usize,
+        (i, width): (usize, usize),
         block: &Block,
         full: Option<&(Block, &Stream)>,
         x: Option<&Lanes>,
         next: Option<&Lanes>,
         w: usize,
     ) -> Result<Glimpse, Error> {
-        let hidden = self.hidden;
+        let (hidden, tokens) = (self.hidden, self.lengths[w]);
         let lane = Lane { block, hidden, x: x.map(|x| &x.rounded), next: next.map(|next| &next.rounded) };
-        let (seen, tokens) = (self.piece(i, &lane, w)?, self.lengths[w]);
-        let width = seen.dim(1)?;
-        let seen = match self.observation.rounds().filter(|_| Tokens::can_be_rounded(tokens, width)) {
-            Some(short) => Tokens::rounded(short, &values(&seen)?, width),
-            None => Tokens::new(rows(&seen)?, width),
-        };
-        let mut glimpse = Glimpse { seen, ..Glimpse::default() };
-        if let Some((block, full)) = full {
-            let next = next.and_then(|next| next.full.as_ref());
-            let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
-            glimpse.drift = rows(&self.piece(i, &lane, w)?)?;
-            glimpse.drift.iter_mut().zip(&glimpse.seen[..]).for_each(|(d, x)| *d -= x);
-            if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
-                glimpse.residual = full.read(w)?;
-                glimpse.residual.iter_mut().zip(hidden.read(w)?).for_each(|(d, h)| *d -= h);
+        let panels = self.observation.rounds().filter(|_| Tokens::can_be_rounded(tokens, width));
+        let panels = panels.map(|short| self.spare.panels(short));
+        let mut glimpse = Glimpse { seen: Tokens::to_come(tokens, width, panels), ..Glimpse::default() };
+        // Attention looks at all of a window.
+        let whole = i == 1;
+        for part in whole.then_some(0..tokens).into_iter().chain(self.parts(width, w).filter(|_| !whole)) {
+            let seen = self.piece(i, &lane, w, &part)?;
+            let seen = values(&seen)?;
+            if let Some((block, full)) = full {
+                let next = next.and_then(|next| next.full.as_ref());
+                let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
+                let drift = self.piece(i, &lane, w, &part)?;
+                glimpse.drift.extend(values(&drift)?.iter().zip(&seen[..]).map(|(d, x)| d - x));
+                if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
+                    let [full, rounded] = [*full, hidden].map(|stream| stream.read_tokens(w, part.clone()));
+                    glimpse.residual.extend(full?.iter().zip(rounded?).map(|(d, h)| d - h));
+                }
             }
+            glimpse.seen.push(&seen);
         }
         Ok(glimpse)
     }
 
-    /// Piece `i` of the block for window `w`: returns the activation at its site, and writes it to where it goes on from.
-    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize) -> Result<Tensor, Error> {
+    /// Piece `i` of the block for some tokens of window `w`: returns the activation at its site, and writes it to where it goes
+    /// on from.
+    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize, part: &Range<usize>) -> Result<Tensor, Error> {
         let Lane { block, hidden: stream, x, next } = *lane;
-        let hidden = || self.tensor(stream, w);
+        let hidden = || self.some(stream, w, part);
         let input = || match x {
-            Some(x) => self.tensor(x, w),
+            Some(x) => self.some(x, w, part),
             None => hidden(),
         };
         let out = match i {
@@ -305,13 +326,13 @@ impl Flow<'_> {
             1 => block.attn_out(&input()?, self.rope)?,
             2 => {
                 let (h, out) = block.mlp_in(&hidden()?, &input()?)?;
-                stream.write(w, &values(&h)?)?;
+                stream.write_tokens(w, part.start, &values(&h)?)?;
                 out
             }
             _ => block.mlp_out(&input()?)?,
         };
         if let Some(next) = next {
-            next.write(w, &values(&out)?)?;
+            next.write_tokens(w, part.start, &values(&out)?)?;
         }
         Ok(out)
     }
@@ -372,9 +393,12 @@ impl Flow<'_> {
     }
 
     pub(crate) fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {
-        let values = stream.read(w)?;
-        let (length, width) = (self.lengths[w], values.len() / self.lengths[w]);
-        Ok(Tensor::from_vec(values, (length, width), &Device::Cpu)?)
+        self.some(stream, w, &(0..self.lengths[w]))
+    }
+
+    fn some(&self, stream: &Stream, w: usize, tokens: &Range<usize>) -> Result<Tensor, Error> {
+        let values = stream.read_tokens(w, tokens.clone())?;
+        Ok(Tensor::from_vec(values, (tokens.len(), stream.width()), &Device::Cpu)?)
     }
 
     /// Rounds the linears of one site together: they share H and its factor. Those whose bias is corrected are rounded

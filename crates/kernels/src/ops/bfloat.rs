@@ -3,41 +3,56 @@
 use crate::Level;
 use crate::level::at_level;
 use half::bf16;
+use std::mem::MaybeUninit;
 
 /// `values` rounded to the nearest bfloat16, ties to even; NaN stays NaN.
 ///
 /// # Panics
 /// When the lengths differ: a caller's bug.
 pub fn to_bfloat16(level: Level, values: &[f32], out: &mut [bf16]) {
-    assert_eq!(values.len(), out.len(), "a number for each");
-    at_level!(level, narrow, (values: &[f32], out: &mut [bf16]));
+    // SAFETY: the type is laid out as the number in it, and nothing but numbers is put there.
+    let out: &mut [MaybeUninit<bf16>] = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), out.len()) };
+    narrowed(level, values, out);
 }
 
-/// What `values` stand for, exactly.
-///
-/// # Panics
-/// When the lengths differ: a caller's bug.
-pub fn from_bfloat16(level: Level, values: &[bf16], out: &mut [f32]) {
+/// The same behind what `out` holds.
+pub fn append_bfloat16(level: Level, values: &[f32], out: &mut Vec<bf16>) {
+    out.reserve(values.len());
+    narrowed(level, values, &mut out.spare_capacity_mut()[..values.len()]);
+    // SAFETY: as many more were just put there.
+    unsafe { out.set_len(out.len() + values.len()) };
+}
+
+fn narrowed(level: Level, values: &[f32], out: &mut [MaybeUninit<bf16>]) {
     assert_eq!(values.len(), out.len(), "a number for each");
-    at_level!(level, widen, (values: &[bf16], out: &mut [f32]));
+    at_level!(level, narrow, (values: &[f32], out: &mut [MaybeUninit<bf16>]));
+}
+
+/// What `values` stand for, exactly, behind what `out` holds.
+pub fn append_f32(level: Level, values: &[bf16], out: &mut Vec<f32>) {
+    out.reserve(values.len());
+    let room = &mut out.spare_capacity_mut()[..values.len()];
+    at_level!(level, widen, (values: &[bf16], room: &mut [MaybeUninit<f32>]));
+    // SAFETY: as many more were just put there.
+    unsafe { out.set_len(out.len() + values.len()) };
 }
 
 #[inline(always)]
-fn narrow(values: &[f32], out: &mut [bf16]) {
+fn narrow(values: &[f32], out: &mut [MaybeUninit<bf16>]) {
     for (out, value) in out.iter_mut().zip(values) {
         let bits = value.to_bits();
         // Half of the last place that stays, less one where that is even: a tie is carried up to an even number alone.
         let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
         let quiet = bits >> 16 | 0x40;
         let nan = bits & 0x7fff_ffff > 0x7f80_0000;
-        *out = bf16::from_bits(if nan { quiet } else { rounded } as u16);
+        out.write(bf16::from_bits(if nan { quiet } else { rounded } as u16));
     }
 }
 
 #[inline(always)]
-fn widen(values: &[bf16], out: &mut [f32]) {
+fn widen(values: &[bf16], out: &mut [MaybeUninit<f32>]) {
     for (out, value) in out.iter_mut().zip(values) {
-        *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+        out.write(f32::from_bits(u32::from(value.to_bits()) << 16));
     }
 }
 
@@ -56,8 +71,12 @@ mod tests {
             let mut narrow = vec![bf16::ZERO; values.len()];
             to_bfloat16(level, &values, &mut narrow);
             assert!(narrow.iter().map(|v| v.to_bits()).eq(expected.iter().copied()));
-            let mut wide = vec![0.0; narrow.len()];
-            from_bfloat16(level, &narrow, &mut wide);
+            let (mut again, mut wide) = (vec![bf16::ONE], vec![1.0]);
+            append_bfloat16(level, &values, &mut again);
+            assert!(again[0] == bf16::ONE && again[1..].iter().map(|v| v.to_bits()).eq(expected.iter().copied()));
+            append_f32(level, &narrow, &mut wide);
+            let wide = &wide[1..];
+            assert!(wide.len() == narrow.len());
             assert!(wide.iter().zip(&narrow).all(|(w, n)| w.to_bits() == u32::from(n.to_bits()) << 16));
         }
     }

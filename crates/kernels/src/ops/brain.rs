@@ -17,6 +17,7 @@ pub(super) mod avx512;
 use super::matrix::{Output, View};
 use crate::level::Brain;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows of a panel, and pairs of a row that make a tile.
 pub(super) const LANES: usize = 16;
@@ -59,9 +60,11 @@ impl Brained<'_> {
     }
 }
 
-/// Pairs of a row, to the end of its last tile.
+/// Pairs of a row, to the end of its last tile. Of many tiles there is an odd number: were panels a large power of two apart,
+/// parts of them would meet in few places of the caches.
 fn row_pairs(depth: usize) -> usize {
-    depth.div_ceil(2).next_multiple_of(LANES)
+    let tiles = depth.div_ceil(2).div_ceil(LANES);
+    (if tiles > 8 { tiles | 1 } else { tiles }) * LANES
 }
 
 /// How many words go before the first line of the cache: fewer than a line has, since a slice of words begins at one.
@@ -100,27 +103,28 @@ impl Panels {
         self.rounded(brain, matrix, turned);
     }
 
-    /// [`Panels::round`] of the transpose of `tokens`, rows of width `rows` that may lie anywhere.
-    ///
-    /// # Panics
-    /// When a token is of another width: a caller's bug.
-    pub(super) fn round_tokens(&mut self, brain: Brain, tokens: &[&[f32]], rows: usize) {
-        assert!(tokens.iter().all(|token| token.len() == rows), "tokens of one width");
-        let panels = |first: usize, out: &mut [u32]| round_tokens(brain, tokens, first, out);
-        self.fill([rows, tokens.len()], false, panels);
+    /// Makes room for a matrix, which holds anything.
+    pub(super) fn reshape(&mut self, [rows, depth]: [usize; 2], turned: bool) {
+        (self.rows, self.depth, self.turned) = (rows, depth, turned);
+        of_length(&mut self.pairs, rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE);
+    }
+
+    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on.
+    pub(super) fn round_tokens(&mut self, brain: Brain, from: usize, tokens: &[&[f32]]) {
+        let which = (from..from + tokens.len(), self.depth);
+        self.fill(tokens.len(), |first, out| round_tokens(brain, tokens, which.clone(), first, out));
     }
 
     fn rounded(&mut self, brain: Brain, matrix: View<'_, f32>, turned: bool) {
-        let panels = |first: usize, out: &mut [u32]| round_panels(brain, matrix, first, turned, out);
-        self.fill([matrix.rows(), matrix.cols()], turned, panels);
+        self.reshape([matrix.rows(), matrix.cols()], turned);
+        self.fill(matrix.cols(), |first, out| round_panels(brain, matrix, first, turned, out));
     }
 
-    fn fill(&mut self, [rows, depth]: [usize; 2], turned: bool, panels: impl Fn(usize, &mut [u32]) + Sync) {
-        (self.rows, self.depth, self.turned) = (rows, depth, turned);
-        of_length(&mut self.pairs, rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE);
+    /// Has `panels` write so many columns of all of them.
+    fn fill(&mut self, cols: usize, panels: impl Fn(usize, &mut [u32]) + Sync) {
         let out = from_line(&mut self.pairs);
-        let each = TOGETHER * LANES * row_pairs(depth);
-        let tasks = out.par_chunks_mut(each.max(1)).enumerate().with_min_len(least(rows * depth));
+        let each = TOGETHER * LANES * row_pairs(self.depth);
+        let tasks = out.par_chunks_mut(each.max(1)).enumerate().with_min_len(least(self.rows * cols));
         tasks.for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
     }
 
@@ -151,12 +155,12 @@ fn round_panels(brain: Brain, _: View<'_, f32>, _: usize, _: bool, _: &mut [u32]
 }
 
 #[cfg(target_arch = "x86_64")]
-fn round_tokens(brain: Brain, tokens: &[&[f32]], first: usize, out: &mut [u32]) {
-    avx512::round_tokens(brain, tokens, first, out);
+fn round_tokens(brain: Brain, tokens: &[&[f32]], which: (Range<usize>, usize), first: usize, out: &mut [u32]) {
+    avx512::round_tokens(brain, tokens, which, first, out);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn round_tokens(brain: Brain, _: &[&[f32]], _: usize, _: &mut [u32]) {
+fn round_tokens(brain: Brain, _: &[&[f32]], _: (Range<usize>, usize), _: usize, _: &mut [u32]) {
     brain.never()
 }
 
@@ -167,33 +171,33 @@ pub(super) enum Old {
     Goes,
 }
 
-/// `c ← a·bᵀ` or `c ← c + a·bᵀ` for `a: [m, depth]`, `b: [n, depth]`, `c: [m, n]`, on the calling thread, where only entries
-/// `(i, j)` with `j ≤ diagonal + i` are asked for; others may be computed, or not.
+/// `c ← Σ a·bᵀ` or `c ← c + Σ a·bᵀ` over pairs of `a: [m, depth]` and `b: [n, depth]`, for `c: [m, n]`, on the calling thread,
+/// where only entries `(i, j)` with `j ≤ diagonal + i` are asked for; others may be computed, or not.
 ///
 /// # Panics
 /// When the shapes do not chain, or a side was made as the left one for other use: a caller's bug.
 pub(super) fn multiply(
     brain: Brain,
-    a: Brained<'_>,
-    b: Brained<'_>,
+    sides: &[(Brained<'_>, Brained<'_>)],
     (old, diagonal): (Old, usize),
     c: &mut Output<'_>,
 ) {
-    assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
-    assert!(!b.turned, "a right side");
+    for (a, b) in sides {
+        assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
+        assert!(!b.turned, "a right side");
+    }
     #[cfg(target_arch = "x86_64")]
     match brain.amx() {
-        Some(amx) => {
-            if old == Old::Goes {
-                c.fill(std::mem::MaybeUninit::new(0.0));
-            }
-            amx::gemm(amx, a, b, c);
-        }
         // There is no product to put there.
-        None if a.depth == 0 && old == Old::Goes => c.fill(std::mem::MaybeUninit::new(0.0)),
+        _ if old == Old::Goes && sides.iter().all(|(a, _)| a.depth == 0) => c.fill(std::mem::MaybeUninit::new(0.0)),
+        Some(amx) => amx::gemm(amx, sides, (old, diagonal), c),
         None => {
-            assert!(!a.turned, "a left side of this way");
-            avx512::gemm(brain, a, b, (old, diagonal), c);
+            let mut old = old;
+            for (a, b) in sides.iter().filter(|(a, _)| a.depth > 0) {
+                assert!(!a.turned, "a left side of this way");
+                avx512::gemm(brain, *a, *b, (old, diagonal), c);
+                old = Old::Counts;
+            }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

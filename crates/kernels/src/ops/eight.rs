@@ -20,6 +20,7 @@ use super::brain::{LANES, Old, SPARE, TOGETHER, from_line, least, line_start, of
 use super::matrix::{Output, View};
 use crate::level::Eight;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Neighbouring entries of a row that share a scale.
 pub(super) const GROUP: usize = 128;
@@ -94,28 +95,35 @@ pub(super) struct Panels {
 impl Panels {
     /// Rounds `matrix` in the place of what was there, in parallel over its panels.
     pub(super) fn round(&mut self, eight: Eight, matrix: View<'_, f32>) {
-        self.fill([matrix.rows(), matrix.cols()], |first, out| round_panels(eight, matrix, first, out));
+        self.reshape([matrix.rows(), matrix.cols()]);
+        self.fill(matrix.cols(), |first, out| round_panels(eight, matrix, first, out));
     }
 
-    /// The same of the transpose of `tokens`, rows of width `rows` that may lie anywhere.
-    pub(super) fn round_tokens(&mut self, eight: Eight, tokens: &[&[f32]], rows: usize) {
-        assert!(tokens.iter().all(|token| token.len() == rows), "tokens of one width");
-        self.fill([rows, tokens.len()], |first, out| round_tokens(eight, tokens, first, out));
-    }
-
-    fn fill(&mut self, [rows, depth]: [usize; 2], panels: impl Fn(usize, Out<'_>) + Sync) {
-        let (lanes, per_row, groups) = (rows.next_multiple_of(LANES), row_words(depth), groups(depth));
+    /// Makes room for a matrix, which holds anything.
+    pub(super) fn reshape(&mut self, [rows, depth]: [usize; 2]) {
+        let (lanes, groups) = (rows.next_multiple_of(LANES), groups(depth));
         (self.rows, self.depth) = (rows, depth);
-        of_length(&mut self.words, lanes * per_row + SPARE);
+        of_length(&mut self.words, lanes * row_words(depth) + SPARE);
         of_length(&mut self.scales, lanes * groups);
         of_length(&mut self.starts, lanes * groups);
-        if lanes * depth == 0 {
+    }
+
+    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on, the first of a group.
+    pub(super) fn round_tokens(&mut self, eight: Eight, from: usize, tokens: &[&[f32]]) {
+        let which = (from..from + tokens.len(), self.depth);
+        self.fill(tokens.len(), |first, out| round_tokens(eight, tokens, which.clone(), first, out));
+    }
+
+    /// Has `panels` write so many columns of all of them.
+    fn fill(&mut self, cols: usize, panels: impl Fn(usize, Out<'_>) + Sync) {
+        let (rows, per_row, groups) = (self.rows, row_words(self.depth), groups(self.depth));
+        if rows * cols == 0 {
             return;
         }
         let each = TOGETHER * LANES;
         let words = from_line(&mut self.words).par_chunks_mut(each * per_row);
         let params = self.scales.par_chunks_mut(each * groups).zip(self.starts.par_chunks_mut(each * groups));
-        let tasks = words.zip(params).enumerate().with_min_len(least(rows * depth));
+        let tasks = words.zip(params).enumerate().with_min_len(least(rows * cols));
         tasks.for_each(|(i, (words, (scales, starts)))| panels(i * each, Out { words, scales, starts }));
     }
 
@@ -137,23 +145,34 @@ fn round_panels(eight: Eight, _: View<'_, f32>, _: usize, _: Out<'_>) {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn round_tokens(eight: Eight, tokens: &[&[f32]], first: usize, out: Out<'_>) {
-    avx512::round_tokens(eight, tokens, first, out);
+fn round_tokens(eight: Eight, tokens: &[&[f32]], which: (Range<usize>, usize), first: usize, out: Out<'_>) {
+    avx512::round_tokens(eight, tokens, which, first, out);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn round_tokens(eight: Eight, _: &[&[f32]], _: usize, _: Out<'_>) {
+fn round_tokens(eight: Eight, _: &[&[f32]], _: (Range<usize>, usize), _: usize, _: Out<'_>) {
     eight.never()
 }
 
 /// As that of bfloat16.
-pub(super) fn multiply(eight: Eight, a: Eights<'_>, b: Eights<'_>, (old, diagonal): (Old, usize), c: &mut Output<'_>) {
-    assert!(a.depth == b.depth && [a.rows, b.rows] == c.shape(), "matrix shapes");
+pub(super) fn multiply(
+    eight: Eight,
+    sides: &[(Eights<'_>, Eights<'_>)],
+    (old, diagonal): (Old, usize),
+    c: &mut Output<'_>,
+) {
+    assert!(sides.iter().all(|(a, b)| a.depth == b.depth && [a.rows, b.rows] == c.shape()), "matrix shapes");
     #[cfg(target_arch = "x86_64")]
-    match (a.depth, old) {
+    {
         // There is no product to put there.
-        (0, Old::Goes) => c.fill(std::mem::MaybeUninit::new(0.0)),
-        _ => avx512::gemm(eight, a, b, (old, diagonal), c),
+        if old == Old::Goes && sides.iter().all(|(a, _)| a.depth == 0) {
+            c.fill(std::mem::MaybeUninit::new(0.0));
+        }
+        let mut old = old;
+        for (a, b) in sides.iter().filter(|(a, _)| a.depth > 0) {
+            avx512::gemm(eight, *a, *b, (old, diagonal), c);
+            old = Old::Counts;
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {

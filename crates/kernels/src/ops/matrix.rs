@@ -31,7 +31,7 @@ pub(super) const TOKENS: usize = 1024;
 
 /// Rows of H that one task computes: enough for the product to run near its peak, few enough to share among threads.
 /// It depends on the shape alone, so the sums are folded the same way at any thread count.
-pub(super) fn band(n: usize) -> usize {
+fn band(n: usize) -> usize {
     (n / 16).next_multiple_of(16).clamp(64, 512)
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Each side is rounded and laid out once ([`Panels`]) and may serve many products.
 
-use super::brain::{self, Brained, Old};
+use super::brain::{self, Brained, LANES, Old};
 use super::eight::{self, Eights};
-use super::matrix::{Output, TOKENS, View, ViewMut, band};
+use super::matrix::{Output, TOKENS, View, ViewMut};
 use crate::level::{Brain, Eight};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -27,6 +27,9 @@ impl Short {
         Brain::all().into_iter().map(Short::Bf16).chain(Eight::here().map(Short::Int8)).collect()
     }
 }
+
+/// Columns may be put apart where their number is a multiple of this.
+pub const APART: usize = 128;
 
 /// A matrix `[rows, depth]` that is rounded and laid out for products.
 #[derive(Debug)]
@@ -87,9 +90,34 @@ impl Panels {
     /// # Panics
     /// When a token is of another width: a caller's bug.
     pub fn refill(&mut self, tokens: &[&[f32]], rows: usize) {
+        self.reshape([rows, tokens.len()]);
+        self.put(0, tokens);
+    }
+
+    /// Makes room for a matrix `[rows, depth]`, in the memory of what was there. What it holds is not said before it is put
+    /// there.
+    pub fn reshape(&mut self, shape: [usize; 2]) {
         match &mut self.0 {
-            Kept::Bf16(brain, panels) => panels.round_tokens(*brain, tokens, rows),
-            Kept::Int8(eight, panels) => panels.round_tokens(*eight, tokens, rows),
+            Kept::Bf16(_, panels) => panels.reshape(shape, false),
+            Kept::Int8(_, panels) => panels.reshape(shape),
+        }
+    }
+
+    /// Rounds `tokens`, rows that may lie anywhere, as the columns of the matrix from column `from` on.
+    ///
+    /// # Panics
+    /// When a token is of another width, there is no room for so many, or columns that share a scale are put apart ([`APART`]):
+    /// a caller's bug.
+    pub fn put(&mut self, from: usize, tokens: &[&[f32]]) {
+        let ([rows, depth], to) = (self.shape(), from + tokens.len());
+        assert!(tokens.iter().all(|token| token.len() == rows), "tokens of one width");
+        assert!(
+            to <= depth && [from, to].iter().all(|at| at.is_multiple_of(APART) || *at == depth),
+            "columns together"
+        );
+        match &mut self.0 {
+            Kept::Bf16(brain, panels) => panels.round_tokens(*brain, from, tokens),
+            Kept::Int8(eight, panels) => panels.round_tokens(*eight, from, tokens),
         }
     }
 
@@ -131,14 +159,27 @@ impl Matrix<'_> {
             Matrix::Int8(eight, matrix) => Matrix::Int8(eight, matrix.between(rows.start, rows.end)),
         }
     }
+}
 
-    /// `c ← self·rightᵀ` or `c ← c + self·rightᵀ`, where only entries `(i, j)` with `j ≤ diagonal + i` are asked for; others may
-    /// be computed, or not.
-    fn multiply(self, right: Matrix<'_>, what: (Old, usize), c: &mut Output<'_>) {
-        match (self, right) {
-            (Matrix::Bf16(brain, a), Matrix::Bf16(_, b)) => brain::multiply(brain, a, b, what, c),
-            (Matrix::Int8(eight, a), Matrix::Int8(_, b)) => eight::multiply(eight, a, b, what, c),
-            _ => panic!("sides that are rounded alike"),
+/// `c ← Σ a·bᵀ` or `c ← c + Σ a·bᵀ` over pairs of sides that are all rounded alike, where only entries `(i, j)` with
+/// `j ≤ diagonal + i` are asked for; others may be computed, or not.
+fn multiply<'a>(sides: &[(Matrix<'a>, Matrix<'a>)], what: (Old, usize), c: &mut Output<'_>) {
+    let differ = || -> ! { panic!("sides that are rounded alike") };
+    match sides.first() {
+        None => {}
+        Some((Matrix::Bf16(brain, _), _)) => {
+            let of = |side: &(Matrix<'a>, Matrix<'a>)| match *side {
+                (Matrix::Bf16(_, a), Matrix::Bf16(_, b)) => (a, b),
+                _ => differ(),
+            };
+            brain::multiply(*brain, &sides.iter().map(of).collect::<Vec<_>>(), what, c);
+        }
+        Some((Matrix::Int8(eight, _), _)) => {
+            let of = |side: &(Matrix<'a>, Matrix<'a>)| match *side {
+                (Matrix::Int8(_, a), Matrix::Int8(_, b)) => (a, b),
+                _ => differ(),
+            };
+            eight::multiply(*eight, &sides.iter().map(of).collect::<Vec<_>>(), what, c);
         }
     }
 }
@@ -150,7 +191,7 @@ impl Matrix<'_> {
 /// When the shapes do not chain, the sides are not rounded alike, or one was made as the left one for other use: a caller's
 /// bug.
 pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
-    a.matrix().between(rows).multiply(b.matrix(), (Old::Counts, usize::MAX), &mut c.output());
+    multiply(&[(a.matrix().between(rows), b.matrix())], (Old::Counts, usize::MAX), &mut c.output());
 }
 
 /// `c ← a·bᵀ`, otherwise as [`short_gemm`]. What `c` held is not even read: fresh memory is not touched twice.
@@ -158,7 +199,7 @@ pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_
 /// # Panics
 /// As [`short_gemm`].
 pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
-    a.matrix().between(rows).multiply(b.matrix(), (Old::Goes, usize::MAX), &mut c.output());
+    multiply(&[(a.matrix().between(rows), b.matrix())], (Old::Goes, usize::MAX), &mut c.output());
 }
 
 /// `a·bᵀ`, `[m, n]` for `a: [m, depth]` and `b: [n, depth]`, in memory of its own that is not cleared first; by all threads.
@@ -173,7 +214,7 @@ pub fn short_outer(a: &Panels, b: &Panels) -> Vec<f32> {
     fresh.par_chunks_mut((BAND * cols).max(1)).enumerate().for_each(|(i, c)| {
         let (from, height) = (i * BAND, c.len() / cols);
         let c = &mut Output::new(c, height, cols, cols);
-        a.matrix().between(from..from + height).multiply(b.matrix(), (Old::Goes, usize::MAX), c);
+        multiply(&[(a.matrix().between(from..from + height), b.matrix())], (Old::Goes, usize::MAX), c);
     });
     // SAFETY: there is room for them, and a product whose old entries go writes all entries.
     unsafe { c.set_len(rows * cols) };
@@ -186,7 +227,7 @@ pub fn short_outer(a: &Panels, b: &Panels) -> Vec<f32> {
 /// # Panics
 /// As [`short_gemm`].
 pub fn short_part(a: &Panels, b: &Panels, which: Range<usize>, diagonal: usize, c: &mut ViewMut<'_, f32>) {
-    a.matrix().multiply(b.matrix().between(which), (Old::Goes, diagonal), &mut c.output());
+    multiply(&[(a.matrix(), b.matrix().between(which))], (Old::Goes, diagonal), &mut c.output());
 }
 
 /// Rows that a task of a product computes: fewer would go through the right side too often.
@@ -230,7 +271,8 @@ pub fn panels_syrk(x: &[&Panels], h: &mut [f32]) {
     let Some(n) = x.first().map(|x| x.shape()[0]).filter(|&n| n > 0) else { return };
     assert!(x.iter().all(|x| x.shape()[0] == n) && h.len() == n * n, "syrk shapes");
     let x: Vec<Matrix<'_>> = x.iter().map(|x| x.matrix()).collect();
-    let band = band(n);
+    // Few bands, since each goes through what is right of it: two for every thread. What they are changes no sum.
+    let band = (n / (2 * rayon::current_num_threads())).next_multiple_of(2 * LANES).clamp(64, BAND);
     // The first band has the shortest rows and the last the longest: with one of either all tasks are alike.
     let mut bands: VecDeque<(usize, &mut [f32])> = h.chunks_mut(band * n).enumerate().collect();
     let mut tasks = Vec::new();
@@ -241,10 +283,8 @@ pub fn panels_syrk(x: &[&Panels], h: &mut [f32]) {
         for (i, rows) in task.into_iter().flatten() {
             let (from, height) = (i * band, rows.len() / n);
             let to = from + height;
-            for x in &x {
-                let mut c = ViewMut::new(rows, height, to, n);
-                x.between(from..to).multiply(x.between(0..to), (Old::Counts, from), &mut c.output());
-            }
+            let sides: Vec<_> = x.iter().map(|x| (x.between(from..to), x.between(0..to))).collect();
+            multiply(&sides, (Old::Counts, from), &mut ViewMut::new(rows, height, to, n).output());
         }
     });
 }

@@ -3,30 +3,41 @@
 //!
 //! That is 8192 multiply-adds in 16 cycles, 512 a cycle. A block of C is two panels by two: of the eight registers four hold
 //! its sums, two the tiles of A and two those of B, so four loads of 1 KB feed four products, one each. A load takes 8 cycles
-//! from the first cache and some 20 from the second: with one register of either side there would be two loads a product,
-//! 40 cycles for 16, and three by two needs eleven registers. The four sums also hide the latency of a product, 52 cycles.
+//! from the first cache and some 22 from the second: with one register of either side there would be two loads a product,
+//! and three by two needs eleven registers. The four sums also hide the latency of a product, 52 cycles.
 //!
-//! The depth is cut so that two panels of B (16 KB), which all of A passes, and the two of A that pass (16 KB) are in the first
-//! cache together; so many rows of A are taken at once that they stay in the second (128 KB). A panel as it lies is a tile of
-//! B; one of A is its transpose, which takes 64 cycles and serves the whole width of B: n/16 products of 16 cycles, so it costs
-//! 64/n of them, unless A was laid out for the left side when it was rounded. Sums of 256 columns are added to C at a time, in
-//! the order of the columns, as AVX-512 does it.
+//! So the second cache is what products wait for. The depth is cut so that a part of 256 rows of A stays there (256 KB) while all
+//! of B passes, and two panels of B do in the first, which A is kept out of (`tileloaddt1`). The third cache is slower by
+//! a factor of six, so what comes next is fetched from it as the one before is multiplied. Sums of a part of the depth
+//! wait for the next in a region of 512 KB; those of a product of one part are left in C while the next block is
+//! multiplied: units that add, load and store have nothing to do meanwhile.
 //!
-//! A tile's sums are those of its even columns and its odd ones, each in order, and denormals count as zero, whatever MXCSR
-//! says; results differ from those of AVX-512 by rounding alone.
+//! A panel as it lies is a tile of B; one of A is its transpose, which takes 64 cycles and serves the whole width of B: n/16
+//! products of 16 cycles, so it costs 64/n of them, unless A was laid out for the left side when it was rounded.
+//!
+//! Sums stay in f32 from the first column to the last, and C takes them then. A tile's are those of its even columns and its odd
+//! ones, each in order, and denormals count as zero, whatever MXCSR says; results differ from those of AVX-512 by rounding alone.
 
 use super::super::matrix::Output;
 use super::super::tiles::Tiles;
-use super::avx512::{add, turn};
-use super::{Brained, LANES, SPARE, from_line, row_pairs};
+use super::avx512::{add, put, turn};
+use super::{Brained, LANES, Old, SPARE, from_line, of_length, row_pairs};
 use crate::level::Amx;
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
-/// Tiles of the depth that are multiplied before the next rows are.
-const DEPTH: usize = 8;
-/// Panels of A that are turned together.
-const PANELS: usize = 16;
+/// Tiles of the depth that are multiplied before the next rows are, at most.
+const DEPTH: usize = 16;
+/// Panels of A that all of B meets, at most.
+const ROWS: usize = 16;
+/// Blocks of a region of C, at most: 512 KB of sums.
+const REGION: usize = 128;
+/// Lines of B, and of A, that are fetched beside every step: 128 steps, those of eight blocks, go through two panels of B, and 2048
+/// through those of A.
+const AHEAD: [usize; 2] = [4, 2];
 /// Pairs of a tile.
 const TILE: usize = LANES * LANES;
 /// Rows and columns of a block of C.
@@ -36,49 +47,246 @@ const SIDE: usize = 2 * LANES;
 type Pairs = Tiles<LANES>;
 
 /// Sums of a block of C, row by row.
+#[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-struct Sums([[f32; LANES]; 2 * SIDE]);
+struct Sums([[f32; SIDE]; SIDE]);
 
-/// [`super::brain_gemm`].
-pub(super) fn gemm(amx: Amx, a: Brained<'_>, b: Brained<'_>, c: &mut Output<'_>) {
+thread_local! {
+    /// Memory for the tiles of a left side, and for sums.
+    static MEMORY: Cell<(Vec<u32>, Vec<Sums>)> = const { Cell::new((Vec::new(), Vec::new())) };
+}
+
+/// [`super::multiply`].
+pub(super) fn gemm(amx: Amx, sides: &[(Brained<'_>, Brained<'_>)], (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     let tiles = Pairs::configure(amx);
+    let (mut words, mut sums) = MEMORY.take();
     // SAFETY: the token proves AVX-512.
-    unsafe { blocks(&tiles, a, b, c) }
+    unsafe { blocks(&tiles, sides, (old, diagonal), (&mut words, &mut sums), c) }
+    MEMORY.set((words, sums));
+}
+
+/// A part of the depth of two sides: their tiles, how many those of a panel are, and which of these it is.
+struct Part<'a> {
+    a: &'a [[u32; TILE]],
+    /// Whether tiles of A are as they are read.
+    turned: bool,
+    b: &'a [[u32; TILE]],
+    stride: usize,
+    which: Range<usize>,
+}
+
+/// Parts of so many tiles at most, alike in length, of all sides.
+fn parts<'a>(sides: &'a [(Brained<'a>, Brained<'a>)]) -> Vec<Part<'a>> {
+    let of = |(a, b): &'a (Brained<'a>, Brained<'a>)| {
+        let (steps, stride) = (a.depth.div_ceil(2 * LANES), row_pairs(a.depth) / LANES);
+        let deep = steps.div_ceil(steps.div_ceil(DEPTH).max(1)).max(1);
+        let (a_tiles, b_tiles) = (a.pairs.as_chunks().0, b.pairs.as_chunks().0);
+        (0..steps).step_by(deep).map(move |from| {
+            let which = from..steps.min(from + deep);
+            Part { a: a_tiles, turned: a.turned, b: b_tiles, stride, which }
+        })
+    };
+    sides.iter().flat_map(of).collect()
+}
+
+/// Blocks of C that are worked together: its first panels, and rows and columns of blocks.
+#[derive(Clone, Copy)]
+struct Region {
+    row: usize,
+    col: usize,
+    tall: usize,
+    wide: usize,
+    /// Panels of A and of B in all, and entries `(i, j)` with `j ≤ diagonal + i` are asked for.
+    panels: [usize; 2],
+    diagonal: usize,
+}
+
+impl Region {
+    /// Panels of its rows.
+    fn rows(&self) -> Range<usize> {
+        self.row..self.panels[0].min(self.row + 2 * self.tall)
+    }
+
+    fn cols(&self) -> Range<usize> {
+        self.col..self.panels[1].min(self.col + 2 * self.wide)
+    }
+
+    /// Whether anything of the block that begins with these panels is asked for.
+    fn asks(&self, row: usize, col: usize) -> bool {
+        col * LANES < self.diagonal.saturating_add(row * LANES + SIDE)
+    }
+
+    /// Which of its blocks that is.
+    fn block(&self, row: usize, col: usize) -> usize {
+        (col - self.col) / 2 * self.tall + (row - self.row) / 2
+    }
+}
+
+/// The tiles that a region meets in a part of the depth.
+struct Sides<'a> {
+    of: &'a Region,
+    deep: usize,
+    /// From the first that the region meets on, and how far apart those of its panels are.
+    a: &'a [[u32; TILE]],
+    a_stride: usize,
+    /// From the first of all panels on.
+    b: &'a [[u32; TILE]],
+    b_stride: usize,
+    /// Where the next part of A is expected.
+    next: *const [u32; TILE],
+}
+
+impl<'a> Sides<'a> {
+    /// Two panels of A. One that is not there is another, whose sums no entry of C takes.
+    #[inline(always)]
+    fn left(&self, row: usize) -> [&'a [[u32; TILE]]; 2] {
+        let last = self.of.rows().end - 1;
+        let panel = |i: usize| &self.a[(i.min(last) - self.of.row) * self.a_stride..][..self.deep];
+        [panel(row), panel(row + 1)]
+    }
+
+    /// Two panels of B, likewise.
+    #[inline(always)]
+    fn right(&self, col: usize) -> [&'a [[u32; TILE]]; 2] {
+        let last = self.of.panels[1] - 1;
+        let panel = |i: usize| &self.b[i.min(last) * self.b_stride..][..self.deep];
+        [panel(col), panel(col + 1)]
+    }
+
+    /// What is fetched beside a block: its share of the panels of B that come next, and of those of A.
+    #[inline(always)]
+    fn ahead(&self, row: usize, col: usize) -> [*const u32; 2] {
+        let lines = |blocks: usize, each: usize| blocks * each * self.deep;
+        let b = self.b.as_ptr().wrapping_add((col + 2) * self.b_stride);
+        [
+            share(b, self.b_stride, self.deep, lines((row - self.of.row) / 2, AHEAD[0])),
+            share(self.next, self.a_stride, self.deep, lines(self.of.block(row, col), AHEAD[1])),
+        ]
+    }
+}
+
+/// Where the part of some panels that begins so many lines after `first` lies, `stride` tiles apart and `deep` of each. Nothing is
+/// read there: it may be anywhere.
+fn share(first: *const [u32; TILE], stride: usize, deep: usize, lines: usize) -> *const u32 {
+    let panel = deep * LANES;
+    first.wrapping_add(lines / panel * stride).cast::<u32>().wrapping_add(lines % panel * LANES)
 }
 
 #[target_feature(enable = "avx512f")]
-fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut Output<'_>) {
-    let steps = row_pairs(a.depth) / LANES;
-    let (a_panels, b_panels) = (a.rows.div_ceil(LANES), b.rows.div_ceil(LANES));
-    let (a_tiles, b_tiles) = (a.pairs.as_chunks::<TILE>().0, b.pairs.as_chunks::<TILE>().0);
-    // What is turned already is used as it is.
-    let room = if a.turned { 0 } else { PANELS.min(a_panels) * DEPTH.min(steps) * TILE };
-    let mut words = vec![0; room + SPARE];
-    let left = from_line(&mut words).as_chunks_mut::<TILE>().0;
-    let mut sums = Sums([[0.0; LANES]; 2 * SIDE]);
-    for first in (0..a_panels).step_by(PANELS) {
-        let panels = PANELS.min(a_panels - first);
-        for from in (0..steps).step_by(DEPTH) {
-            let deep = DEPTH.min(steps - from);
-            for (i, panel) in left.chunks_exact_mut(deep).take(panels).enumerate() {
-                turn_tiles(&a_tiles[(first + i) * steps + from..][..deep], panel);
+fn blocks(
+    tiles: &Pairs,
+    sides: &[(Brained<'_>, Brained<'_>)],
+    (old, diagonal): (Old, usize),
+    (words, sums): (&mut Vec<u32>, &mut Vec<Sums>),
+    c: &mut Output<'_>,
+) {
+    let panels = c.shape().map(|rows| rows.div_ceil(LANES));
+    let parts = parts(sides);
+    let tall = panels[0].min(ROWS).div_ceil(2).max(1);
+    let wide = (REGION / tall).min(panels[1].div_ceil(2)).max(1);
+    let kept = if parts.len() > 1 { tall * wide } else { 2 };
+    sums.resize(kept.max(sums.len()), Sums([[0.0; SIDE]; SIDE]));
+    let mut leaving = None;
+    for row in (0..panels[0]).step_by(2 * tall) {
+        for col in (0..panels[1]).step_by(2 * wide) {
+            let region = Region { row, col, tall, wide, panels, diagonal };
+            if !region.asks(region.rows().end.saturating_sub(2).max(row), col) {
+                break;
             }
-            let of_a = |i: usize| match i.min(panels - 1) {
-                i if a.turned => &a_tiles[(first + i) * steps + from..][..deep],
-                i => &left[i * deep..][..deep],
-            };
-            for col in (0..b_panels).step_by(2) {
-                // A panel that is not there is another one, whose sums no entry of C takes.
-                let of_b = |i: usize| &b_tiles[i.min(b_panels - 1) * steps + from..][..deep];
-                for row in (0..panels).step_by(2) {
-                    block(tiles, [of_a(row), of_a(row + 1)], [of_b(col), of_b(col + 1)], &mut sums);
-                    for (r, sums) in sums.0.as_chunks::<2>().0.iter().enumerate() {
-                        let row = (first + row) * LANES + r;
-                        let Some(c) = c.part(row, col * LANES, SIDE) else { break };
-                        for (c, sums) in c.chunks_mut(LANES).zip(sums) {
-                            // SAFETY: 64 bytes are there, and the load needs no alignment.
-                            add(c, unsafe { _mm512_loadu_ps(sums.as_ptr()) });
-                        }
+            for (number, part) in parts.iter().enumerate() {
+                let (from, deep, stride) = (part.which.start, part.which.len(), part.stride);
+                let (a, a_stride) = match part.turned {
+                    true => (&part.a[row * stride + from..], stride),
+                    false => (turn_panels(part, region.rows(), words), deep),
+                };
+                let next = a.as_ptr().wrapping_add(if part.turned { deep } else { 0 });
+                let sides = Sides { of: &region, deep, a, a_stride, b: &part.b[from..], b_stride: stride, next };
+                if parts.len() > 1 {
+                    add_part(tiles, &sides, number == 0, sums);
+                } else {
+                    leaving = put_only(tiles, &sides, (sums, leaving), old, c);
+                }
+            }
+            if parts.len() > 1 {
+                leave_all(sums, &region, old, c);
+            }
+        }
+    }
+    if let Some((last, at)) = leaving {
+        sums[last].leave(0, c, at, old);
+    }
+}
+
+/// Adds the products of a part to the sums of a region, or makes them these.
+#[target_feature(enable = "avx512f")]
+fn add_part(tiles: &Pairs, sides: &Sides<'_>, first: bool, sums: &mut [Sums]) {
+    let region = sides.of;
+    for col in region.cols().step_by(2) {
+        for row in region.rows().step_by(2).filter(|&row| region.asks(row, col)) {
+            let sums = &mut sums[region.block(row, col)];
+            match first {
+                true => zero(tiles),
+                false => load(tiles, sums),
+            }
+            multiply(tiles, [sides.left(row), sides.right(col)], sides.ahead(row, col));
+            store(tiles, sums);
+        }
+    }
+}
+
+/// Sums that C takes when the next block is multiplied, and where they begin there.
+type Leaving = Option<(usize, (usize, usize))>;
+
+/// Multiplies the only part of a region. What is complete is still in the first cache when C takes it.
+#[target_feature(enable = "avx512f")]
+fn put_only(
+    tiles: &Pairs,
+    sides: &Sides<'_>,
+    (sums, mut leaving): (&mut [Sums], Leaving),
+    old: Old,
+    c: &mut Output<'_>,
+) -> Leaving {
+    let region = sides.of;
+    for col in region.cols().step_by(2) {
+        for row in region.rows().step_by(2).filter(|&row| region.asks(row, col)) {
+            let (panels, ahead) = ([sides.left(row), sides.right(col)], sides.ahead(row, col));
+            zero(tiles);
+            let mut own = 0;
+            if let Some((other, at)) = leaving {
+                let done = match c.whole(at, (SIDE, SIDE)) {
+                    Some(c) => multiply_beside(tiles, panels, ahead[0], (&sums[other], old), c),
+                    None => {
+                        multiply(tiles, panels, ahead);
+                        0
+                    }
+                };
+                sums[other].leave(done, c, at, old);
+                own = 1 - other;
+            } else {
+                multiply(tiles, panels, ahead);
+            }
+            store(tiles, &mut sums[own]);
+            leaving = Some((own, (row * LANES, col * LANES)));
+        }
+    }
+    leaving
+}
+
+/// Lets C have the sums of a region, a row of it after the other.
+#[target_feature(enable = "avx512f")]
+fn leave_all(sums: &[Sums], region: &Region, old: Old, c: &mut Output<'_>) {
+    let (rows, cols) = (region.rows(), region.cols());
+    for i in rows.start * LANES..(rows.end * LANES).min(c.shape()[0]) {
+        let row = i / SIDE * 2;
+        for col in cols.clone().step_by(2).take_while(|&col| region.asks(row, col)) {
+            let sums = &sums[region.block(row, col)].0[i % SIDE];
+            for (half, sums) in sums.as_chunks::<LANES>().0.iter().enumerate() {
+                if let Some(c) = c.part(i, (col + half) * LANES, LANES) {
+                    // SAFETY: 64 bytes are there, and the load needs no alignment.
+                    let sums = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
+                    match old {
+                        Old::Counts => add(c, sums),
+                        Old::Goes => put(c, sums),
                     }
                 }
             }
@@ -86,65 +294,241 @@ fn blocks(tiles: &Pairs, a: Brained<'_>, b: Brained<'_>, c: &mut Output<'_>) {
     }
 }
 
-/// Tiles of a panel as a left side is read: its rows in one piece.
-#[target_feature(enable = "avx512f")]
-fn turn_tiles(panel: &[[u32; TILE]], out: &mut [[u32; TILE]]) {
-    for (pairs, out) in panel.iter().zip(out) {
-        let mut rows = [_mm512_setzero_si512(); LANES];
-        for (row, pairs) in rows.iter_mut().zip(pairs.as_chunks::<LANES>().0) {
-            // SAFETY: 64 bytes are there, and the load needs no alignment.
-            *row = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
+impl Sums {
+    /// Puts the part of the block that C has there, from a row on, or adds it.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn leave(&self, from: usize, c: &mut Output<'_>, at: (usize, usize), old: Old) {
+        if let Some((c, stride)) = c.whole(at, (SIDE, SIDE)) {
+            let c: *mut f32 = c.as_mut_ptr().cast();
+            for (r, sums) in self.0.iter().enumerate().skip(from) {
+                for (half, sums) in sums.as_chunks::<LANES>().0.iter().enumerate() {
+                    // SAFETY: a whole block lies from here on, `sums` are as many, and nothing needs alignment.
+                    unsafe {
+                        let (c, sums) = (c.add(r * stride + half * LANES), _mm512_loadu_ps(sums.as_ptr()));
+                        let sums = match old {
+                            Old::Counts => _mm512_add_ps(_mm512_loadu_ps(c), sums),
+                            Old::Goes => sums,
+                        };
+                        _mm512_storeu_ps(c, sums);
+                    }
+                }
+            }
+            return;
         }
-        for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
-            // SAFETY: 64 bytes are there, and the store needs no alignment.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
+        for (r, sums) in self.0.iter().enumerate().skip(from) {
+            for (half, sums) in sums.as_chunks::<LANES>().0.iter().enumerate() {
+                if let Some(c) = c.part(at.0 + r, at.1 + half * LANES, LANES) {
+                    // SAFETY: 64 bytes are there, and the load needs no alignment.
+                    let sums = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
+                    match old {
+                        Old::Counts => add(c, sums),
+                        Old::Goes => put(c, sums),
+                    }
+                }
+            }
         }
     }
 }
 
-/// Products of two panels with two, over all tiles that they have.
-fn block(_: &Pairs, a: [&[[u32; TILE]]; 2], b: [&[[u32; TILE]]; 2], sums: &mut Sums) {
-    let steps = a[0].len();
-    assert!(steps > 0 && [a[1].len(), b[0].len(), b[1].len()] == [steps; 3], "panels of one depth");
-    // SAFETY: that there are tiles proves the instructions, and that every register is sixteen rows of 64 bytes. A load reads
-    // 1 KB, rows of 64 bytes one after another: a tile of each of the four slices at every step, and all have `steps`. A store
-    // writes sixteen rows of 64 bytes, 128 apart, and the four fill the 4 KB of `sums`.
+/// Begins with no sums.
+#[inline]
+fn zero(_: &Pairs) {
+    // SAFETY: that there are tiles proves the instructions.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+}
+
+/// Begins with such sums.
+#[inline]
+fn load(_: &Pairs, sums: &Sums) {
+    // SAFETY: that there are tiles proves the instructions, and that registers are sixteen rows of 64 bytes: the four quarters
+    // of the sums are, 128 bytes apart.
+    unsafe {
+        asm!(
+            "tileloaddt1 tmm0, [{sums} + {row}]",
+            "tileloaddt1 tmm1, [{sums} + {row} + 64]",
+            "tileloaddt1 tmm2, [{sums} + {row} + 2048]",
+            "tileloaddt1 tmm3, [{sums} + {row} + 2112]",
+            sums = in(reg) sums.0.as_ptr(),
+            row = in(reg) size_of::<[f32; SIDE]>(),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
+
+/// Leaves the sums there.
+#[inline]
+fn store(_: &Pairs, sums: &mut Sums) {
+    // SAFETY: as in `load`.
+    unsafe {
+        asm!(
+            "tilestored [{sums} + {row}], tmm0",
+            "tilestored [{sums} + {row} + 64], tmm1",
+            "tilestored [{sums} + {row} + 2048], tmm2",
+            "tilestored [{sums} + {row} + 2112], tmm3",
+            sums = in(reg) sums.0.as_mut_ptr(),
+            row = in(reg) size_of::<[f32; SIDE]>(),
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Adds the products of two panels with two to the sums, over all tiles that they have, and fetches [`AHEAD`].
+#[inline]
+fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*const u32; 2]) {
+    let steps = a[0].len();
+    // One after another: compared as vectors, they would be read from where they were just written in halves, which waits for
+    // every store before.
+    assert!(steps > 0 && a[1].len() == steps, "panels of one depth");
+    assert!(b[0].len() == steps, "panels of one depth");
+    assert!(b[1].len() == steps, "panels of one depth");
+    // SAFETY: that there are tiles proves the instructions, and that every register is sixteen rows of 64 bytes. A load reads
+    // 1 KB, rows of 64 bytes one after another: a tile of each of the four slices at every step, and all have `steps`.
+    unsafe {
+        asm!(
             "2:",
-            "tileloadd tmm4, [{a} + {row}]",
+            "tileloaddt1 tmm4, [{a} + {row}]",
             "tileloadd tmm6, [{b} + {row}]",
             "tileloadd tmm7, [{d} + {row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{c} + {row}]",
+            "tileloaddt1 tmm5, [{c} + {row}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{e}]",
+            "prefetcht1 [{e} + 64]",
+            "prefetcht1 [{e} + 128]",
+            "prefetcht1 [{e} + 192]",
+            "prefetcht1 [{f}]",
+            "prefetcht1 [{f} + 64]",
+            "add {e}, 256",
+            "add {f}, 128",
             "add {a}, 1024",
             "add {b}, 1024",
             "add {c}, 1024",
             "add {d}, 1024",
             "dec {steps}",
             "jnz 2b",
-            "add {row}, {row}",
-            "tilestored [{sums} + {row}], tmm0",
-            "tilestored [{sums} + {row} + 64], tmm1",
-            "tilestored [{sums} + {row} + 2048], tmm2",
-            "tilestored [{sums} + {row} + 2112], tmm3",
             a = inout(reg) a[0].as_ptr() => _,
             c = inout(reg) a[1].as_ptr() => _,
             b = inout(reg) b[0].as_ptr() => _,
             d = inout(reg) b[1].as_ptr() => _,
+            e = inout(reg) ahead[0] => _,
+            f = inout(reg) ahead[1] => _,
             steps = inout(reg) steps => _,
-            row = inout(reg) 64usize => _,
-            sums = in(reg) sums.0.as_mut_ptr(),
+            row = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(readonly, nostack),
+        );
+    }
+}
+
+/// [`multiply`], while C takes `other` sums, so many rows beside each step; returns how many it has taken.
+#[inline]
+fn multiply_beside(
+    _: &Pairs,
+    [a, b]: [[&[[u32; TILE]]; 2]; 2],
+    ahead: *const u32,
+    (other, old): (&Sums, Old),
+    (c, stride): (&mut [MaybeUninit<f32>], usize),
+) -> usize {
+    let steps = a[0].len();
+    assert!(steps > 0 && a[1].len() == steps, "panels of one depth");
+    assert!(b[0].len() == steps, "panels of one depth");
+    assert!(b[1].len() == steps, "panels of one depth");
+    assert!(c.len() >= (SIDE - 1) * stride + SIDE, "a whole block");
+    let rows = SIDE / steps.min(SIDE);
+    // SAFETY: the tiles as in `multiply`. C is a whole block, what is added to holds numbers, and at most as many rows as it has
+    // are read from `other` and written there, of 128 bytes each, `stride` numbers apart in C; their instructions are those of
+    // AVX-512, which whoever has tiles has.
+    unsafe {
+        asm!(
+            "2:",
+            "tileloaddt1 tmm4, [{a} + {line}]",
+            "tileloadd tmm6, [{b} + {line}]",
+            "tileloadd tmm7, [{d} + {line}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloaddt1 tmm5, [{c} + {line}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetcht1 [{e}]",
+            "prefetcht1 [{e} + 64]",
+            "prefetcht1 [{e} + 128]",
+            "prefetcht1 [{e} + 192]",
+            "add {e}, 256",
+            "mov {row:e}, {rows:e}",
+            "3:",
+            "vmovups zmm0, [{from}]",
+            "vmovups zmm1, [{from} + 64]",
+            "test {add:e}, {add:e}",
+            "jz 4f",
+            "vaddps zmm0, zmm0, [{to}]",
+            "vaddps zmm1, zmm1, [{to} + 64]",
+            "4:",
+            "vmovups [{to}], zmm0",
+            "vmovups [{to} + 64], zmm1",
+            "add {from}, 128",
+            "add {to}, {stride}",
+            "dec {row:e}",
+            "jnz 3b",
+            "add {a}, 1024",
+            "add {b}, 1024",
+            "add {c}, 1024",
+            "add {d}, 1024",
+            "dec {steps}",
+            "jnz 2b",
+            a = inout(reg) a[0].as_ptr() => _,
+            c = inout(reg) a[1].as_ptr() => _,
+            b = inout(reg) b[0].as_ptr() => _,
+            d = inout(reg) b[1].as_ptr() => _,
+            e = inout(reg) ahead => _,
+            steps = inout(reg) steps => _,
+            line = in(reg) 64usize,
+            from = inout(reg) other.0.as_ptr() => _,
+            to = inout(reg) c.as_mut_ptr() => _,
+            stride = in(reg) 4 * stride,
+            rows = in(reg) rows,
+            add = in(reg) usize::from(old == Old::Counts),
+            row = out(reg) _,
+            out("zmm0") _, out("zmm1") _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }
+    rows * steps
+}
+
+/// Some panels of a part of A as a left side is read, panel after panel: rows of every tile in one piece.
+#[target_feature(enable = "avx512f")]
+fn turn_panels<'a>(part: &Part<'_>, panels: Range<usize>, words: &'a mut Vec<u32>) -> &'a [[u32; TILE]] {
+    let deep = part.which.len();
+    of_length(words, panels.len() * deep * TILE + SPARE);
+    let out = from_line(words).as_chunks_mut::<TILE>().0;
+    for (panel, out) in panels.zip(out.chunks_exact_mut(deep)) {
+        for (pairs, out) in part.a[panel * part.stride + part.which.start..][..deep].iter().zip(out) {
+            let mut rows = [_mm512_setzero_si512(); LANES];
+            for (row, pairs) in rows.iter_mut().zip(pairs.as_chunks::<LANES>().0) {
+                // SAFETY: 64 bytes are there, and the load needs no alignment.
+                *row = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
+            }
+            for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
+                // SAFETY: 64 bytes are there, and the store needs no alignment.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
+            }
+        }
+    }
+    out
 }

@@ -31,15 +31,22 @@ pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool,
             let panels = out.chunks_exact_mut(LANES * row_pairs(matrix.cols()));
             panels.enumerate().for_each(|(i, out)| along_rows(matrix, first + i * LANES, turned, out));
         } else {
-            along_columns(|j| matrix.column(j), matrix.cols(), first, out);
+            along_columns(|j| matrix.column(j), (0..matrix.cols(), matrix.cols()), first, out);
         }
     }
 }
 
 /// [`super::round_tokens`].
-pub(super) fn round_tokens(_: Brain, tokens: &[&[f32]], first: usize, out: &mut [u32]) {
+pub(super) fn round_tokens(
+    _: Brain,
+    tokens: &[&[f32]],
+    (which, depth): (Range<usize>, usize),
+    first: usize,
+    out: &mut [u32],
+) {
+    let from = which.start;
     // SAFETY: the token proves AVX-512 with BF16.
-    unsafe { along_columns(|j| tokens[j], tokens.len(), first, out) }
+    unsafe { along_columns(|j| tokens[j - from], (which, depth), first, out) }
 }
 
 /// A mask of the first `count` of sixteen lanes, all of them where there are more.
@@ -63,7 +70,8 @@ fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]
         let from = 2 * LANES * i;
         let mut pairs = [_mm512_setzero_si512(); LANES];
         for (r, pairs) in pairs.iter_mut().enumerate().take(rows) {
-            let row = &matrix.row(first + r)[from..depth.min(from + 2 * LANES)];
+            // The last tile may be none of its own.
+            let row = &matrix.row(first + r)[from.min(depth)..depth.min(from + 2 * LANES)];
             let (low, high) = row.split_at(row.len().min(LANES));
             *pairs = as_bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
         }
@@ -75,9 +83,15 @@ fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]
     }
 }
 
-/// Columns lie in one piece, as those of a transpose do: two of them are laid into each other.
+/// Columns lie in one piece, as those of a transpose do: two of them are laid into each other. Some are, an even number from an
+/// even one on, or up to the last, with the zeros that follow it.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: usize, out: &mut [u32]) {
+fn along_columns<'a>(
+    column: impl Fn(usize) -> &'a [f32],
+    (which, depth): (Range<usize>, usize),
+    first: usize,
+    out: &mut [u32],
+) {
     let mut order = [0u16; 2 * LANES];
     for i in 0..LANES {
         (order[2 * i], order[2 * i + 1]) = (i as u16, (LANES + i) as u16);
@@ -86,8 +100,9 @@ fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: u
     let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     let per_panel = LANES * row_pairs(depth);
     let panels = out.len() / per_panel;
-    for p in 0..row_pairs(depth) {
-        let side = |j: usize| if j < depth { &column(j)[first..] } else { &[] };
+    let end = if which.end == depth { row_pairs(depth) } else { which.end / 2 };
+    for p in which.start / 2..end {
+        let side = |j: usize| if j < which.end { &column(j)[first..] } else { &[] };
         let (low, high) = (side(2 * p), side(2 * p + 1));
         for ahead in [2 * p + AHEAD, 2 * p + AHEAD + 1] {
             fetch_columns(side(ahead), &(0..panels));
@@ -319,7 +334,7 @@ pub(in crate::ops) fn finish<const N: usize>(
 /// Makes the entries of C that there are, sixteen at most, the first sums.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn put(c: &mut [MaybeUninit<f32>], sums: __m512) {
+pub(super) fn put(c: &mut [MaybeUninit<f32>], sums: __m512) {
     // SAFETY: the mask leaves out what lies beyond the slice, and the store needs no alignment.
     unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr().cast(), first_lanes(c.len()), sums) }
 }

@@ -27,15 +27,22 @@ pub(super) fn round(_: Eight, matrix: View<'_, f32>, first: usize, mut out: Out<
         if matrix.has_whole_rows() {
             along_rows(matrix, first, &mut out);
         } else {
-            along_columns(|j| matrix.column(j), matrix.cols(), first, &mut out);
+            along_columns(|j| matrix.column(j), (0..matrix.cols(), matrix.cols()), first, &mut out);
         }
     }
 }
 
 /// [`super::round_tokens`].
-pub(super) fn round_tokens(_: Eight, tokens: &[&[f32]], first: usize, mut out: Out<'_>) {
+pub(super) fn round_tokens(
+    _: Eight,
+    tokens: &[&[f32]],
+    (which, depth): (Range<usize>, usize),
+    first: usize,
+    mut out: Out<'_>,
+) {
+    let from = which.start;
     // SAFETY: the token proves AVX-512 with VNNI.
-    unsafe { along_columns(|j| tokens[j], tokens.len(), first, &mut out) }
+    unsafe { along_columns(|j| tokens[j - from], (which, depth), first, &mut out) }
 }
 
 /// By what numbers are multiplied whose largest magnitude is `most`, and the scale of the integers.
@@ -138,14 +145,20 @@ fn store_starts(out: &mut [i32; LANES], sums: __m512i) {
 }
 
 /// Columns lie in one piece, as those of a transpose do: four of them are laid into each other. The columns of a group are
-/// read twice, the second time from a copy: where they lie, they would throw each other out of the caches.
+/// read twice, the second time from a copy: where they lie, they would throw each other out of the caches. Whole groups are, or
+/// what there is up to the last column.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn along_columns<'a>(column: impl Fn(usize) -> &'a [f32], depth: usize, first: usize, out: &mut Out<'_>) {
+fn along_columns<'a>(
+    column: impl Fn(usize) -> &'a [f32],
+    (which, depth): (Range<usize>, usize),
+    first: usize,
+    out: &mut Out<'_>,
+) {
     let (per_panel, groups) = (LANES * row_words(depth), groups(depth));
     let panels = 0..out.words.len() / per_panel;
-    let side = |j: usize| if j < depth { &column(j)[first..] } else { &[] };
+    let side = |j: usize| if j < which.end { &column(j)[first..] } else { &[] };
     let mut copy = [[_mm512_setzero_ps(); GROUP]; TOGETHER];
-    for g in 0..groups {
+    for g in which.start / GROUP..which.end.div_ceil(GROUP) {
         let begin = g * GROUP;
         let mut most = [_mm512_setzero_ps(); TOGETHER];
         for j in begin..begin + GROUP {

@@ -46,6 +46,8 @@ fn products_are_sums_of_rounded_entries() {
         (16, 16, 32),
         (37, 70, 65),
         (33, 100, 600),
+        (40, 35, 300),
+        (530, 70, 1100),
         (20, 49, 257),
         (270, 33, 30),
         (9, 20, 128),
@@ -107,6 +109,26 @@ fn a_part_of_a_product_has_its_bits() {
                 assert_eq!(row[..asked], whole[i * n..][which.clone()][..asked], "{short:?} {which:?} {diagonal} {i}");
             }
         }
+    }
+}
+
+#[test]
+fn columns_that_are_put_apart_are_those_put_together() {
+    let (rows, depth) = (70, 300);
+    let (x, w) = (sample(depth * rows, 1), sample(33 * depth, 2));
+    let tokens: Vec<&[f32]> = x.chunks(rows).collect();
+    for short in ways() {
+        let right = Panels::right(short, View::new(&w, 33, depth, depth));
+        let product = |left: &Panels| short_outer(left, &right);
+        let (mut whole, mut apart) = (Panels::empty(short), Panels::empty(short));
+        // What is there before is not seen.
+        apart.refill(&vec![&[7.0f32; 500][..]; 300], 500);
+        whole.refill(&tokens, rows);
+        apart.reshape([rows, depth]);
+        for from in [128, 0, 256] {
+            apart.put(from, &tokens[from..depth.min(from + 128)]);
+        }
+        assert_eq!(product(&apart), product(&whole), "{short:?}");
     }
 }
 
