@@ -6,7 +6,7 @@ use crate::{Error, PackedWeight, Weights, ops};
 use bitmill_kernels::{Panels, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::sync::{Arc, OnceLock};
 
 /// `y = x Wᵀ + b`.
@@ -203,7 +203,7 @@ impl Linear {
                 Some(rounding) => {
                     let weight = rounding.of(weight)?;
                     match rounded {
-                        Some(_) => ops::short_product(&ops::left_panels(rounding.short, x)?, weight)?,
+                        Some(_) => ops::short_product(&ops::left_panels(rounding.short, x, None)?, weight)?,
                         None => ops::short_product(input.panels(rounding.short)?, weight)?,
                     }
                 }
@@ -224,6 +224,11 @@ impl Linear {
         }
         Ok(y)
     }
+}
+
+thread_local! {
+    /// Where this thread rounded its last activation: memory for the next.
+    static LEFT: Cell<Option<Panels>> = const { Cell::new(None) };
 }
 
 /// An activation `[tokens, in]` as the linears of one site read it: rounded once for all that want it so.
@@ -251,7 +256,15 @@ impl<'a> Input<'a> {
         if let Some(panels) = self.panels.get() {
             return Ok(panels);
         }
-        let panels = ops::left_panels(short, self.full)?;
+        let panels = ops::left_panels(short, self.full, LEFT.take())?;
         Ok(self.panels.get_or_init(|| panels))
+    }
+}
+
+impl Drop for Input<'_> {
+    fn drop(&mut self) {
+        if let Some(panels) = self.panels.take() {
+            LEFT.set(Some(panels));
+        }
     }
 }

@@ -73,9 +73,13 @@ pub(crate) fn right_panels(short: Short, weight: &Tensor) -> std::result::Result
     panels(weight, |weight| Panels::right(short, weight))
 }
 
-/// An activation `[tokens, in]` rounded for products, the left side of [`short_product`].
-pub(crate) fn left_panels(short: Short, x: &Tensor) -> std::result::Result<Panels, Error> {
-    panels(x, |x| Panels::left(short, x))
+/// An activation `[tokens, in]` rounded for products, the left side of [`short_product`], in `memory` that is of no use any more.
+pub(crate) fn left_panels(short: Short, x: &Tensor, memory: Option<Panels>) -> std::result::Result<Panels, Error> {
+    panels(x, |x| {
+        let mut panels = Panels::within(memory, short);
+        panels.refill_left(x);
+        panels
+    })
 }
 
 fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> std::result::Result<Panels, Error> {

@@ -423,6 +423,11 @@ pub fn packed_products_int8(level: Level, all: &mut [Meeting<'_>], x: &Rounded<'
         sums
     };
     let lengths = |form: &PackedForm, tokens: usize| x.scales.len() == tokens * form.chunks();
+    #[cfg(target_arch = "x86_64")]
+    let tiles = match (level, all.first()) {
+        (Level::Amx(_), Some(one)) => amx::Tokens::new(x, one.weight.form.chunks()),
+        _ => amx::Tokens::default(),
+    };
     meet(all, lengths, sums_of, |w, sums, strip| match level {
         Level::Scalar => scalar::int8(w, x, sums, strip),
         #[cfg(target_arch = "x86_64")]
@@ -432,7 +437,7 @@ pub fn packed_products_int8(level: Level, all: &mut [Meeting<'_>], x: &Rounded<'
         #[cfg(target_arch = "aarch64")]
         Level::Neon(token) => neon::int8(token, w, x, sums, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => amx::int8(token, w, x, sums, strip),
+        Level::Amx(token) => amx::int8(token, w, (x, &tiles), sums, strip),
     });
 }
 

@@ -62,7 +62,7 @@ fn products_of_bfloat16_are_those_of_rounded_numbers() {
         let w = Tensor::randn(0f32, 1.0, (out, inner), &Device::Cpu).unwrap();
         let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
         let run = || {
-            let (x, w) = (left_panels(short, &x).unwrap(), right_panels(short, &w).unwrap());
+            let (x, w) = (left_panels(short, &x, None).unwrap(), right_panels(short, &w).unwrap());
             short_product(&x, &w).unwrap()
         };
         let (got, expected) = (run(), product(&rounded(&x), &rounded(&w)).unwrap());

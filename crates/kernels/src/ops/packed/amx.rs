@@ -9,15 +9,21 @@
 //! work. The f32 sums of a group, sixteen registers, stay there.
 //!
 //! A strip's codes are unpacked once for all tokens, into the second cache: 32 bytes of a row's chunk, 256 KB for 64 rows of 4096
-//! columns. Tokens come sixteen at a time, packed so that neither their rows nor their scales lie a power of two apart.
+//! columns. Tokens come sixteen at a time, laid out once for all strips so that neither their rows nor their scales lie a power of
+//! two apart.
 
 use super::super::strips::Strip;
 use super::super::tiles::{SIDE, Tiles};
 use super::avx512::{PAIR, code_bytes, end_of_pairs, params};
-use super::{CHUNK, LANES, Packed, Rounded, avx2, avx512};
+use super::{Block, CHUNK, LANES, Packed, ROUNDING, Rounded, avx2, avx512};
 use crate::level::Amx;
+use crate::team::fill_chunks;
 use std::arch::asm;
 use std::arch::x86_64::*;
+
+/// Chunks whose products are under way together: what a tile's store has written cannot be read for more than a hundred cycles, so those
+/// of one batch are scaled while the next is multiplied.
+const BATCH: usize = 4;
 
 /// Registers for tiles of a chunk: eight words of four bytes.
 type Chunks = Tiles<{ CHUNK / 4 }>;
@@ -36,11 +42,48 @@ struct Inputs {
 struct Codes([[u8; 4 * SIDE]; CHUNK / 4]);
 
 /// A sum for each token and row.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Dots([[i32; SIDE]; SIDE]);
 
-/// [`super::scalar::int8`].
-pub(super) fn int8(token: Amx, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+/// Activations of many tokens as tiles of A, sixteen tokens after sixteen, chunk by chunk.
+#[derive(Default)]
+pub(super) struct Tokens(Vec<[Inputs; BATCH]>);
+
+impl Tokens {
+    /// Those of `x`, whose tokens have so many chunks; none of fewer than sixteen, which are not multiplied by tiles.
+    pub(super) fn new(x: &Rounded<'_>, chunks: usize) -> Self {
+        let tokens = x.scales.len() / chunks;
+        if tokens < SIDE {
+            return Tokens(Vec::new());
+        }
+        // Of the last tokens some may be there no more: what is left in their place is multiplied for nothing.
+        let nothing = Inputs { values: [[0; CHUNK]; SIDE], scales: [0.0; SIDE] };
+        let batches = chunks.div_ceil(BATCH);
+        let mut all = vec![[nothing; BATCH]; tokens.div_ceil(SIDE) * batches];
+        fill_chunks(&mut all, batches, ROUNDING * x.values.len(), |i, inputs| {
+            let inputs = inputs.as_flattened_mut();
+            let values = x.values[i * SIDE * chunks * CHUNK..].chunks_exact(chunks * CHUNK);
+            let scales = x.scales[i * SIDE * chunks..].chunks_exact(chunks);
+            for (t, (values, scales)) in values.zip(scales).enumerate().take(SIDE) {
+                for (inputs, (values, scale)) in inputs.iter_mut().zip(values.as_chunks::<CHUNK>().0.iter().zip(scales))
+                {
+                    (inputs.values[t], inputs.scales[t]) = (*values, *scale);
+                }
+            }
+        });
+        Tokens(all)
+    }
+}
+
+/// [`super::scalar::int8`], with `x` as tiles, too, where there are enough tokens.
+pub(super) fn int8(
+    token: Amx,
+    w: &Packed<'_>,
+    (x, tokens): (&Rounded<'_>, &Tokens),
+    sums: &[f32],
+    strip: &mut Strip<'_>,
+) {
     if strip.tokens() < SIDE {
         // Few tokens wait for codes from memory, which are unpacked in registers there.
         return avx512::int8(token.avx512(), w, x, sums, strip);
@@ -50,7 +93,7 @@ pub(super) fn int8(token: Amx, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], st
         let run = by_parts!(w.form.bits, strip_int8);
         let tiles = Chunks::configure(token);
         // SAFETY: the token proves AVX-512 with VNNI, and AVX2, FMA and F16C.
-        unsafe { run(&tiles, w, x, sums, &mut pairs) };
+        unsafe { run(&tiles, w, tokens, sums, &mut pairs) };
     }
     if !last.rows.is_empty() {
         avx2::int8(token.avx512().avx2(), w, x, sums, &mut last);
@@ -61,24 +104,26 @@ pub(super) fn int8(token: Amx, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], st
 fn strip_int8<const LOW: u32, const HIGH: u32>(
     tiles: &Chunks,
     w: &Packed<'_>,
-    x: &Rounded<'_>,
+    x: &Tokens,
     sums: &[f32],
     strip: &mut Strip<'_>,
 ) {
-    let chunks = w.form.chunks();
+    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let batches = chunks.div_ceil(BATCH);
     let first = strip.rows.start / LANES;
-    let mut codes = vec![Codes([[0; 4 * SIDE]; CHUNK / 4]); strip.rows.len().div_ceil(PAIR) * chunks];
-    for (pair, codes) in codes.chunks_exact_mut(chunks).enumerate() {
-        unpack::<LOW, HIGH>(w, first + 2 * pair, codes);
+    let nothing = [Codes([[0; 4 * SIDE]; CHUNK / 4]); BATCH];
+    let mut codes = vec![nothing; strip.rows.len().div_ceil(PAIR) * batches];
+    for (pair, codes) in codes.chunks_exact_mut(batches).enumerate() {
+        unpack::<LOW, HIGH>(w, first + 2 * pair, &mut codes.as_flattened_mut()[..chunks]);
     }
-    let mut inputs = vec![Inputs { values: [[0; CHUNK]; SIDE], scales: [0.0; SIDE] }; chunks];
-    let mut totals = vec![[0.0; SIDE]; w.form.groups()];
-    for token in (0..strip.tokens()).step_by(SIDE) {
-        // Of the last tokens some may be there no more: what is left in their place is multiplied for nothing.
+    let mut totals = vec![[0.0; SIDE]; groups];
+    for (token, inputs) in (0..strip.tokens()).step_by(SIDE).zip(x.0.chunks_exact(batches)) {
         let count = SIDE.min(strip.tokens() - token);
-        pack(x, sums, [token, count], &mut inputs, &mut totals);
-        for (pair, codes) in codes.chunks_exact(chunks).enumerate() {
-            let y = tile(tiles, w, first + 2 * pair, &inputs, codes, &totals);
+        for (t, sums) in sums[token * groups..].chunks_exact(groups).enumerate().take(count) {
+            totals.iter_mut().zip(sums).for_each(|(totals, sum)| totals[t] = *sum);
+        }
+        for (pair, codes) in codes.chunks_exact(batches).enumerate() {
+            let y = tile(tiles, w, first + 2 * pair, (inputs, codes), &totals);
             for (t, y) in y.iter().enumerate().take(count) {
                 strip.put(token + t, (first + 2 * pair) * LANES, y);
             }
@@ -105,77 +150,117 @@ fn unpack_vector<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8];
     unsafe { _mm512_storeu_si512(out.0[J].as_mut_ptr().cast(), code_bytes::<LOW, HIGH, J>(codes)) };
 }
 
-/// Inputs of `count` tokens from `token` on, and their sums of each group.
-fn pack(x: &Rounded<'_>, sums: &[f32], [token, count]: [usize; 2], inputs: &mut [Inputs], totals: &mut [[f32; SIDE]]) {
-    let (chunks, groups) = (inputs.len(), totals.len());
-    for t in 0..count {
-        let values = x.values[(token + t) * chunks * CHUNK..].as_chunks::<CHUNK>().0;
-        let scales = &x.scales[(token + t) * chunks..];
-        for (inputs, (values, scale)) in inputs.iter_mut().zip(values.iter().zip(scales)) {
-            (inputs.values[t], inputs.scales[t]) = (*values, *scale);
-        }
-        for (totals, sum) in totals.iter_mut().zip(&sums[(token + t) * groups..]) {
-            totals[t] = *sum;
-        }
-    }
-}
-
 /// Outputs of sixteen tokens for the sixteen rows of two blocks from `block` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn tile(
     tiles: &Chunks,
     w: &Packed<'_>,
     block: usize,
-    inputs: &[Inputs],
-    codes: &[Codes],
+    (inputs, codes): (&[[Inputs; BATCH]], &[[Codes; BATCH]]),
     totals: &[[f32; SIDE]],
 ) -> [[f32; SIDE]; SIDE] {
-    let (per_group, blocks) = (w.form.group_chunks(), [w.block(block), w.block(block + 1)]);
-    let mut dots = Dots([[0; SIDE]; SIDE]);
-    let mut y = [_mm512_setzero_ps(); SIDE];
-    for (group, (inputs, codes)) in inputs.chunks(per_group).zip(codes.chunks(per_group)).enumerate() {
-        let mut sum = [_mm512_setzero_ps(); SIDE];
-        for (inputs, codes) in inputs.iter().zip(codes) {
-            product(tiles, &inputs.values, codes, &mut dots);
-            for (sum, (dots, scale)) in sum.iter_mut().zip(dots.0.iter().zip(&inputs.scales)) {
-                // SAFETY: 64 bytes are there, and the load needs no alignment.
-                let dot = unsafe { _mm512_loadu_si512(dots.as_ptr().cast()) };
-                *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(*scale), *sum);
-            }
+    let mut y = Outputs {
+        w,
+        blocks: [w.block(block), w.block(block + 1)],
+        totals,
+        sum: [_mm512_setzero_ps(); SIDE],
+        y: [_mm512_setzero_ps(); SIDE],
+    };
+    let mut dots = [[Dots([[0; SIDE]; SIDE]); BATCH]; 2];
+    let (now, before) = dots.split_at_mut(1);
+    let (mut now, mut before) = (&mut now[0], &mut before[0]);
+    for (batch, (inputs_now, codes)) in inputs.iter().zip(codes).enumerate() {
+        products(tiles, inputs_now, codes, now);
+        if let Some(last) = batch.checked_sub(1) {
+            y.add(last, &inputs[last], before);
         }
-        let (scale, zero) = params(w, blocks, group);
-        for t in 0..SIDE {
-            let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[group][t]), sum[t]);
-            y[t] = _mm512_fmadd_ps(centred, scale, y[t]);
-        }
+        (now, before) = (before, now);
+    }
+    if let Some(last) = inputs.len().checked_sub(1) {
+        y.add(last, &inputs[last], before);
     }
     let mut out = [[0.0; SIDE]; SIDE];
-    for (out, y) in out.iter_mut().zip(y) {
+    for (out, y) in out.iter_mut().zip(y.y) {
         // SAFETY: 64 bytes are there, and the store needs no alignment.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) };
     }
     out
 }
 
-/// Integer sums of a chunk of sixteen tokens and sixteen rows.
+/// Outputs of sixteen tokens for sixteen rows, and the sums of the group that is being added to them.
+struct Outputs<'a> {
+    w: &'a Packed<'a>,
+    blocks: [Block<'a>; 2],
+    totals: &'a [[f32; SIDE]],
+    sum: [__m512; SIDE],
+    y: [__m512; SIDE],
+}
+
+impl Outputs<'_> {
+    /// Adds the chunks of a batch.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn add(&mut self, batch: usize, inputs: &[Inputs; BATCH], dots: &[Dots; BATCH]) {
+        let (per_group, chunks) = (self.w.form.group_chunks(), self.w.form.chunks());
+        for (i, (inputs, dots)) in inputs.iter().zip(dots).enumerate() {
+            let chunk = batch * BATCH + i;
+            if chunk == chunks {
+                break;
+            }
+            for t in 0..SIDE {
+                // SAFETY: 64 bytes are there, and the load needs no alignment.
+                let dot = unsafe { _mm512_loadu_si512(dots.0[t].as_ptr().cast()) };
+                self.sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(inputs.scales[t]), self.sum[t]);
+            }
+            if (chunk + 1).is_multiple_of(per_group) || chunk + 1 == chunks {
+                let group = chunk / per_group;
+                let (scale, zero) = params(self.w, self.blocks, group);
+                for t in 0..SIDE {
+                    let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(self.totals[group][t]), self.sum[t]);
+                    self.y[t] = _mm512_fmadd_ps(centred, scale, self.y[t]);
+                    self.sum[t] = _mm512_setzero_ps();
+                }
+            }
+        }
+    }
+}
+
+/// Integer sums of the chunks of a batch, for sixteen tokens and sixteen rows.
 #[inline]
-fn product(_: &Chunks, inputs: &[[i8; CHUNK]; SIDE], codes: &Codes, dots: &mut Dots) {
-    // SAFETY: that there are tiles proves the instructions and the shapes. What is read are sixteen rows of 32 bytes, 32 apart,
-    // which `inputs` are, and eight rows of 64 bytes, 64 apart, which `codes` are; what is written are sixteen rows of 64 bytes,
-    // 64 apart, which `dots` are.
+fn products(_: &Chunks, inputs: &[Inputs; BATCH], codes: &[Codes; BATCH], dots: &mut [Dots; BATCH]) {
+    const { assert!(BATCH == 4 && size_of::<Inputs>() == 576 && size_of::<Codes>() == 512 && size_of::<Dots>() == 1024) };
+    // SAFETY: that there are tiles proves the instructions and the shapes. What is read of each of the four are sixteen rows of 32
+    // bytes, 32 apart, at the beginning of its inputs, and eight rows of 64 bytes, 64 apart, which its codes are; what is
+    // written are sixteen rows of 64 bytes, 64 apart, which its sums are.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tileloadd tmm4, [{inputs} + {half}]",
             "tileloadd tmm6, [{codes} + {row}]",
             "tdpbsud tmm0, tmm4, tmm6",
+            "tilezero tmm1",
+            "tileloadd tmm5, [{inputs} + {half} + 576]",
+            "tileloadd tmm7, [{codes} + {row} + 512]",
+            "tdpbsud tmm1, tmm5, tmm7",
+            "tilezero tmm2",
+            "tileloadd tmm4, [{inputs} + {half} + 1152]",
+            "tileloadd tmm6, [{codes} + {row} + 1024]",
+            "tdpbsud tmm2, tmm4, tmm6",
+            "tilezero tmm3",
+            "tileloadd tmm5, [{inputs} + {half} + 1728]",
+            "tileloadd tmm7, [{codes} + {row} + 1536]",
+            "tdpbsud tmm3, tmm5, tmm7",
             "tilestored [{dots} + {row}], tmm0",
+            "tilestored [{dots} + {row} + 1024], tmm1",
+            "tilestored [{dots} + {row} + 2048], tmm2",
+            "tilestored [{dots} + {row} + 3072], tmm3",
             inputs = in(reg) inputs.as_ptr(),
-            codes = in(reg) codes.0.as_ptr(),
-            dots = in(reg) dots.0.as_mut_ptr(),
+            codes = in(reg) codes.as_ptr(),
+            dots = in(reg) dots.as_mut_ptr(),
             half = in(reg) CHUNK,
             row = in(reg) 4 * SIDE,
-            out("tmm0") _, out("tmm4") _, out("tmm6") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags),
         );
     }
