@@ -178,9 +178,14 @@ impl SiteStats {
     }
 
     /// The same of activations that come in several parts.
+    ///
+    /// # Panics
+    /// Where some that were to come did not: a caller's bug.
     pub fn add_parts(&mut self, parts: &[&Tokens]) {
         self.weight += parts.iter().map(|x| x.count).sum::<usize>() as f64;
         let (rounded, whole): (Vec<&Tokens>, Vec<_>) = parts.iter().partition(|x| x.are_rounded());
+        let complete = |x: &&Tokens| x.panels.as_ref().is_none_or(|panels| panels.shape()[1] == x.count);
+        assert!(rounded.iter().all(complete), "all tokens that were to come");
         panels_syrk(&rounded.iter().filter_map(|x| x.panels.as_ref()).collect::<Vec<_>>(), &mut self.gram);
         self.add_products(&whole.iter().map(|x| &x[..]).collect::<Vec<_>>());
         // As long as no token was weighted, both sums are of the same terms.

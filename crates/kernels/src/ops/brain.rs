@@ -110,7 +110,11 @@ impl Panels {
     }
 
     /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on.
+    ///
+    /// # Panics
+    /// Where the matrix was made as a left side: a caller's bug.
     pub(super) fn round_tokens(&mut self, brain: Brain, from: usize, tokens: &[&[f32]]) {
+        assert!(!self.turned, "a right side");
         let which = (from..from + tokens.len(), self.depth);
         self.fill(tokens.len(), |first, out| round_tokens(brain, tokens, which.clone(), first, out));
     }

@@ -383,41 +383,69 @@ fn store(_: &Pairs, sums: &mut Sums) {
     }
 }
 
-/// Adds the products of two panels with two to the sums, over all tiles that they have, and fetches [`AHEAD`].
-#[inline]
-fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*const u32; 2]) {
+/// What a step of the depth is: its products, and lines of B that are fetched.
+macro_rules! products {
+    () => {
+        concat!(
+            "tileloaddt1 tmm4, [{a} + {line}]\n",
+            "tileloadd tmm6, [{b} + {line}]\n",
+            "tileloadd tmm7, [{d} + {line}]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloaddt1 tmm5, [{c} + {line}]\n",
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            "prefetcht1 [{e}]\n",
+            "prefetcht1 [{e} + 64]\n",
+            "prefetcht1 [{e} + 128]\n",
+            "prefetcht1 [{e} + 192]",
+        )
+    };
+}
+
+/// The end of a step.
+macro_rules! next {
+    () => {
+        concat!(
+            "add {a}, 1024\n",
+            "add {b}, 1024\n",
+            "add {c}, 1024\n",
+            "add {d}, 1024\n",
+            "add {e}, 256\n",
+            "dec {steps}",
+        )
+    };
+}
+
+/// Tiles that each of the panels has.
+///
+/// # Panics
+/// Where it is not as many: a bug of this file.
+#[inline(always)]
+fn depth(a: [&[[u32; TILE]]; 2], b: [&[[u32; TILE]]; 2]) -> usize {
     let steps = a[0].len();
     // One after another: compared as vectors, they would be read from where they were just written in halves, which waits for
     // every store before.
     assert!(steps > 0 && a[1].len() == steps, "panels of one depth");
     assert!(b[0].len() == steps, "panels of one depth");
     assert!(b[1].len() == steps, "panels of one depth");
+    steps
+}
+
+/// Adds the products of two panels with two to the sums, over all tiles that they have, and fetches [`AHEAD`].
+#[inline]
+fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*const u32; 2]) {
+    let steps = depth(a, b);
     // SAFETY: that there are tiles proves the instructions, and that every register is sixteen rows of 64 bytes. A load reads
     // 1 KB, rows of 64 bytes one after another: a tile of each of the four slices at every step, and all have `steps`.
     unsafe {
         asm!(
             "2:",
-            "tileloaddt1 tmm4, [{a} + {row}]",
-            "tileloadd tmm6, [{b} + {row}]",
-            "tileloadd tmm7, [{d} + {row}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloaddt1 tmm5, [{c} + {row}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "prefetcht1 [{e}]",
-            "prefetcht1 [{e} + 64]",
-            "prefetcht1 [{e} + 128]",
-            "prefetcht1 [{e} + 192]",
+            products!(),
             "prefetcht1 [{f}]",
             "prefetcht1 [{f} + 64]",
-            "add {e}, 256",
             "add {f}, 128",
-            "add {a}, 1024",
-            "add {b}, 1024",
-            "add {c}, 1024",
-            "add {d}, 1024",
-            "dec {steps}",
+            next!(),
             "jnz 2b",
             a = inout(reg) a[0].as_ptr() => _,
             c = inout(reg) a[1].as_ptr() => _,
@@ -426,7 +454,7 @@ fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*const u32; 2])
             e = inout(reg) ahead[0] => _,
             f = inout(reg) ahead[1] => _,
             steps = inout(reg) steps => _,
-            row = in(reg) 64usize,
+            line = in(reg) 64usize,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(readonly, nostack),
@@ -443,10 +471,7 @@ fn multiply_beside(
     (other, old): (&Sums, Old),
     (c, stride): (&mut [MaybeUninit<f32>], usize),
 ) -> usize {
-    let steps = a[0].len();
-    assert!(steps > 0 && a[1].len() == steps, "panels of one depth");
-    assert!(b[0].len() == steps, "panels of one depth");
-    assert!(b[1].len() == steps, "panels of one depth");
+    let steps = depth(a, b);
     assert!(c.len() >= (SIDE - 1) * stride + SIDE, "a whole block");
     let rows = SIDE / steps.min(SIDE);
     // SAFETY: the tiles as in `multiply`. C is a whole block, what is added to holds numbers, and at most as many rows as it has
@@ -455,19 +480,7 @@ fn multiply_beside(
     unsafe {
         asm!(
             "2:",
-            "tileloaddt1 tmm4, [{a} + {line}]",
-            "tileloadd tmm6, [{b} + {line}]",
-            "tileloadd tmm7, [{d} + {line}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloaddt1 tmm5, [{c} + {line}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "prefetcht1 [{e}]",
-            "prefetcht1 [{e} + 64]",
-            "prefetcht1 [{e} + 128]",
-            "prefetcht1 [{e} + 192]",
-            "add {e}, 256",
+            products!(),
             "mov {row:e}, {rows:e}",
             "3:",
             "vmovups zmm0, [{from}]",
@@ -483,11 +496,7 @@ fn multiply_beside(
             "add {to}, {stride}",
             "dec {row:e}",
             "jnz 3b",
-            "add {a}, 1024",
-            "add {b}, 1024",
-            "add {c}, 1024",
-            "add {d}, 1024",
-            "dec {steps}",
+            next!(),
             "jnz 2b",
             a = inout(reg) a[0].as_ptr() => _,
             c = inout(reg) a[1].as_ptr() => _,

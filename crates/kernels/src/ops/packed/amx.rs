@@ -5,8 +5,7 @@
 //! rows. The definition scales every chunk of 32 columns by itself, so a product is as deep as a chunk and fills half of the
 //! depth a tile has. That should cost nothing: its 8192 multiply-adds take 16 cycles, and what comes after takes longer. 16 lines
 //! of A, 8 of B, 16 of sums and 16 scales are 56 loads, 28 cycles at two of them each; 16 conversions and 16 multiply-adds are 16
-//! on two units. So some 290 multiply-adds a cycle are what this counts; 60 are what was measured, a Xeon's 190 GMAC/s a
-//! core, of which loads of tiles and codes from the second cache and scaling, one after another, take a third each.
+//! on two units. So some 290 multiply-adds a cycle are what this counts; 60 are what was measured, a Xeon's 190 GMAC/s a core.
 //!
 //! A strip's codes are unpacked once for all tokens, into the second cache: 32 bytes of a row's chunk, 256 KB for 64 rows of 4096
 //! columns. Tokens come sixteen at a time, laid out once for all strips so that neither their rows nor their scales lie a power of
@@ -15,15 +14,11 @@
 use super::super::strips::Strip;
 use super::super::tiles::{SIDE, Tiles};
 use super::avx512::{PAIR, code_bytes, end_of_pairs, params};
-use super::{Block, CHUNK, LANES, Packed, ROUNDING, Rounded, avx2, avx512};
+use super::{CHUNK, LANES, Packed, ROUNDING, Rounded, avx2, avx512};
 use crate::level::Amx;
 use crate::team::fill_chunks;
 use std::arch::asm;
 use std::arch::x86_64::*;
-
-/// Chunks whose products are under way together: what a tile's store has written cannot be read for more than a hundred cycles, so those
-/// of one batch are scaled while the next is multiplied.
-const BATCH: usize = 4;
 
 /// Registers for tiles of a chunk: eight words of four bytes.
 type Chunks = Tiles<{ CHUNK / 4 }>;
@@ -42,13 +37,12 @@ struct Inputs {
 struct Codes([[u8; 4 * SIDE]; CHUNK / 4]);
 
 /// A sum for each token and row.
-#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Dots([[i32; SIDE]; SIDE]);
 
 /// Activations of many tokens as tiles of A, sixteen tokens after sixteen, chunk by chunk.
 #[derive(Default)]
-pub(super) struct Tokens(Vec<[Inputs; BATCH]>);
+pub(super) struct Tokens(Vec<Inputs>);
 
 impl Tokens {
     /// Those of `x`, whose tokens have so many chunks; none of fewer than sixteen, which are not multiplied by tiles.
@@ -59,10 +53,8 @@ impl Tokens {
         }
         // Of the last tokens some may be there no more: what is left in their place is multiplied for nothing.
         let nothing = Inputs { values: [[0; CHUNK]; SIDE], scales: [0.0; SIDE] };
-        let batches = chunks.div_ceil(BATCH);
-        let mut all = vec![[nothing; BATCH]; tokens.div_ceil(SIDE) * batches];
-        fill_chunks(&mut all, batches, ROUNDING * x.values.len(), |i, inputs| {
-            let inputs = inputs.as_flattened_mut();
+        let mut all = vec![nothing; tokens.div_ceil(SIDE) * chunks];
+        fill_chunks(&mut all, chunks, ROUNDING * x.values.len(), |i, inputs| {
             let values = x.values[i * SIDE * chunks * CHUNK..].chunks_exact(chunks * CHUNK);
             let scales = x.scales[i * SIDE * chunks..].chunks_exact(chunks);
             for (t, (values, scales)) in values.zip(scales).enumerate().take(SIDE) {
@@ -109,21 +101,19 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(
     strip: &mut Strip<'_>,
 ) {
     let (chunks, groups) = (w.form.chunks(), w.form.groups());
-    let batches = chunks.div_ceil(BATCH);
     let first = strip.rows.start / LANES;
-    let nothing = [Codes([[0; 4 * SIDE]; CHUNK / 4]); BATCH];
-    let mut codes = vec![nothing; strip.rows.len().div_ceil(PAIR) * batches];
-    for (pair, codes) in codes.chunks_exact_mut(batches).enumerate() {
-        unpack::<LOW, HIGH>(w, first + 2 * pair, &mut codes.as_flattened_mut()[..chunks]);
+    let mut codes = vec![Codes([[0; 4 * SIDE]; CHUNK / 4]); strip.rows.len().div_ceil(PAIR) * chunks];
+    for (pair, codes) in codes.chunks_exact_mut(chunks).enumerate() {
+        unpack::<LOW, HIGH>(w, first + 2 * pair, codes);
     }
     let mut totals = vec![[0.0; SIDE]; groups];
-    for (token, inputs) in (0..strip.tokens()).step_by(SIDE).zip(x.0.chunks_exact(batches)) {
+    for (token, inputs) in (0..strip.tokens()).step_by(SIDE).zip(x.0.chunks_exact(chunks)) {
         let count = SIDE.min(strip.tokens() - token);
         for (t, sums) in sums[token * groups..].chunks_exact(groups).enumerate().take(count) {
             totals.iter_mut().zip(sums).for_each(|(totals, sum)| totals[t] = *sum);
         }
-        for (pair, codes) in codes.chunks_exact(batches).enumerate() {
-            let y = tile(tiles, w, first + 2 * pair, (inputs, codes), &totals);
+        for (pair, codes) in codes.chunks_exact(chunks).enumerate() {
+            let y = tile(tiles, w, first + 2 * pair, inputs, codes, &totals);
             for (t, y) in y.iter().enumerate().take(count) {
                 strip.put(token + t, (first + 2 * pair) * LANES, y);
             }
@@ -156,111 +146,56 @@ fn tile(
     tiles: &Chunks,
     w: &Packed<'_>,
     block: usize,
-    (inputs, codes): (&[[Inputs; BATCH]], &[[Codes; BATCH]]),
+    inputs: &[Inputs],
+    codes: &[Codes],
     totals: &[[f32; SIDE]],
 ) -> [[f32; SIDE]; SIDE] {
-    let mut y = Outputs {
-        w,
-        blocks: [w.block(block), w.block(block + 1)],
-        totals,
-        sum: [_mm512_setzero_ps(); SIDE],
-        y: [_mm512_setzero_ps(); SIDE],
-    };
-    let mut dots = [[Dots([[0; SIDE]; SIDE]); BATCH]; 2];
-    let (now, before) = dots.split_at_mut(1);
-    let (mut now, mut before) = (&mut now[0], &mut before[0]);
-    for (batch, (inputs_now, codes)) in inputs.iter().zip(codes).enumerate() {
-        products(tiles, inputs_now, codes, now);
-        if let Some(last) = batch.checked_sub(1) {
-            y.add(last, &inputs[last], before);
+    let (per_group, blocks) = (w.form.group_chunks(), [w.block(block), w.block(block + 1)]);
+    let mut dots = Dots([[0; SIDE]; SIDE]);
+    let mut y = [_mm512_setzero_ps(); SIDE];
+    for (group, (inputs, codes)) in inputs.chunks(per_group).zip(codes.chunks(per_group)).enumerate() {
+        let mut sum = [_mm512_setzero_ps(); SIDE];
+        for (inputs, codes) in inputs.iter().zip(codes) {
+            product(tiles, &inputs.values, codes, &mut dots);
+            for (sum, (dots, scale)) in sum.iter_mut().zip(dots.0.iter().zip(&inputs.scales)) {
+                // SAFETY: 64 bytes are there, and the load needs no alignment.
+                let dot = unsafe { _mm512_loadu_si512(dots.as_ptr().cast()) };
+                *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(*scale), *sum);
+            }
         }
-        (now, before) = (before, now);
-    }
-    if let Some(last) = inputs.len().checked_sub(1) {
-        y.add(last, &inputs[last], before);
+        let (scale, zero) = params(w, blocks, group);
+        for t in 0..SIDE {
+            let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(totals[group][t]), sum[t]);
+            y[t] = _mm512_fmadd_ps(centred, scale, y[t]);
+        }
     }
     let mut out = [[0.0; SIDE]; SIDE];
-    for (out, y) in out.iter_mut().zip(y.y) {
+    for (out, y) in out.iter_mut().zip(y) {
         // SAFETY: 64 bytes are there, and the store needs no alignment.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) };
     }
     out
 }
 
-/// Outputs of sixteen tokens for sixteen rows, and the sums of the group that is being added to them.
-struct Outputs<'a> {
-    w: &'a Packed<'a>,
-    blocks: [Block<'a>; 2],
-    totals: &'a [[f32; SIDE]],
-    sum: [__m512; SIDE],
-    y: [__m512; SIDE],
-}
-
-impl Outputs<'_> {
-    /// Adds the chunks of a batch.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn add(&mut self, batch: usize, inputs: &[Inputs; BATCH], dots: &[Dots; BATCH]) {
-        let (per_group, chunks) = (self.w.form.group_chunks(), self.w.form.chunks());
-        for (i, (inputs, dots)) in inputs.iter().zip(dots).enumerate() {
-            let chunk = batch * BATCH + i;
-            if chunk == chunks {
-                break;
-            }
-            for t in 0..SIDE {
-                // SAFETY: 64 bytes are there, and the load needs no alignment.
-                let dot = unsafe { _mm512_loadu_si512(dots.0[t].as_ptr().cast()) };
-                self.sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(inputs.scales[t]), self.sum[t]);
-            }
-            if (chunk + 1).is_multiple_of(per_group) || chunk + 1 == chunks {
-                let group = chunk / per_group;
-                let (scale, zero) = params(self.w, self.blocks, group);
-                for t in 0..SIDE {
-                    let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(self.totals[group][t]), self.sum[t]);
-                    self.y[t] = _mm512_fmadd_ps(centred, scale, self.y[t]);
-                    self.sum[t] = _mm512_setzero_ps();
-                }
-            }
-        }
-    }
-}
-
-/// Integer sums of the chunks of a batch, for sixteen tokens and sixteen rows.
+/// Integer sums of a chunk of sixteen tokens and sixteen rows.
 #[inline]
-fn products(_: &Chunks, inputs: &[Inputs; BATCH], codes: &[Codes; BATCH], dots: &mut [Dots; BATCH]) {
-    const { assert!(BATCH == 4 && size_of::<Inputs>() == 576 && size_of::<Codes>() == 512 && size_of::<Dots>() == 1024) };
-    // SAFETY: that there are tiles proves the instructions and the shapes. What is read of each of the four are sixteen rows of 32
-    // bytes, 32 apart, at the beginning of its inputs, and eight rows of 64 bytes, 64 apart, which its codes are; what is
-    // written are sixteen rows of 64 bytes, 64 apart, which its sums are.
+fn product(_: &Chunks, inputs: &[[i8; CHUNK]; SIDE], codes: &Codes, dots: &mut Dots) {
+    // SAFETY: that there are tiles proves the instructions and the shapes. What is read are sixteen rows of 32 bytes, 32 apart,
+    // which `inputs` are, and eight rows of 64 bytes, 64 apart, which `codes` are; what is written are sixteen rows of 64 bytes,
+    // 64 apart, which `dots` are.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tileloadd tmm4, [{inputs} + {half}]",
             "tileloadd tmm6, [{codes} + {row}]",
             "tdpbsud tmm0, tmm4, tmm6",
-            "tilezero tmm1",
-            "tileloadd tmm5, [{inputs} + {half} + 576]",
-            "tileloadd tmm7, [{codes} + {row} + 512]",
-            "tdpbsud tmm1, tmm5, tmm7",
-            "tilezero tmm2",
-            "tileloadd tmm4, [{inputs} + {half} + 1152]",
-            "tileloadd tmm6, [{codes} + {row} + 1024]",
-            "tdpbsud tmm2, tmm4, tmm6",
-            "tilezero tmm3",
-            "tileloadd tmm5, [{inputs} + {half} + 1728]",
-            "tileloadd tmm7, [{codes} + {row} + 1536]",
-            "tdpbsud tmm3, tmm5, tmm7",
             "tilestored [{dots} + {row}], tmm0",
-            "tilestored [{dots} + {row} + 1024], tmm1",
-            "tilestored [{dots} + {row} + 2048], tmm2",
-            "tilestored [{dots} + {row} + 3072], tmm3",
             inputs = in(reg) inputs.as_ptr(),
-            codes = in(reg) codes.as_ptr(),
-            dots = in(reg) dots.as_mut_ptr(),
+            codes = in(reg) codes.0.as_ptr(),
+            dots = in(reg) dots.0.as_mut_ptr(),
             half = in(reg) CHUNK,
             row = in(reg) 4 * SIDE,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            out("tmm0") _, out("tmm4") _, out("tmm6") _,
             options(nostack, preserves_flags),
         );
     }
