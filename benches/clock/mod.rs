@@ -1,6 +1,10 @@
-//! How long things take.
+//! How long things take, with the allocator of the `bitmill` command.
 
+use bitmill::kernels::LineAllocator;
 use std::time::Instant;
+
+#[global_allocator]
+static ALLOCATOR: LineAllocator = LineAllocator;
 
 const RUNS: usize = 15;
 

@@ -1,6 +1,6 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Level, Moments, Panels, Short, add_moments, mirror, panels_syrk, short_syrk, syrk};
+use bitmill_kernels::{Level, MOMENT_ROWS, Moments, Panels, Short, add_moments, mirror, panels_syrk, short_syrk, syrk};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Deref;
@@ -123,7 +123,7 @@ pub(crate) const TOKENS: usize = 1024;
 /// Tokens whose columns one task adds up: as many whoever does it, so that sums are the same bits at any thread count.
 const PIECE: usize = 256;
 
-/// Adds the columns of `parts`, rows as long as `sums` whose weights are 1 where there are none.
+/// Adds the columns of `parts`, rows as long as `sums` whose weights are 1 where there are none; folded as [`add_moments`] does.
 pub(crate) fn add_columns(sums: &mut [f64], parts: &[(&[f32], Option<&[f32]>)]) {
     let n = sums.len();
     let pieces = parts.iter().flat_map(|&(x, r)| {
@@ -131,10 +131,14 @@ pub(crate) fn add_columns(sums: &mut [f64], parts: &[(&[f32], Option<&[f32]>)]) 
         x.chunks(PIECE * n).enumerate().map(move |(i, x)| (x, weights(i)))
     });
     let of = |(x, r): (&[f32], Option<&[f32]>)| {
-        let mut sums = vec![0.0f64; n];
-        for (t, row) in x.chunks_exact(n).enumerate() {
-            let r = r.map_or(1.0, |r| f64::from(r[t]));
-            sums.iter_mut().zip(row).for_each(|(s, &v)| *s += r * f64::from(v));
+        let (mut sums, mut some) = (vec![0.0f64; n], vec![0.0f32; n]);
+        for (i, rows) in x.chunks(MOMENT_ROWS * n).enumerate() {
+            some.fill(0.0);
+            for (t, row) in rows.chunks_exact(n).enumerate() {
+                let r = r.map_or(1.0, |r| r[i * MOMENT_ROWS + t]);
+                some.iter_mut().zip(row).for_each(|(s, &v)| *s += r * v);
+            }
+            sums.iter_mut().zip(&some).for_each(|(sum, &some)| *sum += f64::from(some));
         }
         sums
     };

@@ -10,7 +10,7 @@ mod ops;
 mod team;
 
 pub use level::{Brain, Eight, Level};
-pub use memory::{give_back_large_buffers, keep_freed_memory};
+pub use memory::{LineAllocator, give_back_large_buffers, keep_freed_memory};
 pub use ops::axpy::{axpy, axpys};
 pub use ops::bfloat::{append_bfloat16, append_f32, to_bfloat16};
 pub use ops::blocks::{Stored, fit_blocks};
@@ -20,7 +20,7 @@ pub use ops::groups::{fit_groups, fit_weighted};
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
-pub use ops::moments::{Moments, add_moments};
+pub use ops::moments::{MOMENT_ROWS, Moments, add_moments};
 pub use ops::norm::rms_norm;
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{

@@ -1,9 +1,19 @@
 //! f32 to bfloat16 and back, a slice at a time.
+//!
+//! What becomes bfloat16 goes past the caches: it is activations that are read again when those of all other tokens were
+//! written. Written through the caches, every line would be read from memory first, and take the place of one that is in use.
 
 use crate::Level;
 use crate::level::at_level;
 use half::bf16;
 use std::mem::MaybeUninit;
+
+/// Numbers of a line of the cache.
+const LINE: usize = 32;
+
+/// A line of the cache.
+#[repr(C, align(64))]
+struct Line([MaybeUninit<bf16>; LINE]);
 
 /// `values` rounded to the nearest bfloat16, ties to even; NaN stays NaN.
 ///
@@ -25,7 +35,19 @@ pub fn append_bfloat16(level: Level, values: &[f32], out: &mut Vec<bf16>) {
 
 fn narrowed(level: Level, values: &[f32], out: &mut [MaybeUninit<bf16>]) {
     assert_eq!(values.len(), out.len(), "a number for each");
-    at_level!(level, narrow, (values: &[f32], out: &mut [MaybeUninit<bf16>]));
+    // SAFETY: a line is so many numbers that may not be there, and nothing else.
+    let (head, lines, tail) = unsafe { out.align_to_mut::<Line>() };
+    let (first, rest) = values.split_at(head.len());
+    let (whole, last) = rest.split_at(LINE * lines.len());
+    let whole = whole.as_chunks().0;
+    at_level!(level, narrow, (first: &[f32], head: &mut [MaybeUninit<bf16>]));
+    at_level!(level, narrow_lines, (whole: &[[f32; LINE]], lines: &mut [Line]));
+    at_level!(level, narrow, (last: &[f32], tail: &mut [MaybeUninit<bf16>]));
+    // SAFETY: every x86-64 has SSE2. Who is told that these are written sees them all.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// What `values` stand for, exactly, behind what `out` holds.
@@ -40,13 +62,47 @@ pub fn append_f32(level: Level, values: &[bf16], out: &mut Vec<f32>) {
 #[inline(always)]
 fn narrow(values: &[f32], out: &mut [MaybeUninit<bf16>]) {
     for (out, value) in out.iter_mut().zip(values) {
-        let bits = value.to_bits();
-        // Half of the last place that stays, less one where that is even: a tie is carried up to an even number alone.
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let quiet = bits >> 16 | 0x40;
-        let nan = bits & 0x7fff_ffff > 0x7f80_0000;
-        out.write(bf16::from_bits(if nan { quiet } else { rounded } as u16));
+        out.write(nearest(*value));
     }
+}
+
+#[inline(always)]
+fn narrow_lines(values: &[[f32; LINE]], out: &mut [Line]) {
+    for (out, values) in out.iter_mut().zip(values) {
+        let mut line = Line([MaybeUninit::new(bf16::ZERO); LINE]);
+        for (out, &value) in line.0.iter_mut().zip(values) {
+            out.write(nearest(value));
+        }
+        past_caches(out, &line);
+    }
+}
+
+#[inline(always)]
+fn nearest(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    // Half of the last place that stays, less one where that is even: a tie is carried up to an even number alone.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    let nan = bits & 0x7fff_ffff > 0x7f80_0000;
+    bf16::from_bits(if nan { quiet } else { rounded } as u16)
+}
+
+/// Puts a line into memory.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn past_caches(out: &mut Line, line: &Line) {
+    use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
+    let (from, to): (*const __m128i, *mut __m128i) = ((&raw const *line).cast(), (&raw mut *out).cast());
+    for i in 0..size_of::<Line>() / size_of::<__m128i>() {
+        // SAFETY: every x86-64 has SSE2; both are lines, which begin at multiples of 64 bytes, and have so many parts.
+        unsafe { _mm_stream_si128(to.add(i), _mm_load_si128(from.add(i))) };
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn past_caches(out: &mut Line, line: &Line) {
+    out.0 = line.0;
 }
 
 #[inline(always)]

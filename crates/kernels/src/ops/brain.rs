@@ -16,6 +16,7 @@ pub(super) mod avx512;
 
 use super::matrix::{Output, View};
 use crate::level::Brain;
+use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -96,11 +97,14 @@ impl Panels {
     /// [`Panels::round`] of what is only ever the left side of products, and of several: what some CPUs ask of a left side is
     /// then done once.
     pub(super) fn round_left(&mut self, brain: Brain, matrix: View<'_, f32>) {
-        #[cfg(target_arch = "x86_64")]
-        let turned = brain.amx().is_some() && matrix.has_whole_rows();
-        #[cfg(not(target_arch = "x86_64"))]
-        let turned = false;
-        self.rounded(brain, matrix, turned);
+        self.rounded(brain, matrix, turns(brain) && matrix.has_whole_rows());
+    }
+
+    /// The same of what is rounded, and whose rows lie in one piece each.
+    pub(super) fn lay_left(&mut self, brain: Brain, matrix: View<'_, bf16>) {
+        let turned = turns(brain);
+        self.reshape([matrix.rows(), matrix.cols()], turned);
+        self.fill(matrix.cols(), |first, out| lay_panels(brain, matrix, first, turned, out));
     }
 
     /// Makes room for a matrix, which holds anything.
@@ -139,6 +143,14 @@ impl Panels {
     }
 }
 
+/// Whether products ask of a left side that it be turned.
+fn turns(brain: Brain) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return brain.amx().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    brain.never()
+}
+
 /// Makes `values` so many, whatever they are. New memory is not touched.
 pub(super) fn of_length<T: Copy + Default>(values: &mut Vec<T>, count: usize) {
     if values.capacity() < count {
@@ -155,6 +167,16 @@ fn round_panels(brain: Brain, matrix: View<'_, f32>, first: usize, turned: bool,
 
 #[cfg(not(target_arch = "x86_64"))]
 fn round_panels(brain: Brain, _: View<'_, f32>, _: usize, _: bool, _: &mut [u32]) {
+    brain.never()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn lay_panels(brain: Brain, matrix: View<'_, bf16>, first: usize, turned: bool, out: &mut [u32]) {
+    avx512::lay(brain, matrix, first, turned, out);
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn lay_panels(brain: Brain, _: View<'_, bf16>, _: usize, _: bool, _: &mut [u32]) {
     brain.never()
 }
 

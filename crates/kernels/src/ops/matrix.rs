@@ -4,6 +4,7 @@
 //! is cut into tiles of a fixed size, each computed by one thread in one order, so results are the same bits at any
 //! thread count.
 
+use half::bf16;
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -19,6 +20,11 @@ pub trait Element: Copy + PartialEq + Send + Sync + 'static {
 impl Element for f32 {
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
+}
+
+impl Element for bf16 {
+    const ZERO: bf16 = bf16::ZERO;
+    const ONE: bf16 = bf16::ONE;
 }
 
 impl Element for f64 {
@@ -75,13 +81,11 @@ impl<'a, T: Element> View<'a, T> {
     }
 
     /// Whether the entries of a row lie in one piece.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_whole_rows(&self) -> bool {
         self.col_stride == 1
     }
 
     /// The entries of row `i`, where they lie in one piece.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn row(&self, i: usize) -> &'a [T] {
         assert!(self.col_stride == 1 && i < self.rows, "a row in one piece");
         &self.data[i * self.row_stride..][..self.cols]

@@ -2,10 +2,13 @@
 //!
 //! Each side is rounded and laid out once ([`Panels`]) and may serve many products.
 
+use super::bfloat::append_f32;
 use super::brain::{self, Brained, LANES, Old};
 use super::eight::{self, Eights};
 use super::matrix::{Output, TOKENS, View, ViewMut};
+use crate::Level;
 use crate::level::{Brain, Eight};
+use half::bf16;
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -82,6 +85,21 @@ impl Panels {
         match &mut self.0 {
             Kept::Bf16(brain, panels) => panels.round_left(*brain, matrix),
             Kept::Int8(eight, panels) => panels.round(*eight, matrix),
+        }
+    }
+
+    /// [`Panels::refill_left`] of rows that are in bfloat16 already.
+    ///
+    /// # Panics
+    /// Where rows do not lie in one piece: a caller's bug.
+    pub fn refill_left_rounded(&mut self, matrix: View<'_, bf16>) {
+        match &mut self.0 {
+            Kept::Bf16(brain, panels) => panels.lay_left(*brain, matrix),
+            Kept::Int8(eight, panels) => {
+                let mut rows = Vec::with_capacity(matrix.rows() * matrix.cols());
+                (0..matrix.rows()).for_each(|i| append_f32(Level::best(), matrix.row(i), &mut rows));
+                panels.round(*eight, View::new(&rows, matrix.rows(), matrix.cols(), matrix.cols()));
+            }
         }
     }
 

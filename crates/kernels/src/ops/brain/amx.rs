@@ -29,6 +29,8 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+/// Tiles of a depth beside whose products there is no time for C to take what was before.
+const SHALLOW: usize = 4;
 /// Tiles of the depth that are multiplied before the next rows are, at most.
 const DEPTH: usize = 16;
 /// Panels of A that all of B meets, at most.
@@ -156,20 +158,21 @@ impl<'a> Sides<'a> {
     /// What is fetched beside a block: its share of the panels of B that come next, and of those of A.
     #[inline(always)]
     fn ahead(&self, row: usize, col: usize) -> [*const u32; 2] {
-        let lines = |blocks: usize, each: usize| blocks * each * self.deep;
         let b = self.b.as_ptr().wrapping_add((col + 2) * self.b_stride);
         [
-            share(b, self.b_stride, self.deep, lines((row - self.of.row) / 2, AHEAD[0])),
-            share(self.next, self.a_stride, self.deep, lines(self.of.block(row, col), AHEAD[1])),
+            share::<{ AHEAD[0] }>(b, self.b_stride, self.deep, (row - self.of.row) / 2),
+            share::<{ AHEAD[1] }>(self.next, self.a_stride, self.deep, self.of.block(row, col)),
         ]
     }
 }
 
-/// Where the part of some panels that begins so many lines after `first` lies, `stride` tiles apart and `deep` of each. Nothing is
-/// read there: it may be anywhere.
-fn share(first: *const [u32; TILE], stride: usize, deep: usize, lines: usize) -> *const u32 {
-    let panel = deep * LANES;
-    first.wrapping_add(lines / panel * stride).cast::<u32>().wrapping_add(lines % panel * LANES)
+/// Where a block that comes after so many others finds its share, `EACH` lines for each of its steps, of some panels that begin at
+/// `first`, `stride` tiles apart and `deep` of each. Nothing is read there: it may be anywhere.
+#[inline(always)]
+fn share<const EACH: usize>(first: *const [u32; TILE], stride: usize, deep: usize, blocks: usize) -> *const u32 {
+    // In sixteenths of a panel: as many lines as it has steps.
+    let (panel, part) = (blocks * EACH / LANES, blocks * EACH % LANES);
+    first.wrapping_add(panel * stride).cast::<u32>().wrapping_add(part * deep * LANES)
 }
 
 #[target_feature(enable = "avx512f")]
@@ -248,9 +251,18 @@ fn put_only(
 ) -> Leaving {
     let region = sides.of;
     for col in region.cols().step_by(2) {
+        let right = sides.right(col);
         for row in region.rows().step_by(2).filter(|&row| region.asks(row, col)) {
-            let (panels, ahead) = ([sides.left(row), sides.right(col)], sides.ahead(row, col));
+            let (panels, ahead) = ([sides.left(row), right], sides.ahead(row, col));
             zero(tiles);
+            if old == Old::Goes
+                && sides.deep <= SHALLOW
+                && let Some(c) = c.whole((row * LANES, col * LANES), (SIDE, SIDE))
+            {
+                multiply(tiles, panels, ahead);
+                store_whole(tiles, c);
+                continue;
+            }
             let mut own = 0;
             if let Some((other, at)) = leaving {
                 let done = match c.whole(at, (SIDE, SIDE)) {
@@ -378,6 +390,27 @@ fn store(_: &Pairs, sums: &mut Sums) {
             "tilestored [{sums} + {row} + 2112], tmm3",
             sums = in(reg) sums.0.as_mut_ptr(),
             row = in(reg) size_of::<[f32; SIDE]>(),
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Leaves the sums in a block of C.
+#[inline]
+fn store_whole(_: &Pairs, (c, stride): (&mut [MaybeUninit<f32>], usize)) {
+    assert!(c.len() >= (SIDE - 1) * stride + SIDE, "a whole block");
+    let c = c.as_mut_ptr();
+    // SAFETY: that there are tiles proves the instructions, and that registers are sixteen rows of 64 bytes, which go to rows of C
+    // that are `stride` numbers apart: all lie in the block.
+    unsafe {
+        asm!(
+            "tilestored [{upper} + {row}], tmm0",
+            "tilestored [{upper} + {row} + 64], tmm1",
+            "tilestored [{lower} + {row}], tmm2",
+            "tilestored [{lower} + {row} + 64], tmm3",
+            upper = in(reg) c,
+            lower = in(reg) c.add(LANES * stride),
+            row = in(reg) 4 * stride,
             options(nostack, preserves_flags),
         );
     }

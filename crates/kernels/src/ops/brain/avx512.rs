@@ -7,6 +7,7 @@
 use super::super::matrix::{Output, View};
 use super::{Brained, LANES, Old, row_pairs};
 use crate::level::Brain;
+use half::bf16;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -34,6 +35,13 @@ pub(super) fn round(_: Brain, matrix: View<'_, f32>, first: usize, turned: bool,
             along_columns(|j| matrix.column(j), (0..matrix.cols(), matrix.cols()), first, out);
         }
     }
+}
+
+/// [`super::lay_panels`].
+pub(super) fn lay(_: Brain, matrix: View<'_, bf16>, first: usize, turned: bool, out: &mut [u32]) {
+    let panels = out.chunks_exact_mut(LANES * row_pairs(matrix.cols()));
+    // SAFETY: the token proves AVX-512 with BF16.
+    unsafe { panels.enumerate().for_each(|(i, out)| along_rounded_rows(matrix, first + i * LANES, turned, out)) }
 }
 
 /// [`super::round_tokens`].
@@ -75,11 +83,36 @@ fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]
             let (low, high) = row.split_at(row.len().min(LANES));
             *pairs = as_bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
         }
-        let tile = if turned { pairs } else { turn(pairs) };
-        for (out, v) in out.chunks_exact_mut(LANES).zip(tile) {
-            // SAFETY: 64 bytes are there, and the store needs no alignment.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
+        put_tile(pairs, turned, out);
+    }
+}
+
+/// The same of rows that are rounded.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn along_rounded_rows(matrix: View<'_, bf16>, first: usize, turned: bool, out: &mut [u32]) {
+    let (depth, rows) = (matrix.cols(), (matrix.rows() - first).min(LANES));
+    for (i, out) in out.chunks_mut(LANES * LANES).enumerate() {
+        let from = (2 * LANES * i).min(depth);
+        let count = (depth - from).min(2 * LANES);
+        let mut pairs = [_mm512_setzero_si512(); LANES];
+        for (r, pairs) in pairs.iter_mut().enumerate().take(rows) {
+            let row = &matrix.row(first + r)[from..][..count];
+            let mask = if count == 0 { 0 } else { u32::MAX >> (2 * LANES - count) };
+            // SAFETY: the mask leaves out what lies beyond the row, and the load needs no alignment.
+            *pairs = unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().cast()) };
         }
+        put_tile(pairs, turned, out);
+    }
+}
+
+/// Pairs of sixteen rows as a tile, turned or, for the left side, as they are.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn put_tile(pairs: [__m512i; LANES], turned: bool, out: &mut [u32]) {
+    let tile = if turned { pairs } else { turn(pairs) };
+    for (out, v) in out.chunks_exact_mut(LANES).zip(tile) {
+        // SAFETY: 64 bytes are there, and the store needs no alignment.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
     }
 }
 

@@ -187,3 +187,19 @@ fn syrk_is_the_product_and_ignores_the_thread_count_and_the_parts() {
         }
     }
 }
+
+#[test]
+fn a_left_side_that_is_rounded_is_that_which_would_be() {
+    for (short, (m, n, depth)) in
+        ways().into_iter().flat_map(|short| [(5, 17, 3), (40, 35, 300), (64, 48, 256)].map(|s| (short, s)))
+    {
+        let (a, b) = (sample(m * depth, 1), sample(n * depth, 2));
+        let narrow: Vec<bf16> = a.iter().map(|&a| bf16::from_f32(a)).collect();
+        let wide: Vec<f32> = narrow.iter().map(|a| a.to_f32()).collect();
+        let b = Panels::right(short, View::new(&b, n, depth, depth));
+        let left = Panels::left(short, View::new(&wide, m, depth, depth));
+        let mut rounded = Panels::left(short, View::new(&sample(700, 3), 7, 100, 100));
+        rounded.refill_left_rounded(View::new(&narrow, m, depth, depth));
+        assert_eq!(short_outer(&left, &b), short_outer(&rounded, &b));
+    }
+}
