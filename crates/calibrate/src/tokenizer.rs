@@ -5,20 +5,20 @@ use bitmill_checkpoint::Checkpoint;
 use bitmill_checkpoint::gguf::Gguf;
 use rayon::prelude::*;
 use serde_json::json;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use tokenizers::{ModelWrapper, PostProcessor, TruncationDirection};
+use tokenizers::models::bpe::BPE;
+use tokenizers::{Model, ModelWrapper, PostProcessor, TruncationDirection};
 
 /// A tokenizer and the token that opens every window.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     bos: Option<u32>,
     dir: PathBuf,
-    /// Whether what lies on either side of a space is encoded as if it stood alone.
-    parted: bool,
+    /// Where what lies on either side of a space is encoded as if it stood alone, the texts of added tokens, which its model does
+    /// not know.
+    parted: Option<Vec<String>>,
 }
-
-/// Bytes of a part of a long text, about: its merges stay in a cache.
-const PART: usize = 1 << 13;
 
 impl Tokenizer {
     /// Opens the tokenizer of model folder `dir`. `bos` is the config's `bos_token_id`.
@@ -46,7 +46,7 @@ impl Tokenizer {
             Some(flag) => flag,
             None => added.is_some() && added == bos,
         };
-        Ok(Tokenizer { parted: is_parted(&inner), inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
+        Ok(Tokenizer { parted: parted(&inner), inner, bos: bos.filter(|_| wants), dir: dir.to_owned() })
     }
 
     /// The tokenizer of an opened folder or GGUF file; `bos` as for [`Tokenizer::open`].
@@ -65,7 +65,7 @@ impl Tokenizer {
         let fail = |reason: String| Error::Tokenizer { file: file.to_owned(), reason };
         let (json, wants) = crate::gguf::tokenizer_json(gguf).map_err(fail)?;
         let inner = build(json.to_string().as_bytes()).map_err(fail)?;
-        Ok(Tokenizer { parted: is_parted(&inner), inner, bos: bos.filter(|_| wants), dir: file.to_owned() })
+        Ok(Tokenizer { parted: parted(&inner), inner, bos: bos.filter(|_| wants), dir: file.to_owned() })
     }
 
     /// Token ids of `text`, without special tokens.
@@ -73,11 +73,35 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the text cannot be encoded, [`Error::Vocabulary`] when a token id is not below `vocab`.
     pub fn encode(&self, text: &str, vocab: usize) -> Result<Vec<u32>, Error> {
-        let parts = if self.parted { parts(text, PART) } else { vec![text] };
-        let encode = |part: &&str| self.inner.encode_fast(*part, false).map(|encoding| encoding.get_ids().to_vec());
-        let ids: Result<Vec<Vec<u32>>, _> = parts.par_iter().map(encode).collect();
-        let ids = ids.map_err(|e| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() })?;
-        self.checked(ids.concat(), vocab)
+        let fail = |e: tokenizers::Error| Error::Tokenizer { file: self.dir.clone(), reason: e.to_string() };
+        let ids = match (&self.parted, self.inner.get_model()) {
+            (Some(added), ModelWrapper::BPE(model)) => self.encode_parts(text, added, model),
+            _ => self.encode_whole(text),
+        };
+        self.checked(ids.map_err(fail)?, vocab)
+    }
+
+    fn encode_whole(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
+        Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())
+    }
+
+    /// Encodes every part once, however often it occurs, and those without `added` tokens by `model` alone, which is what is left
+    /// of the tokenizer then.
+    fn encode_parts(&self, text: &str, added: &[String], model: &BPE) -> tokenizers::Result<Vec<u32>> {
+        let (mut different, mut known) = (Vec::new(), HashMap::new());
+        let mut number = |part| {
+            *known.entry(part).or_insert_with(|| {
+                different.push(part);
+                different.len() - 1
+            })
+        };
+        let parts: Vec<usize> = parts(text).into_iter().map(&mut number).collect();
+        let encode = |part: &&str| match part.is_empty() || added.iter().any(|token| part.contains(token)) {
+            true => self.encode_whole(part),
+            false => Ok(model.tokenize(&format!("▁{}", part.replace(' ', "▁")))?.into_iter().map(|t| t.id).collect()),
+        };
+        let ids = different.par_iter().map(encode).collect::<tokenizers::Result<Vec<Vec<u32>>>>()?;
+        Ok(parts.into_iter().flat_map(|part| ids[part].iter().copied()).collect())
     }
 
     fn checked(&self, ids: Vec<u32>, vocab: usize) -> Result<Vec<u32>, Error> {
@@ -124,34 +148,36 @@ impl Tokenizer {
     }
 }
 
-/// Whether `tokenizer` encodes a text with a space between two words as it encodes what lies on either side of it, one after the
-/// other, because it puts a space before a text itself, and no token has one after anything else: that of Llama 2, for example,
-/// which would else work on the whole text as on one word.
-fn is_parted(tokenizer: &tokenizers::Tokenizer) -> bool {
+/// The texts of the added tokens of a `tokenizer` that encodes a text with a space between two words as it encodes what lies on
+/// either side of it, one after the other, because it puts a space before a text itself, and no token has one after anything else:
+/// that of Llama 2, for example, which would else work on the whole text as on one word.
+fn parted(tokenizer: &tokenizers::Tokenizer) -> Option<Vec<String>> {
     let plain = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
     let normalizer = tokenizer.get_normalizer().and_then(|n| serde_json::to_value(n).ok());
-    let (Some(normalizer), ModelWrapper::BPE(model)) = (normalizer, tokenizer.get_model()) else { return false };
+    let (Some(normalizer), ModelWrapper::BPE(model)) = (normalizer, tokenizer.get_model()) else { return None };
     let added = tokenizer.get_added_tokens_decoder();
-    let mut added = added.values();
     let vocabulary = model.get_vocab();
-    normalizer == plain
+    let is_parted = normalizer == plain
         && tokenizer.get_pre_tokenizer().is_none()
         && model.dropout.is_none_or(|share| share == 0.0)
         && !model.ignore_merges
-        && added.all(|t| !(t.content.contains([' ', '▁']) || t.single_word || t.lstrip || t.rstrip || t.normalized))
+        && added
+            .values()
+            .all(|t| !(t.content.contains([' ', '▁']) || t.single_word || t.lstrip || t.rstrip || t.normalized))
         && vocabulary.contains_key("▁")
-        && vocabulary.keys().all(|token| !token.trim_start_matches('▁').contains('▁'))
+        && vocabulary.keys().all(|token| !token.trim_start_matches('▁').contains('▁'));
+    is_parted.then(|| added.into_values().map(|token| token.content).collect())
 }
 
-/// `text` without some of the spaces that lie between two letters or digits, one to about `size` bytes: what lies between them.
-fn parts(text: &str, size: usize) -> Vec<&str> {
+/// What lies between the spaces of `text` that are between two letters or digits.
+fn parts(text: &str) -> Vec<&str> {
     let (mut parts, mut from) = (Vec::new(), 0);
-    let seam = |at: &[u8]| matches!(at, [a, b' ', b] if a.is_ascii_alphanumeric() && b.is_ascii_alphanumeric());
-    while let Some(at) = text.as_bytes().get(from + size..).and_then(|rest| rest.windows(3).position(seam)) {
-        let space = from + size + at + 1;
-        parts.push(&text[from..space]);
-        from = space + 1;
+    for (i, at) in text.as_bytes().windows(3).enumerate() {
+        if matches!(at, [a, b' ', b] if a.is_ascii_alphanumeric() && b.is_ascii_alphanumeric()) {
+            parts.push(&text[from..i + 1]);
+            from = i + 2;
+        }
     }
     parts.push(&text[from..]);
     parts
@@ -200,17 +226,15 @@ mod tests {
     #[test]
     fn a_text_is_encoded_alike_in_parts() {
         let tokenizer = Tokenizer::open(&books(), Some(1)).unwrap();
-        assert!(tokenizer.parted);
+        assert!(tokenizer.parted.is_some());
         let text = std::fs::read_to_string(books().join("evaluation.txt")).unwrap();
         let text: String = text.chars().take(20_000).collect();
         let odd = "two  spaces, <s>a token and </s> another one\nnew line Ünïcödé wörds 日本 語 7 8 9  ▁ a▁b c\t d"
             .repeat(20);
         for text in [text.as_str(), &odd, "", " ", "a b", " a b "] {
-            let whole = tokenizer.inner.encode_fast(text, false).unwrap().get_ids().to_vec();
-            for size in [0, 1, 7, 100, 5000] {
-                let encode = |part: &str| tokenizer.inner.encode_fast(part, false).unwrap().get_ids().to_vec();
-                assert_eq!(parts(text, size).into_iter().flat_map(encode).collect::<Vec<_>>(), whole, "{size}");
-            }
+            let whole = tokenizer.encode_whole(text).unwrap();
+            let encode = |part: &str| tokenizer.encode_whole(part).unwrap();
+            assert_eq!(parts(text).into_iter().flat_map(encode).collect::<Vec<_>>(), whole);
             assert_eq!(tokenizer.encode(text, 8192).unwrap(), whole);
         }
     }
@@ -219,12 +243,12 @@ mod tests {
     fn a_token_across_a_space_forbids_parts() {
         let bytes = std::fs::read(books().join("tokenizer.json")).unwrap();
         let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
-        assert!(is_parted(&build(&bytes).unwrap()));
+        assert!(parted(&build(&bytes).unwrap()).is_some());
         json["model"]["vocab"]["e▁t"] = 8192.into();
-        assert!(!is_parted(&build(json.to_string().as_bytes()).unwrap()));
+        assert!(parted(&build(json.to_string().as_bytes()).unwrap()).is_none());
         let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         json["added_tokens"][1]["rstrip"] = true.into();
-        assert!(!is_parted(&build(json.to_string().as_bytes()).unwrap()));
+        assert!(parted(&build(json.to_string().as_bytes()).unwrap()).is_none());
     }
 
     #[test]
