@@ -147,9 +147,14 @@ impl Shard {
         tensors.sort_by_key(|&(_, start)| start);
         let head = self.tensors.values().map(|(_, at)| at.start).min().unwrap_or(self.bytes.as_slice().len());
         let mut survey = Survey::of_head(self.file(), &self.bytes.as_slice()[..head]);
-        for (name, _) in tensors {
-            survey.add(name, self.tensor(name).filter(|_| !later(name)));
+        let mut rest = &tensors[..];
+        while let [(_, first), ..] = rest {
+            // Small ones by all threads, and no more than what need not leave memory before it is looked at.
+            let together = rest.iter().take_while(|(_, start)| start - first <= KEPT).count();
+            let (some, others) = rest.split_at(together);
+            survey.add(some.iter().map(|&(name, _)| (name, self.tensor(name).filter(|_| !later(name)))).collect());
             self.release();
+            rest = others;
         }
         survey
     }

@@ -86,10 +86,12 @@ impl<'a> Survey<'a> {
         Survey { file, head: Fingerprint::of_rows(head), tensors: Vec::new(), finite: true }
     }
 
-    pub(crate) fn add(&mut self, name: &'a str, tensor: Option<TensorView<'_>>) {
-        let seen = tensor.map(|tensor| tensor.survey());
-        self.finite &= seen.is_none_or(|(_, finite)| finite);
-        self.tensors.push((name, seen.map(|(fingerprint, _)| fingerprint)));
+    /// Reads the next tensors, all at once, but for those that are read later.
+    pub(crate) fn add(&mut self, tensors: Vec<(&'a str, Option<TensorView<'_>>)>) {
+        let survey = |(name, tensor): (&'a str, Option<TensorView<'_>>)| (name, tensor.map(|tensor| tensor.survey()));
+        let seen: Vec<_> = tensors.into_par_iter().map(survey).collect();
+        self.finite &= seen.iter().all(|(_, seen)| seen.is_none_or(|(_, finite)| finite));
+        self.tensors.extend(seen.into_iter().map(|(name, seen)| (name, seen.map(|(fingerprint, _)| fingerprint))));
     }
 
     /// Whether everything that was read is finite; where not, a closer look says what is.
