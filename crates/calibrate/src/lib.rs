@@ -38,7 +38,7 @@ pub use probe::{Probes, Replace, Replacement, probe};
 pub use sentencepiece::to_tokenizer_json;
 pub use statistics::{About, Statistics, StatisticsWriter, model_fingerprint};
 pub use stats::{SiteStats, Spread, Tokens};
-pub use stream::{Saved, Spare, Stream, StreamKind, in_order};
+pub use stream::{Saved, Spare, Stream, StreamKind, in_order, overlapped};
 pub use tokenizer::Tokenizer;
 pub use windows::{Windows, held_out, read_texts, splitmix, uniform};
 

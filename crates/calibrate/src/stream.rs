@@ -1,11 +1,11 @@
 //! The activations of every window between two pieces of a model: in memory up to a budget, else in a file.
 
 use crate::Error;
+use bitmill_checkpoint::Fingerprint;
 use bitmill_kernels::{Level, Panels, Short, append_bfloat16, append_f32, to_bfloat16};
 use half::bf16;
 use rayon::prelude::*;
 use std::fs::File;
-use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -69,14 +69,14 @@ impl Spare {
 pub struct Saved {
     path: PathBuf,
     file: File,
-    hash: String,
+    fingerprint: Fingerprint,
 }
 
 impl Saved {
-    /// BLAKE3 of the file, in hexadecimal digits.
+    /// What tells it apart.
     #[must_use]
-    pub fn hash(&self) -> &str {
-        &self.hash
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// Makes it durable.
@@ -219,6 +219,25 @@ impl Stream {
         self.read_entries(window, tokens.start * self.width..tokens.end * self.width)
     }
 
+    /// [`Stream::read_tokens`] in bfloat16: as they are kept, or rounded to that.
+    ///
+    /// # Errors
+    /// As [`Stream::read`].
+    ///
+    /// # Panics
+    /// As [`Stream::read_tokens`].
+    pub fn read_rounded(&self, window: usize, tokens: Range<usize>) -> Result<Vec<bf16>, Error> {
+        let part = tokens.start * self.width..tokens.end * self.width;
+        match &self.store {
+            Store::Bf16(data) => {
+                assert!(part.end <= self.entries(window), "tokens of the window");
+                let bits = data[window].read().unwrap_or_else(PoisonError::into_inner);
+                Ok(if bits.is_empty() { vec![bf16::ZERO; part.len()] } else { bits[part].to_vec() })
+            }
+            _ => Ok(narrowed(&self.read_entries(window, part)?)),
+        }
+    }
+
     fn read_entries(&self, window: usize, part: Range<usize>) -> Result<Vec<f32>, Error> {
         assert!(part.end <= self.entries(window), "tokens of the window");
         let (start, entries) = ((self.starts[window] + part.start) as u64, part.len());
@@ -294,19 +313,30 @@ impl Stream {
         Ok(())
     }
 
-    /// Writes the whole stream to `path`.
+    /// Writes the whole stream to `path`, by all threads.
     ///
     /// # Errors
     /// [`Error::Stream`] when the disk refuses.
     pub fn save(&self, path: &Path) -> Result<Saved, Error> {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
-        let (mut file, mut hash) = (File::create(path).map_err(fail)?, blake3::Hasher::new());
-        for window in 0..self.windows() {
+        let file = File::create(path).map_err(fail)?;
+        let write = |window: usize| -> Result<Fingerprint, Error> {
             let bytes = self.bytes_of(window)?;
-            let (written, _) = rayon::join(|| file.write_all(&bytes), || hash.update(&bytes));
-            written.map_err(fail)?;
-        }
-        Ok(Saved { path: path.to_owned(), file, hash: hash.finalize().to_hex().to_string() })
+            file.write_all_at(&bytes, self.place(window)).map_err(fail)?;
+            Ok(Fingerprint::of_rows(&bytes))
+        };
+        let windows = (0..self.windows()).into_par_iter().map(write).collect::<Result<Vec<_>, _>>()?;
+        Ok(Saved { path: path.to_owned(), file, fingerprint: Fingerprint::of_pieces(&windows) })
+    }
+
+    /// Bytes of an entry in a file.
+    fn entry_bytes(&self) -> usize {
+        if self.kind() == StreamKind::Bf16 { 2 } else { 4 }
+    }
+
+    /// Where `window` begins in a file.
+    fn place(&self, window: usize) -> u64 {
+        (self.starts[window] * self.entry_bytes()) as u64
     }
 
     /// The activations of `window` as they lie in a file.
@@ -324,29 +354,29 @@ impl Stream {
         })
     }
 
-    /// Fills the stream from a file written by [`Stream::save`] for the same shape.
+    /// Fills the stream from a file written by [`Stream::save`] for the same shape, and returns what tells the file apart.
     ///
     /// # Errors
     /// [`Error::Stream`] when the file is missing or has another length.
-    pub fn load(&self, path: &Path) -> Result<(), Error> {
+    pub fn load(&self, path: &Path) -> Result<Fingerprint, Error> {
         let fail = |source| Error::Stream { file: path.to_owned(), source };
-        let mut file = File::open(path).map_err(fail)?;
-        let width = if self.kind() == StreamKind::Bf16 { 2 } else { 4 };
-        let expected = (self.starts[self.windows()] * width) as u64;
+        let file = File::open(path).map_err(fail)?;
+        let expected = self.place(self.windows());
         if file.metadata().map_err(fail)?.len() != expected {
             return Err(fail(std::io::Error::other(format!("it has not the {expected} bytes of this stream"))));
         }
-        for window in 0..self.windows() {
-            let mut bytes = vec![0u8; self.entries(window) * width];
-            file.read_exact(&mut bytes).map_err(fail)?;
-            let values: Vec<f32> = if width == 2 {
-                widened(&of_bytes(&bytes))
-            } else {
-                bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        let read = |window: usize| -> Result<Fingerprint, Error> {
+            let mut bytes = vec![0u8; self.entries(window) * self.entry_bytes()];
+            file.read_exact_at(&mut bytes, self.place(window)).map_err(fail)?;
+            let values: Vec<f32> = match self.kind() {
+                StreamKind::Bf16 => widened(&of_bytes(&bytes)),
+                StreamKind::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
             };
             self.write(window, &values)?;
-        }
-        Ok(())
+            Ok(Fingerprint::of_rows(&bytes))
+        };
+        let windows = (0..self.windows()).into_par_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        Ok(Fingerprint::of_pieces(&windows))
     }
 }
 
@@ -421,94 +451,39 @@ pub fn in_order<T: Send, E: Send>(
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stream_keeps_what_was_written_in_memory_and_in_a_file() {
-        let dir = tempfile::tempdir().unwrap();
-        for kind in [StreamKind::Bf16, StreamKind::F32] {
-            let mut files = Vec::new();
-            for budget in [0, u64::MAX] {
-                let s = Stream::new(kind, 3, 4, 5, budget, &dir.path().join("spill")).unwrap();
-                assert_eq!(s.spilled(), budget == 0);
-                let zeros = dir.path().join("zeros");
-                s.save(&zeros).unwrap();
-                let zeros = std::fs::read(zeros).unwrap();
-                assert!(s.read(1).unwrap() == [0.0; 20] && zeros.iter().all(|&b| b == 0));
-                assert_eq!(zeros.len() as u64, Stream::bytes(kind, 3, 4, 5));
-                for w in 0..3 {
-                    s.write(w, &(0..20).map(|i| (w * 20 + i) as f32 * 0.5).collect::<Vec<_>>()).unwrap();
-                }
-                assert_eq!(s.read(2).unwrap()[3], 21.5);
-                let part = s.read(1).unwrap()[5..15].to_vec();
-                assert_eq!(s.read_tokens(1, 1..3).unwrap(), part);
-                let apart = Stream::new(kind, 1, 4, 5, budget, &dir.path().join("apart")).unwrap();
-                apart.write_tokens(0, 0, &[1.0; 10]).unwrap();
-                apart.write_tokens(0, 2, &[2.0; 10]).unwrap();
-                apart.write_tokens(0, 1, &[3.0; 5]).unwrap();
-                assert_eq!(apart.read(0).unwrap(), [[1.0; 5], [3.0; 5], [2.0; 5], [2.0; 5]].as_flattened());
-                let saved = dir.path().join(format!("saved-{budget}"));
-                let file = s.save(&saved).unwrap();
-                file.sync().unwrap();
-                files.push(std::fs::read(&saved).unwrap());
-                assert_eq!(file.hash(), blake3::hash(&files[files.len() - 1]).to_hex().as_str());
-                let again = Stream::new(kind, 3, 4, 5, budget, &dir.path().join("spill-2")).unwrap();
-                again.load(&saved).unwrap();
-                assert_eq!(again.read(1).unwrap(), s.read(1).unwrap());
-                assert!(Stream::new(kind, 3, 4, 6, budget, &dir.path().join("spill-3")).unwrap().load(&saved).is_err());
-            }
-            assert_eq!(files[0], files[1]);
-            assert!(!dir.path().join("spill").exists(), "a spill file goes with its stream");
+/// [`in_order`], but what is computed is consumed while the next is: as long as `batch` is short, no thread waits for others at
+/// its end. Up to `most` batches are computed at a time, as threads need them; each is consumed by itself, so results do not depend
+/// on their number.
+///
+/// # Errors
+/// The first error of either function.
+pub fn overlapped<T: Send, E: Send>(
+    windows: usize,
+    (batch, most): (usize, usize),
+    compute: impl Fn(usize) -> Result<T, E> + Sync,
+    mut consume: impl FnMut(usize, Vec<T>) -> Result<(), E> + Send,
+) -> Result<(), E> {
+    let at_once = batch * rayon::current_num_threads().div_ceil(batch.max(1)).clamp(1, most.max(1));
+    let mut take = |first: usize, results: Vec<T>| -> Result<(), E> {
+        let mut results = results.into_iter();
+        for first in (first..first + results.len()).step_by(batch) {
+            consume(first, results.by_ref().take(batch).collect())?;
         }
-    }
-
-    #[test]
-    fn spare_memory_goes_from_stream_to_stream_and_starts_as_zeros() {
-        let (dir, spare) = (tempfile::tempdir().unwrap(), Arc::new(Spare::default()));
-        let lengths = [3, 1];
-        let stream = |width| {
-            let new = Stream::of_lengths(StreamKind::Bf16, &lengths, width, u64::MAX, &dir.path().join("spill"));
-            new.unwrap().within(&spare)
+        Ok(())
+    };
+    let mut ready: Option<(usize, Vec<T>)> = None;
+    for first in (0..windows).step_by(at_once) {
+        let next =
+            || (first..windows.min(first + at_once)).into_par_iter().map(&compute).collect::<Result<Vec<T>, E>>();
+        let (taken, results) = match ready.take() {
+            Some((first, results)) => rayon::join(|| take(first, results), next),
+            None => (Ok(()), next()),
         };
-        let fill = |stream: &Stream, width: usize| {
-            (0..2).for_each(|w| stream.write(w, &vec![w as f32 + 2.0; lengths[w] * width]).unwrap());
-        };
-        let (narrow, wide) = (stream(2), stream(8));
-        fill(&narrow, 2);
-        fill(&wide, 8);
-        drop((wide, narrow));
-        let room = |stream: &Stream| match &stream.store {
-            Store::Bf16(data) => data[0].read().unwrap().capacity(),
-            _ => 0,
-        };
-        let (a, b) = (stream(2), stream(4));
-        assert_eq!((room(&a), room(&b)), (6, 24), "the memory that fits best");
-        assert!(a.read(0).unwrap() == [0.0; 6] && b.read(1).unwrap() == [0.0; 4]);
-        fill(&b, 4);
-        assert_eq!(b.read(1).unwrap(), [3.0; 4]);
-        drop((a, b));
-        assert_eq!(spare.streams.lock().unwrap().len(), 2);
+        taken?;
+        ready = Some((first, results?));
     }
-
-    #[test]
-    fn windows_of_unequal_length_do_not_touch() {
-        let dir = tempfile::tempdir().unwrap();
-        let lengths = [3, 1, 7];
-        for budget in [0, u64::MAX] {
-            let s = Stream::of_lengths(StreamKind::F32, &lengths, 2, budget, &dir.path().join("spill")).unwrap();
-            for (w, length) in lengths.iter().enumerate() {
-                s.write(w, &vec![w as f32 + 1.0; length * 2]).unwrap();
-            }
-            let saved = dir.path().join(format!("saved-{budget}"));
-            s.save(&saved).unwrap();
-            let again = Stream::of_lengths(StreamKind::F32, &lengths, 2, budget, &dir.path().join("again")).unwrap();
-            again.load(&saved).unwrap();
-            for (w, length) in lengths.iter().enumerate() {
-                assert_eq!(s.read(w).unwrap(), vec![w as f32 + 1.0; length * 2]);
-                assert_eq!(again.read(w).unwrap(), s.read(w).unwrap());
-            }
-        }
-    }
+    ready.map_or(Ok(()), |(first, results)| take(first, results))
 }
+
+#[cfg(test)]
+mod tests;

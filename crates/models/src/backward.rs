@@ -10,11 +10,12 @@
 //! Gradients pass through the rounding of activations as if it were not there (straight-through).
 
 use crate::experts::gated;
-use crate::ops::{act_backward, floats, gated_backward, norm_backward, put_channels, unrotate};
+use crate::ops::{act_backward, entries, gated_backward, norm_backward, put_channels, unrotate};
 use crate::{Block, Error, NormRole, Role, RopeTable, attention};
 use bitmill_kernels::{View, ViewMut, gemm};
-use candle_core::{Layout, Storage, Tensor};
+use candle_core::{Layout, Storage, Tensor, WithDType};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 
 /// What one window's way through a block leaves behind. Tensors are `[tokens, width]` unless said.
@@ -293,32 +294,41 @@ pub(crate) fn accumulate(sum: &mut [f32], term: &[f32]) {
 /// # Errors
 /// [`Error::Tensor`] where it is not one.
 pub fn values(t: &Tensor) -> Result<impl Deref<Target = [f32]> + '_, Error> {
+    values_of(t)
+}
+
+/// Those of a contiguous tensor of `T`.
+///
+/// # Errors
+/// [`Error::Tensor`] where it is not one.
+pub(crate) fn values_of<T: WithDType>(t: &Tensor) -> Result<impl Deref<Target = [T]> + '_, Error> {
     let (storage, layout) = t.storage_and_layout();
-    let entries = Values { storage, layout };
+    let entries = Values { storage, layout, of: PhantomData };
     entries.get()?;
     Ok(entries)
 }
 
 /// `G` is the guard of a tensor's storage.
-struct Values<'a, G> {
+struct Values<'a, G, T> {
     storage: G,
     layout: &'a Layout,
+    of: PhantomData<T>,
 }
 
-impl<G: Deref<Target = Storage>> Values<'_, G> {
-    fn get(&self) -> candle_core::Result<&[f32]> {
+impl<G: Deref<Target = Storage>, T: WithDType> Values<'_, G, T> {
+    fn get(&self) -> candle_core::Result<&[T]> {
         match &*self.storage {
-            Storage::Cpu(storage) => floats(storage, self.layout),
+            Storage::Cpu(storage) => entries(storage, self.layout),
             _ => candle_core::bail!("a tensor on the CPU is needed"),
         }
     }
 }
 
-impl<G: Deref<Target = Storage>> Deref for Values<'_, G> {
-    type Target = [f32];
+impl<G: Deref<Target = Storage>, T: WithDType> Deref for Values<'_, G, T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
-        // `values` has seen this succeed.
+    fn deref(&self) -> &[T] {
+        // `values_of` has seen this succeed.
         self.get().unwrap_or_default()
     }
 }

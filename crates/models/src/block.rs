@@ -338,6 +338,18 @@ impl Block {
         roles.into_iter().for_each(|role| self.at_mut(role).multiply_by(short));
     }
 
+    /// Which block of the model it is.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Whether linears of `roles`, if it has them all, are as well off with an input in bfloat16: they round it to that, or to less.
+    #[must_use]
+    pub fn reads_rounded(&self, roles: &[Role]) -> bool {
+        roles.iter().all(|&role| self.part(role).is_some_and(Linear::rounds))
+    }
+
     /// Lays the weights of `roles` out for products, by all threads: otherwise the first to multiply by one does it, and several
     /// may be the first.
     ///

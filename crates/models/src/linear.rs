@@ -6,6 +6,7 @@ use crate::{Error, PackedWeight, Weights, ops};
 use bitmill_kernels::{Panels, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
+use std::borrow::Cow;
 use std::cell::{Cell, OnceCell};
 use std::sync::{Arc, OnceLock};
 
@@ -152,9 +153,16 @@ impl Linear {
         }
     }
 
-    /// `x [tokens, in]` to `[tokens, out]`.
+    /// Whether it rounds its input for products, and does nothing else with it: one in bfloat16 is as good then.
+    pub(crate) fn rounds(&self) -> bool {
+        let dense = matches!(self.matrix, Matrix::Dense(_));
+        dense && self.short.is_some() && self.inputs.activations == Activations::Full
+    }
+
+    /// `x [tokens, in]`, in f32 or bfloat16, to `[tokens, out]` in f32.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor, Error> {
-        self.read(&Input::new(x, &[self])?)
+        let x = if self.rounds() { Cow::Borrowed(x) } else { ops::widened(x)? };
+        self.read(&Input::new(&x, &[self])?)
     }
 
     /// What each of `linears` makes of `x`: [`Linear::forward`], where they share what can be shared.
@@ -167,12 +175,13 @@ impl Linear {
     }
 
     fn all_outputs(linears: &[&Linear], x: &Tensor) -> Result<Vec<Tensor>, Error> {
+        let x = if linears.iter().all(|linear| linear.rounds()) { Cow::Borrowed(x) } else { ops::widened(x)? };
         let packed: Vec<&PackedWeight> = linears.iter().filter_map(|linear| linear.packed()).collect();
         if let Some(first) = packed.first()
             && packed.len() == linears.len()
             && packed.iter().all(|packed| packed.reads_alike(first))
         {
-            let (tokens, entries) = (x.dim(0)?, values(x)?);
+            let (tokens, entries) = (x.dim(0)?, values(&x)?);
             let mut outputs: Vec<Vec<f32>> = packed.iter().map(|w| vec![0.0; tokens * w.shape()[0]]).collect();
             let mut all: Vec<_> = packed.iter().copied().zip(outputs.iter_mut().map(|y| &mut y[..])).collect();
             PackedWeight::products(&first.input(&entries), &mut all);
@@ -182,7 +191,7 @@ impl Linear {
             };
             return outputs.into_iter().zip(linears).map(shaped).collect();
         }
-        let input = Input::new(x, linears)?;
+        let input = Input::new(&x, linears)?;
         linears.iter().map(|linear| linear.read(&input)).collect()
     }
 

@@ -5,14 +5,17 @@
 //! contiguous f32 storage that stay on the calling rayon thread unless they are long. Rows are independent and every
 //! reduction inside a row has a fixed order, so results do not depend on the number of threads.
 
-use crate::backward::values;
+use crate::backward::{values, values_of};
 use crate::{Act, Error, Pairs};
-use bitmill_kernels::{Level, Panels, Short, View, ViewMut, exp, gemm};
+use bitmill_kernels::{Level, Panels, Short, View, ViewMut, append_f32, exp, gemm};
 use bitmill_scheme::Inputs;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, InplaceOp2, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, WithDType,
+    bail,
 };
+use half::bf16;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::f64::consts::PI;
 use std::ops::Range;
 
@@ -75,11 +78,26 @@ pub(crate) fn right_panels(short: Short, weight: &Tensor) -> std::result::Result
 
 /// An activation `[tokens, in]` rounded for products, the left side of [`short_product`], in `memory` that is of no use any more.
 pub(crate) fn left_panels(short: Short, x: &Tensor, memory: Option<Panels>) -> std::result::Result<Panels, Error> {
+    let mut own = Panels::within(memory, short);
+    if x.dtype() == DType::BF16 {
+        let (x, (rows, cols)) = (x.contiguous()?, x.dims2()?);
+        own.refill_left_rounded(View::new(&values_of::<bf16>(&x)?, rows, cols, cols));
+        return Ok(own);
+    }
     panels(x, |x| {
-        let mut panels = Panels::within(memory, short);
-        panels.refill_left(x);
-        panels
+        own.refill_left(x);
+        own
     })
+}
+
+/// `x`, which may be in bfloat16, in f32.
+pub(crate) fn widened(x: &Tensor) -> std::result::Result<Cow<'_, Tensor>, Error> {
+    if x.dtype() != DType::BF16 {
+        return Ok(Cow::Borrowed(x));
+    }
+    let (x, mut wide) = (x.contiguous()?, Vec::new());
+    append_f32(Level::best(), &values_of::<bf16>(&x)?, &mut wide);
+    Ok(Cow::Owned(Tensor::from_vec(wide, x.shape(), &Device::Cpu)?))
 }
 
 fn panels(matrix: &Tensor, round: impl FnOnce(View<'_, f32>) -> Panels) -> std::result::Result<Panels, Error> {
@@ -511,8 +529,12 @@ fn each_block(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sy
 
 /// The entries of a contiguous f32 tensor.
 pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    entries(storage, layout)
+}
+
+pub(crate) fn entries<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
-        Some((begin, end)) => Ok(&storage.as_slice::<f32>()?[begin..end]),
+        Some((begin, end)) => Ok(&storage.as_slice::<T>()?[begin..end]),
         None => bail!("a contiguous tensor is needed"),
     }
 }

@@ -361,13 +361,6 @@ pub(crate) fn fingerprints(surveys: &[Survey<'_>], later: &BTreeMap<String, Stri
     Value::Object(surveys.iter().map(named).collect())
 }
 
-/// Hash of a whole file, by all threads: at memory speed it costs far less than what it protects.
-pub(crate) fn hash_file(path: &Path) -> Result<String, Error> {
-    let mut hash = blake3::Hasher::new();
-    hash.update_mmap_rayon(path).map_err(io(path, "reading"))?;
-    Ok(hash.finalize().to_hex().to_string())
-}
-
 /// Empties a work folder but for its lock. The journal goes first: whatever a kill leaves of the rest, no line of it can
 /// be taken for a finished unit of the next run.
 fn discard(dir: &Path, journal: &Path) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! The state that a calibrated run carries from block to block: the calibration text on its way through the model.
 
 use crate::block::Flow;
-use crate::journal::{Journal, hash_file, io};
+use crate::journal::{Journal, io};
 use crate::plan::model_scale_type;
 use crate::reconstruction::Rebuild;
 use crate::token_weights::occurrences;
@@ -111,11 +111,11 @@ impl Calibrated<'_> {
     }
 }
 
-/// Fills `stream` from `file`, which must have this hash.
-fn take_up(stream: &Stream, file: &Path, hash: &str) -> Result<(), Error> {
-    if hash_file(file)? != hash {
+/// Fills `stream` from `file`, which must have this fingerprint.
+fn take_up(stream: &Stream, file: &Path, fingerprint: &str) -> Result<(), Error> {
+    if stream.load(file)?.to_string() != fingerprint {
         let source = std::io::Error::other("its contents changed since it was written");
         return Err(io(file, "taking up the calibration stream")(source));
     }
-    Ok(stream.load(file)?)
+    Ok(())
 }

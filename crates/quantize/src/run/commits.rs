@@ -112,9 +112,9 @@ impl Worker<'_, '_> {
         if let (Some(flow), Some(line), true, true) = (flow, lines.last_mut(), has_block(before), has_block(after)) {
             let mut save = |stream: &Stream, file: PathBuf| -> Result<String, Error> {
                 let file = stream.save(&file)?;
-                let hash = file.hash().to_owned();
+                let fingerprint = file.fingerprint().to_string();
                 saved.push(file);
-                Ok(hash)
+                Ok(fingerprint)
             };
             line.stream = Some(save(&flow.hidden, self.work.stream(next))?);
             line.full = flow.full.as_ref().map(|full| save(full, self.work.full_stream(next))).transpose()?;
