@@ -28,27 +28,32 @@ pub struct Stream {
     /// Entries of a token.
     width: usize,
     store: Store,
-    spare: Option<Arc<Spare>>,
+    /// Where windows find memory and leave it, and the width of tokens that new memory is for.
+    spare: Option<(Arc<Spare>, usize)>,
 }
 
-/// Memory of streams that are no more, and of rounded tokens, for those to come: what the system would have to clear page by page.
+/// Memory of windows that are of no more use, and of rounded tokens, for those to come: what the system would have to clear page by
+/// page.
 #[derive(Debug, Default)]
 pub struct Spare {
-    streams: Mutex<Vec<Vec<Vec<bf16>>>>,
+    windows: Mutex<Vec<Vec<bf16>>>,
     panels: Mutex<Vec<Panels>>,
 }
 
 impl Spare {
-    /// The smallest that holds `entries` in each window, or else the largest.
-    fn take(&self, entries: usize) -> Option<Vec<Vec<bf16>>> {
-        let mut all = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = |windows: &[Vec<bf16>]| windows.iter().map(Vec::capacity).max().unwrap_or(0);
-        let fit = |windows: &[Vec<bf16>]| match room(windows) {
-            room if room >= entries => (0, room - entries),
-            room => (1, entries - room),
-        };
-        let best = (0..all.len()).min_by_key(|&i| fit(&all[i]))?;
-        Some(all.swap_remove(best))
+    /// Memory for so many entries: what came last of what is large enough.
+    fn take(&self, entries: usize) -> Option<Vec<bf16>> {
+        let mut all = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = all.iter().rposition(|memory| memory.capacity() >= entries)?;
+        Some(all.swap_remove(last))
+    }
+
+    /// Takes the memory of a window back.
+    fn give(&self, mut memory: Vec<bf16>) {
+        if memory.capacity() > 0 {
+            memory.clear();
+            self.windows.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        }
     }
 
     /// Panels that hold anything.
@@ -157,17 +162,19 @@ impl Stream {
         Ok(Stream { starts, width, store, spare: None })
     }
 
-    /// The same in `spare` memory, which gets it back when the stream is no more; of streams of bfloat16 that are in memory.
+    /// The same in `spare` memory, which gets that of a window back when it is released, or the stream is no more; of streams of
+    /// bfloat16 that are in memory. New memory has room for tokens of width `room`, for windows of other streams to come.
     #[must_use]
-    pub fn within(mut self, spare: &Arc<Spare>) -> Self {
-        let most = (0..self.windows()).map(|w| self.entries(w)).max().unwrap_or(0);
-        if let Store::Bf16(data) = &mut self.store {
-            if let Some(memory) = spare.take(most) {
-                data.iter_mut().zip(memory).for_each(|(window, memory)| *window = RwLock::new(memory));
-            }
-            self.spare = Some(spare.clone());
-        }
+    pub fn within(mut self, spare: &Arc<Spare>, room: usize) -> Self {
+        self.spare = Some((spare.clone(), room.max(self.width)));
         self
+    }
+
+    /// Gives up what `window` holds, which nobody reads any more: its memory is for others.
+    pub fn release(&self, window: usize) {
+        if let (Store::Bf16(data), Some((spare, _))) = (&self.store, &self.spare) {
+            spare.give(std::mem::take(&mut data[window].write().unwrap_or_else(PoisonError::into_inner)));
+        }
     }
 
     /// Entries of a token.
@@ -298,8 +305,13 @@ impl Stream {
             Store::Bf16(data) => {
                 let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
                 let new = replace(&mut own, from, values, |values, old| to_bfloat16(Level::best(), values, old));
-                let room = self.entries(window) - own.len();
-                own.reserve_exact(room);
+                let entries = self.entries(window);
+                if own.capacity() < entries {
+                    let (spare, room) =
+                        self.spare.as_ref().map_or((None, self.width), |(spare, room)| (Some(spare), *room));
+                    let room = entries / self.width * room;
+                    *own = spare.and_then(|spare| spare.take(room)).unwrap_or_else(|| Vec::with_capacity(room));
+                }
                 append_bfloat16(Level::best(), new, &mut own);
             }
             Store::File { file, path, kind, .. } => {
@@ -417,14 +429,11 @@ impl Drop for Stream {
             // A spill file that cannot be removed lies in the work folder, which is removed as a whole later.
             Store::File { path, .. } => drop(std::fs::remove_file(path)),
             Store::Bf16(data) => {
-                if let Some(spare) = &self.spare {
-                    let emptied = |window: &mut RwLock<Vec<bf16>>| {
-                        let mut memory = std::mem::take(window.get_mut().unwrap_or_else(PoisonError::into_inner));
-                        memory.clear();
-                        memory
+                if let Some((spare, _)) = &self.spare {
+                    let memory = |window: &mut RwLock<_>| {
+                        std::mem::take(window.get_mut().unwrap_or_else(PoisonError::into_inner))
                     };
-                    let memory = data.iter_mut().map(emptied).collect();
-                    spare.streams.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+                    data.iter_mut().map(memory).for_each(|memory| spare.give(memory));
                 }
             }
             Store::F32(_) => {}
@@ -445,7 +454,8 @@ pub fn in_order<T: Send, E: Send>(
     mut consume: impl FnMut(usize, Vec<T>) -> Result<(), E>,
 ) -> Result<(), E> {
     for first in (0..windows).step_by(batch) {
-        let results: Result<Vec<T>, E> = (first..windows.min(first + batch)).into_par_iter().map(&compute).collect();
+        let results: Result<Vec<T>, E> =
+            (first..windows.min(first + batch)).into_par_iter().with_max_len(1).map(&compute).collect();
         consume(first, results?)?;
     }
     Ok(())
@@ -473,8 +483,13 @@ pub fn overlapped<T: Send, E: Send>(
     };
     let mut ready: Option<(usize, Vec<T>)> = None;
     for first in (0..windows).step_by(at_once) {
-        let next =
-            || (first..windows.min(first + at_once)).into_par_iter().map(&compute).collect::<Result<Vec<T>, E>>();
+        let next = || {
+            (first..windows.min(first + at_once))
+                .into_par_iter()
+                .with_max_len(1)
+                .map(&compute)
+                .collect::<Result<Vec<T>, E>>()
+        };
         let (taken, results) = match ready.take() {
             Some((first, results)) => rayon::join(|| take(first, results), next),
             None => (Ok(()), next()),

@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long)]
     force: bool,
     /// Time between commits, at least: what a kill may cost besides the block in the making
-    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = units::parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = units::parse_seconds)]
     commit_every: Duration,
     #[command(flatten)]
     pub(crate) common: Common,

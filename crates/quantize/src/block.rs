@@ -151,6 +151,7 @@ impl Flow<'_> {
         let mut start = entered.as_ref().map(|_| Vec::new());
         let mut x: Option<Lanes> = None;
         let mut weights = None;
+        let room = spec.sites(index).iter().map(|at| spec.linear_shape(at.linears[0])[1]).max().unwrap_or(0);
         for (i, at) in spec.sites(index).iter().enumerate() {
             on(Moment::Site(at))?;
             let width = spec.linear_shape(at.linears[0])[1];
@@ -162,8 +163,9 @@ impl Flow<'_> {
             // What enters the last linears of all is seen, and read by nobody.
             let unread = i == 3 && self.last && self.rebuild.is_none();
             let lanes = || -> Result<Lanes, Error> {
-                let full = full.as_ref().map(|_| self.stream(width, &format!("full-{}", at.name))).transpose()?;
-                Ok(Lanes { rounded: self.stream(width, at.name)?, full })
+                let stream = |name: &str| self.stream(width, room, name);
+                let full = full.as_ref().map(|_| stream(&format!("full-{}", at.name))).transpose()?;
+                Ok(Lanes { rounded: stream(at.name)?, full })
             };
             let next = (!unread).then(lanes).transpose()?;
             if i == 0 && !targets.is_empty() {
@@ -315,6 +317,10 @@ impl Flow<'_> {
             }
             glimpse.seen.push(&seen);
         }
+        // The next window of what follows may take its place.
+        for x in x.into_iter().flat_map(|x| [Some(&x.rounded), x.full.as_ref()]).flatten() {
+            x.release(w);
+        }
         Ok(glimpse)
     }
 
@@ -398,9 +404,12 @@ impl Flow<'_> {
         overlapped(windows, (batch, BATCH_TOKENS / 2 / (batch * longest)), compute, consume)
     }
 
-    pub(crate) fn stream(&self, width: usize, site: &str) -> Result<Stream, Error> {
+    /// A stream of a site; those of a block, of which the widest has tokens of width `room`, take turns in memory.
+    fn stream(&self, width: usize, room: usize, site: &str) -> Result<Stream, Error> {
         let spill = self.spill.join(format!("site-{site}"));
-        Ok(Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?.within(self.spare))
+        let fits = Stream::bytes(StreamKind::Bf16, 1, self.lengths.iter().sum(), room) <= self.budget;
+        let stream = Stream::of_lengths(StreamKind::Bf16, self.lengths, width, self.budget, &spill)?;
+        Ok(stream.within(self.spare, if fits { room } else { width }))
     }
 
     pub(crate) fn tensor(&self, stream: &Stream, w: usize) -> Result<Tensor, Error> {

@@ -3,6 +3,7 @@
 mod calibrated;
 mod card;
 mod commits;
+mod copies;
 mod later;
 mod measured;
 mod publish;
@@ -29,6 +30,7 @@ use bitmill_checkpoint::{Checkpoint, Format, Output, Weight, ensure_free};
 use bitmill_models::Block;
 use calibrated::Calibrated;
 use commits::Commits;
+use copies::Copies;
 use later::{changed, read_later};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -131,10 +133,10 @@ pub struct RunOptions<'a> {
 }
 
 impl<'a> RunOptions<'a> {
-    /// Nothing is replaced, activations take 4 GiB, and commits are two seconds apart.
+    /// Nothing is replaced, activations take 4 GiB, and commits are five seconds apart.
     #[must_use]
     pub fn new(stop: &'a AtomicBool) -> Self {
-        RunOptions { force: false, stream_memory: 4 << 30, stop, commit_every: Duration::from_secs(2) }
+        RunOptions { force: false, stream_memory: 4 << 30, stop, commit_every: Duration::from_secs(5) }
     }
 }
 
@@ -198,6 +200,7 @@ pub fn run(
         journal.start_over(&identity, change, options.force)?;
     }
     let output = open_output(plan, &mut journal)?;
+    let copies = Copies::begin(input, plan, &journal.work.output());
     let (done, total) = (journal.lines.len(), plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     if done > 0 {
         observe(Event::Resumed { done, total });
@@ -225,6 +228,7 @@ pub fn run(
         (Some(journal), Ok(())) => journal,
         // Where weights are damaged nothing is written; those that nobody had read yet show it now.
         (Some(journal), Err(damaged @ Error::NonFinite { .. })) => {
+            drop(copies);
             journal.remove()?;
             return Err(damaged);
         }
@@ -238,7 +242,7 @@ pub fn run(
     drop(flow);
     let read = journal.lines.iter().flat_map(|line| line.sources.clone()).collect();
     identity["weights"] = fingerprints(&surveys, &read);
-    publish::publish(input, plan, &identity, journal, stages, (out, options.force))
+    publish::publish(copies, plan, &identity, journal, stages, (out, options.force))
 }
 
 /// OUT must not exist (unless it is to be replaced), nor lie in MODEL, nor MODEL in it.

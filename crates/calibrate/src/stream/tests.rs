@@ -44,31 +44,31 @@ fn a_stream_keeps_what_was_written_in_memory_and_in_a_file() {
 }
 
 #[test]
-fn spare_memory_goes_from_stream_to_stream_and_starts_as_zeros() {
+fn spare_memory_goes_from_window_to_window_and_starts_as_zeros() {
     let (dir, spare) = (tempfile::tempdir().unwrap(), Arc::new(Spare::default()));
     let lengths = [3, 1];
     let stream = |width| {
         let new = Stream::of_lengths(StreamKind::Bf16, &lengths, width, u64::MAX, &dir.path().join("spill"));
-        new.unwrap().within(&spare)
+        new.unwrap().within(&spare, 8)
     };
-    let fill = |stream: &Stream, width: usize| {
-        (0..2).for_each(|w| stream.write(w, &vec![w as f32 + 2.0; lengths[w] * width]).unwrap());
-    };
+    let spares = || spare.windows.lock().unwrap().iter().map(Vec::capacity).collect::<Vec<_>>();
     let (narrow, wide) = (stream(2), stream(8));
-    fill(&narrow, 2);
-    fill(&wide, 8);
-    drop((wide, narrow));
-    let room = |stream: &Stream| match &stream.store {
-        Store::Bf16(data) => data[0].read().unwrap().capacity(),
-        _ => 0,
-    };
-    let (a, b) = (stream(2), stream(4));
-    assert_eq!((room(&a), room(&b)), (6, 24), "the memory that fits best");
-    assert!(a.read(0).unwrap() == [0.0; 6] && b.read(1).unwrap() == [0.0; 4]);
-    fill(&b, 4);
-    assert_eq!(b.read(1).unwrap(), [3.0; 4]);
-    drop((a, b));
-    assert_eq!(spare.streams.lock().unwrap().len(), 2);
+    narrow.write(0, &[2.0; 6]).unwrap();
+    narrow.write(1, &[3.0; 2]).unwrap();
+    narrow.release(0);
+    assert_eq!((spares(), narrow.read(0).unwrap()), (vec![24], vec![0.0; 6]));
+    wide.write_tokens(0, 0, &[4.0; 8]).unwrap();
+    assert!(spares().is_empty(), "of one window for another");
+    wide.write_tokens(0, 1, &[5.0; 16]).unwrap();
+    assert_eq!(wide.read(0).unwrap(), [[4.0; 8], [5.0; 8], [5.0; 8]].as_flattened());
+    drop((narrow, wide));
+    let mut left = spares();
+    left.sort();
+    assert_eq!(left, [8, 24]);
+    let other = stream(4);
+    assert!(other.read(0).unwrap() == [0.0; 12] && other.read(1).unwrap() == [0.0; 4]);
+    other.write(1, &[1.0; 4]).unwrap();
+    assert_eq!((spares().len(), other.read(1).unwrap()), (1, vec![1.0; 4]));
 }
 
 #[test]

@@ -1,21 +1,23 @@
 //! The end of a run: the folder is completed, described and given its name.
 
+use super::copies::Copies;
 use super::{Finished, card, pretty};
 use crate::journal::{Journal, SiteRecord, StageRecord, TensorRecord, io, write_durably};
 use crate::{Error, Plan};
-use bitmill_checkpoint::{Checkpoint, OutputPlan};
+use bitmill_checkpoint::OutputPlan;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// Completes the folder and gives it its name. `first` is what stages before the first unit brought.
+/// Completes the folder and gives it its name, once all `copies` are there. `first` is what stages before the first unit brought.
 pub(super) fn publish(
-    input: &Checkpoint,
+    copies: Copies,
     plan: &Plan,
     identity: &Value,
     journal: Journal,
     first: &[StageRecord],
     (out, force): (&Path, bool),
 ) -> Result<Finished, Error> {
+    copies.finish()?;
     let later = journal.lines.iter().filter_map(|l| l.stage.clone());
     let stages: Vec<StageRecord> = first.iter().cloned().chain(later).collect();
     let tensors: Vec<TensorRecord> = journal.lines.iter().flat_map(|l| l.tensors.iter().cloned()).collect();
@@ -27,7 +29,7 @@ pub(super) fn publish(
     let first = names.first().map_or_else(|| out.to_owned(), |(_, to)| to.clone());
     match plan.gguf {
         Some(_) => write_durably(&beside(&first, ".bitmill.json"), &pretty(&manifest))?,
-        None => complete_folder(input, plan, &manifest, &journal.work.output())?,
+        None => complete_folder(plan, &manifest, &journal.work.output())?,
     }
     let log = beside(out, ".log.jsonl");
     let lines: String = tensors.iter().map(|t| format!("{}\n", json!(t))).collect();
@@ -100,16 +102,8 @@ fn manifest(
     })
 }
 
-/// Adds what a folder holds besides weights.
-fn complete_folder(input: &Checkpoint, plan: &Plan, manifest: &Value, dir: &Path) -> Result<(), Error> {
-    for file in &plan.files {
-        let (from, to) = (input.dir().join(file), dir.join(file));
-        if let Some(parent) = to.parent() {
-            std::fs::create_dir_all(parent).map_err(io(parent, "creating"))?;
-        }
-        let copy = || std::fs::copy(&from, &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
-        copy().map_err(io(&to, "copying"))?;
-    }
+/// Adds what a folder holds besides weights and copies.
+fn complete_folder(plan: &Plan, manifest: &Value, dir: &Path) -> Result<(), Error> {
     write_durably(&dir.join("bitmill.json"), &pretty(manifest))?;
     // A card that came with the model is its author's; ours then stands beside it.
     let taken = plan.files.iter().any(|f| f.as_os_str().eq_ignore_ascii_case("README.md"));
