@@ -473,7 +473,8 @@ pub fn overlapped<T: Send, E: Send>(
     compute: impl Fn(usize) -> Result<T, E> + Sync,
     mut consume: impl FnMut(usize, Vec<T>) -> Result<(), E> + Send,
 ) -> Result<(), E> {
-    let at_once = batch * rayon::current_num_threads().div_ceil(batch.max(1)).clamp(1, most.max(1));
+    let batch = batch.max(1);
+    let at_once = batch * rayon::current_num_threads().div_ceil(batch).clamp(1, most.max(1));
     let mut take = |first: usize, results: Vec<T>| -> Result<(), E> {
         let mut results = results.into_iter();
         for first in (first..first + results.len()).step_by(batch) {

@@ -3,7 +3,6 @@
 //! A token exists only where the CPU has its features, so holding one is what makes calling a function compiled for them
 //! sound. One row of [`Level`] names the features of a level once.
 
-#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
@@ -225,9 +224,14 @@ pub enum Level {
 }
 
 impl Level {
-    /// The fastest level of this CPU.
+    /// The fastest level of this CPU, found once: rows ask for it one by one.
     #[must_use]
     pub fn best() -> Level {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(Level::find_best)
+    }
+
+    fn find_best() -> Level {
         #[cfg(target_arch = "x86_64")]
         if let Some(token) = Amx::here() {
             return Level::Amx(token);

@@ -224,7 +224,7 @@ impl Flow<'_> {
             }
             Ok(())
         };
-        self.windows(0, finish, &mut |_, _| {})?;
+        self.each_window(finish)?;
         match (entered, full, start) {
             (Some(entered), Some((full, _)), Some(start)) => self.rebuild(index, [block, full], start, &entered, on),
             _ => Ok(()),
@@ -402,6 +402,12 @@ impl Flow<'_> {
         let mean = self.lengths.iter().sum::<usize>().div_ceil(windows.max(1)).max(1);
         let batch = (NARROW_TOKENS / mean).min(BATCH_TOKENS / 2 / longest).max(1);
         overlapped(windows, (batch, BATCH_TOKENS / 2 / (batch * longest)), compute, consume)
+    }
+
+    /// Runs `pass` for all windows.
+    pub(crate) fn each_window(&self, pass: impl Fn(usize) -> Result<(), Error> + Sync) -> Result<(), Error> {
+        let windows = self.hidden.windows();
+        in_order(windows, windows.max(1), pass, |_, _| Ok(()))
     }
 
     /// A stream of a site; those of a block, of which the widest has tokens of width `room`, take turns in memory.

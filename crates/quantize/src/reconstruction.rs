@@ -33,7 +33,7 @@ impl Flow<'_> {
     /// What enters the block, kept.
     pub(crate) fn entered(&self) -> Result<Stream, Error> {
         let kept = self.kept("entered")?;
-        self.windows(0, |w| Ok(kept.write(w, &self.hidden.read(w)?)?), &mut |_, _| {})?;
+        self.each_window(|w| Ok(kept.write(w, &self.hidden.read(w)?)?))?;
         Ok(kept)
     }
 
@@ -100,7 +100,7 @@ impl Flow<'_> {
             let out = block.forward(&self.tensor(entered, w)?, self.rope)?;
             Ok(self.hidden.write(w, &rows(&out)?)?)
         };
-        self.windows(0, pass, &mut |_, _| {})
+        self.each_window(pass)
     }
 
     /// The full-precision stream behind further blocks.
@@ -113,7 +113,7 @@ impl Flow<'_> {
             }
             Ok(goal.write(w, &rows(&h)?)?)
         };
-        self.windows(0, pass, &mut |_, _| {})?;
+        self.each_window(pass)?;
         Ok(goal)
     }
 

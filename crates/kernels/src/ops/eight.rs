@@ -10,8 +10,8 @@
 //!
 //! An entry is off by at most half of a step, a 254th of the largest of its group. Sums are folded over the groups in one
 //! order, so results are the same bits at any thread count. There is no scalar level: who has no [`Eight`] multiplies in f32,
-//! and the tests hold results to the sums, in f64, of what was rounded. Tiles of AMX would gain nothing: they do twice as much
-//! in eight bits as in bfloat16, and wait for as long again while sums become f32.
+//! and the tests hold results to the sums, in f64, of what was rounded. Tiles of AMX would do twice as much in eight bits as in
+//! bfloat16; nothing here uses them.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;

@@ -39,7 +39,7 @@ impl<'a> Calibrated<'a> {
         let (true, Some(spec), Some(Calibration::Text(windows))) = (plan.calibrated, &plan.spec, calibration) else {
             return Ok(None);
         };
-        // Three streams exist at a time: the residual, and a site's input and output; and as many of a second model.
+        // Three streams exist at a time at most: the residual, and a site's input and output; and as many of a second model.
         let (settings, work) = (&plan.settings, &journal.work);
         let observation = settings.observation;
         // Reconstruction keeps what entered the block besides, and what is to leave it.
