@@ -114,7 +114,7 @@ impl Calibrated<'_> {
 /// Fills `stream` from `file`, which must have this fingerprint.
 fn take_up(stream: &Stream, file: &Path, fingerprint: &str) -> Result<(), Error> {
     if stream.load(file)?.to_string() != fingerprint {
-        let source = std::io::Error::other("its contents changed since it was written");
+        let source = std::io::Error::other("it is not what this version left there; --force begins the run again");
         return Err(io(file, "taking up the calibration stream")(source));
     }
     Ok(())
