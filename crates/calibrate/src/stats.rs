@@ -1,9 +1,11 @@
 //! What calibration saw at a site: everything a layer-wise solver needs, and nothing that grows with the text.
 
-use bitmill_kernels::{Level, MOMENT_ROWS, Moments, Panels, Short, add_moments, mirror, panels_syrk, short_syrk, syrk};
+use bitmill_kernels::{
+    Level, MOMENT_ROWS, Moments, Panels, Short, add_moments, mirror, panels_square, panels_syrk, short_syrk, syrk,
+};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// Streaming statistics of the activations `x: [tokens, n]` that feed one site's linears.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +36,8 @@ pub struct Tokens {
     values: Vec<f32>,
     /// Their transpose, rounded for H, where they are kept so.
     panels: Option<Panels>,
+    /// Their part of H, on and below the diagonal, where that is all that is kept.
+    square: Option<Vec<f32>>,
     pieces: Vec<Piece>,
 }
 
@@ -46,11 +50,25 @@ struct Piece {
     abs_max: Vec<f32>,
 }
 
+impl Piece {
+    fn zeros(n: usize) -> Self {
+        let zeros = || vec![0.0; n];
+        Piece { sum: zeros(), abs_sum: zeros(), fourth_sum: zeros(), abs_max: vec![0.0; n] }
+    }
+
+    /// Adds some `columns` of tokens, `x [tokens, columns]`.
+    fn add(&mut self, columns: Range<usize>, x: &[f32]) {
+        let (sum, abs_sum) = (&mut self.sum[columns.clone()], &mut self.abs_sum[columns.clone()]);
+        let (fourth_sum, abs_max) = (&mut self.fourth_sum[columns.clone()], &mut self.abs_max[columns.clone()]);
+        add_moments(Level::best(), x, columns.len(), &mut Moments { sum, abs_sum, fourth_sum, abs_max });
+    }
+}
+
 impl Tokens {
     /// The tokens `values`, row-major `[tokens, n]`.
     #[must_use]
     pub fn new(values: Vec<f32>, n: usize) -> Self {
-        Tokens { n, count: values.len() / n, pieces: Tokens::pieces(&values, n), values, panels: None }
+        Tokens { n, count: values.len() / n, pieces: Tokens::pieces(&values, n), values, ..Tokens::default() }
     }
 
     /// So many `tokens` of width `n`, which [`Tokens::push`] brings. With `panels`, they are rounded there, for H and for what
@@ -78,10 +96,50 @@ impl Tokens {
         self.count += x.len() / self.n;
     }
 
-    /// What they are rounded in.
+    /// Makes room for so many of rounded tokens to come by columns, which [`Tokens::push_columns`] brings.
+    ///
+    /// # Panics
+    /// Where they are not rounded: a caller's bug.
+    pub fn expect(&mut self, tokens: usize) {
+        assert!(self.panels.is_some(), "tokens that are rounded");
+        self.pieces.extend((0..tokens).step_by(PIECE).map(|_| Piece::zeros(self.n)));
+        self.count += tokens;
+    }
+
+    /// Some `columns`, the first of 16, of the tokens that were [expected](Tokens::expect) last: `x [tokens, columns]`.
+    ///
+    /// # Panics
+    /// As [`Tokens::push`], and where there are no such columns.
+    pub fn push_columns(&mut self, columns: Range<usize>, x: &[f32]) {
+        let width = columns.len();
+        let tokens: Vec<&[f32]> = x.chunks_exact(width).collect();
+        let last = self.pieces.len() - tokens.len().div_ceil(PIECE);
+        for (piece, x) in self.pieces[last..].iter_mut().zip(x.chunks(PIECE * width)) {
+            piece.add(columns.clone(), x);
+        }
+        if let Some(panels) = &mut self.panels {
+            panels.put_some(columns.start, self.count - tokens.len(), &tokens);
+        }
+    }
+
+    /// Multiplies rounded tokens for H as soon as all have come, in `memory` that holds anything, as long as a cache holds them: they
+    /// need not be kept for it, and what they were rounded in is returned.
+    ///
+    /// # Panics
+    /// Where they are not rounded, or some are still to come: a caller's bug.
     #[must_use]
-    pub fn into_panels(self) -> Option<Panels> {
-        self.panels
+    pub fn multiply(&mut self, mut memory: Vec<f32>) -> Panels {
+        assert!(self.are_complete(), "all tokens that were to come");
+        let Some(panels) = self.panels.take() else { panic!("tokens that are rounded") };
+        memory.resize(self.n * self.n, 0.0);
+        panels_square(&panels, &mut memory);
+        self.square = Some(memory);
+        panels
+    }
+
+    /// What they are rounded in, and what they are multiplied in.
+    pub(crate) fn into_memory(self) -> (Option<Panels>, Option<Vec<f32>>) {
+        (self.panels, self.square)
     }
 
     /// Whether it is as well to round so many tokens by themselves: whole groups of those that share a scale, or whose products are
@@ -91,18 +149,32 @@ impl Tokens {
         tokens.is_multiple_of(256) && n <= 2048
     }
 
-    /// Whether they are kept rounded, and not as they are.
+    /// Whether it is as well to multiply so many tokens by themselves: their part of H is no larger than they are.
+    #[must_use]
+    pub fn can_be_multiplied(tokens: usize, n: usize) -> bool {
+        n <= tokens && n <= FEW_COLUMNS
+    }
+
+    /// Entries of a token.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.n
+    }
+
+    /// Whether they are kept rounded, or multiplied, and not as they are.
     #[must_use]
     pub fn are_rounded(&self) -> bool {
-        self.panels.is_some()
+        self.panels.is_some() || self.square.is_some()
+    }
+
+    fn are_complete(&self) -> bool {
+        self.panels.as_ref().is_none_or(|panels| panels.shape()[1] == self.count)
     }
 
     fn pieces(values: &[f32], n: usize) -> Vec<Piece> {
         let piece = |x: &[f32]| {
-            let zeros = || vec![0.0; n];
-            let mut piece = Piece { sum: zeros(), abs_sum: zeros(), fourth_sum: zeros(), abs_max: vec![0.0; n] };
-            let Piece { sum, abs_sum, fourth_sum, abs_max } = &mut piece;
-            add_moments(Level::best(), x, n, &mut Moments { sum, abs_sum, fourth_sum, abs_max });
+            let mut piece = Piece::zeros(n);
+            piece.add(0..n, x);
             piece
         };
         values.par_chunks(PIECE * n).map(piece).collect()
@@ -120,6 +192,8 @@ impl Deref for Tokens {
 
 /// Tokens that are multiplied at a time, of windows that may be short: each time all of H is gone through.
 pub(crate) const TOKENS: usize = 1024;
+/// Columns up to which the tokens of a window and their part of H are in the second cache of a core together.
+const FEW_COLUMNS: usize = 512;
 /// Tokens whose columns one task adds up: as many whoever does it, so that sums are the same bits at any thread count.
 const PIECE: usize = 256;
 
@@ -188,9 +262,9 @@ impl SiteStats {
     pub fn add_parts(&mut self, parts: &[&Tokens]) {
         self.weight += parts.iter().map(|x| x.count).sum::<usize>() as f64;
         let (rounded, whole): (Vec<&Tokens>, Vec<_>) = parts.iter().partition(|x| x.are_rounded());
-        let complete = |x: &&Tokens| x.panels.as_ref().is_none_or(|panels| panels.shape()[1] == x.count);
-        assert!(rounded.iter().all(complete), "all tokens that were to come");
+        assert!(parts.iter().all(|x| x.are_complete()), "all tokens that were to come");
         panels_syrk(&rounded.iter().filter_map(|x| x.panels.as_ref()).collect::<Vec<_>>(), &mut self.gram);
+        self.add_squares(&rounded.iter().filter_map(|x| x.square.as_deref()).collect::<Vec<_>>());
         self.add_products(&whole.iter().map(|x| &x[..]).collect::<Vec<_>>());
         // As long as no token was weighted, both sums are of the same terms.
         let alike = self.weighted_sum == self.sum;
@@ -223,6 +297,17 @@ impl SiteStats {
         self.weight += parts.iter().flat_map(|(_, r)| *r).map(|&r| f64::from(r)).sum::<f64>();
         self.add_products(&scaled.iter().map(|x| &x[..]).collect::<Vec<_>>());
         add_columns(&mut self.weighted_sum, &parts.iter().map(|&(x, r)| (x, Some(r))).collect::<Vec<_>>());
+    }
+
+    /// Adds parts of H, row by row: it is gone through once.
+    fn add_squares(&mut self, squares: &[&[f32]]) {
+        let n = self.n;
+        for (i, row) in self.gram.chunks_exact_mut(n).enumerate() {
+            for square in squares {
+                let own = &square[i * n..=i * n + i];
+                row.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
+            }
+        }
     }
 
     fn add_products(&mut self, parts: &[&[f32]]) {
@@ -396,7 +481,7 @@ mod tests {
         let (tokens, n) = (1024, 70);
         let x: Vec<f32> = (0..tokens * n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 400.0).collect();
         for short in Short::all() {
-            let (mut whole, mut rounded) = (SiteStats::new(n).by(Some(short)), SiteStats::new(n).by(Some(short)));
+            let mut whole = SiteStats::new(n).by(Some(short));
             whole.add(&x);
             let mut rounded_tokens = |x: &[f32]| {
                 let mut tokens = Tokens::to_come(x.len() / n, n, Some(Panels::empty(short)));
@@ -404,10 +489,27 @@ mod tests {
                 tokens
             };
             let parts: Vec<Tokens> = x.chunks(256 * n).map(&mut rounded_tokens).collect();
-            rounded.add_parts(&parts.iter().collect::<Vec<_>>());
-            assert_eq!((whole.mean(), whole.fourth()), (rounded.mean(), rounded.fourth()));
-            assert_eq!((whole.tokens(), whole.weight()), (rounded.tokens(), rounded.weight()));
-            assert!(whole.hessian().iter().zip(rounded.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
+            let by_columns = |x: &[f32]| {
+                let mut tokens = Tokens::to_come(x.len() / n, n, Some(Panels::empty(short)));
+                for x in x.chunks(128 * n) {
+                    tokens.expect(128);
+                    for columns in [0..32, 32..64, 64..n] {
+                        let strip = x.chunks(n).flat_map(|row| row[columns.clone()].to_vec());
+                        tokens.push_columns(columns.clone(), &strip.collect::<Vec<_>>());
+                    }
+                }
+                tokens
+            };
+            let strips: Vec<Tokens> = x.chunks(256 * n).map(by_columns).collect();
+            let mut squares: Vec<Tokens> = x.chunks(256 * n).map(&mut rounded_tokens).collect();
+            squares.iter_mut().for_each(|part| assert_eq!(part.multiply(vec![f32::NAN; 7]).shape(), [n, 256]));
+            for parts in [parts, strips, squares] {
+                let mut rounded = SiteStats::new(n).by(Some(short));
+                rounded.add_parts(&parts.iter().collect::<Vec<_>>());
+                assert_eq!((whole.mean(), whole.fourth()), (rounded.mean(), rounded.fourth()));
+                assert_eq!((whole.tokens(), whole.weight()), (rounded.tokens(), rounded.weight()));
+                assert!(whole.hessian().iter().zip(rounded.hessian()).all(|(a, b)| (a - b).abs() < 1e-5));
+            }
         }
     }
 

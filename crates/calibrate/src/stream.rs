@@ -1,14 +1,17 @@
 //! The activations of every window between two pieces of a model: in memory up to a budget, else in a file.
 
-use crate::Error;
+use crate::{Error, Tokens};
 use bitmill_checkpoint::Fingerprint;
-use bitmill_kernels::{Level, Panels, Short, append_bfloat16, append_f32, to_bfloat16};
+use bitmill_kernels::{ByColumns, Level, Panels, Short, append_bfloat16, append_f32, to_bfloat16};
 use half::bf16;
+use rayon::current_thread_index;
 use rayon::prelude::*;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Number type activations are kept in.
@@ -37,7 +40,9 @@ pub struct Stream {
 #[derive(Debug, Default)]
 pub struct Spare {
     windows: Mutex<Vec<Vec<bf16>>>,
-    panels: Mutex<Vec<Panels>>,
+    /// With the thread that left them, whose cache may still hold them.
+    panels: Mutex<Vec<(Option<usize>, Panels)>>,
+    squares: Mutex<Vec<Vec<f32>>>,
 }
 
 impl Spare {
@@ -59,13 +64,28 @@ impl Spare {
     /// Panels that hold anything.
     #[must_use]
     pub fn panels(&self, short: Short) -> Panels {
-        let memory = self.panels.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Panels::within(memory, short)
+        let mut all = self.panels.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = all.iter().rposition(|(thread, _)| *thread == current_thread_index());
+        let memory = own.map(|own| all.swap_remove(own)).or_else(|| all.pop());
+        Panels::within(memory.map(|(_, panels)| panels), short)
     }
 
     /// Takes the memory of panels back.
-    pub fn keep(&self, panels: impl IntoIterator<Item = Panels>) {
-        self.panels.lock().unwrap_or_else(PoisonError::into_inner).extend(panels);
+    pub fn keep(&self, panels: Panels) {
+        self.panels.lock().unwrap_or_else(PoisonError::into_inner).push((current_thread_index(), panels));
+    }
+
+    /// Memory for a part of H, which holds anything.
+    #[must_use]
+    pub fn square(&self) -> Vec<f32> {
+        self.squares.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// Takes back the memory of what `tokens` are kept in for H.
+    pub fn keep_of(&self, tokens: Tokens) {
+        let (panels, square) = tokens.into_memory();
+        panels.into_iter().for_each(|panels| self.keep(panels));
+        self.squares.lock().unwrap_or_else(PoisonError::into_inner).extend(square);
     }
 }
 
@@ -305,13 +325,7 @@ impl Stream {
             Store::Bf16(data) => {
                 let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
                 let new = replace(&mut own, from, values, |values, old| to_bfloat16(Level::best(), values, old));
-                let entries = self.entries(window);
-                if own.capacity() < entries {
-                    let (spare, room) =
-                        self.spare.as_ref().map_or((None, self.width), |(spare, room)| (Some(spare), *room));
-                    let room = entries / self.width * room;
-                    *own = spare.and_then(|spare| spare.take(room)).unwrap_or_else(|| Vec::with_capacity(room));
-                }
+                self.make_room(window, &mut own);
                 append_bfloat16(Level::best(), new, &mut own);
             }
             Store::File { file, path, kind, .. } => {
@@ -323,6 +337,48 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Whether windows can be [written by columns](Stream::write_columns).
+    #[must_use]
+    pub fn takes_columns(&self) -> bool {
+        matches!(self.store, Store::Bf16(_))
+    }
+
+    /// Adds so many `tokens` to `window`, which has those before them alone, as `make` brings their columns, from the left to the
+    /// right: `[tokens, columns]`.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    ///
+    /// # Panics
+    /// Where the window has no such tokens, the stream [does not take columns](Stream::takes_columns), or some are missing: a
+    /// caller's bug.
+    pub fn write_columns<E>(
+        &self,
+        window: usize,
+        tokens: Range<usize>,
+        make: impl FnOnce(&mut dyn FnMut(&[f32])) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Store::Bf16(data) = &self.store else { panic!("a stream that takes columns") };
+        let mut own = data[window].write().unwrap_or_else(PoisonError::into_inner);
+        assert!(tokens.end * self.width <= self.entries(window), "tokens of the window");
+        assert_eq!(own.len(), tokens.start * self.width, "a window that has those before");
+        self.make_room(window, &mut own);
+        let mut rows = ByColumns::new(&mut own, tokens.len(), self.width);
+        make(&mut |columns| rows.push(Level::best(), columns))?;
+        rows.finish();
+        Ok(())
+    }
+
+    /// Takes memory for `window`, where it has none.
+    fn make_room(&self, window: usize, own: &mut Vec<bf16>) {
+        let entries = self.entries(window);
+        if own.capacity() < entries {
+            let (spare, room) = self.spare.as_ref().map_or((None, self.width), |(spare, room)| (Some(spare), *room));
+            let room = entries / self.width * room;
+            *own = spare.and_then(|spare| spare.take(room)).unwrap_or_else(|| Vec::with_capacity(room));
+        }
     }
 
     /// Writes the whole stream to `path`, by all threads.
@@ -461,9 +517,9 @@ pub fn in_order<T: Send, E: Send>(
     Ok(())
 }
 
-/// [`in_order`], but what is computed is consumed while the next is: as long as `batch` is short, no thread waits for others at
-/// its end. Up to `most` batches are computed at a time, as threads need them; each is consumed by itself, so results do not depend
-/// on their number.
+/// [`in_order`], but what is computed is consumed while the next is, by whoever completes a batch: threads wait for each other only
+/// after every `most` batches, which is as many as may be there at a time. Windows are begun in order, and each batch is consumed
+/// by itself, so results depend neither on that number nor on that of threads.
 ///
 /// # Errors
 /// The first error of either function.
@@ -471,34 +527,59 @@ pub fn overlapped<T: Send, E: Send>(
     windows: usize,
     (batch, most): (usize, usize),
     compute: impl Fn(usize) -> Result<T, E> + Sync,
-    mut consume: impl FnMut(usize, Vec<T>) -> Result<(), E> + Send,
+    consume: impl FnMut(usize, Vec<T>) -> Result<(), E> + Send,
 ) -> Result<(), E> {
-    let batch = batch.max(1);
-    let at_once = batch * rayon::current_num_threads().div_ceil(batch).clamp(1, most.max(1));
-    let mut take = |first: usize, results: Vec<T>| -> Result<(), E> {
-        let mut results = results.into_iter();
-        for first in (first..first + results.len()).step_by(batch) {
-            consume(first, results.by_ref().take(batch).collect())?;
-        }
-        Ok(())
-    };
-    let mut ready: Option<(usize, Vec<T>)> = None;
+    let (batch, consume) = (batch.max(1), Mutex::new(consume));
+    let at_once = batch * most.max(1);
     for first in (0..windows).step_by(at_once) {
-        let next = || {
-            (first..windows.min(first + at_once))
-                .into_par_iter()
-                .with_max_len(1)
-                .map(&compute)
-                .collect::<Result<Vec<T>, E>>()
-        };
-        let (taken, results) = match ready.take() {
-            Some((first, results)) => rayon::join(|| take(first, results), next),
-            None => (Ok(()), next()),
-        };
-        taken?;
-        ready = Some((first, results?));
+        let end = windows.min(first + at_once);
+        let (begun, line) = (AtomicUsize::new(first), Mutex::new(Line::new(first..end, batch)));
+        let next = || line.lock().unwrap_or_else(PoisonError::into_inner).next();
+        (first..end).into_par_iter().with_max_len(1).try_for_each(|_| -> Result<(), E> {
+            // Not the window of this place: threads divide places among them from both ends.
+            let window = begun.fetch_add(1, Ordering::Relaxed);
+            let result = compute(window)?;
+            line.lock().unwrap_or_else(PoisonError::into_inner).put(window, result);
+            while let Some((first, results)) = next() {
+                consume.lock().unwrap_or_else(PoisonError::into_inner)(first, results)?;
+                line.lock().unwrap_or_else(PoisonError::into_inner).busy = false;
+            }
+            Ok(())
+        })?;
     }
-    ready.map_or(Ok(()), |(first, results)| take(first, results))
+    Ok(())
+}
+
+/// Results that wait for those before them.
+struct Line<T> {
+    /// What is to be consumed, and from which window on.
+    results: VecDeque<Option<T>>,
+    first: usize,
+    batch: usize,
+    /// Whether somebody is consuming.
+    busy: bool,
+}
+
+impl<T> Line<T> {
+    fn new(windows: Range<usize>, batch: usize) -> Self {
+        Line { first: windows.start, results: windows.map(|_| None).collect(), batch, busy: false }
+    }
+
+    fn put(&mut self, window: usize, result: T) {
+        self.results[window - self.first] = Some(result);
+    }
+
+    /// The next batch, if it is complete and nobody is at the one before; who takes it is busy then.
+    fn next(&mut self) -> Option<(usize, Vec<T>)> {
+        let count = self.batch.min(self.results.len());
+        if self.busy || count == 0 || self.results.range(..count).any(Option::is_none) {
+            return None;
+        }
+        self.busy = true;
+        let first = self.first;
+        self.first += count;
+        Some((first, self.results.drain(..count).flatten().collect()))
+    }
 }
 
 #[cfg(test)]

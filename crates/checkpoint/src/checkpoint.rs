@@ -10,6 +10,8 @@ use crate::{Dialect, Error, TensorSpec, TensorView};
 use bitmill_scheme::{Inputs, Quantized, ScaleType, Scheme};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 /// Its key that says how the folder is quantized.
@@ -386,6 +388,28 @@ impl Checkpoint {
     /// What reading every shard once shows, in name order, but for the tensors that are read `later`.
     pub fn survey(&self, later: &dyn Fn(&str) -> bool) -> impl Iterator<Item = Survey<'_>> {
         self.shards.iter().map(move |shard| shard.survey(later))
+    }
+
+    /// Has the system read the first so many bytes of the weights, in the background: they are there when they are asked for. What
+    /// cannot be read is told then.
+    pub fn read_ahead(&self, most: usize) {
+        let files: Vec<PathBuf> = self.shards.iter().map(|shard| shard.file().to_owned()).collect();
+        let read = move || {
+            // Small enough for what is copied to stay in a cache.
+            let (mut buffer, mut left) = (vec![0; 1 << 18], most);
+            for file in files {
+                let Ok(mut file) = File::open(file) else { return };
+                while left > 0 {
+                    match file.read(&mut buffer) {
+                        Ok(0) => break,
+                        Ok(count) => left = left.saturating_sub(count),
+                        Err(_) => return,
+                    }
+                }
+            }
+        };
+        // Without a thread they are read when they are asked for.
+        let _ = std::thread::Builder::new().name("read-ahead".into()).spawn(read);
     }
 
     /// Takes what was read of large shards so far out of the memory of this process. Tensors stay readable.

@@ -69,7 +69,7 @@ pub enum Order {
 }
 
 /// Elements converted or scanned by one task.
-const TASK: usize = 1 << 18;
+const TASK: usize = 1 << 15;
 /// Rows that are gathered at once from columns: as many as a cache line or two has elements.
 const BAND: usize = 64;
 

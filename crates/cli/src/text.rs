@@ -55,6 +55,8 @@ pub(crate) struct Text {
     pub(crate) held_out: Option<Windows>,
 }
 
+/// Bytes of weights that are read while the text is made ready.
+const AHEAD: usize = 1 << 28;
 /// Held-out windows, at most.
 const HELD_OUT: usize = 16;
 
@@ -102,17 +104,22 @@ impl TextArgs {
         if let Some(images) = &spec.images {
             return self.images(&files, (spec, images), (samples, seed));
         }
+        // Most of what comes until weights are asked for is the work of one thread.
+        input.read_ahead(AHEAD);
         let beside = input.dir().join("calibration.txt");
-        let (name, texts) = if !self.calibration.is_empty() {
-            let texts = read_texts(&files)?;
-            (texts.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "), texts)
-        } else if beside.is_file() {
-            (beside.display().to_string(), read_texts(&[beside])?)
-        } else {
+        let read = || -> anyhow::Result<(String, Vec<(String, String)>)> {
+            if !self.calibration.is_empty() {
+                let texts = read_texts(&files)?;
+                return Ok((texts.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(", "), texts));
+            }
+            if beside.is_file() {
+                return Ok((beside.display().to_string(), read_texts(&[&beside])?));
+            }
             let name = "the text that comes with bitmill (give --calibration FILE for text of the model's own use)";
-            (name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())])
+            Ok((name.to_owned(), vec![("the bundled text".to_owned(), BUNDLED_TEXT.to_owned())]))
         };
-        let tokenizer = Tokenizer::of(input, spec.bos)?;
+        let (text, tokenizer) = rayon::join(read, || Tokenizer::of(input, spec.bos));
+        let ((name, texts), tokenizer) = (text?, tokenizer?);
         let length = length.min(spec.max_positions);
         let limit = match spec.causal {
             true => length,

@@ -13,6 +13,8 @@ use std::ops::Range;
 
 mod short;
 
+pub(crate) use short::Past;
+
 /// Rows of scores computed at once: enough for an efficient product, few enough that the diagonal wastes little.
 const ROWS: usize = 256;
 
@@ -67,6 +69,11 @@ pub(crate) enum Sight {
 }
 
 impl Sight {
+    /// Whether nothing is seen before it comes.
+    pub(crate) fn is_causal(self) -> bool {
+        matches!(self, Sight::Past { .. } | Sight::Stretch { .. })
+    }
+
     /// The tokens that `token` of `tokens` sees.
     pub(crate) fn of(self, token: usize, tokens: usize) -> Range<usize> {
         match self {
@@ -117,16 +124,21 @@ impl CustomOp3 for Attention {
             group,
         };
         let width = kv_heads * group * dim;
-        let mut out = vec![0.0f32; tokens * width];
-        match self.short {
-            Some(short) => short::attend(&inputs, short, self.scoring, &mut out),
+        let out = match self.short {
+            Some(short) => {
+                let mut past = Past::new(short, kv_heads, dim);
+                past.add(inputs.k, inputs.v);
+                past.attend(inputs.q, group, self.scoring)
+            }
             None => {
                 let chunk = (ROWS / group.max(1)).max(32);
+                let mut out = vec![0.0f32; tokens * width];
                 out.par_chunks_mut((chunk * width).max(1))
                     .enumerate()
                     .for_each(|(i, out)| inputs.attend(i * chunk, self.scoring, out));
+                out
             }
-        }
+        };
         Ok((CpuStorage::F32(out), (tokens, width).into()))
     }
 }

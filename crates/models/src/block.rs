@@ -1,6 +1,6 @@
 //! One block: its weights, and its execution in five pieces that meet at the sites.
 
-use crate::attention::{Scoring, Sight};
+use crate::attention::{Past, Scoring, Sight};
 use crate::backward::{Heads, values};
 use crate::experts::{Experts, gated};
 use crate::linear::{Linear, Matrix};
@@ -58,6 +58,13 @@ pub struct Block {
     pub(crate) short: Option<Short>,
     /// Which block of the model it is.
     pub(crate) index: usize,
+}
+
+/// What the tokens of a window so far leave for the attention of those to come.
+#[derive(Debug)]
+pub struct WindowPast {
+    past: Option<Past>,
+    short: Short,
 }
 
 /// Channels of parts that one linear puts out; `None` where each part has a linear of its own.
@@ -143,6 +150,44 @@ impl Block {
     /// [`Error::Window`] when `rope` was built for another length; [`Error::Tensor`] on a weight of another shape.
     pub fn attn_out(&self, x: &Tensor, rope: &RopeTable) -> Result<Tensor, Error> {
         self.attend(&self.heads(x, rope)?)
+    }
+
+    /// Nothing of a window yet, where [`Block::attn_out`] can be had part by part ([`Block::attn_part`]): where no token sees what
+    /// comes after it, products are in fewer bits, and queries do not grow with their position.
+    #[must_use]
+    pub fn begin_window(&self) -> Option<WindowPast> {
+        let short = self.short.filter(|_| self.scoring.sight.is_causal() && self.tempering.is_none())?;
+        Some(WindowPast { past: None, short })
+    }
+
+    /// [`Block::attn_out`] of the next tokens of a window of `tokens` in all: a multiple of 128, unless they are its last. What they
+    /// leave for those to come is added to `past`.
+    ///
+    /// # Errors
+    /// As [`Block::attn_out`].
+    ///
+    /// # Panics
+    /// Where those before were no such multiple: a caller's bug.
+    pub fn attn_part(
+        &self,
+        past: &mut WindowPast,
+        x: &Tensor,
+        rope: &RopeTable,
+        tokens: usize,
+    ) -> Result<Tensor, Error> {
+        let (from, count) = (past.past.as_ref().map_or(0, Past::tokens), x.dim(0)?);
+        let turns = match rope.of_block(self.index, tokens)? {
+            Some((cos, sin)) => Some((cos.narrow(0, from, count)?, sin.narrow(0, from, count)?)),
+            None => None,
+        };
+        let Heads { q, k, v, .. } = self.turned(x, turns.as_ref().map(|(cos, sin)| (cos, sin)))?;
+        let past = past
+            .past
+            .get_or_insert_with(|| Past::new(past.short, v.elem_count() / count / self.head_dim, self.head_dim));
+        past.add(&values(&k)?, &values(&v)?);
+        let out = past.attend(&values(&q)?, self.group, self.scoring);
+        let width = out.len() / count;
+        Ok(Tensor::from_vec(out, (count, width), &Device::Cpu)?)
     }
 
     /// Queries, keys and values of the site `attn_in`.
@@ -258,6 +303,26 @@ impl Block {
         }
         let (gate, up) = self.branches(x)?;
         gated(self.act, gate, up)
+    }
+
+    /// Whether what [`Block::mlp_out`] returns can be had in [strips](Block::mlp_strips).
+    #[must_use]
+    pub fn has_strips(&self) -> bool {
+        let parts = [Role::Gate, Role::Up].map(|role| self.part(role));
+        let [Some(gate), Some(up)] = parts else { return false };
+        self.act == Act::Silu && self.experts.is_none() && Linear::have_strips([gate, up])
+    }
+
+    /// [`Block::mlp_out`] in strips of columns, from the left to the right: `take` gets the columns of each, and its entries,
+    /// `[tokens, columns]`. On the calling thread, for tokens few enough to stay in a cache of its core.
+    ///
+    /// # Errors
+    /// As [`Block::mlp_out`].
+    ///
+    /// # Panics
+    /// Where it does not [have them](Block::has_strips).
+    pub fn mlp_strips(&self, x: &Tensor, take: &mut dyn FnMut(Range<usize>, &[f32])) -> Result<(), Error> {
+        Linear::gated_strips([self.at(Role::Gate), self.at(Role::Up)], x, take)
     }
 
     /// The branches of the MLP before the activation, `[tokens, intermediate]`: gate, where there is one, and up.

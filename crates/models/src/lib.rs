@@ -32,7 +32,7 @@ mod weights;
 
 pub use arch::{ARCHES, Arch, spec, spec_of};
 pub use backward::{BlockGradients, Trace, values};
-pub use block::Block;
+pub use block::{Block, WindowPast};
 pub use decode::Decoder;
 pub use ends::{Ends, Head, HeadGradients};
 pub use entry::{Embedding, Window};

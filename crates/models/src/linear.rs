@@ -3,11 +3,12 @@
 use crate::backward::values;
 use crate::weights::{check, shaped};
 use crate::{Error, PackedWeight, Weights, ops};
-use bitmill_kernels::{Panels, Short};
+use bitmill_kernels::{self as kernels, Panels, Short};
 use bitmill_scheme::{Activations, Inputs};
 use candle_core::{Device, Tensor};
 use std::borrow::Cow;
 use std::cell::{Cell, OnceCell};
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// `y = x Wᵀ + b`.
@@ -174,6 +175,37 @@ impl Linear {
         }
     }
 
+    /// Whether [`Linear::gated_strips`] can be had of them.
+    pub(crate) fn have_strips(linears: [&Linear; 2]) -> bool {
+        let [gate, up] = linears.map(|linear| linear.short.as_ref().map(|rounding| rounding.short));
+        linears.iter().all(|linear| linear.rounds() && linear.bias.is_none()) && gate == up
+    }
+
+    /// `silu(gate) · up` of what the two make of `x`, in strips of columns: `take` gets the columns of each, and its entries,
+    /// `[tokens, columns]`.
+    ///
+    /// # Panics
+    /// Where they do not [have them](Linear::have_strips).
+    pub(crate) fn gated_strips<'a>(
+        linears: [&'a Linear; 2],
+        x: &Tensor,
+        take: &mut dyn FnMut(Range<usize>, &[f32]),
+    ) -> Result<(), Error> {
+        let input = Input::new(x, &linears)?;
+        let of = |linear: &'a Linear| -> Result<(Short, &'a Panels), Error> {
+            match (&linear.matrix, &linear.short) {
+                (Matrix::Dense(weight), Some(rounding)) => Ok((rounding.short, rounding.of(weight)?)),
+                _ => panic!("linears that have strips"),
+            }
+        };
+        let [gate, up] = linears;
+        let ((short, gate), (_, up)) = (of(gate)?, of(up)?);
+        let mut memory = STRIPS.take();
+        kernels::gated_strips(input.panels(short)?, [gate, up], &mut memory, take);
+        STRIPS.set(memory);
+        Ok(())
+    }
+
     fn all_outputs(linears: &[&Linear], x: &Tensor) -> Result<Vec<Tensor>, Error> {
         let x = if linears.iter().all(|linear| linear.rounds()) { Cow::Borrowed(x) } else { ops::widened(x)? };
         let packed: Vec<&PackedWeight> = linears.iter().filter_map(|linear| linear.packed()).collect();
@@ -238,6 +270,8 @@ impl Linear {
 thread_local! {
     /// Where this thread rounded its last activation: memory for the next.
     static LEFT: Cell<Option<Panels>> = const { Cell::new(None) };
+    /// Where it computed its last strip, likewise.
+    static STRIPS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// An activation `[tokens, in]` as the linears of one site read it: rounded once for all that want it so.

@@ -7,7 +7,7 @@
 
 use crate::backward::{values, values_of};
 use crate::{Act, Error, Pairs};
-use bitmill_kernels::{Level, Panels, Short, View, ViewMut, append_f32, exp, gemm};
+use bitmill_kernels::{Level, Panels, Short, View, ViewMut, append_f32, axpy, exp, filled, gemm, rotate_halves};
 use bitmill_scheme::Inputs;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, WithDType,
@@ -20,7 +20,9 @@ use std::f64::consts::PI;
 use std::ops::Range;
 
 /// Elements a thread takes at a time; below it, handing out work costs more than the work.
-const BLOCK: usize = 1 << 14;
+const BLOCK: usize = 1 << 16;
+/// Rows that are made at a time where they become new memory: they stay in the first cache.
+const ROWS: usize = 16;
 /// Tokens of a product that one thread takes: fewer would pack the weight too often.
 const BAND: usize = 512;
 /// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
@@ -123,7 +125,7 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<()> {
 
 /// `x ← x + y`, in place; a `y` of one row is added to every row.
 pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<()> {
-    x.inplace_op2(y, &ByRows { name: "add", f: |x, y| x.iter_mut().zip(y).for_each(|(x, y)| *x += y) })
+    x.inplace_op2(y, &ByRows { name: "add", f: |x, y| axpy(Level::best(), 1.0, y, x) })
 }
 
 /// `x ← x · y`, in place.
@@ -179,23 +181,27 @@ impl CustomOp3 for Rotate {
         }
         let (x, cos, sin) = (floats(x, x_layout)?, floats(cos, cos_layout)?, floats(sin, sin_layout)?);
         let kv_heads = width / (dim * group);
-        let mut out = vec![0.0f32; tokens * width];
-        each_block(&mut out, dim * group, |first, block| {
-            for (i, dst) in block.chunks_exact_mut(dim * group).enumerate() {
-                let (head, token) = ((first + i) / tokens, (first + i) % tokens);
-                let src = &x[token * width + head * dim * group..][..dim * group];
-                let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
-                for (src, dst) in src.chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
-                    if pairs == Pairs::Neighbours {
+        let row = dim * group;
+        // Rows in order of head, then token.
+        let out = filled(tokens * width, (ROWS * row, BLOCK), |i, mut out| {
+            let mut first = i * ROWS;
+            while !out.is_empty() {
+                let (head, token) = (first / tokens, first % tokens);
+                let count = (tokens - token).min(out.len() / row);
+                let now;
+                (now, out) = out.split_at_mut(count * row);
+                first += count;
+                let x = &x[token * width + head * row..];
+                let (cos, sin) = (&cos[token * half..][..count * half], &sin[token * half..][..count * half]);
+                if pairs == Pairs::Halves {
+                    rotate_halves(Level::best(), (x, width), (cos, sin), (dim, half), (now, row));
+                    continue;
+                }
+                for (i, dst) in now.chunks_exact_mut(row).enumerate() {
+                    let (cos, sin) = (&cos[i * half..][..half], &sin[i * half..][..half]);
+                    for (src, dst) in x[i * width..][..row].chunks_exact(dim).zip(dst.chunks_exact_mut(dim)) {
                         dst[2 * half..].copy_from_slice(&src[2 * half..]);
                         neighbours(&src[..2 * half], cos, sin, 1.0, &mut dst[..2 * half]);
-                        continue;
-                    }
-                    let ((a, b), (c, d)) = (src.split_at(half), dst.split_at_mut(half));
-                    d[half..].copy_from_slice(&b[half..]);
-                    for j in 0..half {
-                        c[j] = a[j] * cos[j] - b[j] * sin[j];
-                        d[j] = b[j] * cos[j] + a[j] * sin[j];
                     }
                 }
             }
@@ -325,8 +331,11 @@ impl CustomOp2 for RmsNorm {
         if width == 0 || weight_layout.dims() != [width] {
             bail!("rms-norm: rows of {width}, weight {:?}", weight_layout.shape());
         }
-        let (weight, mut out) = (floats(weight, weight_layout)?, floats(x, x_layout)?.to_vec());
-        each_block(&mut out, width, |_, block| bitmill_kernels::rms_norm(Level::best(), block, weight, self.eps));
+        let (weight, x) = (floats(weight, weight_layout)?, floats(x, x_layout)?);
+        let size = ROWS * width;
+        let out = filled(x.len(), (size, BLOCK), |i, out| {
+            bitmill_kernels::rms_norm(Level::best(), &x[i * size..][..out.len()], weight, self.eps, out);
+        });
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 }

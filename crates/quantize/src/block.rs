@@ -17,7 +17,7 @@ use crate::token_weights::{Look, token_weights};
 use crate::{Action, Error, PlannedTensor, Solved};
 use crate::{Method, Observation, SolverOptions, TargetShift, TokenWeights};
 use bitmill_calibrate::{Spare, Stream, StreamKind, Tokens, in_order, overlapped};
-use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site, values};
+use bitmill_models::{Block, ModelSpec, Role, RopeTable, Site, WindowPast, values};
 use bitmill_scheme::{Activations, ScaleType, Scheme};
 use candle_core::{Device, Tensor};
 use std::ops::Range;
@@ -187,7 +187,7 @@ impl Flow<'_> {
                     let weights = weights.as_ref().map(|all| &all[first..first + glimpses.len()]);
                     seen.add(first, &glimpses, weights);
                 }
-                self.spare.keep(glimpses.into_iter().filter_map(|glimpse| glimpse.seen.into_panels()));
+                glimpses.into_iter().for_each(|glimpse| self.spare.keep_of(glimpse.seen));
             })?;
             if let (Some(before), None) = (i.checked_sub(1), &entered) {
                 // Nothing runs through them again.
@@ -281,8 +281,13 @@ impl Flow<'_> {
     /// weights stay in a cache beside their activations, few do, for these to stay there as well.
     fn parts(&self, width: usize, w: usize) -> impl Iterator<Item = Range<usize>> {
         let length = self.lengths[w];
-        let few = if self.spec.hidden * width <= FEW_WEIGHTS { FEW_TOKENS } else { length.max(1) };
+        let few = if self.few(width) { FEW_TOKENS } else { length.max(1) };
         (0..length).step_by(few).map(move |from| from..length.min(from + few))
+    }
+
+    /// Whether weights between the residual stream and `width` stay in a cache.
+    fn few(&self, width: usize) -> bool {
+        self.spec.hidden * width <= FEW_WEIGHTS
     }
 
     /// Moves window `w` through piece `i` of the block and returns what is seen at its site, which is so wide.
@@ -300,15 +305,29 @@ impl Flow<'_> {
         let panels = self.observation.rounds().filter(|_| Tokens::can_be_rounded(tokens, width));
         let panels = panels.map(|short| self.spare.panels(short));
         let mut glimpse = Glimpse { seen: Tokens::to_come(tokens, width, panels), ..Glimpse::default() };
-        // Attention looks at all of a window.
-        let whole = i == 1;
+        let by_columns = i == 3
+            && self.few(width)
+            && full.is_none()
+            && glimpse.seen.are_rounded()
+            && block.has_strips()
+            && lane.next.is_none_or(Stream::takes_columns);
+        if by_columns {
+            for part in self.parts(width, w) {
+                self.strips(&lane, w, &part, &mut glimpse.seen)?;
+            }
+            return Ok(self.seen(glimpse, x, w));
+        }
+        // Attention looks at all of a window, or at least at what came before.
+        let mut past = (i == 1).then(|| block.begin_window()).flatten();
+        let mut full_past = full.filter(|_| i == 1).and_then(|(full, _)| full.begin_window());
+        let whole = i == 1 && past.is_none();
         for part in whole.then_some(0..tokens).into_iter().chain(self.parts(width, w).filter(|_| !whole)) {
-            let seen = self.piece(i, &lane, w, &part)?;
+            let seen = self.piece(i, &lane, w, (&part, past.as_mut()))?;
             let seen = values(&seen)?;
             if let Some((block, full)) = full {
                 let next = next.and_then(|next| next.full.as_ref());
                 let lane = Lane { block, hidden: full, x: x.and_then(|x| x.full.as_ref()), next };
-                let drift = self.piece(i, &lane, w, &part)?;
+                let drift = self.piece(i, &lane, w, (&part, full_past.as_mut()))?;
                 glimpse.drift.extend(values(&drift)?.iter().zip(&seen[..]).map(|(d, x)| d - x));
                 if i % 2 == 1 && self.observation.shift == TargetShift::Outputs {
                     let [full, rounded] = [*full, hidden].map(|stream| stream.read_tokens(w, part.clone()));
@@ -317,16 +336,48 @@ impl Flow<'_> {
             }
             glimpse.seen.push(&seen);
         }
+        Ok(self.seen(glimpse, x, w))
+    }
+
+    /// What was seen of window `w`, which is of no more use in `x`.
+    fn seen(&self, mut glimpse: Glimpse, x: Option<&Lanes>, w: usize) -> Glimpse {
+        if glimpse.seen.are_rounded() && Tokens::can_be_multiplied(self.lengths[w], glimpse.seen.width()) {
+            self.spare.keep(glimpse.seen.multiply(self.spare.square()));
+        }
         // The next window of what follows may take its place.
         for x in x.into_iter().flat_map(|x| [Some(&x.rounded), x.full.as_ref()]).flatten() {
             x.release(w);
         }
-        Ok(glimpse)
+        glimpse
     }
 
-    /// Piece `i` of the block for some tokens of window `w`: returns the activation at its site, and writes it to where it goes
-    /// on from.
-    fn piece(&self, i: usize, lane: &Lane<'_>, w: usize, part: &Range<usize>) -> Result<Tensor, Error> {
+    /// Piece 3 of the block for some tokens of window `w`, by columns: what they put out goes to where it is seen, and to where it
+    /// goes on from, while the first cache holds it.
+    fn strips(&self, lane: &Lane<'_>, w: usize, part: &Range<usize>, seen: &mut Tokens) -> Result<(), Error> {
+        let Lane { block, x, next, .. } = *lane;
+        let Some(x) = x else { unreachable!("a piece before this one") };
+        let input = self.input(block, 3, x, w, part)?;
+        seen.expect(part.len());
+        match next {
+            Some(next) => next.write_columns(w, part.clone(), |write| {
+                Ok(block.mlp_strips(&input, &mut |columns, strip| {
+                    seen.push_columns(columns, strip);
+                    write(strip);
+                })?)
+            }),
+            None => Ok(block.mlp_strips(&input, &mut |columns, strip| seen.push_columns(columns, strip))?),
+        }
+    }
+
+    /// Piece `i` of the block for some tokens of window `w`, of which those before left `past` if they are not all: returns the
+    /// activation at its site, and writes it to where it goes on from.
+    fn piece(
+        &self,
+        i: usize,
+        lane: &Lane<'_>,
+        w: usize,
+        (part, past): (&Range<usize>, Option<&mut WindowPast>),
+    ) -> Result<Tensor, Error> {
         let Lane { block, hidden: stream, x, next } = *lane;
         let hidden = || self.some(stream, w, part);
         let input = || match x {
@@ -335,7 +386,10 @@ impl Flow<'_> {
         };
         let out = match i {
             0 => block.attn_in(&hidden()?)?,
-            1 => block.attn_out(&input()?, self.rope)?,
+            1 => match past {
+                Some(past) => block.attn_part(past, &input()?, self.rope, self.lengths[w])?,
+                None => block.attn_out(&input()?, self.rope)?,
+            },
             2 => {
                 let (h, out) = block.mlp_in(&hidden()?, &input()?)?;
                 stream.write_tokens(w, part.start, &values(&h)?)?;
@@ -401,7 +455,7 @@ impl Flow<'_> {
         }
         let mean = self.lengths.iter().sum::<usize>().div_ceil(windows.max(1)).max(1);
         let batch = (NARROW_TOKENS / mean).min(BATCH_TOKENS / 2 / longest).max(1);
-        overlapped(windows, (batch, BATCH_TOKENS / 2 / (batch * longest)), compute, consume)
+        overlapped(windows, (batch, BATCH_TOKENS / (batch * longest)), compute, consume)
     }
 
     /// Runs `pass` for all windows.

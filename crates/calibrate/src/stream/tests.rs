@@ -115,3 +115,27 @@ fn windows_of_unequal_length_do_not_touch() {
         }
     }
 }
+
+#[test]
+fn tokens_that_come_by_columns_are_those_that_come_by_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let stream = |kind, budget| Stream::new(kind, 2, 5, 70, budget, &dir.path().join("spill")).unwrap();
+    let (rows, columns) = (stream(StreamKind::Bf16, u64::MAX), stream(StreamKind::Bf16, u64::MAX));
+    assert!(!stream(StreamKind::Bf16, 0).takes_columns() && !stream(StreamKind::F32, u64::MAX).takes_columns());
+    assert!(columns.takes_columns());
+    let values: Vec<f32> = (0..5 * 70).map(|i| (i as f32 * 0.7).sin()).collect();
+    rows.write(1, &values).unwrap();
+    for tokens in [0..2, 2..5] {
+        let some = &values[tokens.start * 70..tokens.end * 70];
+        let make = |write: &mut dyn FnMut(&[f32])| -> Result<(), ()> {
+            for part in [0..32, 32..64, 64..70] {
+                write(&some.chunks(70).flat_map(|row| row[part.clone()].to_vec()).collect::<Vec<_>>());
+            }
+            Ok(())
+        };
+        columns.write_columns(1, tokens.clone(), make).unwrap();
+    }
+    assert_eq!(columns.read(1).unwrap(), rows.read(1).unwrap());
+    assert_eq!(columns.write_columns(0, 0..5, |_| Err(7)), Err(7));
+    assert_eq!(columns.read(0).unwrap(), [0.0; 5 * 70], "what was not finished is not there");
+}

@@ -43,10 +43,69 @@ fn narrowed(level: Level, values: &[f32], out: &mut [MaybeUninit<bf16>]) {
     at_level!(level, narrow, (first: &[f32], head: &mut [MaybeUninit<bf16>]));
     at_level!(level, narrow_lines, (whole: &[[f32; LINE]], lines: &mut [Line]));
     at_level!(level, narrow, (last: &[f32], tail: &mut [MaybeUninit<bf16>]));
-    // SAFETY: every x86-64 has SSE2. Who is told that these are written sees them all.
+    let_others_see();
+}
+
+/// Who is told that lines were written sees them all.
+fn let_others_see() {
+    // SAFETY: every x86-64 has SSE2.
     #[cfg(target_arch = "x86_64")]
     unsafe {
         std::arch::x86_64::_mm_sfence();
+    }
+}
+
+/// Rows of bfloat16 behind what a vector holds, whose columns come some at a time, from the left to the right. The vector has them
+/// once they are [finished](ByColumns::finish).
+#[derive(Debug)]
+pub struct ByColumns<'a> {
+    out: &'a mut Vec<bf16>,
+    rows: usize,
+    width: usize,
+    /// Columns that are there.
+    done: usize,
+}
+
+impl<'a> ByColumns<'a> {
+    /// None of `rows` of `width` yet.
+    pub fn new(out: &'a mut Vec<bf16>, rows: usize, width: usize) -> Self {
+        out.reserve(rows * width);
+        ByColumns { out, rows, width, done: 0 }
+    }
+
+    /// The next columns, `values: [rows, columns]`, rounded as [`append_bfloat16`] does.
+    ///
+    /// # Panics
+    /// When there are more than are left, or rows of other lengths: a caller's bug.
+    pub fn push(&mut self, level: Level, values: &[f32]) {
+        let columns = values.len() / self.rows.max(1);
+        assert!(values.len() == self.rows * columns && self.done + columns <= self.width, "columns that are left");
+        let out = &mut self.out.spare_capacity_mut()[..self.rows * self.width];
+        let place = (self.done, self.width);
+        let lines = [self.done, self.width, columns].iter().all(|at| at.is_multiple_of(LINE));
+        // SAFETY: a line is so many numbers that may not be there, and nothing else.
+        match unsafe { out.align_to_mut::<Line>() } {
+            ([], out, _) if lines => {
+                let (values, place) = (values.as_chunks().0, (self.done / LINE, self.width / LINE));
+                at_level!(level, narrow_some, (values: &[[f32; LINE]], columns: usize, place: (usize, usize), out: &mut [Line]));
+            }
+            _ => {
+                at_level!(level, narrow_rows, (values: &[f32], columns: usize, place: (usize, usize), out: &mut [MaybeUninit<bf16>]))
+            }
+        }
+        self.done += columns;
+    }
+
+    /// Leaves the rows in the vector.
+    ///
+    /// # Panics
+    /// When columns are missing: a caller's bug.
+    pub fn finish(self) {
+        assert_eq!(self.done, self.width, "all columns");
+        let_others_see();
+        let count = self.out.len() + self.rows * self.width;
+        // SAFETY: all columns of all rows were put there.
+        unsafe { self.out.set_len(count) };
     }
 }
 
@@ -74,6 +133,23 @@ fn narrow_lines(values: &[[f32; LINE]], out: &mut [Line]) {
             out.write(nearest(value));
         }
         past_caches(out, &line);
+    }
+}
+
+/// Lines of some columns, which begin at line `at` of rows of `width`.
+#[inline(always)]
+fn narrow_some(values: &[[f32; LINE]], columns: usize, (at, width): (usize, usize), out: &mut [Line]) {
+    let each = columns / LINE;
+    for (values, out) in values.chunks_exact(each.max(1)).zip(out.chunks_mut(width.max(1))) {
+        narrow_lines(values, &mut out[at..at + each]);
+    }
+}
+
+/// The same of any.
+#[inline(always)]
+fn narrow_rows(values: &[f32], columns: usize, (at, width): (usize, usize), out: &mut [MaybeUninit<bf16>]) {
+    for (values, out) in values.chunks_exact(columns.max(1)).zip(out.chunks_mut(width.max(1))) {
+        narrow(values, &mut out[at..at + columns]);
     }
 }
 
@@ -115,6 +191,35 @@ fn widen(values: &[bf16], out: &mut [MaybeUninit<f32>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_come_by_columns() {
+        for (rows, width, columns) in [(1, 1, 1), (5, 96, 32), (5, 96, 64), (3, 70, 32), (2, 64, 20)] {
+            let values: Vec<f32> = (0..rows * width).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+            for (level, before) in Level::all().into_iter().flat_map(|level| [(level, 0), (level, 7)]) {
+                let mut expected = vec![bf16::ONE; before];
+                let mut found = expected.clone();
+                append_bfloat16(level, &values, &mut expected);
+                let mut rest = ByColumns::new(&mut found, rows, width);
+                for from in (0..width).step_by(columns) {
+                    let some = from..width.min(from + columns);
+                    let strip = values.chunks(width).flat_map(|row| row[some.clone()].to_vec());
+                    rest.push(level, &strip.collect::<Vec<_>>());
+                }
+                rest.finish();
+                assert_eq!(found, expected);
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "all columns")]
+    fn rows_without_all_columns_are_none() {
+        let mut out = Vec::new();
+        let mut rows = ByColumns::new(&mut out, 2, 3);
+        rows.push(Level::best(), &[1.0; 4]);
+        rows.finish();
+    }
 
     #[test]
     fn every_level_rounds_as_half_does() {

@@ -24,11 +24,8 @@ use std::ops::Range;
 pub(super) const LANES: usize = 16;
 /// Panels that are filled together: of a transpose, whose columns are in one piece, they take 512 bytes of each.
 pub(super) const TOGETHER: usize = 8;
-/// Tasks that a thread takes at least of those that round so many entries: few are rounded sooner than others are told.
-pub(super) fn least(entries: usize) -> usize {
-    const FEW: usize = 1 << 16;
-    if entries <= FEW { usize::MAX } else { 1 }
-}
+/// So many entries are rounded sooner than other threads are told.
+pub(super) const FEW: usize = 1 << 16;
 /// Pairs beyond a matrix's own, for the first panel to begin at a line of the cache wherever the slice does.
 pub(super) const SPARE: usize = LANES - 1;
 
@@ -104,7 +101,20 @@ impl Panels {
     pub(super) fn lay_left(&mut self, brain: Brain, matrix: View<'_, bf16>) {
         let turned = turns(brain);
         self.reshape([matrix.rows(), matrix.cols()], turned);
-        self.fill(matrix.cols(), |first, out| lay_panels(brain, matrix, first, turned, out));
+        self.fill((0..matrix.rows(), matrix.cols()), |first, out| lay_panels(brain, matrix, first, turned, out));
+    }
+
+    /// Makes it a left side that holds anything, and returns its rows, where products ask of one that it be turned.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn turned_rows(&mut self, brain: Brain, shape: [usize; 2]) -> Option<TurnedRows<'_>> {
+        turns(brain).then(|| {
+            self.reshape(shape, true);
+            TurnedRows {
+                words: from_line(&mut self.pairs),
+                per_row: row_pairs(shape[1]),
+                tiles: shape[1].div_ceil(2 * LANES),
+            }
+        })
     }
 
     /// Makes room for a matrix, which holds anything.
@@ -113,33 +123,64 @@ impl Panels {
         of_length(&mut self.pairs, rows.next_multiple_of(LANES) * row_pairs(depth) + SPARE);
     }
 
-    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on.
+    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on: its rows from `row` on, the
+    /// first of a panel.
     ///
     /// # Panics
     /// Where the matrix was made as a left side: a caller's bug.
-    pub(super) fn round_tokens(&mut self, brain: Brain, from: usize, tokens: &[&[f32]]) {
+    pub(super) fn round_tokens(&mut self, brain: Brain, [row, from]: [usize; 2], tokens: &[&[f32]]) {
         assert!(!self.turned, "a right side");
         let which = (from..from + tokens.len(), self.depth);
-        self.fill(tokens.len(), |first, out| round_tokens(brain, tokens, which.clone(), first, out));
+        let rows = row..row + tokens.first().map_or(0, |token| token.len());
+        self.fill((rows, tokens.len()), |first, out| round_tokens(brain, tokens, which.clone(), first, out));
     }
 
     fn rounded(&mut self, brain: Brain, matrix: View<'_, f32>, turned: bool) {
         self.reshape([matrix.rows(), matrix.cols()], turned);
-        self.fill(matrix.cols(), |first, out| round_panels(brain, matrix, first, turned, out));
+        self.fill((0..matrix.rows(), matrix.cols()), |first, out| round_panels(brain, matrix, first, turned, out));
     }
 
-    /// Has `panels` write so many columns of all of them.
-    fn fill(&mut self, cols: usize, panels: impl Fn(usize, &mut [u32]) + Sync) {
-        let out = from_line(&mut self.pairs);
-        let each = TOGETHER * LANES * row_pairs(self.depth);
-        let tasks = out.par_chunks_mut(each.max(1)).enumerate().with_min_len(least(self.rows * cols));
-        tasks.for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
+    /// Has `panels` write so many columns of those of some rows, which they are told to begin so far behind the first of.
+    fn fill(&mut self, (rows, cols): (Range<usize>, usize), panels: impl Fn(usize, &mut [u32]) + Sync) {
+        let per_row = row_pairs(self.depth);
+        let out = &mut from_line(&mut self.pairs)[rows.start * per_row..rows.end.next_multiple_of(LANES) * per_row];
+        let each = TOGETHER * LANES * per_row;
+        if rows.len() * cols <= FEW {
+            return out.chunks_mut(each.max(1)).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
+        }
+        out.par_chunks_mut(each).enumerate().for_each(|(i, out)| panels(i * TOGETHER * LANES, out));
     }
 
     /// The matrix.
     pub(super) fn matrix(&self) -> Brained<'_> {
         let pairs = &self.pairs[line_start(&self.pairs)..][..self.pairs.len().saturating_sub(SPARE)];
         Brained { rows: self.rows, depth: self.depth, pairs, turned: self.turned }
+    }
+}
+
+/// The rows of a left side that is turned, thirty-two columns of each in a line. That there are such proves AVX-512 with BF16.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct TurnedRows<'a> {
+    words: &'a mut [u32],
+    per_row: usize,
+    tiles: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl TurnedRows<'_> {
+    /// Lines that hold a row's columns.
+    pub(super) fn tiles(&self) -> usize {
+        self.tiles
+    }
+
+    /// One of them.
+    #[inline(always)]
+    pub(super) fn line(&mut self, row: usize, tile: usize) -> &mut [u32; LANES] {
+        let at = row / LANES * LANES * self.per_row + tile * LANES * LANES + row % LANES * LANES;
+        match self.words[at..].first_chunk_mut() {
+            Some(line) => line,
+            None => panic!("a line of a row"),
+        }
     }
 }
 

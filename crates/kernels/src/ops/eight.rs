@@ -16,7 +16,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-use super::brain::{LANES, Old, SPARE, TOGETHER, from_line, least, line_start, of_length};
+use super::brain::{FEW, LANES, Old, SPARE, TOGETHER, from_line, line_start, of_length};
 use super::matrix::{Output, View};
 use crate::level::Eight;
 use rayon::prelude::*;
@@ -96,7 +96,7 @@ impl Panels {
     /// Rounds `matrix` in the place of what was there, in parallel over its panels.
     pub(super) fn round(&mut self, eight: Eight, matrix: View<'_, f32>) {
         self.reshape([matrix.rows(), matrix.cols()]);
-        self.fill(matrix.cols(), |first, out| round_panels(eight, matrix, first, out));
+        self.fill((0..matrix.rows(), matrix.cols()), |first, out| round_panels(eight, matrix, first, out));
     }
 
     /// Makes room for a matrix, which holds anything.
@@ -108,22 +108,31 @@ impl Panels {
         of_length(&mut self.starts, lanes * groups);
     }
 
-    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on, the first of a group.
-    pub(super) fn round_tokens(&mut self, eight: Eight, from: usize, tokens: &[&[f32]]) {
+    /// Rounds `tokens`, rows that may lie anywhere, as columns of the matrix from column `from` on, the first of a group: its rows
+    /// from `row` on, the first of a panel.
+    pub(super) fn round_tokens(&mut self, eight: Eight, [row, from]: [usize; 2], tokens: &[&[f32]]) {
         let which = (from..from + tokens.len(), self.depth);
-        self.fill(tokens.len(), |first, out| round_tokens(eight, tokens, which.clone(), first, out));
+        let rows = row..row + tokens.first().map_or(0, |token| token.len());
+        self.fill((rows, tokens.len()), |first, out| round_tokens(eight, tokens, which.clone(), first, out));
     }
 
-    /// Has `panels` write so many columns of all of them.
-    fn fill(&mut self, cols: usize, panels: impl Fn(usize, Out<'_>) + Sync) {
-        let (rows, per_row, groups) = (self.rows, row_words(self.depth), groups(self.depth));
-        if rows * cols == 0 {
+    /// Has `panels` write so many columns of those of some rows, which they are told to begin so far behind the first of.
+    fn fill(&mut self, (rows, cols): (Range<usize>, usize), panels: impl Fn(usize, Out<'_>) + Sync) {
+        let (per_row, groups) = (row_words(self.depth), groups(self.depth));
+        if rows.len() * cols == 0 {
             return;
         }
         let each = TOGETHER * LANES;
-        let words = from_line(&mut self.words).par_chunks_mut(each * per_row);
-        let params = self.scales.par_chunks_mut(each * groups).zip(self.starts.par_chunks_mut(each * groups));
-        let tasks = words.zip(params).enumerate().with_min_len(least(rows * cols));
+        let part = |per_row: usize| rows.start * per_row..rows.end.next_multiple_of(LANES) * per_row;
+        let words = &mut from_line(&mut self.words)[part(per_row)];
+        let (scales, starts) = (&mut self.scales[part(groups)], &mut self.starts[part(groups)]);
+        if rows.len() * cols <= FEW {
+            let params = scales.chunks_mut(each * groups).zip(starts.chunks_mut(each * groups));
+            let tasks = words.chunks_mut(each * per_row).zip(params).enumerate();
+            return tasks.for_each(|(i, (words, (scales, starts)))| panels(i * each, Out { words, scales, starts }));
+        }
+        let params = scales.par_chunks_mut(each * groups).zip(starts.par_chunks_mut(each * groups));
+        let tasks = words.par_chunks_mut(each * per_row).zip(params).enumerate();
         tasks.for_each(|(i, (words, (scales, starts)))| panels(i * each, Out { words, scales, starts }));
     }
 

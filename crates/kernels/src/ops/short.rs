@@ -133,9 +133,31 @@ impl Panels {
             to <= depth && [from, to].iter().all(|at| at.is_multiple_of(APART) || *at == depth),
             "columns together"
         );
+        self.put_rows(0, from, tokens);
+    }
+
+    /// [`Panels::put`] of some entries of every token alone, which become rows from `row` on: the first of 16, and so many or all
+    /// that are left.
+    ///
+    /// # Panics
+    /// As [`Panels::put`], and where there are no such rows.
+    pub fn put_some(&mut self, row: usize, from: usize, tokens: &[&[f32]]) {
+        let ([rows, depth], to) = (self.shape(), from + tokens.len());
+        let some = tokens.first().map_or(0, |token| token.len());
+        assert!(tokens.iter().all(|token| token.len() == some), "tokens of one width");
+        let ends = [row, row + some];
+        assert!(ends[1] <= rows && ends.iter().all(|at| at.is_multiple_of(LANES) || *at == rows), "rows together");
+        assert!(
+            to <= depth && [from, to].iter().all(|at| at.is_multiple_of(APART) || *at == depth),
+            "columns together"
+        );
+        self.put_rows(row, from, tokens);
+    }
+
+    fn put_rows(&mut self, row: usize, from: usize, tokens: &[&[f32]]) {
         match &mut self.0 {
-            Kept::Bf16(brain, panels) => panels.round_tokens(*brain, from, tokens),
-            Kept::Int8(eight, panels) => panels.round_tokens(*eight, from, tokens),
+            Kept::Bf16(brain, panels) => panels.round_tokens(*brain, [row, from], tokens),
+            Kept::Int8(eight, panels) => panels.round_tokens(*eight, [row, from], tokens),
         }
     }
 
@@ -145,6 +167,21 @@ impl Panels {
         match self.matrix() {
             Matrix::Bf16(_, matrix) => matrix.shape(),
             Matrix::Int8(_, matrix) => matrix.shape(),
+        }
+    }
+
+    /// Whether it is rounded so.
+    pub(super) fn is(&self, short: Short) -> bool {
+        self.short() == short
+    }
+
+    /// Makes it a left side of so many rows and columns, which hold anything, and returns its rows, where left sides are laid out row
+    /// by row.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn turned_rows(&mut self, shape: [usize; 2]) -> Option<brain::TurnedRows<'_>> {
+        match &mut self.0 {
+            Kept::Bf16(brain, panels) => panels.turned_rows(*brain, shape),
+            Kept::Int8(..) => None,
         }
     }
 
@@ -190,7 +227,10 @@ fn multiply<'a>(sides: &[(Matrix<'a>, Matrix<'a>)], what: (Old, usize), c: &mut 
                 (Matrix::Bf16(_, a), Matrix::Bf16(_, b)) => (a, b),
                 _ => differ(),
             };
-            brain::multiply(*brain, &sides.iter().map(of).collect::<Vec<_>>(), what, c);
+            match sides {
+                [side] => brain::multiply(*brain, &[of(side)], what, c),
+                sides => brain::multiply(*brain, &sides.iter().map(of).collect::<Vec<_>>(), what, c),
+            }
         }
         Some((Matrix::Int8(eight, _), _)) => {
             let of = |side: &(Matrix<'a>, Matrix<'a>)| match *side {
@@ -218,6 +258,15 @@ pub fn short_gemm(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_
 /// As [`short_gemm`].
 pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut<'_, f32>) {
     multiply(&[(a.matrix().between(rows), b.matrix())], (Old::Goes, usize::MAX), &mut c.output());
+}
+
+/// `c ← Σ a·bᵀ` over pairs of sides `[m, depth]` and `[n, depth]`, otherwise as [`short_product`].
+///
+/// # Panics
+/// As [`short_gemm`].
+pub fn short_sum(sides: &[(&Panels, &Panels)], c: &mut ViewMut<'_, f32>) {
+    let sides: Vec<_> = sides.iter().map(|(a, b)| (a.matrix(), b.matrix())).collect();
+    multiply(&sides, (Old::Goes, usize::MAX), &mut c.output());
 }
 
 /// `a·bᵀ`, `[m, n]` for `a: [m, depth]` and `b: [n, depth]`, in memory of its own that is not cleared first; by all threads.
@@ -305,6 +354,17 @@ pub fn panels_syrk(x: &[&Panels], h: &mut [f32]) {
             multiply(&sides, (Old::Counts, from), &mut ViewMut::new(rows, height, to, n).output());
         }
     });
+}
+
+/// The products of some rounded tokens with themselves: `h ← x·xᵀ` for their transpose `x: [n, tokens]`, on and below the diagonal;
+/// what lies above is not said. On the calling thread, for tokens few enough to be in a cache of its core.
+///
+/// # Panics
+/// When `h` is not `[n, n]`: a caller's bug.
+pub fn panels_square(x: &Panels, h: &mut [f32]) {
+    let [n, _] = x.shape();
+    assert_eq!(h.len(), n * n, "matrix shape");
+    multiply(&[(x.matrix(), x.matrix())], (Old::Goes, 0), &mut ViewMut::new(h, n, n, n).output());
 }
 
 #[cfg(test)]

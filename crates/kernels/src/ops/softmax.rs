@@ -6,7 +6,7 @@ use crate::Level;
 use crate::level::at_level;
 
 /// Independent accumulators of a row's reduction: enough for any vector width, and one fixed order.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// As many as hide the latency of what an entry is added to.
 const WIDE: usize = 4 * LANES;
 
@@ -15,9 +15,17 @@ pub fn softmax(level: Level, row: &mut [f32], scale: f32) {
     at_level!(level, softmax_row, (row: &mut [f32], scale: f32));
 }
 
-/// [`softmax`] but for the last step: the row becomes numbers of which those of the soft-max are this multiple.
-pub fn exponentials(level: Level, row: &mut [f32], scale: f32) -> f32 {
-    at_level!(level, exponentials_of, (row: &mut [f32], scale: f32) -> f32)
+/// `2^(scale · v − shift)` for every `v` of a row, in place, each of which is added to the sixteenth of `sums` that it is in the order
+/// of. What would be below 2^−125 is that, and what would be above 2^127 is anything.
+pub(super) fn powers(level: Level, row: &mut [f32], (scale, shift): (f32, f32), sums: &mut [f32; LANES]) {
+    let by = (scale, shift);
+    at_level!(level, powers_of, (row: &mut [f32], by: (f32, f32), sums: &mut [f32; LANES]));
+}
+
+/// The largest entry of a row; negative infinity where there is none.
+#[must_use]
+pub fn largest(level: Level, row: &[f32]) -> f32 {
+    at_level!(level, largest_of, (row: &[f32]) -> f32)
 }
 
 /// `gate ← silu(gate) · up`.
@@ -41,51 +49,38 @@ pub fn softmax_divergence(level: Level, q: &mut [f32], p: &[f32]) -> f64 {
 
 #[inline(always)]
 fn softmax_row(row: &mut [f32], scale: f32) {
-    let inverse = exponentials_of(row, scale);
+    let scale = scale * std::f32::consts::LOG2_E;
+    let mut sums = [0.0; LANES];
+    powers_of(row, (scale, scale * largest_of(row)), &mut sums);
+    let inverse = 1.0 / folded(sums, |a, b| a + b);
     for v in row.iter_mut() {
         *v *= inverse;
     }
 }
 
 #[inline(always)]
-fn exponentials_of(row: &mut [f32], scale: f32) -> f32 {
-    let scale = scale * std::f32::consts::LOG2_E;
-    let max = scale * largest(row);
-    let power = |v: f32| power(at_least(f32::mul_add(scale, v, -max), LEAST));
-    let (mut wide, mut lanes, mut last) = ([0.0f32; WIDE], [0.0f32; LANES], [0.0f32; LANES]);
-    let (whole, rest) = row.as_chunks_mut::<WIDE>();
-    for chunk in whole {
-        for i in 0..WIDE {
-            chunk[i] = power(chunk[i]);
-            wide[i] += chunk[i];
-        }
-    }
-    let (whole, rest) = rest.as_chunks_mut::<LANES>();
+fn powers_of(row: &mut [f32], (scale, shift): (f32, f32), sums: &mut [f32; LANES]) {
+    let power = |v: f32| power(at_least(f32::mul_add(scale, v, -shift), LEAST));
+    let (whole, rest) = row.as_chunks_mut::<LANES>();
     for chunk in whole {
         for i in 0..LANES {
             chunk[i] = power(chunk[i]);
-            lanes[i] += chunk[i];
+            sums[i] += chunk[i];
         }
     }
-    // Lanes of their own: these are looked up one by one, which keeps them out of registers.
-    for (lane, v) in last.iter_mut().zip(rest) {
+    // Apart: these are looked up one by one, which keeps sums out of registers.
+    for (sum, v) in sums.iter_mut().zip(rest) {
         *v = power(*v);
-        *lane += *v;
+        *sum += *v;
     }
-    1.0 / folded(wide, lanes, last, |a, b| a + b)
 }
 
 /// All lanes in one number, in halves.
 #[inline(always)]
-fn folded(wide: [f32; WIDE], lanes: [f32; LANES], last: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut all = [0.0f32; LANES];
-    for i in 0..LANES {
-        let wide = with(with(wide[i], wide[LANES + i]), with(wide[2 * LANES + i], wide[3 * LANES + i]));
-        all[i] = with(wide, with(lanes[i], last[i]));
-    }
+pub(super) fn folded(lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
     let (mut eight, mut four) = ([0.0f32; 8], [0.0f32; 4]);
     for i in 0..8 {
-        eight[i] = with(all[i], all[8 + i]);
+        eight[i] = with(lanes[i], lanes[8 + i]);
     }
     for i in 0..4 {
         four[i] = with(eight[i], eight[4 + i]);
@@ -104,7 +99,7 @@ fn silu_mul_row(gate: &mut [f32], up: &[f32]) {
 
 #[inline(always)]
 fn divergence_row(q: &mut [f32], p: &[f32]) -> f64 {
-    let (top_q, top_p) = (largest(q), largest(p));
+    let (top_q, top_p) = (largest_of(q), largest_of(p));
     // Σ e^q, Σ e^p and Σ e^p (p − q), exponents relative to the largest.
     let (mut sum_q, mut sum_p, mut cross) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     for (q, p) in q.chunks(LANES).zip(p.chunks(LANES)) {
@@ -125,7 +120,7 @@ fn divergence_row(q: &mut [f32], p: &[f32]) -> f64 {
 }
 
 #[inline(always)]
-fn largest(row: &[f32]) -> f32 {
+fn largest_of(row: &[f32]) -> f32 {
     let (mut wide, mut lanes, mut last) =
         ([f32::NEG_INFINITY; WIDE], [f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     let (whole, rest) = row.as_chunks::<WIDE>();
@@ -143,11 +138,16 @@ fn largest(row: &[f32]) -> f32 {
     for (lane, &v) in last.iter_mut().zip(rest) {
         *lane = if v > *lane { v } else { *lane };
     }
-    folded(wide, lanes, last, |a, b| if b > a { b } else { a })
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    for i in 0..LANES {
+        let wide = larger(larger(wide[i], wide[LANES + i]), larger(wide[2 * LANES + i], wide[3 * LANES + i]));
+        lanes[i] = larger(wide, larger(lanes[i], last[i]));
+    }
+    folded(lanes, larger)
 }
 
 /// The exponents of 2 that are told apart here: what is left out is nothing beside 1, and so is one over it.
-const LEAST: f32 = -125.0;
+pub(super) const LEAST: f32 = -125.0;
 const MOST: f32 = 125.0;
 
 /// `x`, or `least` where that is more; NaN stays NaN.
@@ -156,17 +156,21 @@ fn at_least(x: f32, least: f32) -> f32 {
     if x < least { least } else { x }
 }
 
+/// What has a number rounded to an integer that is added to it and taken away again.
+pub(super) const TO_INTEGER: f32 = 12_582_912.0;
+/// The polynomial of least relative error for 2^r, |r| ≤ 1/2, among those that begin as the series does; its last factor first.
+pub(super) const SERIES: [f32; 6] =
+    [1.330_060_7e-3, 9.669_691e-3, 5.550_558_5e-2, 2.402_228_3e-1, std::f32::consts::LN_2, 1.0];
+
 /// `2^x` to a relative error of 2e-7, for `x` from −125 to 127; anything for others. Two thirds of the instructions of [`exp`]:
 /// exponents are whole numbers as they are.
 #[inline(always)]
 fn power(x: f32) -> f32 {
-    const TO_INTEGER: f32 = 12_582_912.0;
     let shifted = x + TO_INTEGER;
     let r = x - (shifted - TO_INTEGER);
-    // The polynomial of least relative error for |r| ≤ 1/2 among those that begin as the series does.
-    let mut series = 1.330_060_7e-3;
-    for factor in [9.669_691e-3, 5.550_558_5e-2, 2.402_228_3e-1, std::f32::consts::LN_2, 1.0] {
-        series = f32::mul_add(series, r, factor);
+    let mut series = SERIES[0];
+    for factor in &SERIES[1..] {
+        series = f32::mul_add(series, r, *factor);
     }
     f32::from_bits(series.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
@@ -198,7 +202,6 @@ fn exp_fused(x: f32) -> f32 {
 
 #[inline(always)]
 fn exp_with(x: f32, product_plus: impl Fn(f32, f32, f32) -> f32) -> f32 {
-    const TO_INTEGER: f32 = 12_582_912.0;
     // ln 2 in two parts, the first short enough that its product with an exponent is exact.
     const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;

@@ -215,3 +215,45 @@ fn wrong_tensors_are_errors_that_name_them() {
     let block = Block::load(&spec, 0, &good).unwrap();
     assert!(matches!(block.forward(&long, &rope), Err(Error::Window { tokens: 8, .. })));
 }
+
+#[test]
+fn parts_of_a_window_and_strips_of_columns_have_the_bits_of_the_whole() {
+    for (name, extra) in [("llama", json!({})), ("qwen3", json!({ "sliding_window": 50, "use_sliding_window": true }))]
+    {
+        let mut config = json!({
+            "model_type": name, "hidden_size": 64, "intermediate_size": 136, "num_hidden_layers": 1, "num_attention_heads": 6,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "rms_norm_eps": 1e-6,
+        });
+        extra.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        let spec = spec(&config).unwrap();
+        let weights = weights(&spec);
+        for short in Short::all() {
+            let mut block = Block::load(&spec, 0, &weights).unwrap();
+            assert!(block.begin_window().is_none() && !block.has_strips(), "products in f32");
+            block.multiply_by(Some(short));
+            let tokens = 300;
+            let rope = RopeTable::new(&spec.ropes, tokens).unwrap();
+            // Products that need a shift, and products that need none.
+            for size in [0.1, 20.0] {
+                let x = Tensor::randn(0f32, size, (tokens, 64), &Device::Cpu).unwrap();
+                let whole = values(&block.attn_out(&x, &rope).unwrap());
+                let (mut past, mut found) = (block.begin_window().unwrap(), Vec::new());
+                for from in (0..tokens).step_by(128) {
+                    let part = x.narrow(0, from, 128.min(tokens - from)).unwrap();
+                    found.extend(values(&block.attn_part(&mut past, &part, &rope, tokens).unwrap()));
+                }
+                assert!(whole.iter().all(|v| v.is_finite()) && found == whole, "{name} {short:?} {size}");
+                let gated = values(&block.mlp_out(&x).unwrap());
+                let mut found = vec![f32::NAN; gated.len()];
+                assert!(block.has_strips());
+                let mut take = |columns: Range<usize>, strip: &[f32]| {
+                    for (row, strip) in found.chunks_mut(136).zip(strip.chunks(columns.len())) {
+                        row[columns.clone()].copy_from_slice(strip);
+                    }
+                };
+                block.mlp_strips(&x, &mut take).unwrap();
+                assert_eq!(found, gated);
+            }
+        }
+    }
+}

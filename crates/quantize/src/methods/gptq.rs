@@ -89,6 +89,10 @@ fn solve_linear(
             GroupGrid::Float(grid) => swept(linear, importance, order, factor, search, grid),
         },
     };
+    let damping = Some(factor.damping());
+    if options.descent_sweeps == 0 && options.scale_refits == 0 && options.soft.is_none() {
+        return Solved { quantized, damping, stages: Vec::new() };
+    }
     // The refinements see the same damped H as the sweep: damping is what keeps them from fitting noise.
     let h = damped(h, n, factor.damping());
     refine(linear.weight, &mut quantized, &h, options.descent_sweeps, options.scale_refits);
@@ -103,7 +107,7 @@ fn solve_linear(
         let (of, change) = ("proxy loss".into(), if before > 0.0 { total(&quantized) / before - 1.0 } else { 0.0 });
         stages.push(StageChange { stage: "soft rounding".into(), of, change, shares: Vec::new() });
     }
-    Solved { quantized, damping: Some(factor.damping()), stages }
+    Solved { quantized, damping, stages }
 }
 
 /// H with `share` of what lies beside its diagonal taken away.

@@ -25,12 +25,14 @@ use super::{Brained, LANES, Old, SPARE, from_line, of_length, row_pairs};
 use crate::level::Amx;
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Tiles of a depth beside whose products there is no time for C to take what was before.
 const SHALLOW: usize = 4;
+/// Entries of a C that stays in the first cache.
+const NEAR: usize = 1 << 13;
 /// Tiles of the depth that are multiplied before the next rows are, at most.
 const DEPTH: usize = 16;
 /// Panels of A that all of B meets, at most.
@@ -40,6 +42,8 @@ const REGION: usize = 128;
 /// Lines of B, and of A, that are fetched beside every step: 128 steps, those of eight blocks, go through two panels of B, and 2048
 /// through those of A.
 const AHEAD: [usize; 2] = [4, 2];
+/// Panels of A that are few, and tiles of its depth, all parts together, that they stay in the caches with.
+const CHAINED: [usize; 2] = [4, 64];
 /// Pairs of a tile.
 const TILE: usize = LANES * LANES;
 /// Rows and columns of a block of C.
@@ -55,16 +59,17 @@ struct Sums([[f32; SIDE]; SIDE]);
 
 thread_local! {
     /// Memory for the tiles of a left side, and for sums.
-    static MEMORY: Cell<(Vec<u32>, Vec<Sums>)> = const { Cell::new((Vec::new(), Vec::new())) };
+    static MEMORY: RefCell<(Vec<u32>, Vec<Sums>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
 /// [`super::multiply`].
 pub(super) fn gemm(amx: Amx, sides: &[(Brained<'_>, Brained<'_>)], (old, diagonal): (Old, usize), c: &mut Output<'_>) {
     let tiles = Pairs::configure(amx);
-    let (mut words, mut sums) = MEMORY.take();
-    // SAFETY: the token proves AVX-512.
-    unsafe { blocks(&tiles, sides, (old, diagonal), (&mut words, &mut sums), c) }
-    MEMORY.set((words, sums));
+    // Nothing in between begins another product.
+    MEMORY.with_borrow_mut(|(words, sums)| {
+        // SAFETY: the token proves AVX-512.
+        unsafe { blocks(&tiles, sides, (old, diagonal), (words, sums), c) }
+    });
 }
 
 /// A part of the depth of two sides: their tiles, how many those of a panel are, and which of these it is.
@@ -75,20 +80,69 @@ struct Part<'a> {
     b: &'a [[u32; TILE]],
     stride: usize,
     which: Range<usize>,
+    /// Whether no other of the same sides follows.
+    last: bool,
+}
+
+impl<'a> Part<'a> {
+    /// Some of the tiles that panels have in all.
+    #[inline]
+    fn of((a, b): &(Brained<'a>, Brained<'a>), which: Range<usize>, tiles: usize) -> Self {
+        let (a_tiles, b_tiles) = (a.pairs.as_chunks().0, b.pairs.as_chunks().0);
+        let (stride, last) = (row_pairs(a.depth) / LANES, which.end == tiles);
+        Part { a: a_tiles, turned: a.turned, b: b_tiles, stride, which, last }
+    }
+
+    /// All of them, where they are no more than a part has.
+    #[inline]
+    fn only(side: &(Brained<'a>, Brained<'a>)) -> Option<Self> {
+        let tiles = side.0.depth.div_ceil(2 * LANES);
+        (1..=DEPTH).contains(&tiles).then(|| Part::of(side, 0..tiles, tiles))
+    }
+
+    /// What a region meets of it, A turned in `words` where it is not.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn sides<'s>(&self, region: &'s Region, words: &'s mut Vec<u32>) -> Sides<'s>
+    where
+        'a: 's,
+    {
+        if self.turned {
+            return self.turned_sides(region);
+        }
+        let deep = self.which.len();
+        let a = turn_panels(self, region.rows(), words);
+        Sides {
+            of: region,
+            deep,
+            a,
+            a_stride: deep,
+            b: &self.b[self.which.start..],
+            b_stride: self.stride,
+            next: std::ptr::null(),
+        }
+    }
+
+    /// The same of one that is.
+    fn turned_sides<'s>(&self, region: &'s Region) -> Sides<'s>
+    where
+        'a: 's,
+    {
+        let (from, deep, stride) = (self.which.start, self.which.len(), self.stride);
+        let a = &self.a[region.row * stride + from..];
+        let next = if self.last { std::ptr::null() } else { a.as_ptr().wrapping_add(deep) };
+        Sides { of: region, deep, a, a_stride: stride, b: &self.b[from..], b_stride: stride, next }
+    }
 }
 
 /// Parts of so many tiles at most, alike in length, of all sides.
-fn parts<'a>(sides: &'a [(Brained<'a>, Brained<'a>)]) -> Vec<Part<'a>> {
-    let of = |(a, b): &'a (Brained<'a>, Brained<'a>)| {
-        let (steps, stride) = (a.depth.div_ceil(2 * LANES), row_pairs(a.depth) / LANES);
+fn parts<'a>(sides: &'a [(Brained<'a>, Brained<'a>)]) -> impl Iterator<Item = Part<'a>> {
+    let of = |side: &'a (Brained<'a>, Brained<'a>)| {
+        let steps = side.0.depth.div_ceil(2 * LANES);
         let deep = steps.div_ceil(steps.div_ceil(DEPTH).max(1)).max(1);
-        let (a_tiles, b_tiles) = (a.pairs.as_chunks().0, b.pairs.as_chunks().0);
-        (0..steps).step_by(deep).map(move |from| {
-            let which = from..steps.min(from + deep);
-            Part { a: a_tiles, turned: a.turned, b: b_tiles, stride, which }
-        })
+        (0..steps).step_by(deep).map(move |from| Part::of(side, from..steps.min(from + deep), steps))
     };
-    sides.iter().flat_map(of).collect()
+    sides.iter().flat_map(of)
 }
 
 /// Blocks of C that are worked together: its first panels, and rows and columns of blocks.
@@ -134,7 +188,7 @@ struct Sides<'a> {
     /// From the first of all panels on.
     b: &'a [[u32; TILE]],
     b_stride: usize,
-    /// Where the next part of A is expected.
+    /// Where the next part of A is; null where it is not to be fetched.
     next: *const [u32; TILE],
 }
 
@@ -158,11 +212,16 @@ impl<'a> Sides<'a> {
     /// What is fetched beside a block: its share of the panels of B that come next, and of those of A.
     #[inline(always)]
     fn ahead(&self, row: usize, col: usize) -> [*const u32; 2] {
-        let b = self.b.as_ptr().wrapping_add((col + 2) * self.b_stride);
-        [
-            share::<{ AHEAD[0] }>(b, self.b_stride, self.deep, (row - self.of.row) / 2),
-            share::<{ AHEAD[1] }>(self.next, self.a_stride, self.deep, self.of.block(row, col)),
-        ]
+        // Where nothing comes, what is there is fetched again: other memory may be far away.
+        let b = match col + 2 < self.of.panels[1] {
+            true => self.b.as_ptr().wrapping_add((col + 2) * self.b_stride),
+            false => self.b.as_ptr(),
+        };
+        let a = match self.next.is_null() {
+            true => self.a.as_ptr().cast(),
+            false => share::<{ AHEAD[1] }>(self.next, self.a_stride, self.deep, self.of.block(row, col)),
+        };
+        [share::<{ AHEAD[0] }>(b, self.b_stride, self.deep, (row - self.of.row) / 2), a]
     }
 }
 
@@ -184,35 +243,41 @@ fn blocks(
     c: &mut Output<'_>,
 ) {
     let panels = c.shape().map(|rows| rows.div_ceil(LANES));
-    let parts = parts(sides);
     let tall = panels[0].min(ROWS).div_ceil(2).max(1);
     let wide = (REGION / tall).min(panels[1].div_ceil(2)).max(1);
-    let kept = if parts.len() > 1 { tall * wide } else { 2 };
-    sums.resize(kept.max(sums.len()), Sums([[0.0; SIDE]; SIDE]));
+    let regions = (0..panels[0]).step_by(2 * tall).flat_map(|row| {
+        let region = move |col| Region { row, col, tall, wide, panels, diagonal };
+        (0..panels[1]).step_by(2 * wide).map(region)
+    });
+    let regions = regions.filter(|r| r.asks(r.rows().end.saturating_sub(2).max(r.row), r.col));
+    let few = |sums: &mut Vec<Sums>, count: usize| sums.resize(count.max(sums.len()), Sums([[0.0; SIDE]; SIDE]));
+    if sides.iter().all(|(a, _)| a.depth == 0) {
+        return;
+    }
     let mut leaving = None;
-    for row in (0..panels[0]).step_by(2 * tall) {
-        for col in (0..panels[1]).step_by(2 * wide) {
-            let region = Region { row, col, tall, wide, panels, diagonal };
-            if !region.asks(region.rows().end.saturating_sub(2).max(row), col) {
-                break;
+    if let [side] = sides
+        && let Some(part) = Part::only(side)
+    {
+        few(sums, 2);
+        for region in regions {
+            leaving = put_only(tiles, &[part.sides(&region, words)], (sums, leaving), old, c);
+        }
+    } else {
+        let parts: Vec<Part<'_>> = parts(sides).collect();
+        let depth: usize = parts.iter().map(|part| part.which.len()).sum();
+        // All of A is near then, and sums need not wait for other parts.
+        let chained = panels[0] <= CHAINED[0] && depth <= CHAINED[1] && parts.iter().all(|part| part.turned);
+        few(sums, if chained { 2 } else { tall * wide });
+        for region in regions {
+            if chained {
+                let sides: Vec<Sides<'_>> = parts.iter().map(|part| part.turned_sides(&region)).collect();
+                leaving = put_only(tiles, &sides, (sums, leaving), old, c);
+                continue;
             }
             for (number, part) in parts.iter().enumerate() {
-                let (from, deep, stride) = (part.which.start, part.which.len(), part.stride);
-                let (a, a_stride) = match part.turned {
-                    true => (&part.a[row * stride + from..], stride),
-                    false => (turn_panels(part, region.rows(), words), deep),
-                };
-                let next = a.as_ptr().wrapping_add(if part.turned { deep } else { 0 });
-                let sides = Sides { of: &region, deep, a, a_stride, b: &part.b[from..], b_stride: stride, next };
-                if parts.len() > 1 {
-                    add_part(tiles, &sides, number == 0, sums);
-                } else {
-                    leaving = put_only(tiles, &sides, (sums, leaving), old, c);
-                }
+                add_part(tiles, &part.sides(&region, words), number == 0, sums);
             }
-            if parts.len() > 1 {
-                leave_all(sums, &region, old, c);
-            }
+            leave_all(sums, &region, old, c);
         }
     }
     if let Some((last, at)) = leaving {
@@ -240,23 +305,28 @@ fn add_part(tiles: &Pairs, sides: &Sides<'_>, first: bool, sums: &mut [Sums]) {
 /// Sums that C takes when the next block is multiplied, and where they begin there.
 type Leaving = Option<(usize, (usize, usize))>;
 
-/// Multiplies the only part of a region. What is complete is still in the first cache when C takes it.
+/// Multiplies all parts of a region, block by block. What is complete is still in the first cache when C takes it.
 #[target_feature(enable = "avx512f")]
 fn put_only(
     tiles: &Pairs,
-    sides: &Sides<'_>,
+    parts: &[Sides<'_>],
     (sums, mut leaving): (&mut [Sums], Leaving),
     old: Old,
     c: &mut Output<'_>,
 ) -> Leaving {
+    let Some((sides, before)) = parts.split_last() else { return leaving };
     let region = sides.of;
+    let near = c.shape().iter().product::<usize>() <= NEAR;
     for col in region.cols().step_by(2) {
         let right = sides.right(col);
         for row in region.rows().step_by(2).filter(|&row| region.asks(row, col)) {
             let (panels, ahead) = ([sides.left(row), right], sides.ahead(row, col));
             zero(tiles);
+            for sides in before {
+                multiply(tiles, [sides.left(row), sides.right(col)], ahead);
+            }
             if old == Old::Goes
-                && sides.deep <= SHALLOW
+                && (sides.deep <= SHALLOW || near)
                 && let Some(c) = c.whole((row * LANES, col * LANES), (SIDE, SIDE))
             {
                 multiply(tiles, panels, ahead);

@@ -163,7 +163,7 @@ pub(in crate::ops) fn fetch_columns(column: &[f32], panels: &Range<usize>) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn as_bits(v: __m512bh) -> __m512i {
+pub(in crate::ops) fn as_bits(v: __m512bh) -> __m512i {
     // SAFETY: both are 64 bytes of which any are a value.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(v) }
 }
