@@ -100,13 +100,13 @@ impl Tokens {
     ///
     /// # Panics
     /// Where they are not rounded: a caller's bug.
-    pub fn expect(&mut self, tokens: usize) {
+    pub fn await_columns(&mut self, tokens: usize) {
         assert!(self.panels.is_some(), "tokens that are rounded");
         self.pieces.extend((0..tokens).step_by(PIECE).map(|_| Piece::zeros(self.n)));
         self.count += tokens;
     }
 
-    /// Some `columns`, the first of 16, of the tokens that were [expected](Tokens::expect) last: `x [tokens, columns]`.
+    /// Some `columns`, the first of 16, of the tokens that were [awaited](Tokens::await_columns) last: `x [tokens, columns]`.
     ///
     /// # Panics
     /// As [`Tokens::push`], and where there are no such columns.
@@ -492,7 +492,7 @@ mod tests {
             let by_columns = |x: &[f32]| {
                 let mut tokens = Tokens::to_come(x.len() / n, n, Some(Panels::empty(short)));
                 for x in x.chunks(128 * n) {
-                    tokens.expect(128);
+                    tokens.await_columns(128);
                     for columns in [0..32, 32..64, 64..n] {
                         let strip = x.chunks(n).flat_map(|row| row[columns.clone()].to_vec());
                         tokens.push_columns(columns.clone(), &strip.collect::<Vec<_>>());

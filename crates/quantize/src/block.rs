@@ -357,7 +357,7 @@ impl Flow<'_> {
         let Lane { block, x, next, .. } = *lane;
         let Some(x) = x else { unreachable!("a piece before this one") };
         let input = self.input(block, 3, x, w, part)?;
-        seen.expect(part.len());
+        seen.await_columns(part.len());
         match next {
             Some(next) => next.write_columns(w, part.clone(), |write| {
                 Ok(block.mlp_strips(&input, &mut |columns, strip| {

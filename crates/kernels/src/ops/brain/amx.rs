@@ -18,16 +18,17 @@
 //! Sums stay in f32 from the first column to the last, and C takes them then. A tile's are those of its even columns and its odd
 //! ones, each in order, and denormals count as zero, whatever MXCSR says; results differ from those of AVX-512 by rounding alone.
 
+mod steps;
+
 use super::super::matrix::Output;
 use super::super::tiles::Tiles;
 use super::avx512::{add, put, turn};
 use super::{Brained, LANES, Old, SPARE, from_line, of_length, row_pairs};
 use crate::level::Amx;
-use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
-use std::mem::MaybeUninit;
 use std::ops::Range;
+use steps::{load, multiply, multiply_beside, store, store_whole, zero};
 
 /// Tiles of a depth beside whose products there is no time for C to take what was before.
 const SHALLOW: usize = 4;
@@ -411,216 +412,6 @@ impl Sums {
             }
         }
     }
-}
-
-/// Begins with no sums.
-#[inline]
-fn zero(_: &Pairs) {
-    // SAFETY: that there are tiles proves the instructions.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            options(nomem, nostack, preserves_flags),
-        );
-    }
-}
-
-/// Begins with such sums.
-#[inline]
-fn load(_: &Pairs, sums: &Sums) {
-    // SAFETY: that there are tiles proves the instructions, and that registers are sixteen rows of 64 bytes: the four quarters
-    // of the sums are, 128 bytes apart.
-    unsafe {
-        asm!(
-            "tileloaddt1 tmm0, [{sums} + {row}]",
-            "tileloaddt1 tmm1, [{sums} + {row} + 64]",
-            "tileloaddt1 tmm2, [{sums} + {row} + 2048]",
-            "tileloaddt1 tmm3, [{sums} + {row} + 2112]",
-            sums = in(reg) sums.0.as_ptr(),
-            row = in(reg) size_of::<[f32; SIDE]>(),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            options(readonly, nostack, preserves_flags),
-        );
-    }
-}
-
-/// Leaves the sums there.
-#[inline]
-fn store(_: &Pairs, sums: &mut Sums) {
-    // SAFETY: as in `load`.
-    unsafe {
-        asm!(
-            "tilestored [{sums} + {row}], tmm0",
-            "tilestored [{sums} + {row} + 64], tmm1",
-            "tilestored [{sums} + {row} + 2048], tmm2",
-            "tilestored [{sums} + {row} + 2112], tmm3",
-            sums = in(reg) sums.0.as_mut_ptr(),
-            row = in(reg) size_of::<[f32; SIDE]>(),
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// Leaves the sums in a block of C.
-#[inline]
-fn store_whole(_: &Pairs, (c, stride): (&mut [MaybeUninit<f32>], usize)) {
-    assert!(c.len() >= (SIDE - 1) * stride + SIDE, "a whole block");
-    let c = c.as_mut_ptr();
-    // SAFETY: that there are tiles proves the instructions, and that registers are sixteen rows of 64 bytes, which go to rows of C
-    // that are `stride` numbers apart: all lie in the block.
-    unsafe {
-        asm!(
-            "tilestored [{upper} + {row}], tmm0",
-            "tilestored [{upper} + {row} + 64], tmm1",
-            "tilestored [{lower} + {row}], tmm2",
-            "tilestored [{lower} + {row} + 64], tmm3",
-            upper = in(reg) c,
-            lower = in(reg) c.add(LANES * stride),
-            row = in(reg) 4 * stride,
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// What a step of the depth is: its products, and lines of B that are fetched.
-macro_rules! products {
-    () => {
-        concat!(
-            "tileloaddt1 tmm4, [{a} + {line}]\n",
-            "tileloadd tmm6, [{b} + {line}]\n",
-            "tileloadd tmm7, [{d} + {line}]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
-            "tileloaddt1 tmm5, [{c} + {line}]\n",
-            "tdpbf16ps tmm1, tmm4, tmm7\n",
-            "tdpbf16ps tmm2, tmm5, tmm6\n",
-            "tdpbf16ps tmm3, tmm5, tmm7\n",
-            "prefetcht1 [{e}]\n",
-            "prefetcht1 [{e} + 64]\n",
-            "prefetcht1 [{e} + 128]\n",
-            "prefetcht1 [{e} + 192]",
-        )
-    };
-}
-
-/// The end of a step.
-macro_rules! next {
-    () => {
-        concat!(
-            "add {a}, 1024\n",
-            "add {b}, 1024\n",
-            "add {c}, 1024\n",
-            "add {d}, 1024\n",
-            "add {e}, 256\n",
-            "dec {steps}",
-        )
-    };
-}
-
-/// Tiles that each of the panels has.
-///
-/// # Panics
-/// Where it is not as many: a bug of this file.
-#[inline(always)]
-fn depth(a: [&[[u32; TILE]]; 2], b: [&[[u32; TILE]]; 2]) -> usize {
-    let steps = a[0].len();
-    // One after another: compared as vectors, they would be read from where they were just written in halves, which waits for
-    // every store before.
-    assert!(steps > 0 && a[1].len() == steps, "panels of one depth");
-    assert!(b[0].len() == steps, "panels of one depth");
-    assert!(b[1].len() == steps, "panels of one depth");
-    steps
-}
-
-/// Adds the products of two panels with two to the sums, over all tiles that they have, and fetches [`AHEAD`].
-#[inline]
-fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*const u32; 2]) {
-    let steps = depth(a, b);
-    // SAFETY: that there are tiles proves the instructions, and that every register is sixteen rows of 64 bytes. A load reads
-    // 1 KB, rows of 64 bytes one after another: a tile of each of the four slices at every step, and all have `steps`.
-    unsafe {
-        asm!(
-            "2:",
-            products!(),
-            "prefetcht1 [{f}]",
-            "prefetcht1 [{f} + 64]",
-            "add {f}, 128",
-            next!(),
-            "jnz 2b",
-            a = inout(reg) a[0].as_ptr() => _,
-            c = inout(reg) a[1].as_ptr() => _,
-            b = inout(reg) b[0].as_ptr() => _,
-            d = inout(reg) b[1].as_ptr() => _,
-            e = inout(reg) ahead[0] => _,
-            f = inout(reg) ahead[1] => _,
-            steps = inout(reg) steps => _,
-            line = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(readonly, nostack),
-        );
-    }
-}
-
-/// [`multiply`], while C takes `other` sums, so many rows beside each step; returns how many it has taken.
-#[inline]
-fn multiply_beside(
-    _: &Pairs,
-    [a, b]: [[&[[u32; TILE]]; 2]; 2],
-    ahead: *const u32,
-    (other, old): (&Sums, Old),
-    (c, stride): (&mut [MaybeUninit<f32>], usize),
-) -> usize {
-    let steps = depth(a, b);
-    assert!(c.len() >= (SIDE - 1) * stride + SIDE, "a whole block");
-    let rows = SIDE / steps.min(SIDE);
-    // SAFETY: the tiles as in `multiply`. C is a whole block, what is added to holds numbers, and at most as many rows as it has
-    // are read from `other` and written there, of 128 bytes each, `stride` numbers apart in C; their instructions are those of
-    // AVX-512, which whoever has tiles has.
-    unsafe {
-        asm!(
-            "2:",
-            products!(),
-            "mov {row:e}, {rows:e}",
-            "3:",
-            "vmovups zmm0, [{from}]",
-            "vmovups zmm1, [{from} + 64]",
-            "test {add:e}, {add:e}",
-            "jz 4f",
-            "vaddps zmm0, zmm0, [{to}]",
-            "vaddps zmm1, zmm1, [{to} + 64]",
-            "4:",
-            "vmovups [{to}], zmm0",
-            "vmovups [{to} + 64], zmm1",
-            "add {from}, 128",
-            "add {to}, {stride}",
-            "dec {row:e}",
-            "jnz 3b",
-            next!(),
-            "jnz 2b",
-            a = inout(reg) a[0].as_ptr() => _,
-            c = inout(reg) a[1].as_ptr() => _,
-            b = inout(reg) b[0].as_ptr() => _,
-            d = inout(reg) b[1].as_ptr() => _,
-            e = inout(reg) ahead => _,
-            steps = inout(reg) steps => _,
-            line = in(reg) 64usize,
-            from = inout(reg) other.0.as_ptr() => _,
-            to = inout(reg) c.as_mut_ptr() => _,
-            stride = in(reg) 4 * stride,
-            rows = in(reg) rows,
-            add = in(reg) usize::from(old == Old::Counts),
-            row = out(reg) _,
-            out("zmm0") _, out("zmm1") _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-    rows * steps
 }
 
 /// Some panels of a part of A as a left side is read, panel after panel: rows of every tile in one piece.
