@@ -127,13 +127,9 @@ impl Panels {
     /// When a token is of another width, there is no room for so many, or columns that share a scale are put apart ([`APART`]):
     /// a caller's bug.
     pub fn put(&mut self, from: usize, tokens: &[&[f32]]) {
-        let ([rows, depth], to) = (self.shape(), from + tokens.len());
+        let [rows, _] = self.shape();
         assert!(tokens.iter().all(|token| token.len() == rows), "tokens of one width");
-        assert!(
-            to <= depth && [from, to].iter().all(|at| at.is_multiple_of(APART) || *at == depth),
-            "columns together"
-        );
-        self.put_rows(0, from, tokens);
+        self.put_some(0, from, tokens);
     }
 
     /// [`Panels::put`] of some entries of every token alone, which become rows from `row` on: the first of 16, and so many or all
@@ -151,10 +147,6 @@ impl Panels {
             to <= depth && [from, to].iter().all(|at| at.is_multiple_of(APART) || *at == depth),
             "columns together"
         );
-        self.put_rows(row, from, tokens);
-    }
-
-    fn put_rows(&mut self, row: usize, from: usize, tokens: &[&[f32]]) {
         match &mut self.0 {
             Kept::Bf16(brain, panels) => panels.round_tokens(*brain, [row, from], tokens),
             Kept::Int8(eight, panels) => panels.round_tokens(*eight, [row, from], tokens),
