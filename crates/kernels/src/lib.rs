@@ -23,6 +23,7 @@ pub use ops::groups::{fit_groups, fit_weighted};
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
+pub use ops::mix::{KEYS, Mixing, mix};
 pub use ops::moments::{MOMENT_ROWS, Moments, add_moments};
 pub use ops::norm::{largest_norm, rms_norm};
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};

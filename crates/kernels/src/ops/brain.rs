@@ -14,6 +14,9 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use amx::mix::{can_mix, mix_tiles};
+
 use super::matrix::{Output, View};
 use crate::level::Brain;
 use half::bf16;

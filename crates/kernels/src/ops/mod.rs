@@ -14,6 +14,7 @@ pub(crate) mod groups;
 pub(crate) mod hadamard;
 pub(crate) mod half;
 pub(crate) mod matrix;
+pub(crate) mod mix;
 pub(crate) mod moments;
 pub(crate) mod norm;
 pub(crate) mod pack;

@@ -1,5 +1,6 @@
 //! Norms of rows.
 
+use super::softmax::{LANES as SIXTEEN, folded};
 use crate::Level;
 use crate::level::at_level;
 
@@ -64,12 +65,19 @@ pub fn largest_norm(level: Level, rows: &[f32], width: usize) -> f32 {
 fn largest_norm_of(rows: &[f32], width: usize) -> f32 {
     let mut most = 0.0f32;
     for row in rows.chunks_exact(width) {
-        let square = square(row);
-        // A NaN is not less.
-        most = if square < most { most } else { square };
-        if square.is_nan() {
-            return square;
+        let mut lanes = [0.0f32; SIXTEEN];
+        let (whole, rest) = row.as_chunks::<SIXTEEN>();
+        for chunk in whole {
+            for i in 0..SIXTEEN {
+                lanes[i] += chunk[i] * chunk[i];
+            }
         }
+        for (lane, v) in lanes.iter_mut().zip(rest) {
+            *lane += v * v;
+        }
+        let square = folded(lanes, |a, b| a + b);
+        // A NaN is not less, and stays.
+        most = if square < most || most.is_nan() { most } else { square };
     }
     most.sqrt()
 }

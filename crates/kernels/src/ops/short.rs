@@ -7,6 +7,8 @@ use super::brain::{self, Brained, LANES, Old};
 use super::eight::{self, Eights};
 use super::matrix::{Output, TOKENS, View, ViewMut};
 use crate::Level;
+#[cfg(target_arch = "x86_64")]
+use crate::level::Amx;
 use crate::level::{Brain, Eight};
 use half::bf16;
 use rayon::prelude::*;
@@ -173,6 +175,15 @@ impl Panels {
     pub(super) fn turned_rows(&mut self, shape: [usize; 2]) -> Option<brain::TurnedRows<'_>> {
         match &mut self.0 {
             Kept::Bf16(brain, panels) => panels.turned_rows(*brain, shape),
+            Kept::Int8(..) => None,
+        }
+    }
+
+    /// The matrix, where products of it are by tiles, and what proves that there are.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn tiled(&self) -> Option<(Amx, Brained<'_>)> {
+        match &self.0 {
+            Kept::Bf16(brain, panels) => brain.amx().map(|amx| (amx, panels.matrix())),
             Kept::Int8(..) => None,
         }
     }

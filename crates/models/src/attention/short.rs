@@ -5,13 +5,13 @@
 //! which the mix is instead.
 //!
 //! Powers of two have the same share of their sum whatever they are shifted by. Where no product can be so large that it matters,
-//! which the lengths of queries and keys tell, they are not shifted, and a block of products becomes weights as soon as it is there,
-//! in the first cache; else all products of a row are there first, and its largest is the shift.
+//! which the lengths of queries and keys tell, they are not shifted, and become weights where they are made ([`mix`]); else, and where
+//! products are bounded, all of a row are there first, and its largest is the shift.
 
 use super::{Scoring, Sight};
 use bitmill_kernels::{
-    Level, Panels, Short, View, ViewMut, WeightSums, attention_weights, filled, largest, largest_norm, over_sums,
-    short_part, short_sum,
+    KEYS, Level, Mixing, Panels, Short, View, ViewMut, WeightSums, attention_weights, filled, largest, largest_norm,
+    mix, over_sums, short_part, short_sum,
 };
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -21,7 +21,7 @@ use std::ops::Range;
 /// Rows of scores computed at once: their weights are to stay in the cache that is next to the first.
 const ROWS: usize = 64;
 /// Tokens whose values are rounded together.
-const BLOCK: usize = 128;
+const BLOCK: usize = KEYS;
 
 /// Exponents that weights may have without a shift, of either sign: sums of a million of them, and of as large values, are numbers.
 const FAR: f32 = 80.0;
@@ -59,6 +59,7 @@ struct Scratch {
     /// Queries, and weights block by block.
     left: Option<Panels>,
     weights: Vec<Panels>,
+    mixing: Mixing,
 }
 
 thread_local! {
@@ -155,50 +156,37 @@ impl Past {
         for (number, head) in self.heads.iter().enumerate() {
             let queries = &q[(number * count + at) * row..][..rows * dim];
             left.refill_left(View::new(queries, rows, dim, dim));
-            let furthest = match scoring.cap {
-                Some(cap) => cap,
-                None => {
-                    let longest = largest(Level::best(), &head.norms[blocks.clone()]);
-                    // What they are rounded to is a little longer, perhaps.
-                    1.02 * scoring.scale * longest * largest_norm(Level::best(), queries, dim)
-                }
-            };
-            let near = furthest * LOG2_E <= FAR;
-            let stride = if near { BLOCK } else { keys };
-            let scores = first(&mut scratch.scores, rows * stride);
-            // Products with the keys of a block, bounded, and the factor that is left to apply to them.
-            let products = |block: usize, scores: &mut [f32]| {
+            let longest = largest(Level::best(), &head.norms[blocks.clone()]);
+            // What they are rounded to is a little longer, perhaps.
+            let furthest = 1.02 * scoring.scale * longest * largest_norm(Level::best(), queries, dim);
+            if scoring.cap.is_none() && furthest * LOG2_E <= FAR {
+                let out = &mut ViewMut::new(&mut out[number * row..], end - begin, row, width);
+                let sides = (&head.keys[..], &head.values[..]);
+                mix(short, left, sides, (ranges, LOG2_E * scoring.scale), &mut scratch.mixing, out);
+                continue;
+            }
+            let scores = first(&mut scratch.scores, rows * keys);
+            let mut scale = scoring.scale;
+            for block in blocks.clone() {
                 let from = block * BLOCK;
-                let count = head.keys[block].shape()[0];
-                let which = 0..count.min(newest - from);
-                let out = &mut ViewMut::new(scores, rows, which.len(), stride);
+                let which = 0..head.keys[block].shape()[0].min(newest - from);
+                let out = &mut ViewMut::new(&mut scores[from - oldest..], rows, which.len(), keys);
                 short_part(left, &head.keys[block], which, diagonal(from), out);
-                let mut scale = scoring.scale;
-                if scoring.cap.is_some() {
-                    for (i, scores) in scores.chunks_mut(stride).take(rows).enumerate() {
-                        scale = scoring.bounded(&mut scores[seen(i, from, count)]);
-                    }
+            }
+            if scoring.cap.is_some() {
+                for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
+                    scale = scoring.bounded(&mut scores[seen(i, oldest, keys)]);
                 }
-                LOG2_E * scale
-            };
-            let mut scale = 1.0;
-            shifts.fill(0.0);
-            if !near {
-                for block in blocks.clone() {
-                    scale = products(block, &mut scores[block * BLOCK - oldest..]);
-                }
-                for (i, (scores, shift)) in scores.chunks_exact(keys).zip(shifts.iter_mut()).enumerate() {
-                    *shift = scale * largest(Level::best(), &scores[seen(i, oldest, keys)]);
-                }
+            }
+            let scale = LOG2_E * scale;
+            for (i, (scores, shift)) in scores.chunks_exact(keys).zip(shifts.iter_mut()).enumerate() {
+                *shift = scale * largest(Level::best(), &scores[seen(i, oldest, keys)]);
             }
             sums.fill(WeightSums::default());
             for (block, weights) in blocks.clone().zip(weights.iter_mut()) {
                 let (from, count) = (block * BLOCK, head.keys[block].shape()[0]);
-                if near {
-                    scale = products(block, scores);
-                }
-                let scores = if near { &mut *scores } else { &mut scores[from - oldest..] };
-                attention_weights(short, (scores, count, stride), (ranges, from), (scale, shifts), weights, sums);
+                let scores = (&mut scores[from - oldest..], count, keys);
+                attention_weights(short, scores, (ranges, from), (scale, shifts), weights, sums);
             }
             let sides: Vec<(&Panels, &Panels)> = weights.iter().zip(&head.values[blocks.clone()]).collect();
             short_sum(&sides, &mut ViewMut::new(mixed, rows, dim, dim));

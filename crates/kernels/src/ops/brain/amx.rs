@@ -18,6 +18,7 @@
 //! Sums stay in f32 from the first column to the last, and C takes them then. A tile's are those of its even columns and its odd
 //! ones, each in order, and denormals count as zero, whatever MXCSR says; results differ from those of AVX-512 by rounding alone.
 
+pub(in crate::ops) mod mix;
 mod steps;
 
 use super::super::matrix::Output;

@@ -78,7 +78,7 @@ pub(super) fn store_whole(_: &Pairs, (c, stride): (&mut [MaybeUninit<f32>], usiz
     }
 }
 
-/// What a step of the depth is: its products, and lines of B that are fetched.
+/// What a step of the depth is: its products.
 macro_rules! products {
     () => {
         concat!(
@@ -89,11 +89,20 @@ macro_rules! products {
             "tileloaddt1 tmm5, [{c} + {line}]\n",
             "tdpbf16ps tmm1, tmm4, tmm7\n",
             "tdpbf16ps tmm2, tmm5, tmm6\n",
-            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+        )
+    };
+}
+
+/// Four lines that are fetched beside a step.
+macro_rules! fetched {
+    () => {
+        concat!(
             "prefetcht1 [{e}]\n",
             "prefetcht1 [{e} + 64]\n",
             "prefetcht1 [{e} + 128]\n",
-            "prefetcht1 [{e} + 192]",
+            "prefetcht1 [{e} + 192]\n",
+            "add {e}, 256",
         )
     };
 }
@@ -101,14 +110,7 @@ macro_rules! products {
 /// The end of a step.
 macro_rules! next {
     () => {
-        concat!(
-            "add {a}, 1024\n",
-            "add {b}, 1024\n",
-            "add {c}, 1024\n",
-            "add {d}, 1024\n",
-            "add {e}, 256\n",
-            "dec {steps}",
-        )
+        concat!("add {a}, 1024\n", "add {b}, 1024\n", "add {c}, 1024\n", "add {d}, 1024\n", "dec {steps}",)
     };
 }
 
@@ -137,6 +139,7 @@ pub(super) fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*con
         asm!(
             "2:",
             products!(),
+            fetched!(),
             "prefetcht1 [{f}]",
             "prefetcht1 [{f} + 64]",
             "add {f}, 128",
@@ -148,6 +151,30 @@ pub(super) fn multiply(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2], ahead: [*con
             d = inout(reg) b[1].as_ptr() => _,
             e = inout(reg) ahead[0] => _,
             f = inout(reg) ahead[1] => _,
+            steps = inout(reg) steps => _,
+            line = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(readonly, nostack),
+        );
+    }
+}
+
+/// [`multiply`] of what is near: nothing is fetched.
+#[inline]
+pub(super) fn multiply_alone(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2]) {
+    let steps = depth(a, b);
+    // SAFETY: as in `multiply`.
+    unsafe {
+        asm!(
+            "2:",
+            products!(),
+            next!(),
+            "jnz 2b",
+            a = inout(reg) a[0].as_ptr() => _,
+            c = inout(reg) a[1].as_ptr() => _,
+            b = inout(reg) b[0].as_ptr() => _,
+            d = inout(reg) b[1].as_ptr() => _,
             steps = inout(reg) steps => _,
             line = in(reg) 64usize,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -176,6 +203,7 @@ pub(super) fn multiply_beside(
         asm!(
             "2:",
             products!(),
+            fetched!(),
             "mov {row:e}, {rows:e}",
             "3:",
             "vmovups zmm0, [{from}]",

@@ -1,0 +1,228 @@
+//! [`crate::mix`] by tiles: 32 queries at a time, whose products with 32 keys become powers in the first cache.
+//!
+//! Products of a block of keys take 128 cycles of the tiles where queries have 64 entries, those of its powers with values as many,
+//! and its powers some 350 of the units of vectors, which do not wait for the tiles: the products of the next block are under way
+//! while they run. The powers of all keys stay until values are mixed, at 64 bytes a key, and keys and values come from the second
+//! cache, once for 32 queries.
+//!
+//! What is rounded to 2⁻⁹ need not be known to 2⁻²⁴: powers are found to 2⁻¹³.
+
+use super::super::avx512::{as_bits, load as sixteen};
+use super::super::{Brained, LANES, from_line, row_pairs};
+use super::steps::{multiply_alone, store, zero};
+use super::{Pairs, SIDE, SPARE, Sums, TILE};
+use crate::ViewMut;
+use crate::level::Amx;
+use crate::ops::mix::KEYS;
+use crate::ops::softmax::TO_INTEGER;
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// The polynomial of least relative error for 2^r, |r| ≤ 1/2: 7.5e-5. Its last factor first.
+const SERIES: [f32; 4] = [5.517_16e-2, 2.426_111_3e-1, 6.932_61e-1, 9.999_280_7e-1];
+
+/// Sums of a row's powers, in parts.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct RowSums([f32; LANES]);
+
+/// Powers as a left side, products that are to become them, and their sums.
+struct Memory {
+    powers: Vec<u32>,
+    products: [Sums; 2],
+    sums: [RowSums; SIDE],
+}
+
+thread_local! {
+    static MEMORY: RefCell<Memory> = const {
+        let products = [const { Sums([[0.0; SIDE]; SIDE]) }; 2];
+        RefCell::new(Memory { powers: Vec::new(), products, sums: [RowSums([0.0; LANES]); SIDE] })
+    };
+}
+
+/// Whether heads of so many entries are mixed by tiles: whole blocks.
+pub(in crate::ops) fn can_mix(dim: usize) -> bool {
+    dim > 0 && dim.is_multiple_of(SIDE)
+}
+
+/// [`crate::mix`] of `queries` that are turned, with keys and values that `blocks` has.
+pub(in crate::ops) fn mix_tiles<'a>(
+    amx: Amx,
+    queries: Brained<'_>,
+    blocks: &dyn Fn(usize) -> [Brained<'a>; 2],
+    (seen, scale): (&[Range<usize>], f32),
+    (group, out): (usize, &mut ViewMut<'_, f32>),
+) {
+    assert!(queries.turned && can_mix(queries.depth), "queries for tiles");
+    let tiles = Pairs::configure(amx);
+    MEMORY.with_borrow_mut(|memory| {
+        for (i, seen) in seen.chunks(SIDE).enumerate() {
+            let few = Few { queries, first: i * SIDE, seen, scale, group };
+            // SAFETY: the token proves AVX-512 with BF16.
+            unsafe { few.mix(&tiles, blocks, memory, out) };
+        }
+    });
+}
+
+/// Queries that are worked together, at most [`SIDE`].
+struct Few<'a> {
+    queries: Brained<'a>,
+    first: usize,
+    seen: &'a [Range<usize>],
+    scale: f32,
+    group: usize,
+}
+
+/// The tiles of a panel of a matrix.
+#[inline(always)]
+fn panel<'a>(matrix: &Brained<'a>, panel: usize) -> &'a [[u32; TILE]] {
+    let (per_row, deep) = (row_pairs(matrix.depth), matrix.depth.div_ceil(SIDE));
+    let last = matrix.rows.div_ceil(LANES) - 1;
+    &matrix.pairs.as_chunks().0[panel.min(last) * (per_row / LANES)..][..deep]
+}
+
+/// Two panels; one that is not there is another.
+#[inline(always)]
+fn panels<'a>(matrix: &Brained<'a>, first: usize) -> [&'a [[u32; TILE]]; 2] {
+    [panel(matrix, first), panel(matrix, first + 1)]
+}
+
+impl Few<'_> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn mix<'a>(
+        &self,
+        tiles: &Pairs,
+        blocks: &dyn Fn(usize) -> [Brained<'a>; 2],
+        memory: &mut Memory,
+        out: &mut ViewMut<'_, f32>,
+    ) {
+        let Memory { powers, products, sums } = memory;
+        let edge =
+            |of: fn(&Range<usize>) -> usize, than: fn(usize, usize) -> usize| self.seen.iter().map(of).reduce(than);
+        let starts = [edge(|seen| seen.start, usize::min), edge(|seen| seen.start, usize::max)];
+        let ends = [edge(|seen| seen.end, usize::min), edge(|seen| seen.end, usize::max)];
+        let ([Some(begin), Some(start)], [Some(end), Some(past)]) = (starts, ends) else { return };
+        // Blocks of keys that any of them sees, and those that all see all of.
+        let which = begin / SIDE..past.div_ceil(SIDE);
+        let all = start.div_ceil(SIDE)..end / SIDE;
+        let deep = which.len();
+        powers.resize((2 * deep * TILE + SPARE).max(powers.len()), 0);
+        let (upper, lower) = from_line(powers).as_chunks_mut::<TILE>().0.split_at_mut(deep);
+        sums.fill(RowSums([0.0; LANES]));
+        let left = panels(&self.queries, self.first / LANES);
+        let [own, next] = products;
+        let [mut own, mut next] = [own, next];
+        let multiply = |at: usize, to: &mut Sums| {
+            let [keys, _] = blocks(at / EACH);
+            zero(tiles);
+            multiply_alone(tiles, [left, panels(&keys, at % EACH * 2)]);
+            store(tiles, to);
+        };
+        multiply(which.start, own);
+        for at in which.clone() {
+            if at + 1 < which.end {
+                multiply(at + 1, next);
+            }
+            let to = [&mut upper[at - which.start], &mut lower[at - which.start]];
+            match all.contains(&at) {
+                true => self.weigh::<true>(own, at, to, sums),
+                false => self.weigh::<false>(own, at, to, sums),
+            }
+            std::mem::swap(&mut own, &mut next);
+        }
+        let mut inverse = [0.0f32; SIDE];
+        for (inverse, sums) in inverse.iter_mut().zip(&sums[..self.seen.len()]) {
+            *inverse = 1.0 / _mm512_reduce_add_ps(sixteen(&sums.0));
+        }
+        for dim in (0..self.queries.depth).step_by(SIDE) {
+            zero(tiles);
+            let mut at = which.start;
+            while at < which.end {
+                let to = ((at / EACH + 1) * EACH).min(which.end);
+                let [_, values] = blocks(at / EACH);
+                let some = at - which.start..to - which.start;
+                let values = panels(&values, dim / LANES).map(|tiles| &tiles[at % EACH..][..some.len()]);
+                multiply_alone(tiles, [[&upper[some.clone()], &lower[some]], values]);
+                at = to;
+            }
+            store(tiles, own);
+            let (mut token, mut head) = (self.first / self.group, self.first % self.group);
+            for (row, inverse) in own.0.iter().zip(&inverse[..self.seen.len()]) {
+                let inverse = _mm512_set1_ps(*inverse);
+                if let Some(out) = out.part(token, head * self.queries.depth + dim, SIDE) {
+                    for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(row.as_chunks::<LANES>().0) {
+                        // SAFETY: 64 bytes are there, and the store needs no alignment.
+                        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(sixteen(row), inverse)) };
+                    }
+                }
+                head += 1;
+                if head == self.group {
+                    (token, head) = (token + 1, 0);
+                }
+            }
+        }
+    }
+
+    /// Which keys of a block query i sees, lowest first.
+    #[inline(always)]
+    fn sees(&self, i: usize, at: usize) -> u32 {
+        let before = |key: usize| match key.saturating_sub(at * SIDE) {
+            0 => 0,
+            count => u32::MAX >> (SIDE - count.min(SIDE)),
+        };
+        self.seen.get(i).map_or(0, |seen| before(seen.end) & !before(seen.start))
+    }
+
+    /// The powers of the products with block `at`, of keys that each query sees, which may be known to be `ALL`, as tiles of a left
+    /// side; adds them to `sums`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn weigh<const ALL: bool>(
+        &self,
+        products: &Sums,
+        at: usize,
+        to: [&mut [u32; TILE]; 2],
+        sums: &mut [RowSums; SIDE],
+    ) {
+        let scale = _mm512_set1_ps(self.scale);
+        for (half, tile) in to.into_iter().enumerate() {
+            // Rows beyond the queries are worked as well: nothing reads what they become.
+            let (products, sums) =
+                (&products.0.as_chunks::<LANES>().0[half], &mut sums.as_chunks_mut::<LANES>().0[half]);
+            let lines = tile.as_chunks_mut::<LANES>().0;
+            for (i, ((products, sums), line)) in products.iter().zip(sums).zip(lines).enumerate() {
+                let (low, high) = products.split_at(LANES);
+                let (mut low, mut high) = (power(sixteen(low), scale), power(sixteen(high), scale));
+                if !ALL {
+                    let sees = self.sees(half * LANES + i, at);
+                    low = _mm512_maskz_mov_ps(sees as u16, low);
+                    high = _mm512_maskz_mov_ps((sees >> LANES) as u16, high);
+                }
+                let sum = _mm512_add_ps(_mm512_add_ps(sixteen(&sums.0), low), high);
+                // SAFETY: both are 64 bytes, and the stores need no alignment.
+                unsafe {
+                    _mm512_storeu_ps(sums.0.as_mut_ptr(), sum);
+                    _mm512_storeu_si512(line.as_mut_ptr().cast(), as_bits(_mm512_cvtne2ps_pbh(high, low)));
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of keys that are rounded together.
+const EACH: usize = KEYS / SIDE;
+
+/// `2^(scale · v)`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn power(v: __m512, scale: __m512) -> __m512 {
+    let to_integer = _mm512_set1_ps(TO_INTEGER);
+    let shifted = _mm512_fmadd_ps(scale, v, to_integer);
+    let r = _mm512_fmsub_ps(scale, v, _mm512_sub_ps(shifted, to_integer));
+    let mut series = _mm512_set1_ps(SERIES[0]);
+    for factor in &SERIES[1..] {
+        series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(*factor));
+    }
+    let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(series), exponent))
+}
