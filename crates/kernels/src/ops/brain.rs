@@ -15,6 +15,8 @@ mod amx;
 pub(super) mod avx512;
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use amx::gated::gate_tiles;
+#[cfg(target_arch = "x86_64")]
 pub(super) use amx::mix::{can_mix, mix_tiles};
 
 use super::matrix::{Output, View};

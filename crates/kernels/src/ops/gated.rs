@@ -1,5 +1,7 @@
 //! What a gated MLP makes of its input, some columns at a time.
 
+#[cfg(target_arch = "x86_64")]
+use super::brain::gate_tiles;
 use super::matrix::ViewMut;
 use super::short::{Panels, short_part};
 use super::softmax::silu_mul;
@@ -28,6 +30,12 @@ pub fn gated_strips(
     for from in (0..cols).step_by(STRIP) {
         let columns = from..cols.min(from + STRIP);
         let width = columns.len();
+        #[cfg(target_arch = "x86_64")]
+        if let (Some((amx, x)), Some((_, gate)), Some((_, up))) = (x.tiled(), gate.tiled(), up.tiled()) {
+            gate_tiles(amx, x, [gate, up], columns.clone(), &mut memory[..rows * width]);
+            take(columns, &memory[..rows * width]);
+            continue;
+        }
         let (gates, rest) = memory.split_at_mut(rows * width);
         let ups = &mut rest[..rows * width];
         for (weight, out) in [(gate, &mut *gates), (up, &mut *ups)] {

@@ -148,7 +148,7 @@ fn largest_of(row: &[f32]) -> f32 {
 
 /// The exponents of 2 that are told apart here: what is left out is nothing beside 1, and so is one over it.
 pub(super) const LEAST: f32 = -125.0;
-const MOST: f32 = 125.0;
+pub(super) const MOST: f32 = 125.0;
 
 /// `x`, or `least` where that is more; NaN stays NaN.
 #[inline(always)]
@@ -175,12 +175,16 @@ fn power(x: f32) -> f32 {
     f32::from_bits(series.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
+/// What a number's bits are taken from for those of about its inverse, and Newton's steps from there.
+pub(super) const INVERSE: u32 = 0x7ef3_11c7;
+pub(super) const STEPS: usize = 3;
+
 /// `1 / x` to a relative error of 2e-7, for `x` from 1 to 2¹²⁵: Newton's steps from what the exponent tells, which a loop takes half
 /// the time for of what it would divide in.
 #[inline(always)]
 fn inverse(x: f32) -> f32 {
-    let mut inverse = f32::from_bits(0x7ef3_11c7u32.wrapping_sub(x.to_bits()));
-    for _ in 0..3 {
+    let mut inverse = f32::from_bits(INVERSE.wrapping_sub(x.to_bits()));
+    for _ in 0..STEPS {
         inverse = f32::mul_add(inverse, f32::mul_add(-x, inverse, 1.0), inverse);
     }
     inverse

@@ -18,6 +18,7 @@
 //! Sums stay in f32 from the first column to the last, and C takes them then. A tile's are those of its even columns and its odd
 //! ones, each in order, and denormals count as zero, whatever MXCSR says; results differ from those of AVX-512 by rounding alone.
 
+pub(in crate::ops) mod gated;
 pub(in crate::ops) mod mix;
 mod steps;
 
@@ -53,6 +54,20 @@ const SIDE: usize = 2 * LANES;
 
 /// Registers for tiles of sixteen pairs.
 type Pairs = Tiles<LANES>;
+
+/// The tiles of a panel of a matrix; one that is not there is the last.
+#[inline(always)]
+fn panel<'a>(matrix: &Brained<'a>, panel: usize) -> &'a [[u32; TILE]] {
+    let (per_row, deep) = (row_pairs(matrix.depth), matrix.depth.div_ceil(SIDE));
+    let last = matrix.rows.div_ceil(LANES) - 1;
+    &matrix.pairs.as_chunks().0[panel.min(last) * (per_row / LANES)..][..deep]
+}
+
+/// Two panels.
+#[inline(always)]
+fn panels<'a>(matrix: &Brained<'a>, first: usize) -> [&'a [[u32; TILE]]; 2] {
+    [panel(matrix, first), panel(matrix, first + 1)]
+}
 
 /// Sums of a block of C, row by row.
 #[derive(Debug, Clone, Copy)]

@@ -58,7 +58,7 @@ pub(super) fn round_tokens(
 }
 
 /// A mask of the first `count` of sixteen lanes, all of them where there are more.
-fn first_lanes(count: usize) -> u16 {
+pub(super) fn first_lanes(count: usize) -> u16 {
     (0xffffu32 >> (LANES - count.min(LANES))) as u16
 }
 
@@ -143,6 +143,7 @@ fn along_columns<'a>(
         for (i, panel) in out.chunks_exact_mut(per_panel).enumerate() {
             let of = |side: &[f32]| load(&side[side.len().min(i * LANES)..]);
             let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(of(high), of(low))));
+            _mm_prefetch::<_MM_HINT_ET0>(panel.as_ptr().wrapping_add((p + AHEAD) * LANES).cast());
             let out = &mut panel[p * LANES..][..LANES];
             // SAFETY: 64 bytes are there, and the store needs no alignment.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };

@@ -48,12 +48,13 @@ fn weighed(row: &mut [f32], seen: usize, (scale, shift): (f32, f32), sums: &mut 
     let whole = seen.next_multiple_of(LANES);
     row[seen..whole].fill(f32::NEG_INFINITY);
     let (scale, shift) = (_mm512_set1_ps(scale), _mm512_set1_ps(-shift));
-    let mut sum = load(sums);
+    let (mut sum, least) = (load(sums), _mm512_set1_ps(LEAST));
     let tiles = left.tiles();
     for (tile, two) in row[..whole].chunks(2 * LANES).enumerate() {
         let mut powers = [_mm512_setzero_ps(); 2];
         for (j, v) in two.as_chunks::<LANES>().0.iter().enumerate() {
-            powers[j] = power(_mm512_fmadd_ps(scale, load(v), shift));
+            // NaN stays what it is.
+            powers[j] = power(_mm512_max_ps(least, _mm512_fmadd_ps(scale, load(v), shift)));
             sum = _mm512_add_ps(sum, powers[j]);
             powers[j] = before(powers[j], tile * 2 * LANES + j * LANES, seen);
         }
@@ -75,12 +76,10 @@ fn rounded(row: &[f32], (left, at): To<'_, '_>) {
     }
 }
 
-/// [`super::super::softmax::power`] of what is at least the least that it tells apart.
+/// [`super::super::softmax::power`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn power(x: __m512) -> __m512 {
-    // NaN stays what it is.
-    let x = _mm512_max_ps(_mm512_set1_ps(LEAST), x);
+pub(in crate::ops) fn power(x: __m512) -> __m512 {
     let to_integer = _mm512_set1_ps(TO_INTEGER);
     let shifted = _mm512_add_ps(x, to_integer);
     let r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, to_integer));

@@ -8,9 +8,9 @@
 //! What is rounded to 2⁻⁹ need not be known to 2⁻²⁴: powers are found to 2⁻¹³.
 
 use super::super::avx512::{as_bits, load as sixteen};
-use super::super::{Brained, LANES, from_line, row_pairs};
-use super::steps::{multiply_alone, store, zero};
-use super::{Pairs, SIDE, SPARE, Sums, TILE};
+use super::super::{Brained, LANES, from_line};
+use super::steps::{multiply_alone, step, store, zero};
+use super::{Pairs, SIDE, SPARE, Sums, TILE, panels};
 use crate::ViewMut;
 use crate::level::Amx;
 use crate::ops::mix::KEYS;
@@ -74,20 +74,6 @@ struct Few<'a> {
     group: usize,
 }
 
-/// The tiles of a panel of a matrix.
-#[inline(always)]
-fn panel<'a>(matrix: &Brained<'a>, panel: usize) -> &'a [[u32; TILE]] {
-    let (per_row, deep) = (row_pairs(matrix.depth), matrix.depth.div_ceil(SIDE));
-    let last = matrix.rows.div_ceil(LANES) - 1;
-    &matrix.pairs.as_chunks().0[panel.min(last) * (per_row / LANES)..][..deep]
-}
-
-/// Two panels; one that is not there is another.
-#[inline(always)]
-fn panels<'a>(matrix: &Brained<'a>, first: usize) -> [&'a [[u32; TILE]]; 2] {
-    [panel(matrix, first), panel(matrix, first + 1)]
-}
-
 impl Few<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn mix<'a>(
@@ -113,21 +99,17 @@ impl Few<'_> {
         let left = panels(&self.queries, self.first / LANES);
         let [own, next] = products;
         let [mut own, mut next] = [own, next];
-        let multiply = |at: usize, to: &mut Sums| {
-            let [keys, _] = blocks(at / EACH);
-            zero(tiles);
-            multiply_alone(tiles, [left, panels(&keys, at % EACH * 2)]);
-            store(tiles, to);
-        };
-        multiply(which.start, own);
+        let right = |at: usize| panels(&blocks(at / EACH)[0], at % EACH * 2);
+        zero(tiles);
+        multiply_alone(tiles, [left, right(which.start)]);
+        store(tiles, own);
         for at in which.clone() {
-            if at + 1 < which.end {
-                multiply(at + 1, next);
-            }
+            let following = (at + 1 < which.end).then(|| [left, right(at + 1)]);
             let to = [&mut upper[at - which.start], &mut lower[at - which.start]];
+            let beside = (tiles, following, &mut *next);
             match all.contains(&at) {
-                true => self.weigh::<true>(own, at, to, sums),
-                false => self.weigh::<false>(own, at, to, sums),
+                true => self.weigh::<true>(own, at, (to, sums), beside),
+                false => self.weigh::<false>(own, at, (to, sums), beside),
             }
             std::mem::swap(&mut own, &mut next);
         }
@@ -175,37 +157,61 @@ impl Few<'_> {
     }
 
     /// The powers of the products with block `at`, of keys that each query sees, which may be known to be `ALL`, as tiles of a left
-    /// side; adds them to `sums`.
+    /// side; adds them to `sums`. The products of the two sides that follow are made meanwhile.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn weigh<const ALL: bool>(
         &self,
         products: &Sums,
         at: usize,
-        to: [&mut [u32; TILE]; 2],
-        sums: &mut [RowSums; SIDE],
+        (to, sums): ([&mut [u32; TILE]; 2], &mut [RowSums; SIDE]),
+        (tiles, following, next): (&Pairs, Option<[[&[[u32; TILE]]; 2]; 2]>, &mut Sums),
     ) {
         let scale = _mm512_set1_ps(self.scale);
-        for (half, tile) in to.into_iter().enumerate() {
-            // Rows beyond the queries are worked as well: nothing reads what they become.
-            let (products, sums) =
-                (&products.0.as_chunks::<LANES>().0[half], &mut sums.as_chunks_mut::<LANES>().0[half]);
-            let lines = tile.as_chunks_mut::<LANES>().0;
-            for (i, ((products, sums), line)) in products.iter().zip(sums).zip(lines).enumerate() {
-                let (low, high) = products.split_at(LANES);
+        let [upper, lower] = to.map(|tile| tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<ROWS>().0);
+        let products = products.0.as_chunks::<ROWS>().0;
+        let sums = sums.as_chunks_mut::<ROWS>().0;
+        // Rows beyond the queries are worked as well: nothing reads what they become.
+        for (part, ((products, sums), lines)) in
+            products.iter().zip(sums).zip(upper.iter_mut().chain(lower)).enumerate()
+        {
+            match following {
+                Some(sides) if part < SIDE / ROWS - 1 => some_steps(tiles, sides, part),
+                Some(_) => store(tiles, next),
+                None => {}
+            }
+            for r in 0..ROWS {
+                let (low, high) = products[r].split_at(LANES);
                 let (mut low, mut high) = (power(sixteen(low), scale), power(sixteen(high), scale));
                 if !ALL {
-                    let sees = self.sees(half * LANES + i, at);
+                    let sees = self.sees(part * ROWS + r, at);
                     low = _mm512_maskz_mov_ps(sees as u16, low);
                     high = _mm512_maskz_mov_ps((sees >> LANES) as u16, high);
                 }
-                let sum = _mm512_add_ps(_mm512_add_ps(sixteen(&sums.0), low), high);
+                let sum = _mm512_add_ps(_mm512_add_ps(sixteen(&sums[r].0), low), high);
                 // SAFETY: both are 64 bytes, and the stores need no alignment.
                 unsafe {
-                    _mm512_storeu_ps(sums.0.as_mut_ptr(), sum);
-                    _mm512_storeu_si512(line.as_mut_ptr().cast(), as_bits(_mm512_cvtne2ps_pbh(high, low)));
+                    _mm512_storeu_ps(sums[r].0.as_mut_ptr(), sum);
+                    _mm512_storeu_si512(lines[r].as_mut_ptr().cast(), as_bits(_mm512_cvtne2ps_pbh(high, low)));
                 }
             }
         }
+    }
+}
+
+/// Rows of powers that are found between steps of the products that follow.
+const ROWS: usize = 4;
+
+/// A part of the steps of a product, of as many as rows of powers leave time for.
+#[inline(always)]
+fn some_steps(tiles: &Pairs, [[a, c], [b, d]]: [[&[[u32; TILE]]; 2]; 2], part: usize) {
+    const PARTS: usize = SIDE / ROWS - 2;
+    let deep = a.len();
+    assert!(c.len() == deep && b.len() == deep && d.len() == deep, "panels of one depth");
+    if part == 0 {
+        zero(tiles);
+    }
+    for i in deep * part.min(PARTS) / PARTS..deep * (part + 1).min(PARTS) / PARTS {
+        step(tiles, [[&a[i], &c[i]], [&b[i], &d[i]]]);
     }
 }
 

@@ -184,6 +184,25 @@ pub(super) fn multiply_alone(_: &Pairs, [a, b]: [[&[[u32; TILE]]; 2]; 2]) {
     }
 }
 
+/// A step of the depth: a tile of each of four panels.
+#[inline]
+pub(super) fn step(_: &Pairs, [a, b]: [[&[u32; TILE]; 2]; 2]) {
+    // SAFETY: as in `multiply`.
+    unsafe {
+        asm!(
+            products!(),
+            a = in(reg) a[0].as_ptr(),
+            c = in(reg) a[1].as_ptr(),
+            b = in(reg) b[0].as_ptr(),
+            d = in(reg) b[1].as_ptr(),
+            line = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
+
 /// [`multiply`], while C takes `other` sums, so many rows beside each step; returns how many it has taken.
 #[inline]
 pub(super) fn multiply_beside(
