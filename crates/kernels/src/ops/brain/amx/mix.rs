@@ -164,7 +164,7 @@ impl Few<'_> {
         products: &Sums,
         at: usize,
         (to, sums): ([&mut [u32; TILE]; 2], &mut [RowSums; SIDE]),
-        (tiles, following, next): (&Pairs, Option<[[&[[u32; TILE]]; 2]; 2]>, &mut Sums),
+        (tiles, following, next): (&Pairs, Option<Sides<'_>>, &mut Sums),
     ) {
         let scale = _mm512_set1_ps(self.scale);
         let [upper, lower] = to.map(|tile| tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<ROWS>().0);
@@ -198,12 +198,15 @@ impl Few<'_> {
     }
 }
 
+/// Two panels of either side.
+type Sides<'a> = [[&'a [[u32; TILE]]; 2]; 2];
+
 /// Rows of powers that are found between steps of the products that follow.
 const ROWS: usize = 4;
 
 /// A part of the steps of a product, of as many as rows of powers leave time for.
 #[inline(always)]
-fn some_steps(tiles: &Pairs, [[a, c], [b, d]]: [[&[[u32; TILE]]; 2]; 2], part: usize) {
+fn some_steps(tiles: &Pairs, [[a, c], [b, d]]: Sides<'_>, part: usize) {
     const PARTS: usize = SIDE / ROWS - 2;
     let deep = a.len();
     assert!(c.len() == deep && b.len() == deep && d.len() == deep, "panels of one depth");
