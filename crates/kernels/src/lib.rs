@@ -23,7 +23,7 @@ pub use ops::groups::{fit_groups, fit_weighted};
 pub use ops::hadamard::{Hadamard, Signed};
 pub use ops::half::{Halves, half_product};
 pub use ops::matrix::{Element, View, ViewMut, gemm, mirror, syrk};
-pub use ops::mix::{KEYS, Mixing, mix};
+pub use ops::mix::{Bound, Exponents, KEYS, Mixing, mix};
 pub use ops::moments::{MOMENT_ROWS, Moments, add_moments};
 pub use ops::norm::{largest_norm, rms_norm};
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
@@ -33,10 +33,8 @@ pub use ops::packed::{
 };
 pub use ops::rotate::rotate_halves;
 pub use ops::short::{
-    APART, Panels, Short, panels_square, panels_syrk, short_gemm, short_outer, short_part, short_product, short_sum,
-    short_syrk,
+    APART, Panels, Short, panels_square, panels_syrk, short_gemm, short_outer, short_product, short_syrk,
 };
 pub use ops::softmax::{exp, largest, silu_mul, softmax, softmax_divergence};
 pub use ops::solve::solve;
-pub use ops::weights::{WeightSums, attention_weights, over_sums};
 pub use team::{awake, fill_chunks};

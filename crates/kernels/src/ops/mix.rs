@@ -4,6 +4,7 @@
 use super::brain::{can_mix, mix_tiles};
 use super::matrix::ViewMut;
 use super::short::{Panels, Short, short_part, short_sum};
+use super::softmax::largest;
 use super::weights::{WeightSums, attention_weights, over_sums};
 use crate::Level;
 use std::ops::Range;
@@ -21,11 +22,24 @@ pub struct Mixing {
     mixed: Vec<f32>,
 }
 
-/// `Σ 2^(scale·q·k) v / Σ 2^(scale·q·k)` over the keys `seen[i]` for query i, where powers are rounded for their products with
-/// values. `queries: [rows, dim]` are a left side; keys come in blocks of [`KEYS`], of which the last may have fewer: `keys[b]:
-/// [count, dim]` and `values[b]: [dim, count]`. Query i is the entry `i % group` of token `i / group`, where `out: [tokens, group · dim]`.
-///
-/// Exponents are to lie between −125 and 127, and each query is to see a key: else results are anything.
+/// What bounds products of a query, in place.
+pub type Bound<'a> = &'a dyn Fn(&mut [f32]);
+
+/// Exponents of two that products of queries with keys become.
+#[derive(Clone, Copy)]
+pub struct Exponents<'a> {
+    /// What products, bounded where they are, are multiplied with.
+    pub scale: f32,
+    /// Whether all exponents are within 100 of zero. Others are shifted by the largest of each query.
+    pub near: bool,
+    /// What bounds products, if anything does.
+    pub bound: Option<Bound<'a>>,
+}
+
+/// `Σ 2^e v / Σ 2^e` over the keys `seen[i]` for query i, where e are the exponents of products with keys, and powers are rounded for
+/// their products with values. `queries: [rows, dim]` are a left side; keys come in blocks of [`KEYS`], of which the last may have
+/// fewer: `keys[b]: [count, dim]` and `values[b]: [dim, count]`. Query i is the entry `i % group` of token `i / group`, where
+/// `out: [tokens, group · dim]`. Each is to see a key: what it mixes is anything else.
 ///
 /// # Panics
 /// When shapes do not fit or sides are not rounded so, or a query sees what is no key: a caller's bug.
@@ -33,7 +47,7 @@ pub fn mix(
     short: Short,
     queries: &Panels,
     (keys, values): (&[Panels], &[Panels]),
-    (seen, scale): (&[Range<usize>], f32),
+    (seen, exponents): (&[Range<usize>], Exponents<'_>),
     memory: &mut Mixing,
     out: &mut ViewMut<'_, f32>,
 ) {
@@ -48,9 +62,11 @@ pub fn mix(
     }
     let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
     assert!(end <= all && seen.iter().all(|seen| seen.start <= seen.end), "keys that there are");
+    let Exponents { scale, near, bound } = exponents;
     #[cfg(target_arch = "x86_64")]
     if let Some((amx, queries)) = queries.tiled()
         && can_mix(dim)
+        && bound.is_none()
     {
         let blocks = |b: usize| {
             [&keys[b], &values[b]].map(|panels| match panels.tiled() {
@@ -58,12 +74,15 @@ pub fn mix(
                 None => panic!("sides that are rounded alike"),
             })
         };
-        return mix_tiles(amx, queries, &blocks, (seen, scale), (group, out));
+        return mix_tiles(amx, queries, &blocks, (seen, scale, near), (group, out));
     }
-    let begin = seen.iter().map(|seen| seen.start).min().unwrap_or(0);
+    let begin = seen.iter().map(|seen| seen.start).min().unwrap_or(0) / KEYS * KEYS;
     let blocks = begin / KEYS..end.div_ceil(KEYS);
-    memory.scores.resize((rows * KEYS).max(memory.scores.len()), 0.0);
+    // Of all keys where the largest of a row is asked for, else of a block, which becomes weights in the first cache.
+    let stride = if near { KEYS } else { blocks.len() * KEYS };
+    memory.scores.resize((rows * stride).max(memory.scores.len()), 0.0);
     memory.mixed.resize((rows * dim).max(memory.mixed.len()), 0.0);
+    memory.shifts.clear();
     memory.shifts.resize(rows, 0.0);
     memory.sums.clear();
     memory.sums.resize(rows, WeightSums::default());
@@ -71,14 +90,37 @@ pub fn mix(
     memory.weights.extend(more.map(|_| Panels::empty(short)));
     let Mixing { scores, weights, sums, shifts, mixed } = memory;
     let (weights, mixed) = (&mut weights[..blocks.len()], &mut mixed[..rows * dim]);
-    for (b, weights) in blocks.clone().zip(weights.iter_mut()) {
-        let (from, count) = (b * KEYS, keys[b].shape()[0]);
-        let which = 0..count.min(end - from);
+    // What row i sees of the keys from one on.
+    let sees = |i: usize, from: usize, count: usize| {
+        let place = |key: usize| key.saturating_sub(from).min(count);
+        place(seen[i].start)..place(seen[i].end)
+    };
+    let products = |b: usize, scores: &mut [f32]| {
+        let from = b * KEYS;
+        let which = 0..keys[b].shape()[0].min(end - from);
         // Rows see no more than this lets them, if most of them less.
         let beyond = |(i, seen): (usize, &Range<usize>)| seen.end.saturating_sub(from + i + 1);
         let diagonal = seen.iter().enumerate().map(beyond).max().unwrap_or(0);
-        short_part(queries, &keys[b], which.clone(), diagonal, &mut ViewMut::new(scores, rows, which.len(), KEYS));
-        attention_weights(short, (scores, count, KEYS), (seen, from), (scale, shifts), weights, sums);
+        let count = which.len();
+        short_part(queries, &keys[b], which, diagonal, &mut ViewMut::new(scores, rows, count, stride));
+        if let Some(bound) = bound {
+            let rows = scores.chunks_mut(stride).take(rows);
+            rows.enumerate().for_each(|(i, scores)| bound(&mut scores[sees(i, from, count)]));
+        }
+    };
+    if !near {
+        blocks.clone().for_each(|b| products(b, &mut scores[b * KEYS - begin..]));
+        for (i, (scores, shift)) in scores.chunks_exact(stride.max(1)).zip(shifts.iter_mut()).enumerate() {
+            *shift = scale * largest(Level::best(), &scores[sees(i, begin, stride)]);
+        }
+    }
+    for (b, weights) in blocks.clone().zip(weights.iter_mut()) {
+        let (from, count) = (b * KEYS, keys[b].shape()[0]);
+        if near {
+            products(b, scores);
+        }
+        let scores = if near { &mut *scores } else { &mut scores[from - begin..] };
+        attention_weights(short, (scores, count, stride), (seen, from), (scale, shifts), weights, sums);
     }
     let sides: Vec<(&Panels, &Panels)> = weights.iter().zip(&values[blocks]).collect();
     short_sum(&sides, &mut ViewMut::new(mixed, rows, dim, dim));
@@ -126,17 +168,26 @@ mod tests {
                 let value_panels =
                     blocks(&|from, count| Panels::right(short, View::new(&v[from * dim..], count, dim, dim).t()));
                 let queries = Panels::left(short, View::new(&q, rows, dim, dim));
-                let (width, scale) = (group * dim, 0.7 / dim as f32);
+                let (width, near) = (group * dim, number % 3 != 0);
+                let int8 = matches!(short, Short::Int8(_));
+                // Exponents of any size where they are shifted, and exact products are.
+                let scale = if near || int8 { 0.7 } else { 50.0 } / dim as f32;
+                let (cap, caps) = (dim as f32, number % 2 == 0);
+                let bounded = |v: f32| if caps { cap * (v / cap).tanh() } else { v };
+                let bound = |products: &mut [f32]| products.iter_mut().for_each(|v| *v = bounded(*v));
+                let bound = caps.then_some(&bound as Bound<'_>);
+                let exponents = Exponents { scale, near, bound };
                 let (mut out, stride) = (vec![f32::NAN; tokens * (width + 5)], width + 5);
                 let to = &mut ViewMut::new(&mut out, tokens, width, stride);
                 let sides = (&key_panels[..], &value_panels[..]);
-                mix(short, &queries, sides, (&seen, scale), &mut Mixing::default(), to);
+                mix(short, &queries, sides, (&seen, exponents), &mut Mixing::default(), to);
                 // Of eight bits, each side is off by a 254th, and so are products.
-                let by = if matches!(short, Short::Int8(_)) { 24.0 } else { 256.0 };
+                let by = if int8 { 24.0 } else { 256.0 };
                 for i in 0..rows {
                     let dot = |t: usize| {
                         let (q, k) = (&q[i * dim..][..dim], &k[t * dim..][..dim]);
-                        q.iter().zip(k).map(|(q, k)| f64::from(q * k)).sum::<f64>()
+                        let dot = q.iter().zip(k).map(|(q, k)| f64::from(q * k)).sum::<f64>();
+                        if caps { f64::from(cap) * (dot / f64::from(cap)).tanh() } else { dot }
                     };
                     let weights: Vec<f64> = seen[i].clone().map(|t| (f64::from(scale) * dot(t)).exp2()).collect();
                     let sum: f64 = weights.iter().sum();
@@ -162,6 +213,7 @@ mod tests {
         let queries = Panels::left(short, View::new(&[0.5; 32], 1, 32, 32));
         let mut out = [0.0; 32];
         let to = &mut ViewMut::new(&mut out, 1, 32, 32);
-        mix(short, &queries, (&[side], &[values]), (std::slice::from_ref(&(0..4)), 1.0), &mut Mixing::default(), to);
+        let seen = (std::slice::from_ref(&(0..4)), Exponents { scale: 1.0, near: true, bound: None });
+        mix(short, &queries, (&[side], &[values]), seen, &mut Mixing::default(), to);
     }
 }

@@ -267,7 +267,7 @@ pub fn short_product(a: &Panels, rows: Range<usize>, b: &Panels, c: &mut ViewMut
 ///
 /// # Panics
 /// As [`short_gemm`].
-pub fn short_sum(sides: &[(&Panels, &Panels)], c: &mut ViewMut<'_, f32>) {
+pub(super) fn short_sum(sides: &[(&Panels, &Panels)], c: &mut ViewMut<'_, f32>) {
     let sides: Vec<_> = sides.iter().map(|(a, b)| (a.matrix(), b.matrix())).collect();
     multiply(&sides, (Old::Goes, usize::MAX), &mut c.output());
 }
@@ -296,7 +296,7 @@ pub fn short_outer(a: &Panels, b: &Panels) -> Vec<f32> {
 ///
 /// # Panics
 /// As [`short_gemm`].
-pub fn short_part(a: &Panels, b: &Panels, which: Range<usize>, diagonal: usize, c: &mut ViewMut<'_, f32>) {
+pub(super) fn short_part(a: &Panels, b: &Panels, which: Range<usize>, diagonal: usize, c: &mut ViewMut<'_, f32>) {
     multiply(&[(a.matrix(), b.matrix().between(which))], (Old::Goes, diagonal), &mut c.output());
 }
 

@@ -15,7 +15,7 @@ use std::ops::Range;
 /// The sum of a row's weights, in parts: of every sixteenth.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
-pub struct WeightSums([f32; LANES]);
+pub(super) struct WeightSums([f32; LANES]);
 
 /// Turns products of queries with a block of keys, `scores: [rows, keys]` whose rows are `stride` apart, into weights,
 /// `2^(scale · score − shifts[i])` for row i and the keys of the block that it sees, and zeros for the others, rounded as a left side in
@@ -24,7 +24,7 @@ pub struct WeightSums([f32; LANES]);
 ///
 /// # Panics
 /// When lengths do not fit: a caller's bug.
-pub fn attention_weights(
+pub(super) fn attention_weights(
     short: Short,
     (scores, keys, stride): (&mut [f32], usize, usize),
     (seen, from): (&[Range<usize>], usize),
@@ -57,7 +57,7 @@ pub fn attention_weights(
 ///
 /// # Panics
 /// When there are not as many: a caller's bug.
-pub fn over_sums(level: Level, mixed: &mut [f32], dim: usize, sums: &[WeightSums]) {
+pub(super) fn over_sums(level: Level, mixed: &mut [f32], dim: usize, sums: &[WeightSums]) {
     assert_eq!(mixed.len(), sums.len() * dim, "a sum for each row");
     at_level!(level, divide, (mixed: &mut [f32], dim: usize, sums: &[WeightSums]));
 }

@@ -1,17 +1,12 @@
 //! Attention whose products are of what they are of in fewer bits.
 //!
-//! Keys and values of a head are rounded once for all queries, values block by block, since a block is what the weights of a
-//! chunk of queries are rounded and multiplied with at a time. The weights are mixed before they are divided by their sum,
-//! which the mix is instead.
-//!
-//! Powers of two have the same share of their sum whatever they are shifted by. Where no product can be so large that it matters,
-//! which the lengths of queries and keys tell, they are not shifted, and become weights where they are made ([`mix`]); else, and where
-//! products are bounded, all of a row are there first, and its largest is the shift.
+//! Keys and values of a head are rounded once for all queries, block by block, and queries in chunks ([`mix`]). Powers of two have the
+//! same share of their sum whatever they are shifted by: where no product can be so large that it matters, which the lengths of queries
+//! and keys tell, they are not shifted, and the largest product of a query need not be known.
 
-use super::{Scoring, Sight};
+use super::Scoring;
 use bitmill_kernels::{
-    KEYS, Level, Mixing, Panels, Short, View, ViewMut, WeightSums, attention_weights, filled, largest, largest_norm,
-    mix, over_sums, short_part, short_sum,
+    Bound, Exponents, KEYS, Level, Mixing, Panels, Short, View, ViewMut, filled, largest, largest_norm, mix,
 };
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -49,29 +44,14 @@ pub(crate) struct Past {
 /// Memory of a chunk, kept by its thread for the next.
 #[derive(Default)]
 struct Scratch {
-    scores: Vec<f32>,
-    mixed: Vec<f32>,
-    /// The sum of each row of weights, and what their exponents are less than products.
-    sums: Vec<WeightSums>,
-    shifts: Vec<f32>,
     /// What each row sees.
     seen: Vec<Range<usize>>,
-    /// Queries, and weights block by block.
-    left: Option<Panels>,
-    weights: Vec<Panels>,
+    queries: Option<Panels>,
     mixing: Mixing,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// The first `count` of `values`, of which there are as many from here on.
-fn first<T: Copy + Default>(values: &mut Vec<T>, count: usize) -> &mut [T] {
-    if values.len() < count {
-        *values = vec![T::default(); count];
-    }
-    &mut values[..count]
 }
 
 impl Past {
@@ -126,74 +106,37 @@ impl Past {
     fn attend_chunk(&self, queries: &Queries<'_>, at: usize, scoring: Scoring, scratch: &mut Scratch, out: &mut [f32]) {
         let (Past { short, dim, tokens, .. }, Queries { q, begin, count, group }) = (self, *queries);
         let (short, dim, tokens) = (*short, *dim, *tokens);
-        let (row, sight) = (group * dim, scoring.sight);
+        let row = group * dim;
         let width = self.heads.len() * row;
         let (begin, end) = (begin + at, begin + at + out.len() / width);
+        let rows = (end - begin) * group;
+        let sight = |token: usize| scoring.sight.of(token, tokens);
         // Sight moves on with the token, so the first of the chunk sees the oldest key and the last the newest.
-        let (oldest, newest) = (sight.of(begin, tokens).start / BLOCK * BLOCK, sight.of(end - 1, tokens).end);
-        let blocks = oldest / BLOCK..newest.div_ceil(BLOCK);
-        let (rows, keys) = ((end - begin) * group, tokens.min(blocks.end * BLOCK) - oldest);
-        let diagonal = |from: usize| match sight {
-            // A row is of a token, or of the same one as the last.
-            Sight::Past { .. } | Sight::Stretch { .. } => begin.saturating_sub(from),
-            Sight::Around { .. } | Sight::All => usize::MAX,
-        };
+        let blocks = sight(begin).start / BLOCK..sight(end - 1).end.div_ceil(BLOCK);
         scratch.seen.clear();
-        scratch.seen.extend((begin..end).flat_map(|token| std::iter::repeat_n(sight.of(token, tokens), group)));
-        // What row i sees of the keys from one on.
-        let ranges = &scratch.seen;
-        let seen = |i: usize, from: usize, count: usize| {
-            let place = |key: usize| key.saturating_sub(from).min(count);
-            place(ranges[i].start)..place(ranges[i].end)
+        scratch.seen.extend((begin..end).flat_map(|token| std::iter::repeat_n(sight(token), group)));
+        let memory = scratch.queries.take();
+        let left = scratch.queries.insert(Panels::within(memory, short));
+        let bound = |products: &mut [f32]| {
+            scoring.bounded(products);
         };
-        let mixed = first(&mut scratch.mixed, rows * dim);
-        let (sums, shifts) = (first(&mut scratch.sums, rows), first(&mut scratch.shifts, rows));
-        let memory = scratch.left.take();
-        let left = scratch.left.insert(Panels::within(memory, short));
-        let more = scratch.weights.len()..blocks.len();
-        scratch.weights.extend(more.map(|_| Panels::empty(short)));
-        let weights = &mut scratch.weights[..blocks.len()];
+        let bound = scoring.cap.map(|_| &bound as Bound<'_>);
         for (number, head) in self.heads.iter().enumerate() {
             let queries = &q[(number * count + at) * row..][..rows * dim];
             left.refill_left(View::new(queries, rows, dim, dim));
-            let longest = largest(Level::best(), &head.norms[blocks.clone()]);
-            // What they are rounded to is a little longer, perhaps.
-            let furthest = 1.02 * scoring.scale * longest * largest_norm(Level::best(), queries, dim);
-            if scoring.cap.is_none() && furthest * LOG2_E <= FAR {
-                let out = &mut ViewMut::new(&mut out[number * row..], end - begin, row, width);
-                let sides = (&head.keys[..], &head.values[..]);
-                mix(short, left, sides, (ranges, LOG2_E * scoring.scale), &mut scratch.mixing, out);
-                continue;
-            }
-            let scores = first(&mut scratch.scores, rows * keys);
-            let mut scale = scoring.scale;
-            for block in blocks.clone() {
-                let from = block * BLOCK;
-                let which = 0..head.keys[block].shape()[0].min(newest - from);
-                let out = &mut ViewMut::new(&mut scores[from - oldest..], rows, which.len(), keys);
-                short_part(left, &head.keys[block], which, diagonal(from), out);
-            }
-            if scoring.cap.is_some() {
-                for (i, scores) in scores.chunks_exact_mut(keys).enumerate() {
-                    scale = scoring.bounded(&mut scores[seen(i, oldest, keys)]);
+            let (scale, furthest) = match scoring.cap {
+                Some(cap) => (1.0, cap),
+                None => {
+                    let longest = largest(Level::best(), &head.norms[blocks.clone()]);
+                    // What they are rounded to is a little longer, perhaps.
+                    let furthest = 1.02 * scoring.scale * longest * largest_norm(Level::best(), queries, dim);
+                    (scoring.scale, furthest)
                 }
-            }
-            let scale = LOG2_E * scale;
-            for (i, (scores, shift)) in scores.chunks_exact(keys).zip(shifts.iter_mut()).enumerate() {
-                *shift = scale * largest(Level::best(), &scores[seen(i, oldest, keys)]);
-            }
-            sums.fill(WeightSums::default());
-            for (block, weights) in blocks.clone().zip(weights.iter_mut()) {
-                let (from, count) = (block * BLOCK, head.keys[block].shape()[0]);
-                let scores = (&mut scores[from - oldest..], count, keys);
-                attention_weights(short, scores, (ranges, from), (scale, shifts), weights, sums);
-            }
-            let sides: Vec<(&Panels, &Panels)> = weights.iter().zip(&head.values[blocks.clone()]).collect();
-            short_sum(&sides, &mut ViewMut::new(mixed, rows, dim, dim));
-            over_sums(Level::best(), mixed, dim, sums);
-            for (out, mixed) in out.chunks_exact_mut(width).zip(mixed.chunks_exact(row)) {
-                out[number * row..][..row].copy_from_slice(mixed);
-            }
+            };
+            let exponents = Exponents { scale: LOG2_E * scale, near: furthest * LOG2_E <= FAR, bound };
+            let out = &mut ViewMut::new(&mut out[number * row..], end - begin, row, width);
+            let sides = (&head.keys[..], &head.values[..]);
+            mix(short, left, sides, (&scratch.seen, exponents), &mut scratch.mixing, out);
         }
     }
 }

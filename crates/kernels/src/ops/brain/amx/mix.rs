@@ -14,7 +14,7 @@ use super::{Pairs, SIDE, SPARE, Sums, TILE, panels};
 use crate::ViewMut;
 use crate::level::Amx;
 use crate::ops::mix::KEYS;
-use crate::ops::softmax::TO_INTEGER;
+use crate::ops::softmax::{LEAST, TO_INTEGER};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -22,24 +22,30 @@ use std::ops::Range;
 /// The polynomial of least relative error for 2^r, |r| ≤ 1/2: 7.5e-5. Its last factor first.
 const SERIES: [f32; 4] = [5.517_16e-2, 2.426_111_3e-1, 6.932_61e-1, 9.999_280_7e-1];
 
-/// Sums of a row's powers, in parts.
+/// The sum of a row's powers, or the largest of its products, in parts.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct RowSums([f32; LANES]);
+struct Folded([f32; LANES]);
 
-/// Powers as a left side, products that are to become them, and their sums.
+/// Powers as a left side, products that are to become them, what is folded of each row, and by what its exponents are shifted.
 struct Memory {
     powers: Vec<u32>,
     products: [Sums; 2],
-    sums: [RowSums; SIDE],
+    folded: [Folded; SIDE],
+    shifts: [f32; SIDE],
 }
 
 thread_local! {
     static MEMORY: RefCell<Memory> = const {
         let products = [const { Sums([[0.0; SIDE]; SIDE]) }; 2];
-        RefCell::new(Memory { powers: Vec::new(), products, sums: [RowSums([0.0; LANES]); SIDE] })
+        RefCell::new(Memory { powers: Vec::new(), products, folded: [Folded([0.0; LANES]); SIDE], shifts: [0.0; SIDE] })
     };
 }
+
+/// What is done with products: the largest of each row is found, they become powers, or powers of what is shifted.
+const LARGEST: u8 = 0;
+const POWERS: u8 = 1;
+const SHIFTED: u8 = 2;
 
 /// Whether heads of so many entries are mixed by tiles: whole blocks.
 pub(in crate::ops) fn can_mix(dim: usize) -> bool {
@@ -51,14 +57,14 @@ pub(in crate::ops) fn mix_tiles<'a>(
     amx: Amx,
     queries: Brained<'_>,
     blocks: &dyn Fn(usize) -> [Brained<'a>; 2],
-    (seen, scale): (&[Range<usize>], f32),
+    (seen, scale, near): (&[Range<usize>], f32, bool),
     (group, out): (usize, &mut ViewMut<'_, f32>),
 ) {
     assert!(queries.turned && can_mix(queries.depth), "queries for tiles");
     let tiles = Pairs::configure(amx);
     MEMORY.with_borrow_mut(|memory| {
         for (i, seen) in seen.chunks(SIDE).enumerate() {
-            let few = Few { queries, first: i * SIDE, seen, scale, group };
+            let few = Few { queries, first: i * SIDE, seen, scale, near, group };
             // SAFETY: the token proves AVX-512 with BF16.
             unsafe { few.mix(&tiles, blocks, memory, out) };
         }
@@ -71,6 +77,7 @@ struct Few<'a> {
     first: usize,
     seen: &'a [Range<usize>],
     scale: f32,
+    near: bool,
     group: usize,
 }
 
@@ -83,7 +90,6 @@ impl Few<'_> {
         memory: &mut Memory,
         out: &mut ViewMut<'_, f32>,
     ) {
-        let Memory { powers, products, sums } = memory;
         let edge =
             |of: fn(&Range<usize>) -> usize, than: fn(usize, usize) -> usize| self.seen.iter().map(of).reduce(than);
         let starts = [edge(|seen| seen.start, usize::min), edge(|seen| seen.start, usize::max)];
@@ -92,29 +98,26 @@ impl Few<'_> {
         // Blocks of keys that any of them sees, and those that all see all of.
         let which = begin / SIDE..past.div_ceil(SIDE);
         let all = start.div_ceil(SIDE)..end / SIDE;
-        let deep = which.len();
-        powers.resize((2 * deep * TILE + SPARE).max(powers.len()), 0);
-        let (upper, lower) = from_line(powers).as_chunks_mut::<TILE>().0.split_at_mut(deep);
-        sums.fill(RowSums([0.0; LANES]));
-        let left = panels(&self.queries, self.first / LANES);
-        let [own, next] = products;
-        let [mut own, mut next] = [own, next];
-        let right = |at: usize| panels(&blocks(at / EACH)[0], at % EACH * 2);
-        zero(tiles);
-        multiply_alone(tiles, [left, right(which.start)]);
-        store(tiles, own);
-        for at in which.clone() {
-            let following = (at + 1 < which.end).then(|| [left, right(at + 1)]);
-            let to = [&mut upper[at - which.start], &mut lower[at - which.start]];
-            let beside = (tiles, following, &mut *next);
-            match all.contains(&at) {
-                true => self.weigh::<true>(own, at, (to, sums), beside),
-                false => self.weigh::<false>(own, at, (to, sums), beside),
-            }
-            std::mem::swap(&mut own, &mut next);
+        if which.is_empty() {
+            return;
         }
+        let deep = which.len();
+        memory.powers.resize((2 * deep * TILE + SPARE).max(memory.powers.len()), 0);
+        let sweep = (&which, &all);
+        if self.near {
+            self.sweep::<POWERS>(tiles, blocks, sweep, memory);
+        } else {
+            // Made twice, which takes less time than to keep them.
+            self.sweep::<LARGEST>(tiles, blocks, sweep, memory);
+            for (shift, largest) in memory.shifts.iter_mut().zip(&memory.folded) {
+                *shift = self.scale * _mm512_reduce_max_ps(sixteen(&largest.0));
+            }
+            self.sweep::<SHIFTED>(tiles, blocks, sweep, memory);
+        }
+        let Memory { powers, products: [own, _], folded, .. } = memory;
+        let (upper, lower) = from_line(powers).as_chunks::<TILE>().0.split_at(deep);
         let mut inverse = [0.0f32; SIDE];
-        for (inverse, sums) in inverse.iter_mut().zip(&sums[..self.seen.len()]) {
+        for (inverse, sums) in inverse.iter_mut().zip(&folded[..self.seen.len()]) {
             *inverse = 1.0 / _mm512_reduce_add_ps(sixteen(&sums.0));
         }
         for dim in (0..self.queries.depth).step_by(SIDE) {
@@ -156,24 +159,51 @@ impl Few<'_> {
         self.seen.get(i).map_or(0, |seen| before(seen.end) & !before(seen.start))
     }
 
-    /// The powers of the products with block `at`, of keys that each query sees, which may be known to be `ALL`, as tiles of a left
-    /// side; adds them to `sums`. The products of the two sides that follow are made meanwhile.
+    /// Goes through the products with all blocks `which`, of which those in `all` are of keys that each query sees.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn weigh<const ALL: bool>(
+    fn sweep<'a, const WHAT: u8>(
+        &self,
+        tiles: &Pairs,
+        blocks: &dyn Fn(usize) -> [Brained<'a>; 2],
+        (which, all): (&Range<usize>, &Range<usize>),
+        memory: &mut Memory,
+    ) {
+        let Memory { powers, products: [own, next], folded, shifts } = memory;
+        let (mut own, mut next) = (own, next);
+        let (upper, lower) = from_line(powers).as_chunks_mut::<TILE>().0.split_at_mut(which.len());
+        folded.fill(Folded([if WHAT == LARGEST { f32::NEG_INFINITY } else { 0.0 }; LANES]));
+        let left = panels(&self.queries, self.first / LANES);
+        let right = |at: usize| panels(&blocks(at / EACH)[0], at % EACH * 2);
+        zero(tiles);
+        multiply_alone(tiles, [left, right(which.start)]);
+        store(tiles, own);
+        for ((at, upper), lower) in which.clone().zip(upper).zip(lower) {
+            let following = (at + 1 < which.end).then(|| [left, right(at + 1)]);
+            let (to, beside) = (([upper, lower], &mut *folded, &*shifts), (tiles, following, &mut *next));
+            match all.contains(&at) {
+                true => self.work::<WHAT, true>(own, at, to, beside),
+                false => self.work::<WHAT, false>(own, at, to, beside),
+            }
+            std::mem::swap(&mut own, &mut next);
+        }
+    }
+
+    /// Works the products with block `at`, of keys that each query sees, which may be known to be `ALL`: powers become tiles of a left
+    /// side. The products of the two sides that follow are made meanwhile.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn work<const WHAT: u8, const ALL: bool>(
         &self,
         products: &Sums,
         at: usize,
-        (to, sums): ([&mut [u32; TILE]; 2], &mut [RowSums; SIDE]),
+        (to, folded, shifts): ([&mut [u32; TILE]; 2], &mut [Folded; SIDE], &[f32; SIDE]),
         (tiles, following, next): (&Pairs, Option<Sides<'_>>, &mut Sums),
     ) {
         let scale = _mm512_set1_ps(self.scale);
         let [upper, lower] = to.map(|tile| tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<ROWS>().0);
-        let products = products.0.as_chunks::<ROWS>().0;
-        let sums = sums.as_chunks_mut::<ROWS>().0;
+        let (products, shifts) = (products.0.as_chunks::<ROWS>().0, shifts.as_chunks::<ROWS>().0);
+        let rows = folded.as_chunks_mut::<ROWS>().0.iter_mut().zip(upper.iter_mut().chain(lower));
         // Rows beyond the queries are worked as well: nothing reads what they become.
-        for (part, ((products, sums), lines)) in
-            products.iter().zip(sums).zip(upper.iter_mut().chain(lower)).enumerate()
-        {
+        for (part, ((products, shifts), (folded, lines))) in products.iter().zip(shifts).zip(rows).enumerate() {
             match following {
                 Some(sides) if part < SIDE / ROWS - 1 => some_steps(tiles, sides, part),
                 Some(_) => store(tiles, next),
@@ -181,18 +211,28 @@ impl Few<'_> {
             }
             for r in 0..ROWS {
                 let (low, high) = products[r].split_at(LANES);
-                let (mut low, mut high) = (power(sixteen(low), scale), power(sixteen(high), scale));
-                if !ALL {
-                    let sees = self.sees(part * ROWS + r, at);
-                    low = _mm512_maskz_mov_ps(sees as u16, low);
-                    high = _mm512_maskz_mov_ps((sees >> LANES) as u16, high);
+                let (mut low, mut high) = (sixteen(low), sixteen(high));
+                let sees = if ALL { u32::MAX } else { self.sees(part * ROWS + r, at) };
+                let masks = [sees as u16, (sees >> LANES) as u16];
+                let mut fold = sixteen(&folded[r].0);
+                if WHAT == LARGEST {
+                    fold = _mm512_mask_max_ps(fold, masks[0], fold, low);
+                    fold = _mm512_mask_max_ps(fold, masks[1], fold, high);
+                } else {
+                    let by = (scale, _mm512_set1_ps(shifts[r]));
+                    (low, high) = (power::<WHAT>(low, by), power::<WHAT>(high, by));
+                    if !ALL {
+                        (low, high) = (_mm512_maskz_mov_ps(masks[0], low), _mm512_maskz_mov_ps(masks[1], high));
+                    }
+                    fold = _mm512_add_ps(_mm512_add_ps(fold, low), high);
+                    // SAFETY: 64 bytes are there, and the store needs no alignment.
+                    unsafe {
+                        let line = as_bits(_mm512_cvtne2ps_pbh(high, low));
+                        _mm512_storeu_si512(lines[r].as_mut_ptr().cast(), line);
+                    }
                 }
-                let sum = _mm512_add_ps(_mm512_add_ps(sixteen(&sums[r].0), low), high);
-                // SAFETY: both are 64 bytes, and the stores need no alignment.
-                unsafe {
-                    _mm512_storeu_ps(sums[r].0.as_mut_ptr(), sum);
-                    _mm512_storeu_si512(lines[r].as_mut_ptr().cast(), as_bits(_mm512_cvtne2ps_pbh(high, low)));
-                }
+                // SAFETY: 64 bytes are there, and the store needs no alignment.
+                unsafe { _mm512_storeu_ps(folded[r].0.as_mut_ptr(), fold) };
             }
         }
     }
@@ -221,13 +261,21 @@ fn some_steps(tiles: &Pairs, [[a, c], [b, d]]: Sides<'_>, part: usize) {
 /// Blocks of keys that are rounded together.
 const EACH: usize = KEYS / SIDE;
 
-/// `2^(scale · v)`.
+/// `2^(scale · v)`, or `2^(scale · v − shift)` where that is `SHIFTED`, of what is at least the least that is told apart.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn power(v: __m512, scale: __m512) -> __m512 {
+fn power<const WHAT: u8>(v: __m512, (scale, shift): (__m512, __m512)) -> __m512 {
     let to_integer = _mm512_set1_ps(TO_INTEGER);
-    let shifted = _mm512_fmadd_ps(scale, v, to_integer);
-    let r = _mm512_fmsub_ps(scale, v, _mm512_sub_ps(shifted, to_integer));
+    let (shifted, r);
+    if WHAT == SHIFTED {
+        // NaN stays what it is.
+        let x = _mm512_max_ps(_mm512_set1_ps(LEAST), _mm512_fmsub_ps(scale, v, shift));
+        shifted = _mm512_add_ps(x, to_integer);
+        r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, to_integer));
+    } else {
+        shifted = _mm512_fmadd_ps(scale, v, to_integer);
+        r = _mm512_fmsub_ps(scale, v, _mm512_sub_ps(shifted, to_integer));
+    }
     let mut series = _mm512_set1_ps(SERIES[0]);
     for factor in &SERIES[1..] {
         series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(*factor));
