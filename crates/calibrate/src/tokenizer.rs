@@ -88,14 +88,16 @@ impl Tokenizer {
     /// Encodes every part once, however often it occurs, and those without `added` tokens by `model` alone, which is what is left
     /// of the tokenizer then.
     fn encode_parts(&self, text: &str, added: &[String], model: &BPE) -> tokenizers::Result<Vec<u32>> {
-        let (mut different, mut known) = (Vec::new(), HashMap::new());
+        let parts = parts(text, added);
+        // Of words, few are new.
+        let (mut different, mut known) = (Vec::new(), HashMap::with_capacity(parts.len() / 4));
         let mut number = |part| {
             *known.entry(part).or_insert_with(|| {
                 different.push(part);
                 different.len() - 1
             })
         };
-        let parts: Vec<usize> = parts(text).into_iter().map(&mut number).collect();
+        let parts: Vec<usize> = parts.into_iter().map(&mut number).collect();
         let encode = |part: &&str| match part.is_empty() || added.iter().any(|token| part.contains(token)) {
             true => self.encode_whole(part),
             false => Ok(model.tokenize(&format!("▁{}", part.replace(' ', "▁")))?.into_iter().map(|t| t.id).collect()),
@@ -170,11 +172,17 @@ fn parted(tokenizer: &tokenizers::Tokenizer) -> Option<Vec<String>> {
     is_parted.then(|| added.into_values().map(|token| token.content).collect())
 }
 
-/// What lies between the spaces of `text` that are between two letters or digits.
-fn parts(text: &str) -> Vec<&str> {
+/// What lies between the spaces of `text` that are between two other characters, of ASCII, so that none is what a space becomes, and
+/// neither ends or begins one of the `added` tokens, which are found before spaces are looked at.
+fn parts<'a>(text: &'a str, added: &[String]) -> Vec<&'a str> {
+    let [mut ends, mut begins] = [[false; 256]; 2];
+    for c in (0..=u8::MAX).filter(|&c| c.is_ascii_graphic() || c == b'\n') {
+        ends[usize::from(c)] = !added.iter().any(|token| token.as_bytes().last() == Some(&c));
+        begins[usize::from(c)] = !added.iter().any(|token| token.as_bytes().first() == Some(&c));
+    }
     let (mut parts, mut from) = (Vec::new(), 0);
     for (i, at) in text.as_bytes().windows(3).enumerate() {
-        if matches!(at, [a, b' ', b] if a.is_ascii_alphanumeric() && b.is_ascii_alphanumeric()) {
+        if matches!(at, [a, b' ', b] if ends[usize::from(*a)] && begins[usize::from(*b)]) {
             parts.push(&text[from..i + 1]);
             from = i + 2;
         }
@@ -226,7 +234,7 @@ mod tests {
     #[test]
     fn a_text_is_encoded_alike_in_parts() {
         let tokenizer = Tokenizer::open(&books(), Some(1)).unwrap();
-        assert!(tokenizer.parted.is_some());
+        let Some(added) = &tokenizer.parted else { panic!("a tokenizer that encodes parts") };
         let text = std::fs::read_to_string(books().join("evaluation.txt")).unwrap();
         let text: String = text.chars().take(20_000).collect();
         let odd = "two  spaces, <s>a token and </s> another one\nnew line Ünïcödé wörds 日本 語 7 8 9  ▁ a▁b c\t d"
@@ -234,9 +242,25 @@ mod tests {
         for text in [text.as_str(), &odd, "", " ", "a b", " a b "] {
             let whole = tokenizer.encode_whole(text).unwrap();
             let encode = |part: &str| tokenizer.encode_whole(part).unwrap();
-            assert_eq!(parts(text).into_iter().flat_map(encode).collect::<Vec<_>>(), whole);
+            assert_eq!(parts(text, added).into_iter().flat_map(encode).collect::<Vec<_>>(), whole);
             assert_eq!(tokenizer.encode(text, 8192).unwrap(), whole);
         }
+    }
+
+    #[test]
+    fn added_tokens_are_found_before_parts() {
+        let bytes = std::fs::read(books().join("tokenizer.json")).unwrap();
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        let mut added = json["added_tokens"][1].clone();
+        (added["content"], added["id"]) = ("and".into(), 8192.into());
+        json["added_tokens"].as_array_mut().unwrap().push(added);
+        let inner = build(json.to_string().as_bytes()).unwrap();
+        let tokenizer = Tokenizer { parted: parted(&inner), inner, bos: None, dir: books() };
+        assert!(tokenizer.parted.is_some());
+        let text = "one and two and three, and four";
+        let whole = tokenizer.encode_whole(text).unwrap();
+        assert!(whole.contains(&8192));
+        assert_eq!(tokenizer.encode(text, 8193).unwrap(), whole);
     }
 
     #[test]
