@@ -252,12 +252,12 @@ mod tests {
         let bytes = std::fs::read(books().join("tokenizer.json")).unwrap();
         let mut json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
         let mut added = json["added_tokens"][1].clone();
-        (added["content"], added["id"]) = ("and".into(), 8192.into());
+        (added["content"], added["id"]) = ("quux".into(), 8192.into());
         json["added_tokens"].as_array_mut().unwrap().push(added);
         let inner = build(json.to_string().as_bytes()).unwrap();
         let tokenizer = Tokenizer { parted: parted(&inner), inner, bos: None, dir: books() };
         assert!(tokenizer.parted.is_some());
-        let text = "one and two and three, and four";
+        let text = "one quux two quux three, quux four";
         let whole = tokenizer.encode_whole(text).unwrap();
         assert!(whole.contains(&8192));
         assert_eq!(tokenizer.encode(text, 8193).unwrap(), whole);
