@@ -134,21 +134,56 @@ fn along_columns<'a>(
     let per_panel = LANES * row_pairs(depth);
     let panels = out.len() / per_panel;
     let end = if which.end == depth { row_pairs(depth) } else { which.end / 2 };
-    for p in which.start / 2..end {
-        let side = |j: usize| if j < which.end { &column(j)[first..] } else { &[] };
-        let (low, high) = (side(2 * p), side(2 * p + 1));
-        for ahead in [2 * p + AHEAD, 2 * p + AHEAD + 1] {
-            fetch_columns(side(ahead), &(0..panels));
+    for from in (which.start / 2..end).step_by(SOME) {
+        let mut sides: [[&[f32]; 2]; SOME] = [[&[]; 2]; SOME];
+        // Rows that all of them have.
+        let mut rows = usize::MAX;
+        for (i, pair) in sides.iter_mut().enumerate() {
+            for (j, side) in pair.iter_mut().enumerate() {
+                let at = 2 * (from + i) + j;
+                if at < which.end {
+                    *side = &column(at)[first..];
+                }
+                rows = rows.min(side.len());
+            }
         }
-        for (i, panel) in out.chunks_exact_mut(per_panel).enumerate() {
-            let of = |side: &[f32]| load(&side[side.len().min(i * LANES)..]);
-            let pairs = _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(of(high), of(low))));
-            _mm_prefetch::<_MM_HINT_ET0>(panel.as_ptr().wrapping_add((p + AHEAD) * LANES).cast());
-            let out = &mut panel[p * LANES..][..LANES];
-            // SAFETY: 64 bytes are there, and the store needs no alignment.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs) };
+        // Loops alone: what iterators are given is not inlined here.
+        for i in 0..panels {
+            let panel = &mut out[i * per_panel..(i + 1) * per_panel];
+            let lines = panel[from * LANES..].as_chunks_mut::<LANES>().0;
+            if (i + 1) * LANES <= rows
+                && let Some(lines) = lines.first_chunk_mut::<SOME>()
+            {
+                for j in 0..SOME {
+                    let [low, high] = sides[j];
+                    // SAFETY: both have sixteen numbers from there on, and nothing needs alignment.
+                    unsafe {
+                        let low = _mm512_loadu_ps(low.as_ptr().add(i * LANES));
+                        let high = _mm512_loadu_ps(high.as_ptr().add(i * LANES));
+                        _mm512_storeu_si512(lines[j].as_mut_ptr().cast(), paired(low, high, order));
+                    }
+                }
+                continue;
+            }
+            for j in 0..SOME.min(end - from) {
+                let [low, high] = sides[j];
+                let low = load(&low[low.len().min(i * LANES)..]);
+                let high = load(&high[high.len().min(i * LANES)..]);
+                // SAFETY: 64 bytes are there, and the store needs no alignment.
+                unsafe { _mm512_storeu_si512(lines[j].as_mut_ptr().cast(), paired(low, high, order)) };
+            }
         }
     }
+}
+
+/// Pairs of columns that are laid together: lines of a panel one after another.
+const SOME: usize = 4;
+
+/// Sixteen numbers of two columns, laid into each other in `order`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn paired(low: __m512, high: __m512, order: __m512i) -> __m512i {
+    _mm512_permutexvar_epi16(order, as_bits(_mm512_cvtne2ps_pbh(high, low)))
 }
 
 /// Brings the part of a column that some panels are of into the first cache. It may begin within a line, so its end is in one more.
