@@ -4,7 +4,7 @@
 //! multiply are what it waits for. The depth is cut so that three panels of B stay in the second cache while A passes: a tile of
 //! C comes from further away than they do, and is brought in once for every cut.
 
-use super::super::matrix::{Output, View};
+use super::super::matrix::{Element, Output, View};
 use super::{Brained, LANES, Old, row_pairs};
 use crate::level::Brain;
 use half::bf16;
@@ -71,17 +71,20 @@ pub(in crate::ops) fn load(values: &[f32]) -> __m512 {
 }
 
 /// Rows lie in one piece: sixteen pairs of sixteen rows are turned at a time, or left as they are.
-#[target_feature(enable = "avx512f,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]) {
-    let (depth, rows) = (matrix.cols(), (matrix.rows() - first).min(LANES));
-    for (i, out) in out.chunks_mut(LANES * LANES).enumerate() {
-        let from = 2 * LANES * i;
+    let (rows, count) = rows_of(matrix, first);
+    for (i, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
         let mut pairs = [_mm512_setzero_si512(); LANES];
-        for (r, pairs) in pairs.iter_mut().enumerate().take(rows) {
-            // The last tile may be none of its own.
-            let row = &matrix.row(first + r)[from.min(depth)..depth.min(from + 2 * LANES)];
-            let (low, high) = row.split_at(row.len().min(LANES));
-            *pairs = as_bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
+        for r in 0..count {
+            let row = &rows[r][(2 * LANES * i).min(rows[r].len())..];
+            let [low, high] = match row.first_chunk::<{ 2 * LANES }>() {
+                // SAFETY: 128 bytes are there, and the loads need no alignment.
+                Some(row) => unsafe { [_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(LANES))] },
+                // The last tile may be none of its own.
+                None => [load(row), load(&row[row.len().min(LANES)..])],
+            };
+            pairs[r] = as_bits(_mm512_cvtne2ps_pbh(high, low));
         }
         put_tile(pairs, turned, out);
     }
@@ -90,29 +93,36 @@ fn along_rows(matrix: View<'_, f32>, first: usize, turned: bool, out: &mut [u32]
 /// The same of rows that are rounded.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn along_rounded_rows(matrix: View<'_, bf16>, first: usize, turned: bool, out: &mut [u32]) {
-    let (depth, rows) = (matrix.cols(), (matrix.rows() - first).min(LANES));
-    for (i, out) in out.chunks_mut(LANES * LANES).enumerate() {
-        let from = (2 * LANES * i).min(depth);
-        let count = (depth - from).min(2 * LANES);
+    let (rows, count) = rows_of(matrix, first);
+    for (i, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
         let mut pairs = [_mm512_setzero_si512(); LANES];
-        for (r, pairs) in pairs.iter_mut().enumerate().take(rows) {
-            let row = &matrix.row(first + r)[from..][..count];
-            let mask = if count == 0 { 0 } else { u32::MAX >> (2 * LANES - count) };
+        for r in 0..count {
+            let row = &rows[r][(2 * LANES * i).min(rows[r].len())..];
+            let mask = if row.is_empty() { 0 } else { u32::MAX >> (2 * LANES - row.len().min(2 * LANES)) };
             // SAFETY: the mask leaves out what lies beyond the row, and the load needs no alignment.
-            *pairs = unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().cast()) };
+            pairs[r] = unsafe { _mm512_maskz_loadu_epi16(mask, row.as_ptr().cast()) };
         }
         put_tile(pairs, turned, out);
     }
 }
 
+/// The rows of a panel, and how many it has.
+fn rows_of<T: Element>(matrix: View<'_, T>, first: usize) -> ([&[T]; LANES], usize) {
+    let mut rows: [&[T]; LANES] = [&[]; LANES];
+    let count = (matrix.rows() - first).min(LANES);
+    rows[..count].iter_mut().enumerate().for_each(|(r, row)| *row = matrix.row(first + r));
+    (rows, count)
+}
+
 /// Pairs of sixteen rows as a tile, turned or, for the left side, as they are.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn put_tile(pairs: [__m512i; LANES], turned: bool, out: &mut [u32]) {
+fn put_tile(pairs: [__m512i; LANES], turned: bool, out: &mut [u32; LANES * LANES]) {
     let tile = if turned { pairs } else { turn(pairs) };
-    for (out, v) in out.chunks_exact_mut(LANES).zip(tile) {
-        // SAFETY: 64 bytes are there, and the store needs no alignment.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
+    let out = out.as_mut_ptr();
+    for (i, &line) in tile.iter().enumerate() {
+        // SAFETY: the tile has so many lines of 64 bytes, and the store needs no alignment.
+        unsafe { _mm512_storeu_si512(out.add(i * LANES).cast(), line) };
     }
 }
 
