@@ -161,7 +161,6 @@ impl<'a, T: Copy> ViewMut<'a, T> {
     }
 
     /// Up to `count` entries of row `i` from column `j` on; `None` outside of the matrix.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn part(&mut self, i: usize, j: usize, count: usize) -> Option<&mut [T]> {
         let inside = i < self.rows && j < self.cols;
         inside.then(|| &mut self.data[i * self.stride + j..][..count.min(self.cols - j)])
