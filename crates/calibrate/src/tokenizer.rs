@@ -218,7 +218,7 @@ fn parts<'a>(text: &'a str, added: &[String]) -> Vec<&'a str> {
 type OfPairs = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 fn build(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
-    // Most are, and are read in a third of the time where nobody asks which model there is.
+    // Most are, and are read at once where nobody asks which model there is.
     let mut inner = match serde_json::from_slice::<OfPairs>(bytes) {
         Ok(inner) => inner.into(),
         Err(_) => tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?,
