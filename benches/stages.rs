@@ -3,6 +3,9 @@
 //! `cargo bench` prints, for every stage, the median of several runs as a rate, and the rate of the two limits it is held
 //! against, measured in the same process: multiply-adds of a large f32 product, and bytes of a plain copy. Each stage's
 //! answer is checked before it is timed. Recorded tables lie in `benches/record/`.
+//!
+//! With `-- --beside COMMAND`, products of bfloat16 and H += XᵀX take turns with those of another library, which the command
+//! times (`cargo xtask bench dense`), and nothing else is measured.
 
 mod clock;
 
@@ -13,7 +16,9 @@ use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
 };
 use bitmill::scheme::{Bits, Granularity, Scheme};
-use clock::time;
+use clock::{Peer, in_turns, time};
+use rayon::prelude::*;
+use std::cell::RefCell;
 use std::hint::black_box;
 
 fn row(name: &str, seconds: f64, amount: f64, unit: &str, limit: f64) {
@@ -50,7 +55,140 @@ fn short_products(short: Short, limit: f64) {
     });
 }
 
+/// Rows of A that a task of a product takes at most.
+const BAND: usize = 512;
+/// Shapes of products that take turns with a peer: rows, depth, columns.
+const PRODUCTS: [[usize; 3]; 7] = [
+    [4096, 1024, 384],
+    [1024, 1024, 1024],
+    [512, 2048, 2048],
+    [512, 320, 864],
+    [512, 2048, 8192],
+    [512, 8192, 2048],
+    [8192, 4096, 4096],
+];
+/// Tokens and width of X, likewise.
+const SQUARES: [[usize; 2]; 5] = [[65536, 320], [8192, 768], [65536, 864], [8192, 2048], [2048, 8192]];
+/// Multiply-adds of a turn, at least: what it takes to wake threads shall not count.
+const TURN: usize = 8 << 30;
+
+/// Rows of a task among so many: of all threads, at least one each.
+fn band(rows: usize) -> usize {
+    rows.div_ceil(rayon::current_num_threads()).next_multiple_of(16).min(BAND)
+}
+
+/// `c ← a·bᵀ` of rounded sides, by all threads.
+fn multiplied(a: &Panels, b: &Panels, c: &mut [f32]) {
+    let ([m, _], [n, _]) = (a.shape(), b.shape());
+    let band = band(m);
+    c.par_chunks_mut(band * n).enumerate().for_each(|(i, c)| {
+        let (from, rows) = (i * band, c.len() / n);
+        short_product(a, from..from + rows, b, &mut ViewMut::new(c, rows, n, n));
+    });
+}
+
+/// `c ← aᵀ·a` in f32, all of it, by all threads.
+fn squared(a: View<'_, f32>, c: &mut [f32]) {
+    let n = a.cols();
+    let band = band(n);
+    c.par_chunks_mut(band * n).enumerate().for_each(|(i, c)| {
+        let (from, rows) = (i * band, c.len() / n);
+        gemm(1.0, a.t().some_rows(from..from + rows), a, 0.0, &mut ViewMut::new(c, rows, n, n));
+    });
+}
+
+/// Ways to multiply in bfloat16, and their names.
+fn brains() -> Vec<(String, Short)> {
+    let brains = Short::all().into_iter().filter(|short| matches!(short, Short::Bf16(_)));
+    let tiles = |short: &Short| format!("{short:?}").contains("amx: Some");
+    brains.map(|short| (format!("bf16 {}", if tiles(&short) { "AMX" } else { "AVX-512" }), short)).collect()
+}
+
+/// Panics where a product of bfloat16 is not what it is in f32 but for the rounding of its sides.
+fn check(short: Short) {
+    let [m, k, n] = [1100, 96, 80];
+    let (a, b) = (sample(m * k, 3), sample(n * k, 4));
+    let (a, b) = (View::new(&a, m, k, k), View::new(&b, n, k, k));
+    let (mut c, mut full) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
+    gemm(1.0, a, b.t(), 0.0, &mut ViewMut::new(&mut full, m, n, n));
+    multiplied(&Panels::left(short, a), &Panels::right(short, b), &mut c);
+    let far =
+        c.iter().zip(&full).fold(0.0f32, |far, (c, full)| if (c - full).abs() <= far { far } else { (c - full).abs() });
+    assert!(far < 0.25, "a product that is off by {far}");
+}
+
+/// A line of rates of what was done `times` times in each turn of ours, beside the peer's, which tells the seconds of once.
+fn rates(what: &str, amount: f64, ours: &[(String, f64)], peer: &mut Peer) {
+    let theirs = peer.medians();
+    let fastest = theirs.iter().map(|(_, seconds)| *seconds).fold(f64::MAX, f64::min);
+    let rate = |seconds: f64| amount / seconds / 1e9;
+    let ours = ours.iter().map(|(name, s)| format!("{name} {:>5.0} ({:>5.2}x)", rate(*s), fastest / s));
+    let theirs = theirs.iter().map(|(name, s)| format!("{name} {:>5.0}", rate(*s)));
+    println!("{what:<22} {}", ours.chain(theirs).collect::<Vec<_>>().join("   "));
+}
+
+/// Products of bfloat16, and H += XᵀX from f32, in turns with the peer.
+fn beside(mut peer: Peer) {
+    let brains = brains();
+    brains.iter().for_each(|&(_, short)| check(short));
+    println!(
+        "{} threads; medians in GMAC/s, and how many times as fast as the peer\n\nproducts of sides in bfloat16",
+        rayon::current_num_threads()
+    );
+    if brains.is_empty() {
+        println!("none: this CPU has no AVX-512 BF16");
+    }
+    for [m, k, n] in PRODUCTS.into_iter().filter(|_| !brains.is_empty()) {
+        let times = TURN.div_ceil(m * k * n);
+        let (a, b) = (sample(m * k, 3), sample(n * k, 4));
+        let (a, b) = (View::new(&a, m, k, k), View::new(&b, n, k, k));
+        let c = RefCell::new(vec![0.0; m * n]);
+        let sides = brains.iter().map(|&(_, short)| (Panels::left(short, a), Panels::right(short, b)));
+        let ours = sides.map(|(a, b)| -> Box<dyn FnMut()> {
+            let c = &c;
+            Box::new(move || (0..times).for_each(|_| multiplied(&a, &b, &mut c.borrow_mut())))
+        });
+        let work = format!("gemm {m} {k} {n} {times}");
+        let seconds = turns(ours.collect(), &mut || peer.run(&work));
+        let names = brains.iter().map(|(name, _)| name.clone());
+        let ours: Vec<_> = names.zip(seconds.iter().map(|seconds| seconds / times as f64)).collect();
+        rates(&format!("{m} x {k} x {n}"), (m * k * n) as f64, &ours, &mut peer);
+    }
+
+    println!("\nH += XᵀX of tokens in f32, rounding counted; rates of half of H, of the f32 product of all of it");
+    for [tokens, n] in SQUARES {
+        let x = sample(tokens * n, 2);
+        let h = RefCell::new(vec![0.0; n * n]);
+        let (x, h) = (&x, &h);
+        let ours = brains.iter().map(|&(_, short)| -> Box<dyn FnMut() + '_> {
+            Box::new(move || short_syrk(short, &[x], n, &mut h.borrow_mut()))
+        });
+        let full: [Box<dyn FnMut() + '_>; 2] = [
+            Box::new(|| syrk(x, n, &mut h.borrow_mut())),
+            Box::new(|| squared(View::new(x, tokens, n, n), &mut h.borrow_mut())),
+        ];
+        let work = format!("syrk {tokens} {n}");
+        let seconds = turns(ours.chain(full).collect(), &mut || peer.run(&work));
+        let (half, limit) = ((tokens * n * n) as f64 / 2.0, seconds[brains.len() + 1]);
+        let names = brains.iter().map(|(name, _)| name.clone()).chain(["f32".to_owned()]);
+        let ours: Vec<_> = names.zip(seconds.iter().copied()).collect();
+        rates(&format!("{tokens} tokens of {n}"), half, &ours, &mut peer);
+        let share = 100.0 * limit / 2.0 / seconds[brains.len()];
+        println!("{:<22} f32 product {:.0}: f32 is at {share:.0}% of it", "", 2.0 * half / limit / 1e9);
+    }
+}
+
+/// Seconds of ours in turns with another.
+fn turns(mut ours: Vec<Box<dyn FnMut() + '_>>, theirs: &mut dyn FnMut()) -> Vec<f64> {
+    let mut all: Vec<&mut dyn FnMut()> = ours.iter_mut().map(|f| &mut **f as &mut dyn FnMut()).collect();
+    all.push(theirs);
+    in_turns(&mut all)
+}
+
 fn main() {
+    if let Some(peer) = Peer::of_arguments() {
+        return beside(peer);
+    }
     let (out, n, tokens) = (768usize, 768usize, 8192usize);
     let threads = rayon::current_num_threads();
     println!("{threads} threads; one linear of [{out}, {n}], {tokens} tokens");

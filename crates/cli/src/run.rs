@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// Seed of the choice
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How products with quantized weights read their input: rounded to 8 bits, 32 numbers sharing a scale, or in f32
+    /// How products with quantized weights read their input: rounded to 8 bits, 128 numbers sharing a scale, or in f32
     #[arg(long, value_name = "KIND", default_value = "int8")]
     activations: Activations,
     #[command(flatten)]

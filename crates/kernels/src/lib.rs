@@ -28,8 +28,8 @@ pub use ops::moments::{MOMENT_ROWS, Moments, add_moments};
 pub use ops::norm::{largest_norm, rms_norm};
 pub use ops::pack::{fifths, pack_bits, packed_words, unpack_bits};
 pub use ops::packed::{
-    CHUNK, Meeting, Packed, PackedForm, Rounded, Scales, packed_product, packed_product_int8, packed_products,
-    packed_products_int8, round_activations,
+    CHUNK, Meeting, Packed, PackedForm, Rounded, RoundedMut, SPAN, Scales, packed_product, packed_product_int8,
+    packed_products, packed_products_int8, round_activations,
 };
 pub use ops::rotate::rotate_halves;
 pub use ops::short::{

@@ -6,8 +6,8 @@
 use crate::Error;
 use bitmill_checkpoint::{Checkpoint, Order, Weight};
 use bitmill_kernels::{
-    CHUNK, Halves, Level, Meeting, Packed, PackedForm, Rounded, Scales, half_product, packed_products,
-    packed_products_int8, round_activations,
+    CHUNK, Halves, Level, Meeting, Packed, PackedForm, Rounded, RoundedMut, SPAN, Scales, half_product,
+    packed_products, packed_products_int8, round_activations,
 };
 use bitmill_scheme::{Activations, Granularity, GridKind, Quantized, ScaleType};
 use candle_core::{Device, Module, Tensor};
@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// How products with integer codes read their input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// Rounded to 8 bits, 32 numbers of a token sharing a scale: products of integers, the fastest.
+    /// Rounded to 8 bits, 128 numbers of a token sharing a scale: products of integers, the fastest.
     #[default]
     Int8,
     /// As it is, in f32.
@@ -120,10 +120,12 @@ impl PackedWeight {
         if self.precision == Precision::Full {
             return PackedInput::Full(x);
         }
-        let scales = x.len() / cols * cols.div_ceil(CHUNK);
-        let (mut values, mut scales) = (vec![0; scales * CHUNK], vec![0.0; scales]);
-        round_activations(Level::best(), &x, cols, &mut values, &mut scales);
-        PackedInput::Int8 { values, scales }
+        let (tokens, chunks) = (x.len() / cols, cols.div_ceil(CHUNK));
+        let (mut values, mut sums) = (vec![0; tokens * chunks * CHUNK], vec![0; tokens * chunks]);
+        let mut scales = vec![0.0; tokens * cols.div_ceil(SPAN)];
+        let out = RoundedMut { values: &mut values, scales: &mut scales, sums: &mut sums };
+        round_activations(Level::best(), &x, cols, out);
+        PackedInput::Int8 { values, scales, sums }
     }
 
     /// Whether an input made ready for `other` suits this weight too.
@@ -163,8 +165,8 @@ impl PackedWeight {
             }
         }
         match x {
-            PackedInput::Int8 { values, scales } => {
-                packed_products_int8(level, &mut codes, &Rounded { values, scales })
+            PackedInput::Int8 { values, scales, sums } => {
+                packed_products_int8(level, &mut codes, &Rounded { values, scales, sums })
             }
             PackedInput::Full(x) => packed_products(level, &mut codes, x),
         }
@@ -192,12 +194,14 @@ impl PackedWeight {
 pub enum PackedInput<'a> {
     /// In f32.
     Full(Cow<'a, [f32]>),
-    /// Rounded to 8 bits: values and the scale of every 32 of them.
+    /// Rounded to 8 bits: values, the scale of every 128 of them, and the sum of every 32.
     Int8 {
         /// `[tokens, in]`, padded to a multiple of 32.
         values: Vec<i8>,
-        /// `[tokens, in / 32]`.
+        /// `[tokens, in / 128]`.
         scales: Vec<f32>,
+        /// `[tokens, in / 32]`.
+        sums: Vec<i32>,
     },
 }
 

@@ -47,24 +47,30 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod rounded;
 mod scalar;
 #[cfg(test)]
 mod tests;
 
+pub use rounded::{Rounded, RoundedMut, round_activations};
+
 use super::strips::{Strip, Strips};
 use crate::Level;
-use crate::team::{each, fill_chunks};
+use crate::team::fill_chunks;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 /// Rows that lie beside each other.
 const LANES: usize = 8;
 /// Blocks of rows whose chunks alternate.
 const TOGETHER: usize = 4;
-/// Input columns that are unpacked together, and that share a scale when activations are rounded.
+/// Input columns that are unpacked together.
 pub const CHUNK: usize = 32;
+/// Input columns that share a scale when activations are rounded, but for the last of a token.
+pub const SPAN: usize = 128;
+/// The same in chunks.
+const SPAN_CHUNKS: usize = SPAN / CHUNK;
 /// Rows that one task computes.
 const STRIP: usize = 2 * TOGETHER * LANES;
 
@@ -103,6 +109,49 @@ impl PackedForm {
     #[must_use]
     pub fn chunks(&self) -> usize {
         self.cols.div_ceil(CHUNK)
+    }
+
+    /// Spans of a token's activations.
+    #[must_use]
+    pub fn spans(&self) -> usize {
+        self.cols.div_ceil(SPAN)
+    }
+
+    /// Pieces of a row, which are what groups and spans have in common: codes and inputs of one scale each.
+    fn pieces(&self) -> usize {
+        // Every group and every span ends one, but some end together.
+        let common = self.group_chunks().trailing_zeros().min(SPAN_CHUNKS.trailing_zeros());
+        let both = (self.group_chunks() * SPAN_CHUNKS) >> common;
+        self.groups() + self.spans() - self.chunks().div_ceil(both)
+    }
+
+    /// The pieces of a span, by their chunks.
+    #[inline]
+    fn pieces_of(&self, span: usize) -> impl Iterator<Item = Range<usize>> {
+        let (mut from, end) = (span * SPAN_CHUNKS, self.end_of_span(span));
+        std::iter::from_fn(move || {
+            let piece = (from < end).then(|| from..self.end_of_piece(from).min(end));
+            from = piece.as_ref().map_or(end, |piece| piece.end);
+            piece
+        })
+    }
+
+    /// The chunk where a span ends.
+    #[inline(always)]
+    fn end_of_span(&self, span: usize) -> usize {
+        ((span + 1) * SPAN_CHUNKS).min(self.chunks())
+    }
+
+    /// The chunk where the piece ends that begins at `chunk`.
+    #[inline(always)]
+    fn end_of_piece(&self, chunk: usize) -> usize {
+        let (group, span) = (chunk / self.group_chunks() + 1, chunk / SPAN_CHUNKS + 1);
+        (group * self.group_chunks()).min(span * SPAN_CHUNKS).min(self.chunks())
+    }
+
+    /// The code that stands for nothing where there are no zero points.
+    fn middle(&self) -> i32 {
+        1 << (self.bits - 1)
     }
 
     fn blocks(&self) -> usize {
@@ -284,7 +333,7 @@ impl<'a> Packed<'a> {
     }
 
     fn zero(&self, i: usize) -> f32 {
-        self.zeros.get(i).map_or((1u32 << (self.form.bits - 1)) as f32, |&z| f32::from(z))
+        self.zeros.get(i).map_or(self.form.middle() as f32, |&z| f32::from(z))
     }
 }
 
@@ -314,47 +363,6 @@ impl<'a> Block<'a> {
     }
 }
 
-/// Activations rounded to eight bits, [`CHUNK`] of a token sharing a scale; columns are padded to whole chunks.
-#[derive(Debug, Clone, Copy)]
-pub struct Rounded<'a> {
-    /// `[tokens, chunks · CHUNK]`.
-    pub values: &'a [i8],
-    /// `[tokens, chunks]`.
-    pub scales: &'a [f32],
-}
-
-/// Rounds `x: [tokens, cols]` for [`packed_product_int8`]: x ≈ scale · value, scale = max |x| / 127, to nearest even.
-///
-/// # Panics
-/// When a length does not fit: a caller's bug.
-pub fn round_activations(level: Level, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
-    let chunks = cols.div_ceil(CHUNK);
-    assert!(x.len().is_multiple_of(cols) && scales.len() == x.len() / cols * chunks, "activation lengths");
-    assert_eq!(values.len(), scales.len() * CHUNK, "activation lengths");
-    let some = |x: &[f32], values: &mut [i8], scales: &mut [f32]| match level {
-        Level::Scalar => round(x, cols, values, scales),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2(token) => avx2::round(token, x, cols, values, scales),
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx512::round(token, x, cols, values, scales),
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon(token) => neon::round(token, x, cols, values, scales),
-        #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => avx512::round(token.avx512(), x, cols, values, scales),
-    };
-    if x.len() <= MANY * cols {
-        return some(x, values, scales);
-    }
-    let parts = values.chunks_mut(MANY * chunks * CHUNK).zip(scales.chunks_mut(MANY * chunks));
-    let parts: Vec<_> = x.chunks(MANY * cols).zip(parts).map(Mutex::new).collect();
-    each(parts.len(), ROUNDING * x.len(), |i| {
-        // Each is taken once.
-        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let (x, (values, scales)) = &mut *part;
-        some(x, values, scales);
-    });
-}
-
 /// Tokens that one thread takes, where there are more.
 const MANY: usize = 16;
 /// Multiply-adds that take as long as rounding a number.
@@ -368,28 +376,6 @@ fn by_token<V, const T: usize>(all: &[V], first: usize, count: usize) -> [&[V]; 
         *own = &all[(first + t) * count..][..count];
     }
     own
-}
-
-/// 1.5·2²³: adding it leaves a number below 2²² rounded to an integer in the low bits.
-const ROUNDER: f32 = 12_582_912.0;
-
-#[inline(always)]
-fn round(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
-    let chunks = cols.div_ceil(CHUNK);
-    for (x, (values, scales)) in
-        x.chunks_exact(cols).zip(values.chunks_exact_mut(chunks * CHUNK).zip(scales.chunks_exact_mut(chunks)))
-    {
-        for (x, (values, scale)) in x.chunks(CHUNK).zip(values.chunks_exact_mut(CHUNK).zip(scales)) {
-            let mut padded = [0.0f32; CHUNK];
-            padded[..x.len()].copy_from_slice(x);
-            let most = padded.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-            *scale = most / 127.0;
-            let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-            for (v, &x) in values.iter_mut().zip(&padded) {
-                *v = (x * inverse + ROUNDER).to_bits() as i8;
-            }
-        }
-    }
 }
 
 /// A matrix that meets activations, and where their products `[tokens, rows]` go.
@@ -407,37 +393,39 @@ pub struct Meeting<'a> {
 /// # Panics
 /// When a length does not fit: a caller's bug.
 pub fn packed_products_int8(level: Level, all: &mut [Meeting<'_>], x: &Rounded<'_>) {
-    assert_eq!(x.values.len(), x.scales.len() * CHUNK, "activation lengths");
-    // Σ x̂ of every token and group, which the zero points multiply.
-    let sums_of = |form: &PackedForm| {
-        let (chunks, groups) = (form.chunks(), form.groups());
-        let mut sums = vec![0.0; x.scales.len() / chunks * groups];
-        fill_chunks(&mut sums, MANY * groups, ROUNDING * x.values.len(), |i, sums| {
-            let of_token = x.scales.chunks_exact(chunks).zip(x.values.chunks_exact(chunks * CHUNK)).skip(i * MANY);
-            for (sums, (scales, values)) in sums.chunks_exact_mut(groups).zip(of_token) {
-                for (c, (scale, values)) in scales.iter().zip(values.chunks_exact(CHUNK)).enumerate() {
-                    sums[c / form.group_chunks()] += scale * values.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
-                }
+    assert_eq!(x.values.len(), x.sums.len() * CHUNK, "activation lengths");
+    // What the sum of a piece starts from, so that codes need not be centred.
+    let starts_of = |form: &PackedForm| {
+        let pieces: Vec<_> = (0..form.spans()).flat_map(|span| form.pieces_of(span)).collect();
+        let (chunks, middle) = (form.chunks(), form.middle());
+        let mut starts = vec![0; x.sums.len() / chunks * pieces.len()];
+        fill_chunks(&mut starts, MANY * pieces.len(), x.sums.len(), |i, starts| {
+            let sums = x.sums.chunks_exact(chunks).skip(i * MANY);
+            for (starts, sums) in starts.chunks_exact_mut(pieces.len()).zip(sums) {
+                let all = starts.iter_mut().zip(&pieces);
+                all.for_each(|(start, piece)| *start = -middle * sums[piece.clone()].iter().sum::<i32>());
             }
         });
-        sums
+        starts
     };
-    let lengths = |form: &PackedForm, tokens: usize| x.scales.len() == tokens * form.chunks();
+    let fit = |form: &PackedForm, tokens: usize| {
+        x.sums.len() == tokens * form.chunks() && x.scales.len() == tokens * form.spans()
+    };
     #[cfg(target_arch = "x86_64")]
     let tiles = match (level, all.first()) {
-        (Level::Amx(_), Some(one)) => amx::Tokens::new(x, one.weight.form.chunks()),
+        (Level::Amx(_), Some(one)) => amx::Tokens::new(x, &one.weight.form),
         _ => amx::Tokens::default(),
     };
-    meet(all, lengths, sums_of, |w, sums, strip| match level {
-        Level::Scalar => scalar::int8(w, x, sums, strip),
+    meet(all, fit, starts_of, |w, starts, strip| match level {
+        Level::Scalar => scalar::int8(w, x, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2(token) => avx2::int8(token, w, x, sums, strip),
+        Level::Avx2(token) => avx2::int8(token, w, x, starts, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512(token) => avx512::int8(token, w, x, sums, strip),
+        Level::Avx512(token) => avx512::int8(token, w, x, starts, strip),
         #[cfg(target_arch = "aarch64")]
-        Level::Neon(token) => neon::int8(token, w, x, sums, strip),
+        Level::Neon(token) => neon::int8(token, w, x, starts, strip),
         #[cfg(target_arch = "x86_64")]
-        Level::Amx(token) => amx::int8(token, w, (x, &tiles), sums, strip),
+        Level::Amx(token) => amx::int8(token, w, (x, &tiles), starts, strip),
     });
 }
 
@@ -490,12 +478,13 @@ pub fn packed_product(level: Level, w: &Packed<'_>, x: &[f32], out: &mut [f32]) 
     packed_products(level, &mut [Meeting { weight: *w, out }], x);
 }
 
-/// Has `write` fill the strips of all products, given what `sums_of` says of a matrix's groups, once the lengths `fit`.
-fn meet(
+/// Has `write` fill the strips of all products, given what `sums_of` says of inputs that meet such codes, once the lengths
+/// `fit`.
+fn meet<S: Sync>(
     all: &mut [Meeting<'_>],
     fit: impl Fn(&PackedForm, usize) -> bool,
-    sums_of: impl Fn(&PackedForm) -> Vec<f32>,
-    write: impl Fn(&Packed<'_>, &[f32], &mut Strip<'_>) + Sync,
+    sums_of: impl Fn(&PackedForm) -> Vec<S>,
+    write: impl Fn(&Packed<'_>, &[S], &mut Strip<'_>) + Sync,
 ) {
     let mut adds = 0;
     for Meeting { weight, out } in all.iter() {
@@ -504,11 +493,12 @@ fn meet(
         assert!(out.len() == tokens * weight.form.rows && fit(&weight.form, tokens), "activation lengths");
         adds += out.len() * weight.form.cols;
     }
-    // Matrices in groups of one length share their sums.
-    let mut known: Vec<(usize, Vec<f32>)> = Vec::new();
+    // Matrices of one width in groups of one length share them.
+    let kind = |form: &PackedForm| (form.bits, form.group);
+    let mut known: Vec<((u32, usize), Vec<S>)> = Vec::new();
     for form in all.iter().map(|one| &one.weight.form) {
-        if !known.iter().any(|(group, _)| *group == form.group) {
-            known.push((form.group, sums_of(form)));
+        if !known.iter().any(|(of, _)| *of == kind(form)) {
+            known.push((kind(form), sums_of(form)));
         }
     }
     let parts: Vec<_> =
@@ -516,7 +506,7 @@ fn meet(
     let (weights, strips): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     Strips::fill(&strips, adds, |which, strip| {
         let w = &weights[which];
-        let sums = known.iter().find(|(group, _)| *group == w.form.group).map_or(&[][..], |(_, sums)| sums);
+        let sums = known.iter().find(|(of, _)| *of == kind(&w.form)).map_or(&[][..], |(_, sums)| sums);
         write(w, sums, strip);
     });
 }

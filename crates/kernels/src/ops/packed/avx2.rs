@@ -5,7 +5,7 @@
 //! is folded in 16-bit lanes and widened once. Codes wider than four bits are two such sums.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, Rounded, Scales, by_token};
+use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, Scales, by_token, rounded};
 use crate::level::Avx2;
 use std::arch::x86_64::*;
 
@@ -14,21 +14,21 @@ const TOKENS: usize = 4;
 /// Blocks that one token meets side by side where activations are not rounded.
 const BLOCKS: usize = 4;
 
-/// [`super::round`] compiled for AVX2.
-pub(super) fn round(_: Avx2, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+/// [`rounded::round`] compiled for AVX2.
+pub(super) fn round(_: Avx2, x: &[f32], cols: usize, out: RoundedMut<'_>) {
     #[target_feature(enable = "avx2")]
-    fn compiled(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
-        super::round(x, cols, values, scales);
+    fn compiled(x: &[f32], cols: usize, out: RoundedMut<'_>) {
+        rounded::round(x, cols, out);
     }
     // SAFETY: the token proves AVX2.
-    unsafe { compiled(x, cols, values, scales) }
+    unsafe { compiled(x, cols, out) }
 }
 
 /// [`super::scalar::int8`].
-pub(super) fn int8(_: Avx2, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+pub(super) fn int8(_: Avx2, w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     let run = by_parts!(w.form.bits, strip_int8);
     // SAFETY: the token proves AVX2, FMA and F16C.
-    unsafe { run(w, x, sums, strip) }
+    unsafe { run(w, x, starts, strip) }
 }
 
 /// [`super::scalar::full`].
@@ -41,18 +41,18 @@ pub(super) fn full(_: Avx2, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut
 /// Goes over the blocks of a strip, a few tokens at a time: their inputs stay in the first cache and the strip's codes in
 /// the second.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     let (blocks, tokens) = (strip.rows.start / LANES..strip.rows.end.div_ceil(LANES), strip.tokens());
     let whole = tokens - tokens % TOKENS;
     for token in (0..whole).step_by(TOKENS) {
         for block in blocks.clone() {
-            let y = block_int8::<LOW, HIGH, TOKENS>(w, x, sums, token, block);
+            let y = block_int8::<LOW, HIGH, TOKENS>(w, x, starts, token, block);
             y.iter().enumerate().for_each(|(t, y)| strip.put(token + t, block * LANES, y));
         }
     }
     for token in whole..tokens {
         for block in blocks.clone() {
-            let [y] = block_int8::<LOW, HIGH, 1>(w, x, sums, token, block);
+            let [y] = block_int8::<LOW, HIGH, 1>(w, x, starts, token, block);
             strip.put(token, block * LANES, &y);
         }
     }
@@ -100,37 +100,63 @@ fn put_full<const T: usize, const N: usize>(
 fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     token: usize,
     block: usize,
 ) -> [[f32; LANES]; T] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let (form, per_group) = (&w.form, w.form.group_chunks());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
-    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
+    let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
+    let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
     let mut y = [_mm256_setzero_ps(); T];
-    for group in 0..groups {
+    let (mut chunk, mut piece) = (0, 0);
+    let mut span = 0;
+    while span < form.spans() {
         let mut sum = [_mm256_setzero_ps(); T];
-        for chunk in w.form.chunks_of(group) {
-            let at = chunk * codes.step;
-            let mut inputs = [&values[0][chunk]; T];
-            for t in 1..T {
-                inputs[t] = &values[t][chunk];
-            }
-            let dots = chunk_int8::<LOW, HIGH, T>(codes.chunk(at, bytes), inputs);
+        while chunk < form.end_of_span(span) {
+            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+            let mut dots = [_mm256_setzero_si256(); T];
             for t in 0..T {
-                sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), _mm256_set1_ps(scales[t][chunk]), sum[t]);
+                dots[t] = _mm256_set1_epi32(starts[t][piece]);
             }
+            while chunk < end {
+                let mut inputs = [&values[0][chunk]; T];
+                for t in 1..T {
+                    inputs[t] = &values[t][chunk];
+                }
+                let more = chunk_int8::<LOW, HIGH, T>(codes.chunk(chunk * codes.step, bytes), inputs);
+                for t in 0..T {
+                    dots[t] = _mm256_add_epi32(dots[t], more[t]);
+                }
+                chunk += 1;
+            }
+            let (scale, zero) = params(w, codes.param(group));
+            for t in 0..T {
+                let mut dot = _mm256_cvtepi32_ps(dots[t]);
+                if !w.zeros.is_empty() {
+                    let start = _mm256_set1_ps(starts[t][piece] as f32);
+                    dot = _mm256_fmadd_ps(from_middle(w, zero), start, dot);
+                }
+                sum[t] = _mm256_fmadd_ps(dot, scale, sum[t]);
+            }
+            piece += 1;
         }
-        let (scale, zero) = params(w, codes.param(group));
         for t in 0..T {
-            let centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(sums[(token + t) * groups + group]), sum[t]);
-            y[t] = _mm256_fmadd_ps(centred, scale, y[t]);
+            y[t] = _mm256_fmadd_ps(sum[t], _mm256_set1_ps(scales[t][span]), y[t]);
         }
+        span += 1;
     }
     lanes(y)
+}
+
+/// How far zero points lie from the middle, in middles: what starts have to be multiplied by, to be taken off by zero points.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn from_middle(w: &Packed<'_>, zero: __m256) -> __m256 {
+    _mm256_fmadd_ps(zero, _mm256_set1_ps(1.0 / w.form.middle() as f32), _mm256_set1_ps(-1.0))
 }
 
 /// Sums of one chunk in 32-bit lanes, a row each.

@@ -5,49 +5,43 @@
 //!
 //! The inner functions use no closures: what takes one is compiled for less, and would call it.
 
+mod full;
+
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, Rounded, avx2, by_token};
+use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, avx2, by_token, rounded};
 use crate::level::Avx512;
+use full::strip_full;
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// Rows of a register: two blocks.
 pub(super) const PAIR: usize = 2 * LANES;
-/// Tokens that one pass over unpacked codes serves: as many sums are under way as two units with a latency of four take.
-const TOKENS: usize = 8;
 /// Tokens that one pass over packed codes serves.
 const FEW: usize = 4;
 /// Tokens of whom more than that many meet codes that were unpacked once for all of them.
 const MANY: usize = 2 * TILE;
-/// Tokens that meet the rows of two pairs of blocks side by side: twelve sums of a chunk and twelve of a group are in registers,
+/// Tokens that meet the rows of two pairs of blocks side by side: twelve sums of a piece and twelve of a span are in registers,
 /// and eight loads of codes and inputs feed twelve products.
 const TILE: usize = 6;
-/// Tokens that share unpacked codes: their inputs stay in the second cache from one pair of blocks to the next.
-const BATCH: usize = 32;
-/// Chunks that are unpacked together: 8 KB, a part of the first cache.
-const UNPACKED: usize = 4;
-/// Pairs of blocks that one token meets side by side where activations are not rounded.
-const PAIRS: usize = 4;
 
-/// [`super::round`] compiled for AVX-512.
-pub(super) fn round(_: Avx512, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
+/// [`rounded::round`] compiled for AVX-512.
+pub(super) fn round(_: Avx512, x: &[f32], cols: usize, out: RoundedMut<'_>) {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn compiled(x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
-        super::round(x, cols, values, scales);
+    fn compiled(x: &[f32], cols: usize, out: RoundedMut<'_>) {
+        rounded::round(x, cols, out);
     }
     // SAFETY: the token proves AVX-512.
-    unsafe { compiled(x, cols, values, scales) }
+    unsafe { compiled(x, cols, out) }
 }
 
 /// [`super::scalar::int8`].
-pub(super) fn int8(token: Avx512, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+pub(super) fn int8(token: Avx512, w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     let (mut pairs, mut last) = strip.split(end_of_pairs(strip));
     let run =
         if pairs.tokens() > MANY { by_parts!(w.form.bits, many_int8) } else { by_parts!(w.form.bits, strip_int8) };
     // SAFETY: the token proves AVX-512 with VNNI, and AVX2, FMA and F16C.
-    unsafe { run(w, x, sums, &mut pairs) };
+    unsafe { run(w, x, starts, &mut pairs) };
     if !last.rows.is_empty() {
-        avx2::int8(token.avx2(), w, x, sums, &mut last);
+        avx2::int8(token.avx2(), w, x, starts, &mut last);
     }
 }
 
@@ -70,7 +64,7 @@ pub(super) fn end_of_pairs(strip: &Strip<'_>) -> usize {
 /// Goes over the pairs of a strip, a few tokens at a time: their inputs stay in the first cache and the strip's codes in the
 /// second. Two pairs share a load of the input.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     let mut token = 0;
     while token < strip.tokens() {
         let count = if strip.tokens() - token >= FEW { FEW } else { 1 };
@@ -78,10 +72,10 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, 
         while row < strip.rows.end {
             let (at, two) = ([token, row / LANES], strip.rows.end - row > PAIR);
             match (count, two) {
-                (FEW, true) => put(pairs_int8::<LOW, HIGH, FEW, 2>(w, x, sums, at), at, strip),
-                (FEW, false) => put(pairs_int8::<LOW, HIGH, FEW, 1>(w, x, sums, at), at, strip),
-                (_, true) => put(pairs_int8::<LOW, HIGH, 1, 2>(w, x, sums, at), at, strip),
-                (_, false) => put(pairs_int8::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip),
+                (FEW, true) => put(pairs_int8::<LOW, HIGH, FEW, 2>(w, x, starts, at), at, strip),
+                (FEW, false) => put(pairs_int8::<LOW, HIGH, FEW, 1>(w, x, starts, at), at, strip),
+                (_, true) => put(pairs_int8::<LOW, HIGH, 1, 2>(w, x, starts, at), at, strip),
+                (_, false) => put(pairs_int8::<LOW, HIGH, 1, 1>(w, x, starts, at), at, strip),
             }
             row += if two { 2 * PAIR } else { PAIR };
         }
@@ -93,13 +87,13 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, 
 struct Unpacked {
     /// Of every chunk, pair by pair.
     codes: Vec<[__m512i; CHUNK / 4]>,
-    /// Scales and zero points of every group, pair by pair.
+    /// [`int8_params`] of every group, pair by pair.
     params: Vec<(__m512, __m512)>,
 }
 
 /// Goes over the pairs of a strip, whose codes are unpacked once, into the second cache, for all tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn many_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+fn many_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     let mut unpacked = Unpacked {
         codes: vec![[_mm512_setzero_si512(); CHUNK / 4]; 2 * w.form.chunks()],
         params: vec![(_mm512_setzero_ps(), _mm512_setzero_ps()); 2 * w.form.groups()],
@@ -108,9 +102,9 @@ fn many_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, s
     while row < strip.rows.end {
         let two = strip.rows.end - row > PAIR;
         if two {
-            tokens_int8::<LOW, HIGH, 2>(w, x, sums, row / LANES, &mut unpacked, strip);
+            tokens_int8::<LOW, HIGH, 2>(w, x, starts, row / LANES, &mut unpacked, strip);
         } else {
-            tokens_int8::<LOW, HIGH, 1>(w, x, sums, row / LANES, &mut unpacked, strip);
+            tokens_int8::<LOW, HIGH, 1>(w, x, starts, row / LANES, &mut unpacked, strip);
         }
         row += if two { 2 * PAIR } else { PAIR };
     }
@@ -121,7 +115,7 @@ fn many_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, s
 fn tokens_int8<const LOW: u32, const HIGH: u32, const N: usize>(
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     block: usize,
     unpacked: &mut Unpacked,
     strip: &mut Strip<'_>,
@@ -136,18 +130,18 @@ fn tokens_int8<const LOW: u32, const HIGH: u32, const N: usize>(
     }
     for (group, unpacked) in unpacked.params.chunks_exact_mut(N).take(w.form.groups()).enumerate() {
         for n in 0..N {
-            unpacked[n] = params(w, codes[n], group);
+            unpacked[n] = int8_params(w, codes[n], group);
         }
     }
     let mut token = 0;
     while token < strip.tokens() {
         let (at, left) = ([token, block], strip.tokens() - token);
         if left >= TILE {
-            put(tile_int8::<TILE, N>(w, x, sums, token, unpacked), at, strip);
+            put(tile_int8::<TILE, N>(w, x, starts, token, unpacked), at, strip);
         } else if left >= 2 {
-            put(tile_int8::<2, N>(w, x, sums, token, unpacked), at, strip);
+            put(tile_int8::<2, N>(w, x, starts, token, unpacked), at, strip);
         } else {
-            put(tile_int8::<1, N>(w, x, sums, token, unpacked), at, strip);
+            put(tile_int8::<1, N>(w, x, starts, token, unpacked), at, strip);
         }
         token += [1, 2, TILE][usize::from(left >= 2) + usize::from(left >= TILE)];
     }
@@ -166,78 +160,95 @@ fn keep<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8]; 2], out:
 fn tile_int8<const T: usize, const N: usize>(
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     token: usize,
     unpacked: &Unpacked,
 ) -> [[__m512; T]; N] {
-    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let (form, per_group) = (&w.form, w.form.group_chunks());
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
-    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
+    let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
+    let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
     let mut y = [[_mm512_setzero_ps(); T]; N];
-    for group in 0..groups {
+    let (mut chunk, mut piece) = (0, 0);
+    for span in 0..form.spans() {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
-        for chunk in w.form.chunks_of(group) {
-            let these = &unpacked.codes[chunk * N..][..N];
-            let mut inputs = [&values[0][chunk]; T];
-            for t in 1..T {
-                inputs[t] = &values[t][chunk];
-            }
-            let mut dots = [[_mm512_setzero_si512(); T]; N];
-            for j in 0..CHUNK / 4 {
-                for t in 0..T {
-                    let x = inputs[t];
-                    let quad = [x[4 * j] as u8, x[4 * j + 1] as u8, x[4 * j + 2] as u8, x[4 * j + 3] as u8];
-                    let quad = _mm512_set1_epi32(i32::from_le_bytes(quad));
-                    for n in 0..N {
-                        dots[n][t] = _mm512_dpbusd_epi32(dots[n][t], these[n][j], quad);
+        while chunk < form.end_of_span(span) {
+            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+            let mut dots = first_dots::<T, N>(&starts, piece);
+            while chunk < end {
+                let these = &unpacked.codes[chunk * N..][..N];
+                let mut inputs = [&values[0][chunk]; T];
+                for t in 1..T {
+                    inputs[t] = &values[t][chunk];
+                }
+                for j in 0..CHUNK / 4 {
+                    for t in 0..T {
+                        let x = inputs[t];
+                        let quad = [x[4 * j] as u8, x[4 * j + 1] as u8, x[4 * j + 2] as u8, x[4 * j + 3] as u8];
+                        let quad = _mm512_set1_epi32(i32::from_le_bytes(quad));
+                        for n in 0..N {
+                            dots[n][t] = _mm512_dpbusd_epi32(dots[n][t], these[n][j], quad);
+                        }
                     }
                 }
+                chunk += 1;
             }
-            for t in 0..T {
-                let scale = _mm512_set1_ps(scales[t][chunk]);
-                for n in 0..N {
-                    sum[n][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[n][t]), scale, sum[n][t]);
-                }
+            for n in 0..N {
+                add_piece(w, unpacked.params[group * N + n], (&starts, piece), &dots[n], &mut sum[n]);
             }
+            piece += 1;
         }
-        for n in 0..N {
-            let (scale, zero) = unpacked.params[group * N + n];
-            for t in 0..T {
-                let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[(token + t) * groups + group]), sum[n][t]);
-                y[n][t] = _mm512_fmadd_ps(centred, scale, y[n][t]);
-            }
-        }
+        add_span(&sum, (&scales, span), &mut y);
     }
     y
 }
 
-/// Many tokens share codes that were unpacked once; of few, as many sums are under way as hide the latency of a
-/// multiply-add: of tokens, or of pairs.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
-    let whole = strip.tokens() / TOKENS * TOKENS;
-    for token in (0..whole).step_by(BATCH) {
-        let count = BATCH.min(whole - token);
-        for row in strip.rows.clone().step_by(PAIR) {
-            batch_full::<LOW, HIGH>(w, x, sums, [token, row / LANES], count, strip);
+/// What sums of a piece start from.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn first_dots<const T: usize, const N: usize>(starts: &[&[i32]; T], piece: usize) -> [[__m512i; T]; N] {
+    let mut dots = [[_mm512_setzero_si512(); T]; N];
+    for dots in &mut dots {
+        for t in 0..T {
+            dots[t] = _mm512_set1_epi32(starts[t][piece]);
         }
     }
-    let mut token = whole;
-    while token < strip.tokens() {
-        let count = if strip.tokens() - token >= FEW { FEW } else { 1 };
-        let mut row = strip.rows.start;
-        while row < strip.rows.end {
-            let (at, pairs) = ([token, row / LANES], (strip.rows.end - row).div_ceil(PAIR));
-            let pairs = if count == 1 && pairs >= PAIRS { PAIRS } else { 1 };
-            match (count, pairs) {
-                (FEW, _) => put(pairs_full::<LOW, HIGH, FEW, 1>(w, x, sums, at), at, strip),
-                (_, PAIRS) => put(pairs_full::<LOW, HIGH, 1, PAIRS>(w, x, sums, at), at, strip),
-                _ => put(pairs_full::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip),
-            }
-            row += pairs * PAIR;
+    dots
+}
+
+/// Adds a piece of a span to its sums.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_piece<const T: usize>(
+    w: &Packed<'_>,
+    (scale, from_middle): (__m512, __m512),
+    (starts, piece): (&[&[i32]; T], usize),
+    dots: &[__m512i; T],
+    sum: &mut [__m512; T],
+) {
+    for t in 0..T {
+        let mut dot = _mm512_cvtepi32_ps(dots[t]);
+        if !w.zeros.is_empty() {
+            dot = _mm512_fmadd_ps(from_middle, _mm512_set1_ps(starts[t][piece] as f32), dot);
         }
-        token += count;
+        sum[t] = _mm512_fmadd_ps(dot, scale, sum[t]);
+    }
+}
+
+/// Adds a span to the outputs.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_span<const T: usize, const N: usize>(
+    sum: &[[__m512; T]; N],
+    (scales, span): (&[&[f32]; T], usize),
+    y: &mut [[__m512; T]; N],
+) {
+    for t in 0..T {
+        let scale = _mm512_set1_ps(scales[t][span]);
+        for n in 0..N {
+            y[n][t] = _mm512_fmadd_ps(sum[n][t], scale, y[n][t]);
+        }
     }
 }
 
@@ -287,47 +298,45 @@ fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
 fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let (form, per_group) = (&w.form, w.form.group_chunks());
     let codes = codes_of::<N>(w, block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
-    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
+    let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
+    let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
     let mut y = [[_mm512_setzero_ps(); T]; N];
-    for group in 0..groups {
+    let (mut chunk, mut piece) = (0, 0);
+    for span in 0..form.spans() {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
-        for chunk in w.form.chunks_of(group) {
-            let at = chunk * codes[0][0].step;
-            let mut inputs = [&values[0][chunk]; T];
-            for t in 1..T {
-                inputs[t] = &values[t][chunk];
-            }
-            let mut these = [[codes[0][0].chunk(at, bytes); 2]; N];
-            for n in 0..N {
-                these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
-            }
-            if T == 1 {
-                fetch_ahead(&these, AHEAD);
-            }
-            let mut dots = [[_mm512_setzero_si512(); T]; N];
-            each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
-            for t in 0..T {
-                let scale = _mm512_set1_ps(scales[t][chunk]);
-                for n in 0..N {
-                    sum[n][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[n][t]), scale, sum[n][t]);
+        while chunk < form.end_of_span(span) {
+            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+            let mut dots = first_dots::<T, N>(&starts, piece);
+            while chunk < end {
+                let at = chunk * codes[0][0].step;
+                let mut inputs = [&values[0][chunk]; T];
+                for t in 1..T {
+                    inputs[t] = &values[t][chunk];
                 }
+                let mut these = [[codes[0][0].chunk(at, bytes); 2]; N];
+                for n in 0..N {
+                    these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
+                }
+                if T == 1 {
+                    fetch_ahead(&these, AHEAD);
+                }
+                each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
+                chunk += 1;
             }
-        }
-        for n in 0..N {
-            let (scale, zero) = params(w, codes[n], group);
-            for t in 0..T {
-                let total = _mm512_set1_ps(sums[(token + t) * groups + group]);
-                y[n][t] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);
+            for n in 0..N {
+                add_piece(w, int8_params(w, codes[n], group), (&starts, piece), &dots[n], &mut sum[n]);
             }
+            piece += 1;
         }
+        add_span(&sum, (&scales, span), &mut y);
     }
     y
 }
@@ -349,154 +358,6 @@ fn add_quads<const LOW: u32, const HIGH: u32, const T: usize, const N: usize, co
         let quad = _mm512_set1_epi32(i32::from_le_bytes(quad));
         for n in 0..N {
             dots[n][t] = _mm512_dpbusd_epi32(dots[n][t], vectors[n], quad);
-        }
-    }
-}
-
-/// A pair of blocks for `count` tokens, a multiple of [`TOKENS`] and at most [`BATCH`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn batch_full<const LOW: u32, const HIGH: u32>(
-    w: &Packed<'_>,
-    x: &[f32],
-    sums: &[f32],
-    [token, block]: [usize; 2],
-    count: usize,
-    strip: &mut Strip<'_>,
-) {
-    let (chunks, groups, per_group) = (w.form.chunks(), w.form.groups(), w.form.group_chunks());
-    let [codes] = codes_of::<1>(w, block);
-    let mut unpacked = [_mm512_setzero_ps(); UNPACKED * CHUNK];
-    // What a token's sum of this group and its output are so far.
-    let (mut sum, mut y) = ([_mm512_setzero_ps(); BATCH], [_mm512_setzero_ps(); BATCH]);
-    for group in 0..groups {
-        let end = ((group + 1) * per_group).min(chunks);
-        let mut from = group * per_group;
-        while from < end {
-            let to = (from + UNPACKED).min(end);
-            unpack::<LOW, HIGH>(codes, from..to, &mut unpacked);
-            for t in (0..count).step_by(TOKENS) {
-                let mut rows = [&x[..0]; TOKENS];
-                for i in 0..TOKENS {
-                    rows[i] = &x[(token + t + i) * chunks * CHUNK..][from * CHUNK..to * CHUNK];
-                }
-                columns(&unpacked[..(to - from) * CHUNK], rows, &mut sum[t..t + TOKENS]);
-            }
-            from = to;
-        }
-        let (scale, zero) = params(w, codes, group);
-        for t in 0..count {
-            let centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[(token + t) * groups + group]), sum[t]);
-            y[t] = _mm512_fmadd_ps(centred, scale, y[t]);
-            sum[t] = _mm512_setzero_ps();
-        }
-    }
-    for (t, y) in y.into_iter().enumerate().take(count) {
-        put([[y]], [token + t, block], strip);
-    }
-}
-
-/// Codes of the chunks `which` of two blocks as numbers, a register for each column.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx2")]
-fn unpack<const LOW: u32, const HIGH: u32>(codes: [Block<'_>; 2], which: Range<usize>, out: &mut [__m512]) {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    for (chunk, out) in which.zip(out.as_chunks_mut::<CHUNK>().0) {
-        let at = chunk * codes[0].step;
-        let codes = codes.map(|codes| codes.chunk(at, bytes));
-        each_vector!(unpack_vector::<LOW, HIGH>(codes, out));
-    }
-}
-
-/// The four columns of vector `J`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx2")]
-fn unpack_vector<const LOW: u32, const HIGH: u32, const J: usize>(codes: [&[u8]; 2], out: &mut [__m512; CHUNK]) {
-    let mut v = code_bytes::<LOW, HIGH, J>(codes);
-    for i in 0..4 {
-        out[4 * J + i] = _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xff)));
-        v = _mm512_srli_epi32::<8>(v);
-    }
-}
-
-/// Adds `w · x` of every column, one after another, to the sums of eight tokens.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn columns(w: &[__m512], x: [&[f32]; TOKENS], sum: &mut [__m512]) {
-    let [a, b, c, d, e, f, g, h] = x;
-    let mut s = [_mm512_setzero_ps(); TOKENS];
-    s.copy_from_slice(sum);
-    let inputs = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f).zip(g).zip(h);
-    for (w, (((((((a, b), c), d), e), f), g), h)) in w.iter().zip(inputs) {
-        for (s, x) in s.iter_mut().zip([a, b, c, d, e, f, g, h]) {
-            *s = _mm512_fmadd_ps(*w, _mm512_set1_ps(*x), *s);
-        }
-    }
-    sum.copy_from_slice(&s);
-}
-
-/// `N` pairs of blocks for `T` tokens.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
-    w: &Packed<'_>,
-    x: &[f32],
-    sums: &[f32],
-    [token, block]: [usize; 2],
-) -> [[__m512; T]; N] {
-    let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups) = (w.form.chunks(), w.form.groups());
-    let codes = codes_of::<N>(w, block);
-    let values = x.as_chunks::<CHUNK>().0;
-    let values: [&[[f32; CHUNK]]; T] = by_token(values, token, chunks);
-    let mut y = [[_mm512_setzero_ps(); T]; N];
-    for group in 0..groups {
-        let mut sum = [[_mm512_setzero_ps(); T]; N];
-        for chunk in w.form.chunks_of(group) {
-            let at = chunk * codes[0][0].step;
-            let mut inputs = [&values[0][chunk]; T];
-            for t in 1..T {
-                inputs[t] = &values[t][chunk];
-            }
-            let mut these = [[codes[0][0].chunk(at, bytes); 2]; N];
-            for n in 0..N {
-                these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
-            }
-            if T == 1 {
-                // The same chunks of the next blocks, since these are more than those that alternate.
-                fetch_ahead(&these, N * 2 * chunks * bytes);
-            }
-            each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
-        }
-        for n in 0..N {
-            let (scale, zero) = params(w, codes[n], group);
-            for t in 0..T {
-                let total = _mm512_set1_ps(sums[(token + t) * groups + group]);
-                y[n][t] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, total, sum[n][t]), scale, y[n][t]);
-            }
-        }
-    }
-    y
-}
-
-/// Adds the four columns of vector `J`, one after another.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn add_columns<const LOW: u32, const HIGH: u32, const T: usize, const N: usize, const J: usize>(
-    codes: &[[&[u8]; 2]; N],
-    x: &[&[f32; CHUNK]; T],
-    sum: &mut [[__m512; T]; N],
-) {
-    let mut vectors = [_mm512_setzero_si512(); N];
-    for (v, codes) in vectors.iter_mut().zip(codes) {
-        *v = code_bytes::<LOW, HIGH, J>(*codes);
-    }
-    for i in 0..4 {
-        for n in 0..N {
-            let code = _mm512_cvtepi32_ps(_mm512_and_si512(vectors[n], _mm512_set1_epi32(0xff)));
-            vectors[n] = _mm512_srli_epi32::<8>(vectors[n]);
-            for t in 0..T {
-                sum[n][t] = _mm512_fmadd_ps(code, _mm512_set1_ps(x[t][4 * J + i]), sum[n][t]);
-            }
         }
     }
 }
@@ -559,4 +420,13 @@ pub(super) fn params(w: &Packed<'_>, blocks: [Block<'_>; 2], group: usize) -> (_
     let ((scale, zero), (scales, zeros)) = (avx2::params(w, low.param(group)), avx2::params(w, high.param(group)));
     let scale = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scale), scales);
     (scale, _mm512_insertf32x8::<1>(_mm512_castps256_ps512(zero), zeros))
+}
+
+/// Scales of the rows of two blocks, and how far their zero points lie from the middle, in middles: what the start of a piece
+/// has to be multiplied by, to be taken off by zero points.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx2,f16c")]
+pub(super) fn int8_params(w: &Packed<'_>, blocks: [Block<'_>; 2], group: usize) -> (__m512, __m512) {
+    let (scale, zero) = params(w, blocks, group);
+    (scale, _mm512_fmadd_ps(zero, _mm512_set1_ps(1.0 / w.form.middle() as f32), _mm512_set1_ps(-1.0)))
 }

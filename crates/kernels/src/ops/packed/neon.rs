@@ -1,15 +1,15 @@
 //! Packed products with NEON: eight rows are two registers.
 //!
 //! With dot products (Armv8.2), one instruction adds four products of signed bytes to a 32-bit lane and takes its input from a
-//! lane of another register, so nothing is broadcast. A code of eight bits is multiplied as code − 128, and 128 · Σ x is what
-//! the sum of its chunk starts from.
+//! lane of another register, so nothing is broadcast. A code of eight bits is multiplied as code − 128, so its sums start from 0.
 //!
 //! Without them, products are widened to sixteen bits: eight of a code of at most four bits and an input of eight stay below
 //! 2¹⁵ (8 · 15 · 128 = 15,360), so a chunk is folded in 16-bit lanes and widened once. Codes wider than four bits are two
 //! such sums.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, ROUNDER, Rounded, Scales, by_token};
+use super::rounded::ROUNDER;
+use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, SPAN, Scales, by_token};
 use crate::level::{Dot, Neon};
 use std::arch::{aarch64::*, asm};
 
@@ -25,49 +25,59 @@ type Rows = [float32x4_t; 2];
 /// Integers of eight rows.
 type Sums = [int32x4_t; 2];
 
-/// [`super::round`]: the compiler would fold the largest magnitude number by number.
-pub(super) fn round(_: Neon, x: &[f32], cols: usize, values: &mut [i8], scales: &mut [f32]) {
-    let chunks = cols.div_ceil(CHUNK);
-    let each = values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(scales).enumerate();
-    for (i, (values, scale)) in each {
-        let x = &x[i / chunks * cols..][..cols][i % chunks * CHUNK..];
-        let x = &x[..x.len().min(CHUNK)];
-        let mut padded = [0.0; CHUNK];
-        padded[..x.len()].copy_from_slice(x);
-        // SAFETY: every CPU of the target has NEON.
-        unsafe { *scale = round_chunk(&padded, values) };
+/// [`super::rounded::round`]: the compiler would fold the largest magnitude number by number.
+pub(super) fn round(_: Neon, x: &[f32], cols: usize, out: RoundedMut<'_>) {
+    let (chunks, spans) = (cols.div_ceil(CHUNK), cols.div_ceil(SPAN));
+    let values = out.values.chunks_exact_mut(chunks * CHUNK);
+    let others = out.scales.chunks_exact_mut(spans).zip(out.sums.chunks_exact_mut(chunks));
+    for (x, (values, (scales, sums))) in x.chunks_exact(cols).zip(values.zip(others)) {
+        let parts = values.chunks_mut(SPAN).zip(sums.chunks_mut(SPAN / CHUNK));
+        for ((x, scale), (values, sums)) in x.chunks(SPAN).zip(scales).zip(parts) {
+            let mut padded = [0.0; SPAN];
+            padded[..x.len()].copy_from_slice(x);
+            // SAFETY: every CPU of the target has NEON.
+            unsafe { *scale = round_span(&padded, values, sums) };
+        }
     }
 }
 
-/// Rounds one chunk and returns its scale.
+/// Rounds one span, of which as many chunks are there as have a sum, and returns its scale.
 #[inline]
 #[target_feature(enable = "neon")]
-fn round_chunk(x: &[f32; CHUNK], values: &mut [i8; CHUNK]) -> f32 {
-    let mut numbers = [vdupq_n_f32(0.0); CHUNK / 4];
+fn round_span(x: &[f32; SPAN], values: &mut [i8], sums: &mut [i32]) -> f32 {
     let mut most = vdupq_n_f32(0.0);
-    for (number, x) in numbers.iter_mut().zip(x.as_chunks::<4>().0) {
+    for x in x.as_chunks::<4>().0 {
         // SAFETY: four numbers are there.
-        *number = unsafe { vld1q_f32(x.as_ptr()) };
-        most = vmaxnmq_f32(most, vabsq_f32(*number));
+        most = vmaxnmq_f32(most, vabsq_f32(unsafe { vld1q_f32(x.as_ptr()) }));
     }
     let most = vmaxnmvq_f32(most);
     let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
     // The low bits of each, as [`ROUNDER`] has them.
-    let low = |x| vreinterpretq_s32_f32(vaddq_f32(vmulq_n_f32(x, inverse), vdupq_n_f32(ROUNDER)));
-    for (values, [a, b, c, d]) in values.as_chunks_mut::<16>().0.iter_mut().zip(numbers.as_chunks::<4>().0) {
-        let first = vmovn_high_s32(vmovn_s32(low(*a)), low(*b));
-        let second = vmovn_high_s32(vmovn_s32(low(*c)), low(*d));
-        // SAFETY: sixteen numbers are there.
-        unsafe { vst1q_s8(values.as_mut_ptr(), vmovn_high_s16(vmovn_s16(first), second)) };
+    let low = |x: &[f32]| {
+        // SAFETY: four numbers are there.
+        let x = unsafe { vld1q_f32(x[..4].as_ptr()) };
+        vreinterpretq_s32_f32(vaddq_f32(vmulq_n_f32(x, inverse), vdupq_n_f32(ROUNDER)))
+    };
+    let chunks = values.as_chunks_mut::<CHUNK>().0.iter_mut().zip(sums);
+    for ((values, sum), x) in chunks.zip(x.as_chunks::<CHUNK>().0) {
+        *sum = 0;
+        for (values, x) in values.as_chunks_mut::<16>().0.iter_mut().zip(x.as_chunks::<16>().0) {
+            let first = vmovn_high_s32(vmovn_s32(low(x)), low(&x[4..]));
+            let second = vmovn_high_s32(vmovn_s32(low(&x[8..])), low(&x[12..]));
+            let all = vmovn_high_s16(vmovn_s16(first), second);
+            *sum += i32::from(vaddlvq_s8(all));
+            // SAFETY: sixteen numbers are there.
+            unsafe { vst1q_s8(values.as_mut_ptr(), all) };
+        }
     }
     most / 127.0
 }
 
 /// [`super::scalar::int8`].
-pub(super) fn int8(token: Neon, w: &Packed<'_>, x: &Rounded<'_>, sums: &[f32], strip: &mut Strip<'_>) {
+pub(super) fn int8(token: Neon, w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
     match token.dot {
-        Some(dot) => by_parts!(w.form.bits, strip_int8)(dot, w, x, sums, strip),
-        None => by_parts!(w.form.bits, strip_int8)(Widened, w, x, sums, strip),
+        Some(dot) => by_parts!(w.form.bits, strip_int8)(dot, w, x, starts, strip),
+        None => by_parts!(w.form.bits, strip_int8)(Widened, w, x, starts, strip),
     }
 }
 
@@ -78,15 +88,30 @@ pub(super) fn full(_: Neon, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut
 
 /// How products of bytes are folded.
 trait Fold: Copy {
-    /// Sums of one chunk, a row each.
-    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T];
+    /// Whether codes of eight bits are centred already.
+    const CENTRED: bool;
+
+    /// Adds the products of one chunk to sums, a row each.
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(
+        self,
+        codes: &[u8],
+        x: [&[i8; CHUNK]; T],
+        sum: &mut [Sums; T],
+    );
 }
 
 impl Fold for Dot {
+    const CENTRED: bool = true;
+
     #[inline(always)]
-    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(
+        self,
+        codes: &[u8],
+        x: [&[i8; CHUNK]; T],
+        sum: &mut [Sums; T],
+    ) {
         // SAFETY: every CPU of the target has NEON.
-        unsafe { chunk_dot::<LOW, HIGH, T>(self, codes, x) }
+        unsafe { chunk_dot::<LOW, HIGH, T>(self, codes, x, sum) }
     }
 }
 
@@ -95,10 +120,17 @@ impl Fold for Dot {
 struct Widened;
 
 impl Fold for Widened {
+    const CENTRED: bool = false;
+
     #[inline(always)]
-    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(self, codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+    fn chunk<const LOW: u32, const HIGH: u32, const T: usize>(
+        self,
+        codes: &[u8],
+        x: [&[i8; CHUNK]; T],
+        sum: &mut [Sums; T],
+    ) {
         // SAFETY: every CPU of the target has NEON.
-        unsafe { chunk_widened::<LOW, HIGH, T>(codes, x) }
+        unsafe { chunk_widened::<LOW, HIGH, T>(codes, x, sum) }
     }
 }
 
@@ -108,7 +140,7 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(
     fold: impl Fold,
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     strip: &mut Strip<'_>,
 ) {
     let mut token = 0;
@@ -119,9 +151,9 @@ fn strip_int8<const LOW: u32, const HIGH: u32>(
             // SAFETY: every CPU of the target has NEON.
             unsafe {
                 if many {
-                    put([block_int8::<LOW, HIGH, TOKENS>(fold, w, x, sums, at)], at, strip);
+                    put([block_int8::<LOW, HIGH, TOKENS>(fold, w, x, starts, at)], at, strip);
                 } else {
-                    put([block_int8::<LOW, HIGH, 1>(fold, w, x, sums, at)], at, strip);
+                    put([block_int8::<LOW, HIGH, 1>(fold, w, x, starts, at)], at, strip);
                 }
             }
         }
@@ -183,33 +215,62 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     fold: impl Fold,
     w: &Packed<'_>,
     x: &Rounded<'_>,
-    sums: &[f32],
+    starts: &[i32],
     [token, block]: [usize; 2],
 ) -> [Rows; T] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (chunks, groups) = (w.form.chunks(), w.form.groups());
+    let (form, per_group) = (&w.form, w.form.group_chunks());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
-    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, chunks);
-    let scales: [&[f32]; T] = by_token(x.scales, token, chunks);
+    let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
+    let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
+    let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
+    // How far zero points lie from the middle, in middles, is what starts have to be multiplied by, to be taken off by them.
+    let per_middle = 1.0 / form.middle() as f32;
     let mut y = [[vdupq_n_f32(0.0); 2]; T];
-    for group in 0..groups {
+    let (mut chunk, mut piece) = (0, 0);
+    let mut span = 0;
+    while span < form.spans() {
         let mut sum = [[vdupq_n_f32(0.0); 2]; T];
-        for chunk in w.form.chunks_of(group) {
-            let at = chunk * codes.step;
-            let dots = fold.chunk::<LOW, HIGH, T>(codes.chunk(at, bytes), std::array::from_fn(|t| &values[t][chunk]));
-            for t in 0..T {
-                for half in 0..2 {
-                    sum[t][half] = vfmaq_n_f32(sum[t][half], vcvtq_f32_s32(dots[t][half]), scales[t][chunk]);
+        while chunk < form.end_of_span(span) {
+            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+            let mut dots = [[vdupq_n_s32(0); 2]; T];
+            if LOW + HIGH < 8 || !centred(fold) {
+                for t in 0..T {
+                    dots[t] = [vdupq_n_s32(starts[t][piece]); 2];
                 }
             }
+            while chunk < end {
+                let inputs = std::array::from_fn(|t| &values[t][chunk]);
+                fold.chunk::<LOW, HIGH, T>(codes.chunk(chunk * codes.step, bytes), inputs, &mut dots);
+                chunk += 1;
+            }
+            let [scale, zero] = params(w, codes.param(group));
+            for t in 0..T {
+                for half in 0..2 {
+                    let mut dot = vcvtq_f32_s32(dots[t][half]);
+                    if !w.zeros.is_empty() {
+                        let from_middle = vfmaq_n_f32(vdupq_n_f32(-1.0), zero[half], per_middle);
+                        dot = vfmaq_n_f32(dot, from_middle, starts[t][piece] as f32);
+                    }
+                    sum[t][half] = vfmaq_f32(sum[t][half], dot, scale[half]);
+                }
+            }
+            piece += 1;
         }
-        let params = params(w, codes.param(group));
         for t in 0..T {
-            y[t] = add_group(y[t], sum[t], sums[(token + t) * groups + group], params);
+            for half in 0..2 {
+                y[t][half] = vfmaq_n_f32(y[t][half], sum[t][half], scales[t][span]);
+            }
         }
+        span += 1;
     }
     y
+}
+
+/// Whether `fold` centres codes of eight bits.
+const fn centred<F: Fold>(_: F) -> bool {
+    F::CENTRED
 }
 
 /// Adds scale · (sum − zero · total) of one group.
@@ -223,27 +284,21 @@ fn add_group(mut y: Rows, sum: Rows, total: f32, [scale, zero]: [Rows; 2]) -> Ro
     y
 }
 
-/// Sums of one chunk by dot products.
+/// Adds the products of one chunk by dot products.
 #[inline]
 #[target_feature(enable = "neon")]
 fn chunk_dot<const LOW: u32, const HIGH: u32, const T: usize>(
     dot: Dot,
     codes: &[u8],
     x: [&[i8; CHUNK]; T],
-) -> [Sums; T] {
+    sum: &mut [Sums; T],
+) {
     let mut inputs = [[vdupq_n_s8(0); 2]; T];
-    let mut sum = [[vdupq_n_s32(0); 2]; T];
     for t in 0..T {
         // SAFETY: sixteen numbers are there, and sixteen after them.
         inputs[t] = unsafe { [vld1q_s8(x[t].as_ptr()), vld1q_s8(x[t][16..].as_ptr())] };
-        if LOW + HIGH == 8 {
-            let [first, second] = inputs[t];
-            let all = vaddlvq_s16(vaddq_s16(vpaddlq_s8(first), vpaddlq_s8(second)));
-            sum[t] = [vshlq_n_s32::<7>(vdupq_n_s32(all)); 2];
-        }
     }
-    each_vector!(add_quads::<LOW, HIGH, T>(dot, codes, &inputs, &mut sum));
-    sum
+    each_vector!(add_quads::<LOW, HIGH, T>(dot, codes, &inputs, sum));
 }
 
 /// Adds the four columns of vector `J`.
@@ -283,12 +338,21 @@ fn sdot<const J: usize>(_: Dot, mut sum: int32x4_t, codes: int8x16_t, x: int8x16
     sum
 }
 
-/// Sums of one chunk by products of sixteen bits.
+/// Adds the products of one chunk by products of sixteen bits.
 #[inline]
 #[target_feature(enable = "neon")]
-fn chunk_widened<const LOW: u32, const HIGH: u32, const T: usize>(codes: &[u8], x: [&[i8; CHUNK]; T]) -> [Sums; T] {
+fn chunk_widened<const LOW: u32, const HIGH: u32, const T: usize>(
+    codes: &[u8],
+    x: [&[i8; CHUNK]; T],
+    sum: &mut [Sums; T],
+) {
     let (low, high) = codes.split_at(32 * LOW as usize);
-    let mut sum = widened::<LOW, T>(low, x);
+    let low = widened::<LOW, T>(low, x);
+    for t in 0..T {
+        for half in 0..2 {
+            sum[t][half] = vaddq_s32(sum[t][half], low[t][half]);
+        }
+    }
     if HIGH > 0 {
         let high = widened::<HIGH, T>(high, x);
         for t in 0..T {
@@ -297,7 +361,6 @@ fn chunk_widened<const LOW: u32, const HIGH: u32, const T: usize>(codes: &[u8], 
             }
         }
     }
-    sum
 }
 
 /// Sums of one chunk over codes of `B` bits.

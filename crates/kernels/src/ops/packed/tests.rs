@@ -52,6 +52,45 @@ impl Case {
     }
 }
 
+/// Rounded activations.
+#[derive(PartialEq)]
+struct Inputs {
+    values: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+impl Inputs {
+    fn new(level: Level, x: &[f32], cols: usize) -> Self {
+        let (tokens, chunks) = (x.len() / cols, cols.div_ceil(CHUNK));
+        let (mut values, mut sums) = (vec![1; tokens * chunks * CHUNK], vec![1; tokens * chunks]);
+        let mut scales = vec![1.0; tokens * cols.div_ceil(SPAN)];
+        let out = RoundedMut { values: &mut values, scales: &mut scales, sums: &mut sums };
+        round_activations(level, x, cols, out);
+        Inputs { values, scales, sums }
+    }
+
+    fn rounded(&self) -> Rounded<'_> {
+        Rounded { values: &self.values, scales: &self.scales, sums: &self.sums }
+    }
+}
+
+#[test]
+fn pieces_part_a_row_at_the_ends_of_groups_and_of_spans() {
+    for (cols, group) in (1..40).flat_map(|i| [32, 64, 96, 128, 160, 256, 512].map(|group| (i * 31, group))) {
+        let form = PackedForm::new(4, [8, cols], group).unwrap();
+        let pieces: Vec<Range<usize>> = (0..form.spans()).flat_map(|span| form.pieces_of(span)).collect();
+        assert_eq!(pieces.len(), form.pieces(), "{cols} {group}");
+        assert!(pieces.windows(2).all(|two| two[0].end == two[1].start) && pieces[0].start == 0);
+        assert_eq!(pieces[pieces.len() - 1].end, form.chunks());
+        let chunks_apart = |i: usize| [form.group_chunks(), SPAN_CHUNKS].iter().any(|n| i.is_multiple_of(*n));
+        for piece in pieces {
+            assert!(piece.start < piece.end && (piece.start + 1..piece.end).all(|i| !chunks_apart(i)));
+            assert!(chunks_apart(piece.start));
+        }
+    }
+}
+
 #[test]
 fn codes_are_found_where_they_were_put() {
     for bits in 1..=8 {
@@ -66,23 +105,28 @@ fn codes_are_found_where_they_were_put() {
 #[test]
 fn every_level_equals_the_definition_and_the_dequantized_product() {
     for bits in 1..=8 {
-        for (shape, group, symmetric) in
-            [([8, 32], 32, true), ([13, 70], 64, false), ([70, 200], 200, true), ([136, 256], 128, false)]
-        {
+        for (shape, group, symmetric) in [
+            ([8, 32], 32, true),
+            ([13, 70], 64, false),
+            ([70, 200], 200, true),
+            ([136, 256], 128, false),
+            ([40, 350], 96, false),
+            ([33, 480], 160, true),
+            ([80, 300], 32, false),
+        ] {
             let case = Case::new(bits, shape, group, symmetric);
             let [rows, cols] = shape;
             let (f16s, bf16s): (Vec<u16>, Vec<u16>) =
                 case.scales.iter().map(|&s| (f16::from_f32(s).to_bits(), bf16::from_f32(s).to_bits())).unzip();
             for tokens in [1, 6, 45] {
                 let x: Vec<f32> = (0..tokens * cols).map(number).collect();
-                let chunks = case.form.chunks();
-                let (mut values, mut scales) = (vec![0; tokens * chunks * CHUNK], vec![0.0; tokens * chunks]);
-                round_activations(Level::best(), &x, cols, &mut values, &mut scales);
-                let rounded = Rounded { values: &values, scales: &scales };
+                let (width, spans) = (case.form.chunks() * CHUNK, case.form.spans());
+                let inputs = Inputs::new(Level::best(), &x, cols);
+                let rounded = inputs.rounded();
                 let seen: Vec<f32> = (0..tokens * cols)
                     .map(|i| {
-                        let at = i / cols * chunks * CHUNK + i % cols;
-                        f32::from(values[at]) * scales[at / CHUNK]
+                        let (token, col) = (i / cols, i % cols);
+                        f32::from(inputs.values[token * width + col]) * inputs.scales[token * spans + col / SPAN]
                     })
                     .collect();
                 for stored in [Scales::F32(&case.scales), Scales::Bf16(&bf16s), Scales::F16(&f16s)] {
@@ -121,9 +165,8 @@ fn several_matrices_together_are_each_by_itself() {
     let cases = cases.map(|(bits, rows, group)| Case::new(bits, [rows, 1000], group, bits != 3));
     for (level, tokens) in Level::all().into_iter().flat_map(|level| [1, 3].map(|tokens| (level, tokens))) {
         let x: Vec<f32> = (0..tokens * 1000).map(number).collect();
-        let (mut values, mut scales) = (vec![0; tokens * 1024], vec![0.0; tokens * 32]);
-        round_activations(level, &x, 1000, &mut values, &mut scales);
-        let rounded = Rounded { values: &values, scales: &scales };
+        let inputs = Inputs::new(level, &x, 1000);
+        let rounded = inputs.rounded();
         let together = |product: &dyn Fn(&mut [Meeting<'_>])| {
             let mut outs = cases.each_ref().map(|case| vec![f32::NAN; tokens * case.form.shape()[0]]);
             let mut all: Vec<_> =
@@ -147,39 +190,30 @@ fn several_matrices_together_are_each_by_itself() {
 
 #[test]
 fn rounding_is_to_nearest_even_of_what_it_says() {
-    let x: Vec<f32> = (0..70).map(|i| number(i) * 3.0).collect();
-    let run = |level| {
-        let (mut values, mut scales) = (vec![0; 96], vec![0.0; 3]);
-        round_activations(level, &x, 70, &mut values, &mut scales);
-        (values, scales)
-    };
-    let (mut values, mut scales) = run(Level::Scalar);
-    assert!(Level::all().into_iter().all(|level| run(level) == (values.clone(), scales.clone())));
-    for (c, x) in x.chunks(CHUNK).enumerate() {
+    let x: Vec<f32> = (0..150).map(|i| number(i) * 3.0).collect();
+    let found = Inputs::new(Level::Scalar, &x, 150);
+    assert!(Level::all().into_iter().all(|level| Inputs::new(level, &x, 150) == found));
+    for (s, x) in x.chunks(SPAN).enumerate() {
         let most = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        assert_eq!(scales[c], most / 127.0);
+        assert_eq!(found.scales[s], most / 127.0);
         for (i, x) in x.iter().enumerate() {
-            assert_eq!(f32::from(values[c * CHUNK + i]), (x * (127.0 / most)).round_ties_even());
+            assert_eq!(f32::from(found.values[s * SPAN + i]), (x * (127.0 / most)).round_ties_even());
         }
     }
-    assert!(values[70..].iter().all(|&v| v == 0));
-    round_activations(Level::best(), &[0.0; 5], 5, &mut values[..32], &mut scales[..1]);
-    assert!(values[..32].iter().all(|&v| v == 0) && scales[0] == 0.0);
+    assert!(found.values[150..].iter().all(|&v| v == 0) && found.values.len() == 160);
+    let sum = |values: &[i8]| values.iter().map(|&v| i32::from(v)).sum::<i32>();
+    assert_eq!(found.sums, found.values.chunks(CHUNK).map(sum).collect::<Vec<_>>());
+    let nothing = Inputs::new(Level::best(), &[0.0; 5], 5);
+    assert!(nothing.values == [0; 32] && nothing.scales == [0.0] && nothing.sums == [0]);
 }
 
 #[test]
 fn every_level_rounds_every_token_alike() {
-    for (tokens, cols) in [(1, 1), (3, 31), (2, 32), (5, 33), (3, 129)] {
+    for (tokens, cols) in [(1, 1), (3, 31), (2, 32), (5, 33), (3, 129), (40, 300)] {
         let mut x: Vec<f32> = (0..tokens * cols).map(|i| number(i) * (i % 7) as f32).collect();
         x[0] = f32::NAN;
-        let run = |level| {
-            let scales = tokens * cols.div_ceil(CHUNK);
-            let (mut values, mut scales) = (vec![1; scales * CHUNK], vec![1.0; scales]);
-            round_activations(level, &x, cols, &mut values, &mut scales);
-            (values, scales)
-        };
-        let found = run(Level::Scalar);
-        assert!(Level::all().into_iter().all(|level| run(level) == found), "{tokens} {cols}");
+        let found = Inputs::new(Level::Scalar, &x, cols);
+        assert!(Level::all().into_iter().all(|level| Inputs::new(level, &x, cols) == found), "{tokens} {cols}");
     }
 }
 
