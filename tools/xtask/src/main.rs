@@ -101,30 +101,9 @@ enum Chore {
         #[arg(long, default_value_os_t = root().join("target/mixtures"))]
         work: PathBuf,
     },
-    /// Builds bitmill and measures how fast a quantized model speaks, in turns with llama.cpp's llama-bench.
-    Bench {
-        /// llama.cpp's llama-bench.
-        #[arg(long)]
-        llama_bench: PathBuf,
-        /// A built bitmill, in place of building it.
-        #[arg(long)]
-        bitmill: Option<PathBuf>,
-        /// Unquantized model folder.
-        #[arg(long, default_value_os_t = root().join("models/books-10m"))]
-        model: PathBuf,
-        /// Tokens of a run.
-        #[arg(long, default_value_t = 256)]
-        tokens: usize,
-        /// Rounds, of whose rates the median counts.
-        #[arg(long, default_value_t = 7)]
-        rounds: usize,
-        /// Threads of both sides.
-        #[arg(long, default_value_t = 2)]
-        threads: usize,
-        /// Scratch folder.
-        #[arg(long, default_value_os_t = root().join("target/bench"))]
-        work: PathBuf,
-    },
+    /// Measures how fast bitmill is beside other programs, in turns, and prints medians and ratios.
+    #[command(subcommand)]
+    Bench(speed::Bench),
 }
 
 #[derive(Args)]
@@ -167,12 +146,7 @@ fn main() -> ExitCode {
             embeddings(&reference.python, model.as_deref(), &paths)
         }
         Chore::Mixtures { bitmill, model, text, work } => mixtures(bitmill, &model, &text, &work),
-        Chore::Bench { llama_bench, bitmill, model, tokens, rounds, threads, work } => {
-            built(bitmill).and_then(|bitmill| {
-                let (llama_bench, model, work) = (&llama_bench, &model, &work);
-                speed::Bench { bitmill, llama_bench, model, work, tokens, rounds: rounds.max(1), threads }.run()
-            })
-        }
+        Chore::Bench(bench) => bench.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
