@@ -11,9 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Bytes that a model is expected to take at most for freed memory to be kept.
-const SCARCE: u64 = 4_000_000_000;
-
 /// Quantize a model folder
 ///
 /// Reads MODEL (config.json, tokenizer, safetensors in F32, F16 or BF16), runs calibration text through it block by
@@ -79,7 +76,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut progress = Reporter::new(plan.units.len() + usize::from(plan.settings.tuning.is_some()));
     let Args { force, commit_every, common: Common { stream_memory, .. }, .. } = *args;
     let options = RunOptions { force, stream_memory, stop: &stop, commit_every };
-    if plan.peak_memory(0) > SCARCE {
+    if plan.memory_is_scarce() {
         bitmill_kernels::give_back_large_buffers();
     }
     let result = bitmill_quantize::run(&input, &plan, calibration, &args.output, options, &mut |e| progress.event(&e));
@@ -118,7 +115,9 @@ fn dry_run(args: &Args, ready: &Ready) {
 /// Bytes of activations that will be in memory.
 pub(crate) fn stream_bytes(plan: &Plan, windows: usize, length: usize, memory: u64) -> u64 {
     let Some(spec) = &plan.spec else { return 0 };
-    let widths = spec.hidden + 2 * spec.intermediate.max(spec.heads * spec.head_dim);
+    // The residual stream and one that waits for all windows, as wide as the widest; of both models, if there are two.
+    let streams = 1 + usize::from(plan.settings.two_streams());
+    let widths = streams * (spec.hidden + spec.intermediate.max(spec.heads * spec.head_dim));
     ((windows * length * widths * 2) as u64).min(memory)
 }
 

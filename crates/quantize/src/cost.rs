@@ -27,6 +27,10 @@ impl Kind {
 /// What a step of tuning does to a weight (its gradient, moments, code and value), as operations that take as long (measured).
 const STEP: u64 = 2000;
 
+/// Bytes that collecting and solving may take together for freed memory to be kept from one to the other: taking it from the
+/// system again costs time.
+const SCARCE: u64 = 4_000_000_000;
+
 /// Floating-point operations that a token written by the model takes, per weight: as long as a pass and a half (measured).
 const WRITTEN: f64 = 8.0;
 
@@ -142,10 +146,27 @@ impl Plan {
     }
 
     /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: what is known of the
-    /// widest site, and either what collects it (one block in f32, twice with two streams, and the activations of one batch)
-    /// or what solves it (a factor of its Hessian in f64, and a few copies of its largest matrix).
+    /// widest site, what collects it (one block in f32, twice with two streams, and the activations of one batch), what
+    /// solves it (a factor of its Hessian in f64 and in f32, and a few copies of its largest matrix), and the block as it is stored.
+    /// Where memory [is scarce](Plan::memory_is_scarce), only the larger of collecting and solving counts. A tenth more goes to
+    /// the program, what allocators keep, and large pages.
     #[must_use]
     pub fn peak_memory(&self, stream: u64) -> u64 {
+        let both = self.blocks_memory(|collecting, solving| collecting + solving);
+        let blocks = if both > SCARCE { self.blocks_memory(u64::max) } else { both };
+        let all =
+            blocks.max(self.tuning_memory()).max(self.writing_memory()) + if self.calibrated { stream } else { 0 };
+        all + all / 10
+    }
+
+    /// Whether freed memory had better be given back to the system at once.
+    #[must_use]
+    pub fn memory_is_scarce(&self) -> bool {
+        self.blocks_memory(|collecting, solving| collecting + solving) > SCARCE
+    }
+
+    /// What blocks take, where collecting and solving go together by `with`.
+    fn blocks_memory(&self, with: fn(u64, u64) -> u64) -> u64 {
         let observation = &self.settings.observation;
         let lanes = 1 + u64::from(self.settings.two_streams());
         let parts = 1 + u64::from(observation.damping_search || observation.shift != TargetShift::Off);
@@ -170,7 +191,8 @@ impl Plan {
             let sums = 4 * parts * (lanes * n * n + (lanes - 1) * rows * n);
             // Each window's part, and all of them on their way into sums.
             let batch = 2 * lanes * batch_bytes(n);
-            sums + (lanes * weights + batch).max(8 * n * n + 4 * largest) + rebuilt
+            // Stored in 16 bits, mostly.
+            sums + with(lanes * weights + batch, 12 * n * n + 4 * largest) + weights / 2 + rebuilt
         };
         let experts = match self.spec.as_ref().map(|spec| (spec, spec.routing.as_ref())) {
             Some((spec, Some(routing))) if self.calibrated => {
@@ -178,8 +200,7 @@ impl Plan {
             }
             _ => 0,
         };
-        let blocks = self.units.iter().map(unit).max().unwrap_or(0) + experts;
-        blocks.max(self.tuning_memory()).max(self.writing_memory()) + if self.calibrated { stream } else { 0 }
+        self.units.iter().map(unit).max().unwrap_or(0) + experts
     }
 
     /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.
