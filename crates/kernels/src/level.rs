@@ -60,12 +60,28 @@ impl Dot {
     }
 }
 
+/// Proof that the CPU multiplies matrices of two by eight bytes: Armv8.6 with i8mm (Cortex-X2, Neoverse V1
+/// and N2, Apple M2 and later).
+#[cfg(target_arch = "aarch64")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Matrices(());
+
+#[cfg(target_arch = "aarch64")]
+impl Matrices {
+    /// The token, where the features are there.
+    fn here() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("i8mm").then_some(Matrices(()))
+    }
+}
+
 /// Proof of NEON, which every CPU of this target has, and maybe of what multiplies bytes faster.
 #[cfg(target_arch = "aarch64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Neon {
     /// Dot products, where they may be used.
     pub(crate) dot: Option<Dot>,
+    /// Products of matrices, where they may be used for many tokens.
+    pub(crate) matrices: Option<Matrices>,
 }
 
 /// Proof that the CPU multiplies tiles of bfloat16 and of eight-bit integers (AMX: Sapphire Rapids and later), that the system
@@ -215,7 +231,7 @@ pub enum Level {
     /// x86-64 with AVX-512 and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
-    /// 64-bit Arm with NEON, with or without dot products.
+    /// 64-bit Arm with NEON, with or without dot products and products of matrices.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     /// x86-64 with AMX.
@@ -241,7 +257,7 @@ impl Level {
             return Level::Avx2(token);
         }
         #[cfg(target_arch = "aarch64")]
-        return Level::Neon(Neon { dot: Dot::here() });
+        return Level::Neon(Neon { dot: Dot::here(), matrices: Matrices::here() });
         #[cfg(not(target_arch = "aarch64"))]
         Level::Scalar
     }
@@ -258,8 +274,9 @@ impl Level {
         }
         #[cfg(target_arch = "aarch64")]
         {
-            all.push(Level::Neon(Neon { dot: None }));
-            all.extend(Dot::here().map(|dot| Level::Neon(Neon { dot: Some(dot) })));
+            all.push(Level::Neon(Neon { dot: None, matrices: None }));
+            all.extend(Dot::here().map(|dot| Level::Neon(Neon { dot: Some(dot), matrices: None })));
+            all.extend(Matrices::here().map(|m| Level::Neon(Neon { dot: Dot::here(), matrices: Some(m) })));
         }
         all
     }

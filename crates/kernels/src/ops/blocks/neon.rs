@@ -53,7 +53,7 @@ mod tests {
             let rows: Vec<f32> = (0..LANES * sub).map(|i| i as f32).collect();
             let (mut plain, mut other) = ([[0.0; LANES]; 32], [[0.0; LANES]; 32]);
             bitmill_scheme::turn(sub, &rows, &mut plain);
-            turn(Neon { dot: None }, sub, &rows, &mut other);
+            turn(Neon { dot: None, matrices: None }, sub, &rows, &mut other);
             assert_eq!(plain, other);
         }
     }

@@ -6,11 +6,16 @@
 //! Without them, products are widened to sixteen bits: eight of a code of at most four bits and an input of eight stay below
 //! 2¹⁵ (8 · 15 · 128 = 15,360), so a chunk is folded in 16-bit lanes and widened once. Codes wider than four bits are two
 //! such sums.
+//!
+//! With products of matrices (Armv8.6), many tokens are multiplied by those.
+
+mod matrices;
 
 use super::super::strips::Strip;
 use super::rounded::ROUNDER;
 use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, SPAN, Scales, by_token};
 use crate::level::{Dot, Neon};
+use matrices::strip_int8 as many_int8;
 use std::arch::{aarch64::*, asm};
 
 /// Tokens that one pass over the codes serves where activations are rounded.
@@ -75,9 +80,14 @@ fn round_span(x: &[f32; SPAN], values: &mut [i8], sums: &mut [i32]) -> f32 {
 
 /// [`super::scalar::int8`].
 pub(super) fn int8(token: Neon, w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
+    let mut done = 0;
+    if let Some(token) = token.matrices.filter(|_| strip.tokens() >= matrices::TOKENS) {
+        by_parts!(w.form.bits, many_int8)(token, w, x, starts, strip);
+        done = strip.tokens() / matrices::TOKENS * matrices::TOKENS;
+    }
     match token.dot {
-        Some(dot) => by_parts!(w.form.bits, strip_int8)(dot, w, x, starts, strip),
-        None => by_parts!(w.form.bits, strip_int8)(Widened, w, x, starts, strip),
+        Some(dot) => by_parts!(w.form.bits, strip_int8)(dot, w, x, starts, done, strip),
+        None => by_parts!(w.form.bits, strip_int8)(Widened, w, x, starts, done, strip),
     }
 }
 
@@ -134,16 +144,16 @@ impl Fold for Widened {
     }
 }
 
-/// Goes over the blocks of a strip, a few tokens at a time: their inputs stay in the first cache and the strip's codes in
-/// the second.
+/// Goes over the blocks of a strip, a few tokens from one on at a time: their inputs stay in the first cache and the strip's codes
+/// in the second.
 fn strip_int8<const LOW: u32, const HIGH: u32>(
     fold: impl Fold,
     w: &Packed<'_>,
     x: &Rounded<'_>,
     starts: &[i32],
+    mut token: usize,
     strip: &mut Strip<'_>,
 ) {
-    let mut token = 0;
     while token < strip.tokens() {
         let many = strip.tokens() - token >= TOKENS;
         for block in strip.rows.start / LANES..strip.rows.end.div_ceil(LANES) {
@@ -225,8 +235,6 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
     let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
     let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
-    // How far zero points lie from the middle, in middles, is what starts have to be multiplied by, to be taken off by them.
-    let per_middle = 1.0 / form.middle() as f32;
     let mut y = [[vdupq_n_f32(0.0); 2]; T];
     let (mut chunk, mut piece) = (0, 0);
     let mut span = 0;
@@ -245,16 +253,9 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
                 fold.chunk::<LOW, HIGH, T>(codes.chunk(chunk * codes.step, bytes), inputs, &mut dots);
                 chunk += 1;
             }
-            let [scale, zero] = params(w, codes.param(group));
+            let params = params(w, codes.param(group));
             for t in 0..T {
-                for half in 0..2 {
-                    let mut dot = vcvtq_f32_s32(dots[t][half]);
-                    if !w.zeros.is_empty() {
-                        let from_middle = vfmaq_n_f32(vdupq_n_f32(-1.0), zero[half], per_middle);
-                        dot = vfmaq_n_f32(dot, from_middle, starts[t][piece] as f32);
-                    }
-                    sum[t][half] = vfmaq_f32(sum[t][half], dot, scale[half]);
-                }
+                sum[t] = add_piece(w, sum[t], dots[t], starts[t][piece], params);
             }
             piece += 1;
         }
@@ -266,6 +267,23 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
         span += 1;
     }
     y
+}
+
+/// Adds a piece of a span to its sums.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_piece(w: &Packed<'_>, mut sum: Rows, dots: Sums, start: i32, [scale, zero]: [Rows; 2]) -> Rows {
+    for half in 0..2 {
+        let mut dot = vcvtq_f32_s32(dots[half]);
+        if !w.zeros.is_empty() {
+            // How far zero points lie from the middle, in middles, is what starts are multiplied by, to be taken off by them.
+            let per_middle = 1.0 / w.form.middle() as f32;
+            let from_middle = vfmaq_n_f32(vdupq_n_f32(-1.0), zero[half], per_middle);
+            dot = vfmaq_n_f32(dot, from_middle, start as f32);
+        }
+        sum[half] = vfmaq_f32(sum[half], dot, scale[half]);
+    }
+    sum
 }
 
 /// Whether `fold` centres codes of eight bits.
