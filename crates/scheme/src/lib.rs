@@ -7,6 +7,8 @@
 //!
 //! There is no I/O here, no thread and no `unsafe`; arithmetic on a valid scheme cannot fail.
 
+#![forbid(unsafe_code)]
+
 mod activations;
 mod error;
 mod grids;
