@@ -2,8 +2,8 @@
 
 A line `TOKENS ROWS COLUMNS` has random activations meet matrices of that shape, of q4_0 and of q4_k, as they lie and as the CPU
 backend repacks them, and is answered by names and seconds. One token meets so many copies of a matrix, one after another, that no
-cache holds them. ggml is called through its own libraries, as a shared build of llama.cpp leaves them in `bin` (libggml.so,
-libggml-base.so, libggml-cpu.so).
+cache holds them. ggml is called through its own libraries, as a shared build of llama.cpp leaves them in `bin`
+(libggml-base.so, libggml-cpu.so).
 """
 
 import argparse

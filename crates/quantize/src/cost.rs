@@ -27,8 +27,8 @@ impl Kind {
 /// What a step of tuning does to a weight (its gradient, moments, code and value), as operations that take as long (measured).
 const STEP: u64 = 2000;
 
-/// Bytes that collecting and solving may take together for freed memory to be kept from one to the other: taking it from the
-/// system again costs time.
+/// Bytes that a run may take, activations that wait aside, for freed memory to be kept: taking it from the system again costs
+/// time.
 const SCARCE: u64 = 4_000_000_000;
 
 /// Floating-point operations that a token written by the model takes, per weight: as long as a pass and a half (measured).
@@ -152,21 +152,19 @@ impl Plan {
     /// the program, what allocators keep, and large pages.
     #[must_use]
     pub fn peak_memory(&self, stream: u64) -> u64 {
-        let both = self.blocks_memory(|collecting, solving| collecting + solving);
-        let blocks = if both > SCARCE { self.blocks_memory(u64::max) } else { both };
-        let all =
-            blocks.max(self.tuning_memory()).max(self.writing_memory()) + if self.calibrated { stream } else { 0 };
+        let kept = if self.memory_is_scarce() { self.memory(u64::max) } else { self.memory(|a, b| a + b) };
+        let all = kept + if self.calibrated { stream } else { 0 };
         all + all / 10
     }
 
     /// Whether freed memory had better be given back to the system at once.
     #[must_use]
     pub fn memory_is_scarce(&self) -> bool {
-        self.blocks_memory(|collecting, solving| collecting + solving) > SCARCE
+        self.memory(|a, b| a + b) > SCARCE
     }
 
-    /// What blocks take, where collecting and solving go together by `with`.
-    fn blocks_memory(&self, with: fn(u64, u64) -> u64) -> u64 {
+    /// What blocks, tuning or writing take, whatever is most, where what collects and what solves go together by `with`.
+    fn memory(&self, with: fn(u64, u64) -> u64) -> u64 {
         let observation = &self.settings.observation;
         let lanes = 1 + u64::from(self.settings.two_streams());
         let parts = 1 + u64::from(observation.damping_search || observation.shift != TargetShift::Off);
@@ -200,7 +198,8 @@ impl Plan {
             }
             _ => 0,
         };
-        self.units.iter().map(unit).max().unwrap_or(0) + experts
+        let blocks = self.units.iter().map(unit).max().unwrap_or(0) + experts;
+        blocks.max(self.tuning_memory()).max(self.writing_memory())
     }
 
     /// Whether tuning may change the output head: it exists, is not the embedding too, and stays dense.

@@ -130,7 +130,7 @@ impl PackedForm {
     fn pieces_of(&self, span: usize) -> impl Iterator<Item = Range<usize>> {
         let (mut from, end) = (span * SPAN_CHUNKS, self.end_of_span(span));
         std::iter::from_fn(move || {
-            let piece = (from < end).then(|| from..self.end_of_piece(from).min(end));
+            let piece = (from < end).then(|| from..self.end_of_piece(from));
             from = piece.as_ref().map_or(end, |piece| piece.end);
             piece
         })
