@@ -4,13 +4,14 @@
 //! against, measured in the same process: multiply-adds of a large f32 product, and bytes of a plain copy. Each stage's
 //! answer is checked before it is timed. Recorded tables lie in `benches/record/`.
 //!
-//! With `-- --beside COMMAND`, products of bfloat16 and H += XᵀX take turns with those of another library, which the command
-//! times (`cargo xtask bench dense`), and nothing else is measured.
+//! With `-- --beside COMMAND`, products, H += XᵀX and factors take turns with those of another library, which the command times
+//! (`cargo xtask bench dense`), and nothing else is measured.
 
 mod clock;
 
 use bitmill::kernels::{
-    Panels, Short, View, ViewMut, gemm, mirror, pack_bits, packed_words, short_product, short_syrk, syrk, unpack_bits,
+    Panels, Short, View, ViewMut, cholesky, gemm, mirror, pack_bits, packed_words, short_product, short_syrk, solve,
+    syrk, unpack_bits,
 };
 use bitmill::quantize::{
     Factor, Linear, Order, ScaleSearch, SolverOptions, Sweep, descend, loss, method, refit_scales, sweep,
@@ -69,6 +70,10 @@ const PRODUCTS: [[usize; 3]; 7] = [
 ];
 /// Tokens and width of X, likewise.
 const SQUARES: [[usize; 2]; 5] = [[65536, 320], [8192, 768], [65536, 864], [8192, 2048], [2048, 8192]];
+/// Widths of matrices to factor, likewise.
+const FACTORS: [usize; 4] = [320, 864, 2048, 8192];
+/// Widths of factors and numbers of right-hand sides, likewise.
+const SYSTEMS: [[usize; 2]; 4] = [[320, 320], [864, 320], [2048, 2048], [8192, 2048]];
 /// Multiply-adds of a turn, at least: what it takes to wake threads shall not count.
 const TURN: usize = 8 << 30;
 
@@ -87,13 +92,13 @@ fn multiplied(a: &Panels, b: &Panels, c: &mut [f32]) {
     });
 }
 
-/// `c ← aᵀ·a` in f32, all of it, by all threads.
-fn squared(a: View<'_, f32>, c: &mut [f32]) {
-    let n = a.cols();
-    let band = band(n);
+/// `c ← a·b` in f32, by all threads.
+fn multiplied_in_full(a: View<'_, f32>, b: View<'_, f32>, c: &mut [f32]) {
+    let n = b.cols();
+    let band = band(a.rows());
     c.par_chunks_mut(band * n).enumerate().for_each(|(i, c)| {
         let (from, rows) = (i * band, c.len() / n);
-        gemm(1.0, a.t().some_rows(from..from + rows), a, 0.0, &mut ViewMut::new(c, rows, n, n));
+        gemm(1.0, a.some_rows(from..from + rows), b, 0.0, &mut ViewMut::new(c, rows, n, n));
     });
 }
 
@@ -127,18 +132,18 @@ fn rates(what: &str, amount: f64, ours: &[(String, f64)], peer: &mut Peer) {
     println!("{what:<22} {}", ours.chain(theirs).collect::<Vec<_>>().join("   "));
 }
 
-/// Products of bfloat16, and H += XᵀX from f32, in turns with the peer.
+/// Products, H += XᵀX from f32, and factors, in turns with the peer.
 fn beside(mut peer: Peer) {
     let brains = brains();
     brains.iter().for_each(|&(_, short)| check(short));
     println!(
-        "{} threads; medians in GMAC/s, and how many times as fast as the peer\n\nproducts of sides in bfloat16",
+        "{} threads; medians in GMAC/s, and how many times as fast as the peer\n\nproducts",
         rayon::current_num_threads()
     );
     if brains.is_empty() {
-        println!("none: this CPU has no AVX-512 BF16");
+        println!("none in bfloat16: this CPU has no AVX-512 BF16");
     }
-    for [m, k, n] in PRODUCTS.into_iter().filter(|_| !brains.is_empty()) {
+    for [m, k, n] in PRODUCTS {
         let times = TURN.div_ceil(m * k * n);
         let (a, b) = (sample(m * k, 3), sample(n * k, 4));
         let (a, b) = (View::new(&a, m, k, k), View::new(&b, n, k, k));
@@ -148,9 +153,11 @@ fn beside(mut peer: Peer) {
             let c = &c;
             Box::new(move || (0..times).for_each(|_| multiplied(&a, &b, &mut c.borrow_mut())))
         });
+        let full: [Box<dyn FnMut() + '_>; 1] =
+            [Box::new(|| (0..times).for_each(|_| multiplied_in_full(a, b.t(), &mut c.borrow_mut())))];
         let work = format!("gemm {m} {k} {n} {times}");
-        let seconds = turns(ours.collect(), &mut || peer.run(&work));
-        let names = brains.iter().map(|(name, _)| name.clone());
+        let seconds = turns(ours.chain(full).collect(), &mut || peer.run(&work));
+        let names = brains.iter().map(|(name, _)| name.clone()).chain(["f32".to_owned()]);
         let ours: Vec<_> = names.zip(seconds.iter().map(|seconds| seconds / times as f64)).collect();
         rates(&format!("{m} x {k} x {n}"), (m * k * n) as f64, &ours, &mut peer);
     }
@@ -165,7 +172,10 @@ fn beside(mut peer: Peer) {
         });
         let full: [Box<dyn FnMut() + '_>; 2] = [
             Box::new(|| syrk(x, n, &mut h.borrow_mut())),
-            Box::new(|| squared(View::new(x, tokens, n, n), &mut h.borrow_mut())),
+            Box::new(|| {
+                let x = View::new(x, tokens, n, n);
+                multiplied_in_full(x.t(), x, &mut h.borrow_mut());
+            }),
         ];
         let work = format!("syrk {tokens} {n}");
         let seconds = turns(ours.chain(full).collect(), &mut || peer.run(&work));
@@ -175,6 +185,33 @@ fn beside(mut peer: Peer) {
         rates(&format!("{tokens} tokens of {n}"), half, &ours, &mut peer);
         let share = 100.0 * limit / 2.0 / seconds[brains.len()];
         println!("{:<22} f32 product {:.0}: f32 is at {share:.0}% of it", "", 2.0 * half / limit / 1e9);
+    }
+
+    println!("\nCholesky factors of H in f64");
+    for n in FACTORS {
+        let mut original = sample(n * n, 5).into_iter().map(f64::from).collect::<Vec<_>>();
+        (0..n).for_each(|i| original[i * n + i] = n as f64);
+        let mut l = vec![0.0; n * n];
+        let mut factor = || {
+            l.copy_from_slice(&original);
+            assert!(cholesky(&mut l, n), "a diagonal that outweighs its row");
+        };
+        let seconds = in_turns(&mut [&mut factor, &mut || peer.run(&format!("factor {n}"))]);
+        rates(&format!("{n} x {n}"), (n * n * n) as f64 / 6.0, &[("f64".to_owned(), seconds[0])], &mut peer);
+    }
+
+    println!("\nsystems with such factors, in f64");
+    for [n, rows] in SYSTEMS {
+        let mut l: Vec<f64> = sample(n * n, 5).into_iter().map(f64::from).collect();
+        (0..n).for_each(|i| l[i * n + i] = n as f64);
+        let original: Vec<f64> = sample(n * rows, 6).into_iter().map(f64::from).collect();
+        let mut x = vec![0.0; n * rows];
+        let mut solved = || {
+            x.copy_from_slice(&original);
+            solve(&l, n, &mut x);
+        };
+        let seconds = in_turns(&mut [&mut solved, &mut || peer.run(&format!("solve {n} {rows}"))]);
+        rates(&format!("{rows} rows of {n}"), (rows * n * n) as f64, &[("f64".to_owned(), seconds[0])], &mut peer);
     }
 }
 

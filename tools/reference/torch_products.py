@@ -1,7 +1,8 @@
-"""Times PyTorch's products of bfloat16, which are oneDNN's on a CPU, as `cargo xtask bench dense` asks for them.
+"""Times PyTorch's products of bfloat16, which are oneDNN's on a CPU, and its factors, as `cargo xtask bench dense` asks for them.
 
 A line `gemm M K N` multiplies matrices [M, K] and [N, K], `a @ b.T`, and a line `syrk TOKENS N` a matrix [TOKENS, N] by itself,
-`x.T @ x`; each is answered by a name and seconds. A number more, `gemm M K N TIMES`, has it done so many times in a row, where
+`x.T @ x`; a line `factor N` takes a positive definite matrix of f64 into its Cholesky factor, and a line `solve N ROWS` solves with
+such a factor for so many right-hand sides. Each is answered by a name and seconds. A number more, `gemm M K N TIMES`, has it done so many times in a row, where
 once takes so little that waking threads would count, and the seconds are those of once.
 """
 
@@ -16,7 +17,7 @@ SPINNING = 0.01
 
 
 def prepared(torch, what: str, shape: list[int]) -> Callable:
-    """A product of random matrices of that shape."""
+    """What is to be done with random matrices of that shape."""
     if what == "gemm":
         m, k, n = shape
         a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
@@ -24,7 +25,16 @@ def prepared(torch, what: str, shape: list[int]) -> Callable:
     if what == "syrk":
         x = torch.randn(*shape).bfloat16()
         return lambda: x.T @ x
-    raise SystemExit(f"no such product as {what}: gemm M K N, or syrk TOKENS N")
+    if what in ("factor", "solve"):
+        n = shape[0]
+        # A diagonal that outweighs its row makes it positive definite.
+        h = torch.rand(n, n, dtype=torch.float64)
+        h = torch.tril(h) + torch.tril(h, -1).T + n * torch.eye(n, dtype=torch.float64)
+        if what == "factor":
+            return lambda: torch.linalg.cholesky(h)
+        l, b = torch.linalg.cholesky(h), torch.randn(n, shape[1], dtype=torch.float64)
+        return lambda: torch.cholesky_solve(b, l)
+    raise SystemExit(f"no such work as {what}: gemm M K N, syrk TOKENS N, factor N, or solve N ROWS")
 
 
 def main() -> None:
@@ -44,7 +54,7 @@ def main() -> None:
         if line != last:
             what, *numbers = line.split()
             numbers = [int(number) for number in numbers]
-            sides = 3 if what == "gemm" else 2
+            sides = {"gemm": 3, "factor": 1}.get(what, 2)
             product = None  # gives the matrices back before there are others
             last, product, times = line, prepared(torch, what, numbers[:sides]), (numbers[sides:] or [1])[0]
         with torch.inference_mode():
@@ -54,7 +64,7 @@ def main() -> None:
             seconds = (time.perf_counter() - begin) / times
         # Its threads shall not take the processors from whose turn is next.
         time.sleep(SPINNING)
-        print(f"onednn {seconds}", flush=True)
+        print("lapack" if line.startswith(("factor", "solve")) else "onednn", seconds, flush=True)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ pub(crate) fn each(count: usize, adds: usize, work: impl Fn(usize) + Sync) {
     // SAFETY: `awake` clears the pointer before the team goes, and only on this thread is it set.
     match LED.get().map(|team| unsafe { &*team }) {
         Some(team) if adds > ASLEEP || (adds > AWAKE && team.is_awake()) => team.run(count, adds > ASLEEP, &work),
-        None if adds > ASLEEP => (0..count).into_par_iter().for_each(&work),
+        // One thread of the pool would be another than this.
+        None if adds > ASLEEP && rayon::current_num_threads() > 1 => (0..count).into_par_iter().for_each(&work),
         _ => (0..count).for_each(work),
     }
 }

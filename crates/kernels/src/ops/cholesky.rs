@@ -1,18 +1,23 @@
 //! Cholesky factorisation A = L·Lᵀ of a symmetric positive definite matrix.
 //!
 //! Right-looking by blocks of columns: factor a diagonal block, solve the panel below it, subtract the panel's product
-//! from what remains. The last step does nearly all multiply-adds and is a [`gemm`] per band of rows. Rows and bands are
-//! shared among threads, but each entry is folded in one order, so L is the same bits at any thread count.
+//! from what remains. The last step does nearly all multiply-adds and is a [`gemm`] per band of rows; of the others, loops do
+//! what lies within a strip of columns, and products the rest. Bands are shared among threads, but each entry is folded in
+//! one order, so L is the same bits at any thread count.
 
 use super::matrix::{View, ViewMut, gemm};
+use super::triangle::{MOST, STRIP, Strip, put, reduced};
 use crate::Level;
-use crate::level::at_level;
-use rayon::prelude::*;
+use crate::team::{awake, fill_chunks};
 
-/// Columns of a block: large enough for the product, small enough that the serial diagonal costs little.
-const BLOCK: usize = 64;
-/// Rows of the remainder that one thread updates at a time.
-const BAND: usize = 64;
+/// Width from which on steps are worth sharing, and keeping threads awake between them.
+const WIDE: usize = 576;
+
+/// Columns of a block, and rows of the remainder that one thread updates at a time: large enough for the product, small enough
+/// that the serial diagonal, and what bands compute beyond it, cost little.
+const fn block_of(n: usize) -> usize {
+    if n < 1536 { 64 } else { MOST }
+}
 
 /// Replaces the lower triangle of the row-major `a: [n, n]` by L; what lies above the diagonal is left undefined.
 /// Returns `false`, with `a` half done, where a pivot is not a positive finite number.
@@ -21,71 +26,87 @@ const BAND: usize = 64;
 /// When the length does not fit `n`: a caller's bug.
 pub fn cholesky(a: &mut [f64], n: usize) -> bool {
     assert_eq!(a.len(), n * n, "matrix shape");
-    let mut panel = Vec::new();
-    for start in (0..n).step_by(BLOCK) {
-        let width = BLOCK.min(n - start);
+    if n < WIDE { factor(a, n) } else { awake(|| factor(a, n)) }
+}
+
+fn factor(a: &mut [f64], n: usize) -> bool {
+    let (block, worth) = (block_of(n), usize::from(n >= WIDE));
+    // The columns of the block that are done, as products read them.
+    let (mut top, mut panel) = (Vec::new(), Vec::new());
+    for start in (0..n).step_by(block) {
+        let width = block.min(n - start);
         let end = start + width;
-        if !diagonal(a, n, start, end) {
-            return false;
-        }
         let (above, below) = a.split_at_mut(end * n);
-        let columns: Vec<f64> =
-            (0..width * width).map(|i| above[(start + i % width) * n + start + i / width]).collect();
+        let own = &mut above[start * n..];
+        top.resize(width * width, 0.0);
+        let Some(strips) = diagonal(own, n, start, &mut top) else {
+            return false;
+        };
+        put(&top, width, own, n, start);
         let rows = n - end;
-        // The panel is read by every band while its rows are being written.
         panel.resize(rows * width, 0.0);
-        let chunks = below.par_chunks_mut(BAND * n).zip(panel.par_chunks_mut((BAND * width).max(1)));
-        chunks.for_each(|(below, panel)| {
-            for (row, panel) in below.chunks_exact_mut(n).zip(panel.chunks_exact_mut(width)) {
-                let row = &mut row[start..end];
-                eliminate(Level::best(), row, &columns);
-                panel.copy_from_slice(row);
+        fill_chunks(&mut panel, block * width, worth * rows * width * width / 2, |i, panel| {
+            let (band, height) = (&below[i * block * n..], panel.len() / width);
+            let mut tile = [[0.0; STRIP]; MOST];
+            for (i, strip) in strips.iter().enumerate() {
+                let from = i * STRIP;
+                let before = View::new(&top[from * width..], strip.width, from, width);
+                reduced(band, n, start + from, View::new(panel, height, from, width), before, &mut tile);
+                strip.forward(Level::best(), &mut tile[..height]);
+                put(&tile.as_flattened()[..height * STRIP], STRIP, panel, width, from);
             }
         });
-        below.par_chunks_mut(BAND * n).enumerate().for_each(|(i, band)| {
-            let (first, height) = (i * BAND, band.len() / n);
-            let own = View::new(&panel[first * width..], height, width, width);
+        fill_chunks(below, block * n, worth * rows * rows * width / 2, |i, band| {
+            let (first, height) = (i * block, band.len() / n);
+            let own = &panel[first * width..][..height * width];
+            put(own, width, band, n, start);
             let all = View::new(&panel, (first + height).min(rows), width, width);
-            let target = &mut band[end..];
-            gemm(-1.0, own, all.t(), 1.0, &mut ViewMut::new(target, height, first + height, n));
+            let target = &mut ViewMut::new(&mut band[end..], height, first + height, n);
+            gemm(-1.0, View::new(own, height, width, width), all.t(), 1.0, target);
         });
     }
     true
 }
 
-/// Replaces a row by x with L·x = row, for the columns of a lower triangular L, `[width, width]`.
-fn eliminate(level: Level, row: &mut [f64], columns: &[f64]) {
-    at_level!(level, eliminated, (row: &mut [f64], columns: &[f64]));
-}
-
-#[inline(always)]
-fn eliminated(row: &mut [f64], columns: &[f64]) {
-    let width = row.len();
-    for (j, l) in columns.chunks_exact(width).enumerate() {
-        let (x, rest) = row[j..].split_at_mut(1);
-        x[0] /= l[j];
-        for (r, l) in rest.iter_mut().zip(&l[j + 1..]) {
-            *r -= x[0] * l;
-        }
+/// Writes the columns of L from `start` on in the rows `a` of the block on the diagonal to `top: [width, width]`. `None` where a
+/// pivot is not a positive finite number.
+fn diagonal(a: &[f64], n: usize, start: usize, top: &mut [f64]) -> Option<Vec<Strip>> {
+    let width = a.len() / n;
+    let mut tile = [[0.0; STRIP]; MOST];
+    let mut strips = Vec::with_capacity(width.div_ceil(STRIP));
+    for from in (0..width).step_by(STRIP) {
+        let (height, count) = (width - from, STRIP.min(width - from));
+        let top = &mut top[from * width..];
+        let done = View::new(top, height, from, width);
+        reduced(&a[from * n..], n, start + from, done, done.some_rows(0..count), &mut tile);
+        let strip = triangle(&mut tile[..count])?;
+        strip.forward(Level::best(), &mut tile[count..height]);
+        put(&tile.as_flattened()[..height * STRIP], STRIP, top, width, from);
+        strips.push(strip);
     }
+    Some(strips)
 }
 
-/// Factors the block `[start, end)` on the diagonal, one column after another.
-fn diagonal(a: &mut [f64], n: usize, start: usize, end: usize) -> bool {
-    for j in start..end {
-        for i in j..end {
-            let sum: f64 = (start..j).map(|k| a[i * n + k] * a[j * n + k]).sum();
-            let value = a[i * n + j] - sum;
+/// Factors as many columns as there are rows, one after another.
+fn triangle(rows: &mut [[f64; STRIP]]) -> Option<Strip> {
+    let mut strip = Strip::empty(rows.len());
+    for j in 0..rows.len() {
+        let (before, own) = strip.others.split_at_mut(j);
+        for (i, row) in rows.iter_mut().enumerate().skip(j) {
+            let sum: f64 = before.iter().map(|column| column[i] * column[j]).sum();
+            let value = row[j] - sum;
             if i > j {
-                a[i * n + j] = value / a[j * n + j];
+                row[j] = value * strip.inverse[j];
+                own[0][i] = row[j];
             } else if value > 0.0 && value.is_finite() {
-                a[i * n + i] = value.sqrt();
+                row[j] = value.sqrt();
+                strip.inverse[j] = 1.0 / row[j];
             } else {
-                return false;
+                return None;
             }
         }
     }
-    true
+    Some(strip)
 }
 
 #[cfg(test)]
@@ -105,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_factor_multiplies_to_the_matrix() {
-        for n in [1, 2, 63, 64, 65, 130, 300] {
+        for n in [1, 2, 15, 16, 17, 63, 64, 65, 130, 300, 1600] {
             let a = positive(n);
             let mut l = a.clone();
             assert!(cholesky(&mut l, n));
@@ -125,24 +146,6 @@ mod tests {
             let mut a = positive(n);
             a[at * n + at] = value;
             assert!(!cholesky(&mut a, n));
-        }
-    }
-
-    #[test]
-    fn every_level_eliminates_alike() {
-        for width in [1, 3, 8, 64] {
-            let (l, row) = (positive(width), (0..width).map(|i| (i as f64 * 0.7).sin()).collect::<Vec<_>>());
-            let run = |level| {
-                let mut x = row.clone();
-                eliminate(level, &mut x, &l);
-                x
-            };
-            let x = run(Level::Scalar);
-            assert!(Level::all().into_iter().all(|level| run(level) == x));
-            for i in 0..width {
-                let sum: f64 = (0..=i).map(|j| l[j * width + i] * x[j]).sum();
-                assert!((sum - row[i]).abs() < 1e-9);
-            }
         }
     }
 

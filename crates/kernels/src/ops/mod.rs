@@ -26,4 +26,5 @@ pub(crate) mod solve;
 pub(crate) mod strips;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
+pub(crate) mod triangle;
 pub(crate) mod weights;

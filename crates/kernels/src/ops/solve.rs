@@ -1,16 +1,20 @@
 //! Systems of equations whose matrix is factored, for many right-hand sides.
 //!
-//! By blocks of columns: what is already solved is taken off by a [`gemm`], which does nearly all multiply-adds, and the
-//! triangle on the diagonal is solved for each row by itself. Bands of rows are shared among threads and each row is
+//! By blocks of columns, and in them by strips: what is already solved is taken off by a [`gemm`], which does nearly all
+//! multiply-adds, and loops solve for the triangle of a strip. Bands of rows are shared among threads and each row is
 //! folded in one order, so results are the same bits at any thread count.
 
 use super::matrix::{View, ViewMut, gemm};
+use super::triangle::{MOST, STRIP, Strip, put, reduced};
+use crate::Level;
 use rayon::prelude::*;
 
-/// Columns of a block, as in the factorisation.
+/// Columns of a block: a number of strips.
 const BLOCK: usize = 64;
-/// Right-hand sides of one task.
-const BAND: usize = 64;
+/// Right-hand sides of one task, of so many: large enough for products, and enough tasks for all threads.
+const fn band_of(rows: usize) -> usize {
+    if rows < 16 * MOST { 64 } else { MOST }
+}
 
 /// Replaces each row b of `rows: [rows, n]` by x with x·L·Lᵀ = b, where the lower triangle of `l: [n, n]` holds L as
 /// [`cholesky`](super::cholesky::cholesky) leaves it.
@@ -20,41 +24,48 @@ const BAND: usize = 64;
 pub fn solve(l: &[f64], n: usize, rows: &mut [f64]) {
     assert!(l.len() == n * n && rows.len().is_multiple_of(n.max(1)), "matrix shape");
     let starts: Vec<usize> = (0..n).step_by(BLOCK).collect();
-    rows.par_chunks_mut(BAND * n.max(1)).for_each(|band| {
-        let mut block = Vec::with_capacity(BAND * BLOCK);
+    let strips: Vec<[Strip; 2]> = (0..n).step_by(STRIP).map(|at| Strip::both(l, n, at)).collect();
+    let band = band_of(rows.len() / n.max(1));
+    rows.par_chunks_mut(band * n.max(1)).for_each(|band| {
+        let height = band.len() / n;
+        let mut block = Vec::with_capacity(height * BLOCK);
+        let mut tile = [[0.0; STRIP]; MOST];
         for &start in &starts {
             let end = (start + BLOCK).min(n);
-            let solved = View::new(&l[start * n..], end - start, start, n).t();
-            take_off(band, n, (start, end), 0, solved, &mut block);
-            for row in band.chunks_exact_mut(n) {
-                for j in start..end {
-                    let l = &l[j * n..=j * n + j];
-                    let sum: f64 = row[start..j].iter().zip(&l[start..j]).map(|(x, l)| x * l).sum();
-                    row[j] = (row[j] - sum) / l[j];
-                }
+            let width = end - start;
+            take_off(band, n, (start, end), 0, View::new(&l[start * n..], width, start, n).t(), &mut block);
+            let corner = View::new(&l[start * n + start..], width, width, n);
+            for from in (0..width).step_by(STRIP) {
+                let [strip, _] = &strips[(start + from) / STRIP];
+                let before = corner.some_rows(from..from + strip.width).t().some_rows(0..from).t();
+                reduced(&block, width, from, View::new(&block, height, from, width), before, &mut tile);
+                strip.forward(Level::best(), &mut tile[..height]);
+                put(&tile.as_flattened()[..height * STRIP], STRIP, &mut block, width, from);
             }
+            put(&block, width, band, n, start);
         }
         for &start in starts.iter().rev() {
             let end = (start + BLOCK).min(n);
-            if end < n {
-                let solved = View::new(&l[end * n + start..], n - end, end - start, n);
-                take_off(band, n, (start, end), end, solved, &mut block);
+            let width = end - start;
+            take_off(band, n, (start, end), end, View::new(&l[start..], n, width, n).some_rows(end..n), &mut block);
+            let corner = View::new(&l[start * n + start..], width, width, n);
+            for from in (0..width).step_by(STRIP).rev() {
+                let [_, strip] = &strips[(start + from) / STRIP];
+                let next = from + strip.width;
+                let after = corner.some_rows(next..width).t().some_rows(from..next);
+                let done = View::new(&block, height, width, width).t().some_rows(next..width).t();
+                reduced(&block, width, from, done, after, &mut tile);
+                strip.backward(Level::best(), &mut tile[..height]);
+                put(&tile.as_flattened()[..height * STRIP], STRIP, &mut block, width, from);
             }
-            for row in band.chunks_exact_mut(n) {
-                for j in (start..end).rev() {
-                    let l = &l[j * n..=j * n + j];
-                    let x = row[j] / l[j];
-                    row[j] = x;
-                    row[start..j].iter_mut().zip(&l[start..j]).for_each(|(y, l)| *y -= x * l);
-                }
-            }
+            put(&block, width, band, n, start);
         }
     });
 }
 
-/// Subtracts the columns of `band` from `from` on, times `factor`, from its columns `[start, end)`.
+/// Puts the columns `[start, end)` of `band`, less its columns from `from` on times `factor`, into `block`.
 fn take_off(
-    band: &mut [f64],
+    band: &[f64],
     n: usize,
     (start, end): (usize, usize),
     from: usize,
@@ -62,15 +73,12 @@ fn take_off(
     block: &mut Vec<f64>,
 ) {
     let (height, width) = (band.len() / n, end - start);
-    if factor.rows() == 0 {
-        return;
-    }
-    // The product reads the band while it writes to it, so it writes elsewhere first.
     block.clear();
     band.chunks_exact(n).for_each(|row| block.extend_from_slice(&row[start..end]));
-    let solved = View::new(&band[from..], height, factor.rows(), n);
-    gemm(-1.0, solved, factor, 1.0, &mut ViewMut::new(block, height, width, width));
-    band.chunks_exact_mut(n).zip(block.chunks_exact(width)).for_each(|(row, b)| row[start..end].copy_from_slice(b));
+    if factor.rows() > 0 {
+        let solved = View::new(&band[from..], height, factor.rows(), n);
+        gemm(-1.0, solved, factor, 1.0, &mut ViewMut::new(block, height, width, width));
+    }
 }
 
 #[cfg(test)]
@@ -80,7 +88,7 @@ mod tests {
 
     #[test]
     fn solutions_give_back_the_right_hand_sides_at_any_thread_count() {
-        for (n, rows) in [(1, 1), (2, 3), (63, 65), (64, 1), (65, 64), (200, 130)] {
+        for (n, rows) in [(1, 1), (2, 3), (17, 2050), (63, 65), (64, 1), (65, 64), (200, 130)] {
             let value = |i: usize| ((i * 7919 + 13) % 1009) as f64 / 1009.0 - 0.5;
             let x: Vec<f64> = (0..n * n).map(|i| value(i) + if i % (n + 1) == 0 { 3.0 } else { 0.0 }).collect();
             let mut a = vec![0.0; n * n];

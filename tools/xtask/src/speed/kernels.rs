@@ -1,14 +1,17 @@
-//! `cargo xtask bench products` and `dense`: the products that bitmill spends its time in, beside those of llama.cpp and of
-//! oneDNN.
+//! `cargo xtask bench products` and `dense`: the products that bitmill spends its time in, beside those of llama.cpp, of
+//! oneDNN and of faer.
 //!
-//! Each is a `cargo bench` that has a program of `tools/reference` do the same work in turns.
+//! Each is a `cargo bench` that has a program of `tools` do the same work in turns.
 
 use super::{interpreter, require_package};
 use crate::{cargo, run};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::Command;
 
+/// The program that calls faer.
+const FAER: &str = "tools/faer/Cargo.toml";
 /// Where PyTorch and numpy come from.
 const REFERENCE: &str = "make an environment with `python3.11 -m venv VENV && VENV/bin/pip install -r \
                          tools/reference/requirements.txt`, then pass --python VENV/bin/python";
@@ -46,17 +49,21 @@ impl Products {
         let python = interpreter(&self.python)?;
         require_package(&python, "numpy", REFERENCE)?;
         let folder = std::path::absolute(&self.ggml).context("finding the folder of --ggml")?;
-        let options = [Path::new("--ggml"), &folder];
-        beside("products", &python, "tools/reference/ggml_products.py", &options, self.threads)
+        let mut peer = Command::new(python);
+        peer.arg("tools/reference/ggml_products.py").arg("--ggml").arg(folder);
+        beside("products", peer, self.threads)
     }
 }
 
-/// Dense products.
+/// Dense products and factors.
 #[derive(Args)]
 pub(crate) struct Dense {
-    /// Interpreter of a Python environment with PyTorch.
-    #[arg(long)]
-    python: PathBuf,
+    /// Interpreter of a Python environment with PyTorch, to run beside oneDNN.
+    #[arg(long, required_unless_present = "faer")]
+    python: Option<PathBuf>,
+    /// Runs beside faer, whose products are of f32.
+    #[arg(long, conflicts_with_all = ["python", "isa"])]
+    faer: bool,
     /// The most that oneDNN may use, by its own name (AVX512_CORE_BF16: no AMX), to hold what bitmill does on lesser CPUs
     /// against what oneDNN does there.
     #[arg(long)]
@@ -69,17 +76,26 @@ pub(crate) struct Dense {
 impl Dense {
     /// Runs both in turns and prints rates and their ratios.
     pub(crate) fn run(&self) -> Result<()> {
-        let python = interpreter(&self.python)?;
+        let Some(python) = &self.python else {
+            // Built before anything is timed.
+            run(cargo().args(["build", "--release", "--manifest-path", FAER]))?;
+            let mut peer = cargo();
+            peer.args(["run", "--quiet", "--release", "--manifest-path", FAER, "--"]);
+            return beside("stages", peer, self.threads);
+        };
+        let python = interpreter(python)?;
         require_package(&python, "torch", REFERENCE)?;
-        let options: Vec<&Path> = self.isa.iter().flat_map(|isa| [Path::new("--isa"), Path::new(isa)]).collect();
-        beside("stages", &python, "tools/reference/torch_products.py", &options, self.threads)
+        let mut peer = Command::new(python);
+        peer.arg("tools/reference/torch_products.py").args(self.isa.iter().flat_map(|isa| ["--isa", isa]));
+        beside("stages", peer, self.threads)
     }
 }
 
-/// A bench of the root package, with a program of the reference for its peer.
-fn beside(bench: &str, python: &Path, script: &str, options: &[&Path], threads: usize) -> Result<()> {
+/// A bench of the root package, with a program that does the same work in turns.
+fn beside(bench: &str, mut peer: Command, threads: usize) -> Result<()> {
     let threads = threads.max(1).to_string();
+    peer.args(["--threads", &threads]);
     let mut command = cargo();
     command.env("RAYON_NUM_THREADS", &threads).args(["bench", "--bench", bench, "--", "--beside"]);
-    run(command.arg(python).arg(script).args(options).args(["--threads", &threads]))
+    run(command.arg(peer.get_program()).args(peer.get_args()))
 }
