@@ -12,6 +12,8 @@
 mod activations;
 mod error;
 mod grids;
+#[cfg(test)]
+mod miri;
 mod quantized;
 mod recast;
 mod scheme;

@@ -317,6 +317,7 @@ pub(crate) fn round_small(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::miri::{FEW, times};
     use proptest::prelude::*;
 
     fn grid(bits: u32, symmetric: bool) -> IntGrid {
@@ -341,6 +342,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a large sample, and nothing of this crate but the constants it is built on")]
     fn uniform_grids_reach_the_gaussian_constants() {
         // Oracle 16 (integer part): best uniform mean squared error and step on N(0,1), table 0.2 of the methods.
         let w = gaussian(400_000);
@@ -367,6 +369,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a large sample; the properties below run the same searches on small ones")]
     fn the_weighted_search_comes_close_to_the_best_step() {
         // The same constants through our own fit; an integer grid with a stored zero point is mid-tread (it holds
         // zero), so it may lose a little to the mid-rise optimum, and must not lose more.
@@ -398,7 +401,7 @@ mod tests {
 
     #[test]
     fn rounding_by_a_shift_is_rounding_half_to_even() {
-        for i in -100_000..100_000 {
+        for i in (-100_000..100_000).step_by(200_000 / times(200_000)) {
             let x = i as f32 / 64.0;
             assert_eq!(round_small(x), x.round_ties_even());
         }
@@ -416,7 +419,7 @@ mod tests {
                 for symmetric in [true, false] {
                     let g = grid(bits, symmetric);
                     let (mut few, mut many) = (0.0, 0.0);
-                    for _ in 0..100 {
+                    for _ in 0..times(100) {
                         let w: Vec<f32> = (0..len).map(|_| (0..4).map(|_| uniform() - 0.5).sum()).collect();
                         let error = |p| w.iter().map(|&x| (x - g.round_trip(x, p)).powi(2)).sum::<f32>();
                         let p = g.fit(&w, Fit::Squares);
@@ -428,7 +431,7 @@ mod tests {
                     }
                     // Where levels are many, many starting points gain by luck.
                     let most = if bits > 5 { 1.3 } else { 1.05 };
-                    assert!(few < most * many, "{len} {bits} {symmetric}: {few} against {many}");
+                    assert!(FEW || few < most * many, "{len} {bits} {symmetric}: {few} against {many}");
                 }
             }
         }

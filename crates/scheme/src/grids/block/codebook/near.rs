@@ -5,11 +5,21 @@
 //! a good scale from a bad one, at a fraction of a search. Codes that are stored come from the search.
 
 use super::{Codebook, Flags, UNIT};
+use std::sync::OnceLock;
 
 /// Digits of a codebook, at most.
 const DIGITS: usize = 8;
 /// Listed vectors that are looked at.
-pub(super) const CHOICE: usize = 6;
+const CHOICE: usize = 6;
+
+/// What is near to combinations of digits.
+#[derive(Debug)]
+pub(super) struct Near {
+    /// The digits of the vectors.
+    listed: Vec<[u8; UNIT]>,
+    /// The vectors nearest to a combination, nearest first, found when it is first met.
+    cells: Vec<OnceLock<[[u8; UNIT]; CHOICE]>>,
+}
 
 /// What digits stand for, in ascending order.
 #[derive(Debug)]
@@ -76,15 +86,18 @@ impl Codebook {
 
     /// The digits of the vectors near `centre`, where digits have these `levels`.
     fn near_vectors(&self, centre: &[f32], costs: &[f32], levels: &Ladder, codes: &mut [u8]) {
-        let cells = self.cells.get_or_init(|| self.cells());
+        let near = self.near.get_or_init(|| Near {
+            listed: self.numbers[..self.vectors].iter().map(|&number| self.digits_of(number.into())).collect(),
+            cells: vec![OnceLock::new(); self.end],
+        });
         let vectors = centre.chunks(self.len).zip(costs.chunks(self.len)).zip(codes.chunks_mut(self.len));
         for ((centre, costs), codes) in vectors {
             let codes = &mut codes[..centre.len()];
             match (<&[f32; 8]>::try_from(centre), <&[f32; 8]>::try_from(costs)) {
-                (Ok(centre), Ok(costs)) => codes.copy_from_slice(self.nearest_listed(cells, centre, costs, levels)),
+                (Ok(centre), Ok(costs)) => codes.copy_from_slice(self.nearest_listed(near, centre, costs, levels)),
                 _ => {
                     let four = |x: &[f32]| -> [f32; 4] { std::array::from_fn(|k| x[k]) };
-                    codes.copy_from_slice(&self.nearest_listed(cells, &four(centre), &four(costs), levels)[..4]);
+                    codes.copy_from_slice(&self.nearest_listed(near, &four(centre), &four(costs), levels)[..4]);
                 }
             }
         }
@@ -94,7 +107,7 @@ impl Codebook {
     #[inline]
     fn nearest_listed<'a, const N: usize>(
         &self,
-        cells: &'a [[[u8; UNIT]; CHOICE]],
+        near: &'a Near,
         centre: &[f32; N],
         costs: &[f32; N],
         of: &Ladder,
@@ -106,7 +119,7 @@ impl Codebook {
             }
         }
         let number = digits.iter().rev().fold(0, |number, &digit| number * self.digits + digit as usize);
-        let cell = &cells[number];
+        let cell = near.cells[number].get_or_init(|| self.cell(&near.listed, number));
         let (mut least, mut best) = (f32::INFINITY, &cell[0]);
         for vector in cell {
             let mut losses = [0.0f32; N];
@@ -122,37 +135,36 @@ impl Codebook {
         best
     }
 
-    /// The digits of the vectors nearest to every combination of digits, nearest first.
-    fn cells(&self) -> Vec<[[u8; UNIT]; CHOICE]> {
-        let digits = |number: usize| {
-            let (mut rest, mut digits) = (number, [0u8; UNIT]);
-            for d in &mut digits[..self.len] {
-                *d = (rest % self.digits) as u8;
-                rest /= self.digits;
-            }
-            digits
-        };
-        let listed: Vec<[u8; UNIT]> = self.numbers[..self.vectors].iter().map(|&n| digits(n.into())).collect();
-        let nearest = |number: usize| {
-            let own = digits(number);
-            let mut best = [(f32::INFINITY, listed[0]); CHOICE];
-            for vector in &listed {
-                let mut distance = 0.0;
-                for (&a, &b) in own[..self.len].iter().zip(vector) {
-                    distance += (self.plain.levels[usize::from(a)] - self.plain.levels[usize::from(b)]).powi(2);
-                    if distance >= best[CHOICE - 1].0 {
-                        break;
-                    }
-                }
-                let at = best.iter().position(|b| distance < b.0);
-                if let Some(at) = at {
-                    best[at..].rotate_right(1);
-                    best[at] = (distance, *vector);
+    /// A number's digits, lowest first.
+    fn digits_of(&self, number: usize) -> [u8; UNIT] {
+        let (mut rest, mut digits) = (number, [0u8; UNIT]);
+        for d in &mut digits[..self.len] {
+            *d = (rest % self.digits) as u8;
+            rest /= self.digits;
+        }
+        digits
+    }
+
+    /// The digits of the listed vectors nearest to a combination of digits, nearest first.
+    #[cold]
+    fn cell(&self, listed: &[[u8; UNIT]], number: usize) -> [[u8; UNIT]; CHOICE] {
+        let own = self.digits_of(number);
+        let mut best = [(f32::INFINITY, listed[0]); CHOICE];
+        for vector in listed {
+            let mut distance = 0.0;
+            for (&a, &b) in own[..self.len].iter().zip(vector) {
+                distance += (self.plain.levels[usize::from(a)] - self.plain.levels[usize::from(b)]).powi(2);
+                if distance >= best[CHOICE - 1].0 {
+                    break;
                 }
             }
-            best.map(|b| b.1)
-        };
-        (0..self.end).map(nearest).collect()
+            let at = best.iter().position(|b| distance < b.0);
+            if let Some(at) = at {
+                best[at..].rotate_right(1);
+                best[at] = (distance, *vector);
+            }
+        }
+        best.map(|b| b.1)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Fits of blocks: never worse than the plain ones, storable, and exact where the best can be enumerated.
 
-use super::super::BLOCKS;
 use super::*;
+use crate::miri::{FEW, blocks, small_blocks, times};
 
 /// Heavy-tailed weights, uneven costs.
 pub(in crate::grids::block) fn sample(n: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
@@ -63,16 +63,16 @@ fn plain(form: &BlockForm, w: &[f32]) -> BlockParams {
 
 #[test]
 fn the_joint_fit_beats_the_plain_one() {
-    for form in BLOCKS.iter().filter(|f| f.reals() > 0 && (f.levels.len() > 4 || f.codebook().is_some())) {
+    for form in blocks().filter(|f| f.reals() > 0 && (f.levels.len() > 4 || f.codebook().is_some())) {
         let (mut ours, mut theirs) = (0.0, 0.0);
-        for seed in 0..40 {
+        for seed in 0..times(40) as u64 {
             let (w, h) = sample(form.len, seed);
             let (a, b) = (loss(form, &form.fit(&w, &h), &w, &h), loss(form, &plain(form, &w), &w, &h));
             assert!(a <= b * 1.02, "{} seed {seed}: {a} against {b}", form.name);
             ours += a;
             theirs += b;
         }
-        assert!(ours < 0.93 * theirs, "{}: {ours} against {theirs}", form.name);
+        assert!(FEW || ours < 0.93 * theirs, "{}: {ours} against {theirs}", form.name);
     }
 }
 
@@ -80,7 +80,7 @@ fn the_joint_fit_beats_the_plain_one() {
 fn signs_and_their_mean_magnitude_are_the_best_of_all() {
     // Oracle 15 for the type of GGUF: all 2^12 choices of signs, each with its own best scale.
     let form = BlockType::Q1_0.form();
-    for seed in 0..20 {
+    for seed in 0..times(20) as u64 {
         let (w, h) = sample(12, 70 + seed);
         let energy: f64 = w.iter().zip(&h).map(|(&x, &h)| f64::from(h) * f64::from(x).powi(2)).sum();
         let weight: f64 = h.iter().copied().map(f64::from).sum();
@@ -101,20 +101,21 @@ fn signs_and_their_mean_magnitude_are_the_best_of_all() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "fits of codebooks alone, which take too long")]
 fn fits_to_near_points_lose_little() {
-    for form in BLOCKS.iter().filter(|f| f.codebook().is_some()) {
+    for form in blocks().filter(|f| f.codebook().is_some()) {
         let (mut near, mut nearest) = (0.0, 0.0);
-        for (w, h) in (0..4).map(|seed| (sample(form.len, 90 + seed).0, vec![1.0; form.len])) {
+        for (w, h) in (0..times(4) as u64).map(|seed| (sample(form.len, 90 + seed).0, vec![1.0; form.len])) {
             near += loss(form, &form.fit_near(&w, &h), &w, &h);
             nearest += loss(form, &form.fit(&w, &h), &w, &h);
         }
-        assert!(near < 1.1 * nearest, "{}: {near} against {nearest}", form.name);
+        assert!(FEW || near < 1.1 * nearest, "{}: {near} against {nearest}", form.name);
     }
 }
 
 #[test]
 fn parameters_are_storable_and_zeros_stay_zero() {
-    for form in BLOCKS {
+    for form in small_blocks() {
         for w in [
             vec![0.0; form.len],
             vec![1e-9; form.len],
@@ -145,7 +146,7 @@ fn parameters_are_storable_and_zeros_stay_zero() {
 
 #[test]
 fn a_sub_block_refitted_to_new_weights_does_not_get_worse() {
-    for form in BLOCKS {
+    for form in blocks() {
         let ((w, h), (other, _)) = (sample(form.len, 5), sample(form.len, 6));
         let mut p = form.fit(&w, &h);
         for sub in 0..form.subs() {

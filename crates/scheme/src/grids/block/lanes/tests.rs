@@ -1,8 +1,9 @@
 //! Tests of the fits side by side.
 
+use super::super::BlockParams;
 use super::super::fit::tests::sample;
-use super::super::{BLOCKS, BlockParams};
 use super::*;
+use crate::miri::{FEW, blocks, small_blocks};
 
 fn loss(form: &BlockForm, params: &[BlockParams], codes: &[u8], w: &[f32], h: &[f32]) -> f64 {
     let value = |i: usize| {
@@ -29,8 +30,9 @@ fn fitted(form: &BlockForm, w: &[f32], h: Option<&[f32]>) -> (Vec<BlockParams>, 
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "compares many fits; each runs in the other tests")]
 fn fewer_starting_points_cost_little() {
-    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+    for form in blocks().filter(|f| f.has_lanes()) {
         let (mut ours, mut full) = (0.0, 0.0);
         for seed in 0..20 {
             let (w, h) = sample(LANES * form.lane(), seed);
@@ -52,9 +54,10 @@ fn fewer_starting_points_cost_little() {
 
 #[test]
 fn what_is_stored_is_what_was_rounded_to() {
-    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+    for form in small_blocks().filter(|f| f.has_lanes()) {
         let (w, h) = sample(LANES * form.lane(), 77);
-        for w in [w, vec![0.0; LANES * form.lane()], vec![3e4; LANES * form.lane()], vec![1e-9; LANES * form.lane()]] {
+        let same = |x: f32| vec![x; LANES * form.lane()];
+        for w in [w, same(0.0), same(3e4), same(1e-9)].into_iter().take(if FEW { 1 } else { 4 }) {
             let (params, codes) = fitted(form, &w, Some(&h));
             for (i, (&x, &code)) in w.iter().zip(&codes).enumerate() {
                 let p = &params[i / form.len];
@@ -71,7 +74,7 @@ fn what_is_stored_is_what_was_rounded_to() {
 
 #[test]
 fn a_block_is_fitted_alike_in_any_company() {
-    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+    for form in blocks().filter(|f| f.has_lanes()) {
         let (w, h) = sample(LANES * form.lane(), 5);
         let (params, codes) = fitted(form, &w, Some(&h));
         let at = w.len() - form.len;
@@ -82,7 +85,7 @@ fn a_block_is_fitted_alike_in_any_company() {
 
 #[test]
 fn without_costs_every_error_costs_one_or_by_size() {
-    for form in BLOCKS.iter().filter(|f| f.has_lanes()) {
+    for form in small_blocks().filter(|f| f.has_lanes()) {
         let (w, _) = sample(LANES * form.lane(), 6);
         let costs: Vec<f32> = if !form.weighs_by_size() {
             vec![1.0; w.len()]
