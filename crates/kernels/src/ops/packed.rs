@@ -149,6 +149,12 @@ impl PackedForm {
         (group * self.group_chunks()).min(span * SPAN_CHUNKS).min(self.chunks())
     }
 
+    /// From the first piece of a row on.
+    #[inline(always)]
+    fn walk(&self) -> Walk {
+        Walk { group: 0, end: self.group_chunks(), step: self.group_chunks() }
+    }
+
     /// The code that stands for nothing where there are no zero points.
     fn middle(&self) -> i32 {
         1 << (self.bits - 1)
@@ -334,6 +340,27 @@ impl<'a> Packed<'a> {
 
     fn zero(&self, i: usize) -> f32 {
         self.zeros.get(i).map_or(self.form.middle() as f32, |&z| f32::from(z))
+    }
+}
+
+/// A way along the pieces of a row, without a division.
+struct Walk {
+    group: usize,
+    /// The chunk where the group ends, if the row has so many, and chunks of a group.
+    end: usize,
+    step: usize,
+}
+
+impl Walk {
+    /// The group of the next piece, and the chunk where the piece ends: where its group does, or its span.
+    #[inline(always)]
+    fn next(&mut self, end_of_span: usize) -> (usize, usize) {
+        let (group, end) = (self.group, self.end.min(end_of_span));
+        if end == self.end {
+            self.group += 1;
+            self.end += self.step;
+        }
+        (group, end)
     }
 }
 

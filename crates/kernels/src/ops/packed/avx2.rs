@@ -5,14 +5,14 @@
 //! is folded in 16-bit lanes and widened once. Codes wider than four bits are two such sums.
 
 use super::super::strips::Strip;
-use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, Scales, by_token, rounded};
+use super::{Block, CHUNK, LANES, Packed, Rounded, RoundedMut, Scales, TOGETHER, by_token, rounded};
 use crate::level::Avx2;
 use std::arch::x86_64::*;
 
 /// Tokens that one pass over the codes serves.
 const TOKENS: usize = 4;
-/// Blocks that one token meets side by side where activations are not rounded.
-const BLOCKS: usize = 4;
+/// Blocks that one token meets side by side: those whose chunks alternate, so that memory is read from end to end.
+const BLOCKS: usize = TOGETHER;
 
 /// [`rounded::round`] compiled for AVX2.
 pub(super) fn round(_: Avx2, x: &[f32], cols: usize, out: RoundedMut<'_>) {
@@ -42,19 +42,25 @@ pub(super) fn full(_: Avx2, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut
 /// the second.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
-    let (blocks, tokens) = (strip.rows.start / LANES..strip.rows.end.div_ceil(LANES), strip.tokens());
-    let whole = tokens - tokens % TOKENS;
-    for token in (0..whole).step_by(TOKENS) {
-        for block in blocks.clone() {
-            let y = block_int8::<LOW, HIGH, TOKENS>(w, x, starts, token, block);
-            y.iter().enumerate().for_each(|(t, y)| strip.put(token + t, block * LANES, y));
+    let (end, tokens) = (strip.rows.end.div_ceil(LANES), strip.tokens());
+    let mut token = 0;
+    while token < tokens {
+        let count = if tokens - token >= TOKENS { TOKENS } else { 1 };
+        let mut block = strip.rows.start / LANES;
+        while block < end {
+            let at = [token, block];
+            if count == TOKENS {
+                put(blocks_int8::<LOW, HIGH, TOKENS, 1>(w, x, starts, at), at, strip);
+                block += 1;
+            } else if end - block >= BLOCKS {
+                put(blocks_int8::<LOW, HIGH, 1, BLOCKS>(w, x, starts, at), at, strip);
+                block += BLOCKS;
+            } else {
+                put(blocks_int8::<LOW, HIGH, 1, 1>(w, x, starts, at), at, strip);
+                block += 1;
+            }
         }
-    }
-    for token in whole..tokens {
-        for block in blocks.clone() {
-            let [y] = block_int8::<LOW, HIGH, 1>(w, x, starts, token, block);
-            strip.put(token, block * LANES, &y);
-        }
+        token += count;
     }
 }
 
@@ -70,13 +76,13 @@ fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: 
         while block < end {
             let at = [token, block];
             if count == TOKENS {
-                put_full(blocks_full::<LOW, HIGH, TOKENS, 1>(w, x, sums, at), at, strip);
+                put(blocks_full::<LOW, HIGH, TOKENS, 1>(w, x, sums, at), at, strip);
                 block += 1;
             } else if end - block >= BLOCKS {
-                put_full(blocks_full::<LOW, HIGH, 1, BLOCKS>(w, x, sums, at), at, strip);
+                put(blocks_full::<LOW, HIGH, 1, BLOCKS>(w, x, sums, at), at, strip);
                 block += BLOCKS;
             } else {
-                put_full(blocks_full::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip);
+                put(blocks_full::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip);
                 block += 1;
             }
         }
@@ -84,72 +90,95 @@ fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: 
     }
 }
 
-fn put_full<const T: usize, const N: usize>(
-    y: [[[f32; LANES]; T]; N],
-    [token, block]: [usize; 2],
-    strip: &mut Strip<'_>,
-) {
+fn put<const T: usize, const N: usize>(y: [[[f32; LANES]; T]; N], [token, block]: [usize; 2], strip: &mut Strip<'_>) {
     for (n, y) in y.iter().enumerate() {
         y.iter().enumerate().for_each(|(t, y)| strip.put(token + t, (block + n) * LANES, y));
     }
 }
 
-/// Eight rows for `T` tokens from `token` on.
+/// `N` blocks of eight rows for `T` tokens.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
+fn blocks_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     w: &Packed<'_>,
     x: &Rounded<'_>,
     starts: &[i32],
-    token: usize,
-    block: usize,
-) -> [[f32; LANES]; T] {
+    [token, block]: [usize; 2],
+) -> [[[f32; LANES]; T]; N] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (form, per_group) = (&w.form, w.form.group_chunks());
-    let codes = w.block(block);
+    let (form, mut walk) = (&w.form, w.form.walk());
+    let codes: [Block<'_>; N] = std::array::from_fn(|n| w.block(block + n));
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
     let scales: [&[f32]; T] = by_token(x.scales, token, form.spans());
     let starts: [&[i32]; T] = by_token(starts, token, form.pieces());
-    let mut y = [_mm256_setzero_ps(); T];
+    let mut y = [[_mm256_setzero_ps(); T]; N];
     let (mut chunk, mut piece) = (0, 0);
     let mut span = 0;
     while span < form.spans() {
-        let mut sum = [_mm256_setzero_ps(); T];
-        while chunk < form.end_of_span(span) {
-            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
-            let mut dots = [_mm256_setzero_si256(); T];
-            for t in 0..T {
-                dots[t] = _mm256_set1_epi32(starts[t][piece]);
+        let mut sum = [[_mm256_setzero_ps(); T]; N];
+        let end_of_span = form.end_of_span(span);
+        while chunk < end_of_span {
+            let (group, end) = walk.next(end_of_span);
+            let mut dots = [[_mm256_setzero_si256(); T]; N];
+            for dots in &mut dots {
+                for t in 0..T {
+                    dots[t] = _mm256_set1_epi32(starts[t][piece]);
+                }
             }
             while chunk < end {
                 let mut inputs = [&values[0][chunk]; T];
                 for t in 1..T {
                     inputs[t] = &values[t][chunk];
                 }
-                let more = chunk_int8::<LOW, HIGH, T>(codes.chunk(chunk * codes.step, bytes), inputs);
-                for t in 0..T {
-                    dots[t] = _mm256_add_epi32(dots[t], more[t]);
+                for n in 0..N {
+                    let these = codes[n].chunk(chunk * codes[n].step, bytes);
+                    if T == 1 {
+                        fetch_ahead(&[these], AHEAD);
+                    }
+                    let more = chunk_int8::<LOW, HIGH, T>(these, inputs);
+                    for t in 0..T {
+                        dots[n][t] = _mm256_add_epi32(dots[n][t], more[t]);
+                    }
                 }
                 chunk += 1;
             }
-            let (scale, zero) = params(w, codes.param(group));
-            for t in 0..T {
-                let mut dot = _mm256_cvtepi32_ps(dots[t]);
-                if !w.zeros.is_empty() {
-                    let start = _mm256_set1_ps(starts[t][piece] as f32);
-                    dot = _mm256_fmadd_ps(from_middle(w, zero), start, dot);
+            for n in 0..N {
+                let (scale, zero) = params(w, codes[n].param(group));
+                for t in 0..T {
+                    let mut dot = _mm256_cvtepi32_ps(dots[n][t]);
+                    if !w.zeros.is_empty() {
+                        let start = _mm256_set1_ps(starts[t][piece] as f32);
+                        dot = _mm256_fmadd_ps(from_middle(w, zero), start, dot);
+                    }
+                    sum[n][t] = _mm256_fmadd_ps(dot, scale, sum[n][t]);
                 }
-                sum[t] = _mm256_fmadd_ps(dot, scale, sum[t]);
             }
             piece += 1;
         }
-        for t in 0..T {
-            y[t] = _mm256_fmadd_ps(sum[t], _mm256_set1_ps(scales[t][span]), y[t]);
+        for n in 0..N {
+            for t in 0..T {
+                y[n][t] = _mm256_fmadd_ps(sum[n][t], _mm256_set1_ps(scales[t][span]), y[n][t]);
+            }
         }
         span += 1;
     }
-    lanes(y)
+    all_lanes(y)
+}
+
+/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a third of the first cache.
+pub(super) const AHEAD: usize = 1 << 14;
+
+/// Has what is met `ahead` bytes later come into the first cache: one token waits for nothing but memory.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn fetch_ahead(codes: &[&[u8]], ahead: usize) {
+    for codes in codes {
+        for line in codes.chunks(64) {
+            // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
+        }
+    }
 }
 
 /// How far zero points lie from the middle, in middles: what starts have to be multiplied by, to be taken off by zero points.
@@ -237,11 +266,7 @@ fn blocks_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             }
         }
     }
-    let mut out = [[[0.0; LANES]; T]; N];
-    for (out, y) in out.iter_mut().zip(y) {
-        *out = lanes(y);
-    }
-    out
+    all_lanes(y)
 }
 
 /// Adds the four columns of vector `J`.
@@ -340,11 +365,11 @@ pub(super) fn params(w: &Packed<'_>, at: usize) -> (__m256, __m256) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lanes<const T: usize>(y: [__m256; T]) -> [[f32; LANES]; T] {
-    let mut out = [[0.0; LANES]; T];
-    for (out, y) in out.iter_mut().zip(y) {
+fn all_lanes<const T: usize, const N: usize>(y: [[__m256; T]; N]) -> [[[f32; LANES]; T]; N] {
+    let mut out = [[[0.0; LANES]; T]; N];
+    for (out, y) in out.as_flattened_mut().iter_mut().zip(y.as_flattened()) {
         // SAFETY: 32 bytes are there, and the store needs no alignment.
-        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), y) };
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), *y) };
     }
     out
 }

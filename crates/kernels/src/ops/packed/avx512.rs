@@ -275,23 +275,6 @@ fn codes_of<'a, const N: usize>(w: &Packed<'a>, block: usize) -> [[Block<'a>; 2]
     codes
 }
 
-/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a third of the first cache.
-const AHEAD: usize = 1 << 14;
-
-/// Has what is met `ahead` bytes later come into the first cache: one token waits for nothing but memory.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn fetch_ahead<const N: usize>(codes: &[[&[u8]; 2]; N], ahead: usize) {
-    for pair in codes {
-        for codes in pair {
-            for line in codes.chunks(64) {
-                // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
-            }
-        }
-    }
-}
-
 /// `N` pairs of blocks for `T` tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -302,7 +285,7 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     [token, block]: [usize; 2],
 ) -> [[__m512; T]; N] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (form, per_group) = (&w.form, w.form.group_chunks());
+    let (form, mut walk) = (&w.form, w.form.walk());
     let codes = codes_of::<N>(w, block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
@@ -312,8 +295,9 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     let (mut chunk, mut piece) = (0, 0);
     for span in 0..form.spans() {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
-        while chunk < form.end_of_span(span) {
-            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+        let end_of_span = form.end_of_span(span);
+        while chunk < end_of_span {
+            let (group, end) = walk.next(end_of_span);
             let mut dots = first_dots::<T, N>(&starts, piece);
             while chunk < end {
                 let at = chunk * codes[0][0].step;
@@ -326,7 +310,7 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
                     these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
                 }
                 if T == 1 {
-                    fetch_ahead(&these, AHEAD);
+                    avx2::fetch_ahead(these.as_flattened(), avx2::AHEAD);
                 }
                 each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
                 chunk += 1;

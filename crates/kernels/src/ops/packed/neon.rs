@@ -229,7 +229,7 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     [token, block]: [usize; 2],
 ) -> [Rows; T] {
     let bytes = 32 * (LOW + HIGH) as usize;
-    let (form, per_group) = (&w.form, w.form.group_chunks());
+    let (form, mut walk) = (&w.form, w.form.walk());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; T] = by_token(values, token, form.chunks());
@@ -240,8 +240,9 @@ fn block_int8<const LOW: u32, const HIGH: u32, const T: usize>(
     let mut span = 0;
     while span < form.spans() {
         let mut sum = [[vdupq_n_f32(0.0); 2]; T];
-        while chunk < form.end_of_span(span) {
-            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+        let end_of_span = form.end_of_span(span);
+        while chunk < end_of_span {
+            let (group, end) = walk.next(end_of_span);
             let mut dots = [[vdupq_n_s32(0); 2]; T];
             if LOW + HIGH < 8 || !centred(fold) {
                 for t in 0..T {

@@ -1,7 +1,7 @@
 //! Activations as they are, in f32.
 
-use super::super::{Block, CHUNK, LANES, Packed, by_token};
-use super::{FEW, PAIR, code_bytes, codes_of, fetch_ahead, params, put};
+use super::super::{Block, CHUNK, LANES, Packed, avx2, by_token};
+use super::{FEW, PAIR, code_bytes, codes_of, params, put};
 use crate::ops::strips::Strip;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -159,7 +159,7 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             }
             if T == 1 {
                 // The same chunks of the next blocks, since these are more than those that alternate.
-                fetch_ahead(&these, N * 2 * chunks * bytes);
+                avx2::fetch_ahead(these.as_flattened(), N * 2 * chunks * bytes);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }

@@ -84,7 +84,7 @@ fn tile(
     [token, block]: [usize; 2],
     all: &[Codes],
 ) -> [Rows; TOKENS] {
-    let (form, per_group) = (&w.form, w.form.group_chunks());
+    let (form, mut walk) = (&w.form, w.form.walk());
     let codes = w.block(block);
     let values = x.values.as_chunks::<CHUNK>().0;
     let values: [&[[i8; CHUNK]]; TOKENS] = by_token(values, token, form.chunks());
@@ -94,8 +94,9 @@ fn tile(
     let (mut chunk, mut piece, mut span) = (0, 0, 0);
     while span < form.spans() {
         let mut sum = [[vdupq_n_f32(0.0); 2]; TOKENS];
-        while chunk < form.end_of_span(span) {
-            let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
+        let end_of_span = form.end_of_span(span);
+        while chunk < end_of_span {
+            let (group, end) = walk.next(end_of_span);
             let mut dots = [[vdupq_n_s32(0); TWOS]; LANES / 2];
             while chunk < end {
                 for (eight, rows) in all[chunk].iter().enumerate() {
