@@ -39,55 +39,40 @@ pub(super) fn full(_: Avx2, w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut
 }
 
 /// Goes over the blocks of a strip, a few tokens at a time: their inputs stay in the first cache and the strip's codes in
-/// the second.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
-    let (end, tokens) = (strip.rows.end.div_ceil(LANES), strip.tokens());
-    let mut token = 0;
-    while token < tokens {
-        let count = if tokens - token >= TOKENS { TOKENS } else { 1 };
-        let mut block = strip.rows.start / LANES;
-        while block < end {
-            let at = [token, block];
-            if count == TOKENS {
-                put(blocks_int8::<LOW, HIGH, TOKENS, 1>(w, x, starts, at), at, strip);
-                block += 1;
-            } else if end - block >= BLOCKS {
-                put(blocks_int8::<LOW, HIGH, 1, BLOCKS>(w, x, starts, at), at, strip);
-                block += BLOCKS;
-            } else {
-                put(blocks_int8::<LOW, HIGH, 1, 1>(w, x, starts, at), at, strip);
-                block += 1;
+/// the second. Many sums are under way, since an addition waits for the one before it: of as many tokens, or of as many blocks.
+macro_rules! by_tiles {
+    ($tile:ident::<$low:ident, $high:ident>($($arg:ident),*), $strip:ident) => {{
+        let (end, tokens) = ($strip.rows.end.div_ceil(LANES), $strip.tokens());
+        let mut token = 0;
+        while token < tokens {
+            let count = if tokens - token >= TOKENS { TOKENS } else { 1 };
+            let mut block = $strip.rows.start / LANES;
+            while block < end {
+                let at = [token, block];
+                if count == TOKENS {
+                    put($tile::<$low, $high, TOKENS, 1>($($arg,)* at), at, $strip);
+                    block += 1;
+                } else if end - block >= BLOCKS {
+                    put($tile::<$low, $high, 1, BLOCKS>($($arg,)* at), at, $strip);
+                    block += BLOCKS;
+                } else {
+                    put($tile::<$low, $high, 1, 1>($($arg,)* at), at, $strip);
+                    block += 1;
+                }
             }
+            token += count;
         }
-        token += count;
-    }
+    }};
 }
 
-/// A multiply-add takes four cycles and waits for the one before it, so that many sums are under way: of as many tokens, or
-/// of as many blocks.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn strip_int8<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &Rounded<'_>, starts: &[i32], strip: &mut Strip<'_>) {
+    by_tiles!(blocks_int8::<LOW, HIGH>(w, x, starts), strip);
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn strip_full<const LOW: u32, const HIGH: u32>(w: &Packed<'_>, x: &[f32], sums: &[f32], strip: &mut Strip<'_>) {
-    let (end, tokens) = (strip.rows.end.div_ceil(LANES), strip.tokens());
-    let mut token = 0;
-    while token < tokens {
-        let count = if tokens - token >= TOKENS { TOKENS } else { 1 };
-        let mut block = strip.rows.start / LANES;
-        while block < end {
-            let at = [token, block];
-            if count == TOKENS {
-                put(blocks_full::<LOW, HIGH, TOKENS, 1>(w, x, sums, at), at, strip);
-                block += 1;
-            } else if end - block >= BLOCKS {
-                put(blocks_full::<LOW, HIGH, 1, BLOCKS>(w, x, sums, at), at, strip);
-                block += BLOCKS;
-            } else {
-                put(blocks_full::<LOW, HIGH, 1, 1>(w, x, sums, at), at, strip);
-                block += 1;
-            }
-        }
-        token += count;
-    }
+    by_tiles!(blocks_full::<LOW, HIGH>(w, x, sums), strip);
 }
 
 fn put<const T: usize, const N: usize>(y: [[[f32; LANES]; T]; N], [token, block]: [usize; 2], strip: &mut Strip<'_>) {

@@ -174,6 +174,7 @@ fn tile_int8<const T: usize, const N: usize>(
     for span in 0..form.spans() {
         let mut sum = [[_mm512_setzero_ps(); T]; N];
         while chunk < form.end_of_span(span) {
+            // With a walk, which divides nothing, products of many tokens take 3 to 6 % longer (benches/record).
             let (group, end) = (chunk / per_group, form.end_of_piece(chunk));
             let mut dots = first_dots::<T, N>(&starts, piece);
             while chunk < end {
