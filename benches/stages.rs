@@ -171,7 +171,7 @@ fn beside(mut peer: Peer) {
             Box::new(move || short_syrk(short, &[x], n, &mut h.borrow_mut()))
         });
         let full: [Box<dyn FnMut() + '_>; 2] = [
-            Box::new(|| syrk(x, n, &mut h.borrow_mut())),
+            Box::new(|| syrk(&[x], n, &mut h.borrow_mut())),
             Box::new(|| {
                 let x = View::new(x, tokens, n, n);
                 multiplied_in_full(x.t(), x, &mut h.borrow_mut());
@@ -241,11 +241,11 @@ fn main() {
 
     let x = sample(tokens * n, 2);
     let mut h = vec![0.0f32; n * n];
-    syrk(&x, n, &mut h);
+    syrk(&[&x], n, &mut h);
     mirror(&mut h, n);
     assert!((h[n + 1] - x.iter().skip(1).step_by(n).map(|v| v * v).sum::<f32>()).abs() < 0.05 * tokens as f32);
     let mut g = vec![0.0f32; n * n];
-    row("H += XᵀX (half of it computed)", time(|| syrk(&x, n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+    row("H += XᵀX (half of it computed)", time(|| syrk(&[&x], n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
 
     for short in Short::all() {
         let what = match short {

@@ -1,12 +1,14 @@
 //! What a site's linears should have read, against what they do read in a model whose earlier part is rounded.
 
-use crate::stats::{TOKENS, add_columns};
+use crate::stats::add_columns;
 use bitmill_kernels::{Panels, Short, View, ViewMut, gemm, short_gemm};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// Rows of a product that one task computes. It depends on nothing, so sums are folded the same way at any thread count.
 const BAND: usize = 64;
+/// Tokens that are multiplied at a time, of windows that may be short: each time all of a product is gone through.
+const TOKENS: usize = 1024;
 
 /// Streaming moments of the drift of two streams at a site: x̂ is read in the partly rounded model, x in the
 /// full-precision one, and h and ĥ are the residual streams that the output of the site's linears is added to.

@@ -190,8 +190,6 @@ impl Deref for Tokens {
     }
 }
 
-/// Tokens that are multiplied at a time, of windows that may be short: each time all of H is gone through.
-pub(crate) const TOKENS: usize = 1024;
 /// Columns up to which the tokens of a window and their part of H are in the second cache of a core together.
 const FEW_COLUMNS: usize = 512;
 /// Tokens whose columns one task adds up: as many whoever does it, so that sums are the same bits at any thread count.
@@ -313,10 +311,7 @@ impl SiteStats {
     fn add_products(&mut self, parts: &[&[f32]]) {
         match self.short {
             Some(short) => short_syrk(short, parts, self.n, &mut self.gram),
-            None => {
-                let tokens: Vec<&[f32]> = parts.iter().flat_map(|x| x.chunks_exact(self.n)).collect();
-                tokens.chunks(TOKENS).for_each(|tokens| syrk(&tokens.concat(), self.n, &mut self.gram));
-            }
+            None => syrk(parts, self.n, &mut self.gram),
         }
     }
 
