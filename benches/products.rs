@@ -3,8 +3,8 @@
 //! `cargo bench --bench products` prints, for every shape and width, the median of several runs: for one token the bytes of
 //! the weights that pass per second, beside what plain reading of the same bytes makes, in turns, and for 512 tokens
 //! multiply-adds per second, beside those of an f32 product. One token meets copies of the matrix one after another, more of them
-//! than any cache holds. Every width is held
-//! to the scalar definition, on a small matrix, before any is timed. Recorded tables lie in `benches/record/`.
+//! than any cache holds, and threads stay awake in between, as they do for who generates text (those of llama.cpp do, too). Every
+//! width is held to the scalar definition, on a small matrix, before any is timed. Recorded tables lie in `benches/record/`.
 //!
 //! With `-- --beside COMMAND`, products with codes of 4 bits take turns with those of another library, which the command
 //! times (`cargo xtask bench products`).
@@ -12,7 +12,7 @@
 mod clock;
 
 use bitmill::kernels::{
-    CHUNK, Level, Packed, PackedForm, Rounded, RoundedMut, Scales, View, ViewMut, gemm, packed_product,
+    CHUNK, Level, Packed, PackedForm, Rounded, RoundedMut, Scales, View, ViewMut, awake, gemm, packed_product,
     packed_product_int8, round_activations,
 };
 use clock::{Peer, in_turns, time};
@@ -133,15 +133,19 @@ fn one_token(bits: u32, shape: [usize; 2]) -> [f64; 3] {
     let part = |matrix: &Matrix| matrix.codes.len().div_ceil(rayon::current_num_threads()).next_multiple_of(8);
     let seconds = in_turns(&mut [
         &mut || {
-            for matrix in &matrices {
-                x.round(matrix);
-                packed_product_int8(Level::best(), &matrix.packed(), &x.rounded(), &mut out);
-            }
+            awake(|| {
+                for matrix in &matrices {
+                    x.round(matrix);
+                    packed_product_int8(Level::best(), &matrix.packed(), &x.rounded(), &mut out);
+                }
+            });
         },
         &mut || {
-            for matrix in &matrices {
-                packed_product(Level::best(), &matrix.packed(), &full.full, &mut again);
-            }
+            awake(|| {
+                for matrix in &matrices {
+                    packed_product(Level::best(), &matrix.packed(), &full.full, &mut again);
+                }
+            });
         },
         &mut || {
             for matrix in &matrices {
@@ -168,10 +172,12 @@ fn beside(peer: &mut Peer, tokens: usize, shape: [usize; 2]) -> [Vec<(String, f6
     for &(level, (_, matrices)) in &ways {
         let (mut x, mut out) = (Inputs::new(&matrices[0], tokens), vec![0.0; tokens * shape[0]]);
         ours.push(Box::new(move || {
-            for matrix in matrices {
-                x.round(matrix);
-                packed_product_int8(level, &matrix.packed(), &x.rounded(), &mut out);
-            }
+            awake(|| {
+                for matrix in matrices {
+                    x.round(matrix);
+                    packed_product_int8(level, &matrix.packed(), &x.rounded(), &mut out);
+                }
+            });
         }));
     }
     let mut theirs = || peer.run(&work);

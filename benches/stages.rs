@@ -245,7 +245,13 @@ fn main() {
     mirror(&mut h, n);
     assert!((h[n + 1] - x.iter().skip(1).step_by(n).map(|v| v * v).sum::<f32>()).abs() < 0.05 * tokens as f32);
     let mut g = vec![0.0f32; n * n];
-    row("H += XᵀX (half of it computed)", time(|| syrk(&[&x], n, &mut g)), (tokens * n * n) as f64 / 2.0, "GMAC/s", macs);
+    row(
+        "H += XᵀX (half of it computed)",
+        time(|| syrk(&[&x], n, &mut g)),
+        (tokens * n * n) as f64 / 2.0,
+        "GMAC/s",
+        macs,
+    );
 
     for short in Short::all() {
         let what = match short {

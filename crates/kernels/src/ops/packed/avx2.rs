@@ -119,7 +119,7 @@ fn blocks_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
                 for n in 0..N {
                     let these = codes[n].chunk(chunk * codes[n].step, bytes);
                     if T == 1 {
-                        fetch_ahead(&[these], AHEAD);
+                        fetch::<_MM_HINT_T1>(&[these], AHEAD);
                     }
                     let more = chunk_int8::<LOW, HIGH, T>(these, inputs);
                     for t in 0..T {
@@ -151,17 +151,18 @@ fn blocks_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
     all_lanes(y)
 }
 
-/// Bytes that are fetched before they are needed, by who reads one stretch of memory: a third of the first cache.
+/// How many bytes ahead of who reads one stretch of memory the second cache is to be, which takes as much from memory at a time as
+/// there is, where the first would have inputs wait for it.
 pub(super) const AHEAD: usize = 1 << 14;
 
-/// Has what is met `ahead` bytes later come into the first cache: one token waits for nothing but memory.
+/// Has what is met `ahead` bytes later come into the cache that `HINT` names: one token waits for nothing but memory.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn fetch_ahead(codes: &[&[u8]], ahead: usize) {
+pub(super) fn fetch<const HINT: i32>(codes: &[&[u8]], ahead: usize) {
     for codes in codes {
         for line in codes.chunks(64) {
             // Beyond the matrix nothing is fetched, which a prefetch may be asked for.
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
+            _mm_prefetch::<HINT>(line.as_ptr().wrapping_add(ahead).cast());
         }
     }
 }

@@ -22,6 +22,8 @@ const MANY: usize = 2 * TILE;
 /// Tokens that meet the rows of two pairs of blocks side by side: twelve sums of a piece and twelve of a span are in registers,
 /// and eight loads of codes and inputs feed twelve products.
 const TILE: usize = 6;
+/// How many bytes ahead of who reads one stretch of memory the first cache is to be.
+const NEAR: usize = 1 << 11;
 
 /// [`rounded::round`] compiled for AVX-512.
 pub(super) fn round(_: Avx512, x: &[f32], cols: usize, out: RoundedMut<'_>) {
@@ -311,7 +313,8 @@ fn pairs_int8<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
                     these[n] = [codes[n][0].chunk(at, bytes), codes[n][1].chunk(at, bytes)];
                 }
                 if T == 1 {
-                    avx2::fetch_ahead(these.as_flattened(), avx2::AHEAD);
+                    avx2::fetch::<_MM_HINT_T1>(these.as_flattened(), avx2::AHEAD);
+                    avx2::fetch::<_MM_HINT_T0>(these.as_flattened(), NEAR);
                 }
                 each_vector!(add_quads::<LOW, HIGH, T, N>(&these, &inputs, &mut dots));
                 chunk += 1;

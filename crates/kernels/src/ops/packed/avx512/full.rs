@@ -159,7 +159,7 @@ fn pairs_full<const LOW: u32, const HIGH: u32, const T: usize, const N: usize>(
             }
             if T == 1 {
                 // The same chunks of the next blocks, since these are more than those that alternate.
-                avx2::fetch_ahead(these.as_flattened(), N * 2 * chunks * bytes);
+                avx2::fetch::<_MM_HINT_T1>(these.as_flattened(), N * 2 * chunks * bytes);
             }
             each_vector!(add_columns::<LOW, HIGH, T, N>(&these, &inputs, &mut sum));
         }
