@@ -12,11 +12,10 @@
 mod clock;
 
 use bitmill::kernels::{
-    CHUNK, Level, Packed, PackedForm, Rounded, RoundedMut, Scales, View, ViewMut, awake, gemm, packed_product,
-    packed_product_int8, round_activations,
+    CHUNK, Level, Packed, PackedForm, Rounded, RoundedMut, Scales, View, ViewMut, awake, fill_chunks, gemm,
+    packed_product, packed_product_int8, round_activations,
 };
 use clock::{Peer, in_turns, time};
-use rayon::prelude::*;
 use std::hint::black_box;
 
 /// Widths that are measured.
@@ -130,7 +129,8 @@ fn one_token(bits: u32, shape: [usize; 2]) -> [f64; 3] {
     let mut again = out.clone();
     let words = |bytes: &[u8]| bytes.as_chunks().0.iter().fold(0u64, |sum, &word| sum ^ u64::from_le_bytes(word));
     // Each thread reads one stretch, as it does of a matrix.
-    let part = |matrix: &Matrix| matrix.codes.len().div_ceil(rayon::current_num_threads()).next_multiple_of(8);
+    let threads = rayon::current_num_threads();
+    let mut read = vec![0; threads];
     let seconds = in_turns(&mut [
         &mut || {
             awake(|| {
@@ -148,9 +148,14 @@ fn one_token(bits: u32, shape: [usize; 2]) -> [f64; 3] {
             });
         },
         &mut || {
-            for matrix in &matrices {
-                black_box(matrix.codes.par_chunks(part(matrix)).map(words).max());
-            }
+            awake(|| {
+                for Matrix { codes, .. } in &matrices {
+                    let part = codes.len().div_ceil(threads).next_multiple_of(8);
+                    let own = |i: usize| words(&codes[(i * part).min(codes.len())..codes.len().min((i + 1) * part)]);
+                    fill_chunks(&mut read, 1, usize::MAX, |i, read| read[0] = own(i));
+                    black_box(&read);
+                }
+            });
         },
     ]);
     let share = first.bytes() / first.codes.len() as f64;
