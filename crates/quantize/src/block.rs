@@ -6,7 +6,7 @@
 
 mod solve;
 
-pub(crate) use solve::solve_targets;
+pub(crate) use solve::{Input, solve_targets};
 
 use crate::experts::Routed;
 use crate::journal::{SiteRecord, TensorRecord};

@@ -9,7 +9,7 @@ mod codes;
 mod scales;
 pub(crate) mod units;
 
-use bitmill_kernels::{View, ViewMut, gemm};
+use bitmill_kernels::{Short, View, ViewMut, gemm, short_syrk};
 use bitmill_scheme::{Granularity, GridKind, Quantized};
 use blocks::refit_blocks;
 use codes::{BlockValues, GroupValues, Values, descend_rows};
@@ -50,6 +50,21 @@ pub fn loss(w: &[f32], approximation: &[f32], h: &[f32]) -> Vec<f64> {
         }
     });
     out
+}
+
+/// tr(X·H·Xᵀ) for `x: [rows, n]` and a symmetric `h: [n, n]`. Rounded to bfloat16 by `short`, `x` meets itself first, as tokens do
+/// for H: Σ (XᵀX)·H is the same. Rounding is off in either direction, so that of so many squares it leaves less than a thousandth.
+pub(crate) fn energy(x: &[f32], h: &[f32], short: Option<Short>) -> f64 {
+    let Some(short @ Short::Bf16(_)) = short else { return loss(&vec![0.0; x.len()], x, h).iter().sum() };
+    let n = h.len().isqrt();
+    let mut squares = vec![0.0; n * n];
+    short_syrk(short, &[x], n, &mut squares);
+    // What lies above the diagonal is what lies below.
+    let rows = squares.par_chunks_exact(n).zip(h.par_chunks_exact(n)).enumerate();
+    let of_row = |(i, (squares, h)): (usize, (&[f32], &[f32]))| {
+        2.0 * dot(&squares[..i], &h[..i]) + f64::from(squares[i]) * f64::from(h[i])
+    };
+    rows.map(of_row).collect::<Vec<f64>>().iter().sum()
 }
 
 /// G = (Ŵ−W)·H of `q` under a symmetric `h: [n, n]`, `[rows, n]`.
@@ -210,6 +225,21 @@ mod tests {
         let codes = w.iter().enumerate().map(|(i, &x)| grid.nearest(x, params[i / len])).collect();
         let scales = params.iter().map(|p| p.scale).collect();
         Quantized { scheme, shape: [w.len() / n, n], codes, scales, zeros: vec![], group_of: vec![], input: None }
+    }
+
+    #[test]
+    fn energy_is_the_loss_but_for_what_independent_roundings_leave() {
+        for (rows, n) in [(7, 96), (300, 160), (64, 600)] {
+            let (h, w) = (random_h(n, 31), random_w(rows * n, 32));
+            let exact: f64 = loss(&w, &vec![0.0; w.len()], &h).iter().sum();
+            let ways = Short::all().into_iter().map(Some).chain([None]);
+            for short in ways {
+                let energy = energy(&w, &h, short);
+                // Entries are off by a 2⁻⁹th at most, each row's in their own directions; one direction of H may outweigh the others.
+                let bound = if short.is_some() { 0.01 / (rows as f64).sqrt() } else { 1e-6 };
+                assert!((energy / exact - 1.0).abs() < bound, "{short:?} {rows} {n}: {energy} {exact}");
+            }
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub(super) const TOKENS: usize = 1024;
 /// Columns up to which each portion of the tokens has sums of its own: bands of so few rows, shared among threads a portion at a
 /// time, wait for one another longer than these sums take to be added up (320 columns, AVX2: 40 and 58 GMAC/s).
 const NARROW: usize = 512;
-/// Portions that have sums of their own at a time: 16 MB in f32, no matter how many threads there are.
+/// Portions that have sums of their own at a time: at most 16 MB in f32, no matter how many threads there are.
 const AT_ONCE: usize = 16;
 
 /// Rows of H that are computed at a time: enough for the product to run near its peak, few enough to share among threads.
@@ -272,7 +272,9 @@ fn portions<'a, T>(x: &[&'a [T]], count: usize) -> Vec<Vec<&'a [T]>> {
                 room = count;
             }
             let (some, rest) = left.split_at(left.len().min(room));
-            portions.last_mut().into_iter().for_each(|portion| portion.push(some));
+            if let Some(portion) = portions.last_mut() {
+                portion.push(some);
+            }
             (left, room) = (rest, room - some.len());
         }
     }

@@ -4,10 +4,12 @@ use super::{Done, Flow, Target, rows};
 use crate::bias::corrected_bias;
 use crate::fused::together;
 use crate::journal::{StageChange, TensorRecord};
+use crate::refine::energy;
 use crate::seen::Seen;
 use crate::sensitivity::quick;
 use crate::shift::{Shifted, choose};
-use crate::{Error, Linear, Method, SolverOptions, TargetShift, loss};
+use crate::{Error, Linear, Method, Solved, SolverOptions, TargetShift, loss};
+use bitmill_kernels::Short;
 use bitmill_models::{Block, Role};
 use std::borrow::Cow;
 use std::time::Instant;
@@ -68,7 +70,8 @@ impl Flow<'_> {
             None => (Cow::Borrowed(&weights), None),
         };
         let (options, damping) = self.damped(group, &goals, (apart, largest), (method, options))?;
-        let mut solved = solve_targets(group, &goals, (&h, tokens, largest), method, &options)?;
+        let input = Input { h: &h, tokens, largest, short: self.observation.arithmetic.short() };
+        let mut solved = solve_targets(group, &goals, &input, method, &options)?;
         for (i, (role, done)) in solved.iter_mut().enumerate() {
             done.record.stages.extend(damping.clone());
             done.record.stages.extend(shifts.as_ref().map(|s| s[i].clone()));
@@ -105,15 +108,15 @@ impl Flow<'_> {
         (method, options): (&dyn Method, &SolverOptions),
     ) -> Result<(SolverOptions, Option<StageChange>), Error> {
         let Some([learnt, held]) = apart else { return Ok((options.clone(), None)) };
+        let energies: Vec<f64> = goals.iter().map(|goal| energy(goal, &held, None)).collect();
         let loss_of = |(damping, shrinkage): (f32, f32)| -> Result<f64, Error> {
             let options = SolverOptions { damping, shrinkage, ..quick(options) };
-            let solved = solve_targets(targets, goals, (&learnt, 0, largest), method, &options)?;
-            let relative = |(goal, (_, done)): (&Vec<f32>, &(Role, Done))| -> f64 {
-                let error: f64 = loss(goal, &done.solved.quantized.dequantize(), &held).iter().sum();
-                let energy: f64 = loss(goal, &vec![0.0; goal.len()], &held).iter().sum();
-                if energy > 0.0 { error / energy } else { 0.0 }
+            let solved = solve(targets, goals, (&learnt, largest), method, &options)?;
+            let relative = |((goal, energy), solved): ((&Vec<f32>, &f64), &Solved)| -> f64 {
+                let error: f64 = loss(goal, &solved.quantized.dequantize(), &held).iter().sum();
+                if *energy > 0.0 { error / energy } else { 0.0 }
             };
-            Ok(goals.iter().zip(&solved).map(relative).sum())
+            Ok(goals.iter().zip(&energies).zip(&solved).map(relative).sum())
         };
         let own = (options.damping, options.shrinkage);
         let before = loss_of(own)?;
@@ -135,29 +138,50 @@ impl Flow<'_> {
     }
 }
 
-/// Rounds `targets`, which read one activation, from their weights and its H (and the tokens that H is of, and the largest
-/// magnitude among them).
-pub(crate) fn solve_targets(
+/// What is known of the activation that targets read.
+pub(crate) struct Input<'a> {
+    /// Its H, the tokens that H is of, and the largest magnitude among them.
+    pub(crate) h: &'a [f32],
+    pub(crate) tokens: u64,
+    pub(crate) largest: f32,
+    /// What H was multiplied in, which does for what is reported as well.
+    pub(crate) short: Option<Short>,
+}
+
+/// Rounds `targets`, which read one activation, from their weights and its H, of which `largest` is the largest magnitude.
+fn solve(
     targets: &[&Target<'_>],
     weights: &[Vec<f32>],
-    (h, tokens, input): (&[f32], u64, f32),
+    (h, largest): (&[f32], f32),
     method: &dyn Method,
     options: &SolverOptions,
-) -> Result<Vec<(Role, Done)>, Error> {
-    let started = Instant::now();
+) -> Result<Vec<Solved>, Error> {
     let linears: Vec<Linear<'_>> = (targets.iter().zip(weights))
         .map(|(t, weight)| {
             let partners = targets.iter().zip(weights).filter(|(other, _)| together(t.role, other.role));
             let amax = || partners.flat_map(|(_, w)| w).fold(0.0f32, |a, w| a.max(w.abs()));
             let amax = t.scheme.shares_scale().then(amax);
-            Linear { amax, input, ..Linear::new(t.module, weight, t.shape, t.scheme) }
+            Linear { amax, input: largest, ..Linear::new(t.module, weight, t.shape, t.scheme) }
         })
         .collect();
-    let solved = method.solve(&linears, Some(h), options)?;
+    method.solve(&linears, Some(h), options)
+}
+
+/// The same, with a record of each.
+pub(crate) fn solve_targets(
+    targets: &[&Target<'_>],
+    weights: &[Vec<f32>],
+    &Input { h, tokens, largest, short }: &Input<'_>,
+    method: &dyn Method,
+    options: &SolverOptions,
+) -> Result<Vec<(Role, Done)>, Error> {
+    let started = Instant::now();
+    let solved = solve(targets, weights, (h, largest), method, options)?;
     let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
     let done = targets.iter().zip(weights).zip(solved).map(|((t, weight), solved)| {
-        let error: f64 = loss(weight, &solved.quantized.dequantize(), h).iter().sum();
-        let energy: f64 = loss(weight, &vec![0.0; weight.len()], h).iter().sum();
+        let mut error = solved.quantized.dequantize();
+        error.iter_mut().zip(weight).for_each(|(error, weight)| *error -= weight);
+        let [error, energy] = [&error, weight].map(|x| energy(x, h, short));
         let record = TensorRecord {
             relative_error: if energy > 0.0 { error / energy } else { 0.0 },
             error_of: "output".into(),

@@ -1,7 +1,7 @@
 //! A block rounded from statistics that an earlier pass collected: weights and H, or its diagonal, in; nothing flows.
 
 use super::{Calibration, Records, Worker, write_quantized};
-use crate::block::{Target, solve_targets};
+use crate::block::{Input, Target, solve_targets};
 use crate::journal::{SiteRecord, TensorRecord};
 use crate::run::Event;
 use crate::weight::weight;
@@ -77,7 +77,8 @@ impl Worker<'_, '_> {
             let weight = |t: &&Target<'_>| weight(self.input, self.plan.spec.as_ref(), t.module);
             let weights = wanted.iter().map(weight).collect::<Result<Vec<_>, _>>()?;
             let (method, solver) = (self.plan.method, &self.plan.settings.solver);
-            for (_, done) in solve_targets(&wanted, &weights, (&h, tokens, largest), method, solver)? {
+            let input = Input { h: &h, tokens, largest, short: None };
+            for (_, done) in solve_targets(&wanted, &weights, &input, method, solver)? {
                 write_quantized(self.plan, &self.output, &done.module, &done.solved.quantized)?;
                 (self.observe)(Event::Tensor(&done.record));
                 tensors.push(done.record);
