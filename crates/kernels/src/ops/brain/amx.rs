@@ -24,7 +24,7 @@ mod steps;
 
 use super::super::matrix::Output;
 use super::super::tiles::Tiles;
-use super::avx512::{add, put, turn};
+use super::avx512::{add, put, put_past, turn};
 use super::{Brained, LANES, Old, SPARE, from_line, of_length, row_pairs};
 use crate::level::Amx;
 use std::arch::x86_64::*;
@@ -36,6 +36,8 @@ use steps::{load, multiply, multiply_beside, store, store_whole, zero};
 const SHALLOW: usize = 4;
 /// Entries of a C that stays in the first cache.
 const NEAR: usize = 1 << 13;
+/// Entries of a C that no cache of a core holds several times over: what is put there goes past them.
+const FAR: usize = 1 << 21;
 /// Tiles of the depth that are multiplied before the next rows are, at most.
 const DEPTH: usize = 16;
 /// Panels of A that all of B meets, at most.
@@ -375,6 +377,7 @@ fn put_only(
 #[target_feature(enable = "avx512f")]
 fn leave_all(sums: &[Sums], region: &Region, old: Old, c: &mut Output<'_>) {
     let (rows, cols) = (region.rows(), region.cols());
+    let far = c.shape().iter().product::<usize>() >= FAR;
     for i in rows.start * LANES..(rows.end * LANES).min(c.shape()[0]) {
         let row = i / SIDE * 2;
         for col in cols.clone().step_by(2).take_while(|&col| region.asks(row, col)) {
@@ -385,11 +388,16 @@ fn leave_all(sums: &[Sums], region: &Region, old: Old, c: &mut Output<'_>) {
                     let sums = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
                     match old {
                         Old::Counts => add(c, sums),
+                        Old::Goes if far => put_past(c, sums),
                         Old::Goes => put(c, sums),
                     }
                 }
             }
         }
+    }
+    if far && old == Old::Goes {
+        // Whoever is told of C finds it there.
+        _mm_sfence();
     }
 }
 

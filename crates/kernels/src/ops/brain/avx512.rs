@@ -418,6 +418,18 @@ pub(super) fn put(c: &mut [MaybeUninit<f32>], sums: __m512) {
     unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr().cast(), first_lanes(c.len()), sums) }
 }
 
+/// [`put`] past the caches, where the entries are a line of them: for what is not read again soon. A fence is to follow.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn put_past(c: &mut [MaybeUninit<f32>], sums: __m512) {
+    let to: *mut f32 = c.as_mut_ptr().cast();
+    match c.len() == LANES && to.addr().is_multiple_of(size_of::<__m512>()) {
+        // SAFETY: so many entries are there, and they begin at a line.
+        true => unsafe { _mm512_stream_ps(to, sums) },
+        false => put(c, sums),
+    }
+}
+
 /// Adds the first sums to the entries of C that there are, sixteen at most, and hold numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -93,6 +93,26 @@ fn products_are_sums_of_rounded_entries() {
 }
 
 #[test]
+fn a_product_too_large_for_caches_has_the_bits_of_its_rows() {
+    let (m, depth) = (560, 600);
+    for (short, n) in ways().into_iter().flat_map(|short| [(short, 4000), (short, 4001)]) {
+        let (a, b) = (sample(m * depth, 1), sample(n * depth, 2));
+        let (left, right) =
+            (Panels::left(short, View::new(&a, m, depth, depth)), Panels::right(short, View::new(&b, n, depth, depth)));
+        let mut memory = vec![f32::NAN; m * n + 16];
+        let line = memory.as_ptr().align_offset(64);
+        let whole = &mut memory[line..][..m * n];
+        short_product(&left, 0..m, &right, &mut ViewMut::new(whole, m, n, n));
+        for from in (0..m).step_by(48) {
+            let rows = from..m.min(from + 48);
+            let mut part = vec![f32::NAN; rows.len() * n];
+            short_product(&left, rows.clone(), &right, &mut ViewMut::new(&mut part, rows.len(), n, n));
+            assert!(part == whole[from * n..][..part.len()], "{short:?} {n} {rows:?}");
+        }
+    }
+}
+
+#[test]
 fn a_part_of_a_product_has_its_bits() {
     let (m, n, depth) = (40, 150, 70);
     let (a, b) = (sample(m * depth, 1), sample(n * depth, 2));
