@@ -12,8 +12,8 @@
 //! wait for the next in a region of 512 KB; those of a product of one part are left in C while the next block is
 //! multiplied: units that add, load and store have nothing to do meanwhile.
 //!
-//! A panel as it lies is a tile of B; one of A is its transpose, which takes 64 cycles and serves the whole width of B: n/16
-//! products of 16 cycles, so it costs 64/n of them, unless A was laid out for the left side when it was rounded.
+//! A panel as it lies is a tile of B; one of A is its transpose, which takes 64 cycles and serves as many products of 16 cycles as
+//! B has panels, in a region or, where these are many, in all of them, unless A was laid out for the left side when it was rounded.
 //!
 //! Sums stay in f32 from the first column to the last, and C takes them then. A tile's are those of its even columns and its odd
 //! ones, each in order, and denormals count as zero, whatever MXCSR says; results differ from those of AVX-512 by rounding alone.
@@ -49,6 +49,9 @@ const REGION: usize = 128;
 const AHEAD: [usize; 2] = [4, 2];
 /// Panels of A that are few, and tiles of its depth, all parts together, that they stay in the caches with.
 const CHAINED: [usize; 2] = [4, 64];
+/// Panels of B beyond which A is turned once for all regions of its rows. Turned for each it is an eighth of the region's time,
+/// but stays in the second cache, where what waits for other regions does not.
+const WIDE: usize = 128;
 /// Pairs of a tile.
 const TILE: usize = LANES * LANES;
 /// Rows and columns of a block of C.
@@ -129,17 +132,33 @@ impl<'a> Part<'a> {
         if self.turned {
             return self.turned_sides(region);
         }
-        let deep = self.which.len();
-        let a = turn_panels(self, region.rows(), words);
+        turn_parts(std::slice::from_ref(self), region.rows(), words);
+        self.sides_in(region, from_line(words).as_chunks().0)
+    }
+
+    /// The same of one whose panels of the region's rows lie there, turned, before those of the parts that follow.
+    #[inline]
+    fn sides_in<'s>(&self, region: &'s Region, a: &'s [[u32; TILE]]) -> Sides<'s>
+    where
+        'a: 's,
+    {
+        let (from, deep) = (self.which.start, self.which.len());
+        let next = a.get(self.turned_tiles(region)..).filter(|next| !next.is_empty());
         Sides {
             of: region,
             deep,
             a,
             a_stride: deep,
-            b: &self.b[self.which.start..],
+            b: &self.b[from..],
             b_stride: self.stride,
-            next: std::ptr::null(),
+            next: next.map_or(std::ptr::null(), <[_]>::as_ptr),
         }
+    }
+
+    /// How many tiles those panels have.
+    #[inline]
+    fn turned_tiles(&self, region: &Region) -> usize {
+        self.which.len() * region.rows().len()
     }
 
     /// The same of one that is.
@@ -184,6 +203,12 @@ impl Region {
 
     fn cols(&self) -> Range<usize> {
         self.col..self.panels[1].min(self.col + 2 * self.wide)
+    }
+
+    /// How many panels of B, the first ones, anything is asked of by its rows.
+    fn asked_cols(&self) -> usize {
+        let entries = self.diagonal.saturating_add(self.rows().end * LANES);
+        self.panels[1].min(entries.div_ceil(LANES))
     }
 
     /// Whether anything of the block that begins with these panels is asked for.
@@ -287,14 +312,26 @@ fn blocks(
         // All of A is near then, and sums need not wait for other parts.
         let chained = panels[0] <= CHAINED[0] && depth <= CHAINED[1] && parts.iter().all(|part| part.turned);
         few(sums, if chained { 2 } else { tall * wide });
+        let (turned, mut turned_rows) = (parts.iter().any(|part| part.turned), None);
         for region in regions {
             if chained {
                 let sides: Vec<Sides<'_>> = parts.iter().map(|part| part.turned_sides(&region)).collect();
                 leaving = put_only(tiles, &sides, (sums, leaving), old, c);
                 continue;
             }
+            let once = !turned && region.asked_cols() > WIDE;
+            if once && turned_rows != Some(region.rows()) {
+                turn_parts(&parts, region.rows(), words);
+                turned_rows = Some(region.rows());
+            }
+            let mut from = 0;
             for (number, part) in parts.iter().enumerate() {
-                add_part(tiles, &part.sides(&region, words), number == 0, sums);
+                let sides = match once {
+                    true => part.sides_in(&region, &from_line(words).as_chunks().0[from..]),
+                    false => part.sides(&region, words),
+                };
+                add_part(tiles, &sides, number == 0, sums);
+                from += part.turned_tiles(&region);
             }
             leave_all(sums, &region, old, c);
         }
@@ -438,24 +475,34 @@ impl Sums {
     }
 }
 
-/// Some panels of a part of A as a left side is read, panel after panel: rows of every tile in one piece.
+/// Some panels of A as a left side is read, part after part and panel after panel: rows of every tile in one piece.
 #[target_feature(enable = "avx512f")]
-fn turn_panels<'a>(part: &Part<'_>, panels: Range<usize>, words: &'a mut Vec<u32>) -> &'a [[u32; TILE]] {
-    let deep = part.which.len();
+fn turn_parts(parts: &[Part<'_>], panels: Range<usize>, words: &mut Vec<u32>) {
+    let deep: usize = parts.iter().map(|part| part.which.len()).sum();
     of_length(words, panels.len() * deep * TILE + SPARE);
-    let out = from_line(words).as_chunks_mut::<TILE>().0;
-    for (panel, out) in panels.zip(out.chunks_exact_mut(deep)) {
-        for (pairs, out) in part.a[panel * part.stride + part.which.start..][..deep].iter().zip(out) {
-            let mut rows = [_mm512_setzero_si512(); LANES];
-            for (row, pairs) in rows.iter_mut().zip(pairs.as_chunks::<LANES>().0) {
-                // SAFETY: 64 bytes are there, and the load needs no alignment.
-                *row = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
-            }
-            for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
-                // SAFETY: 64 bytes are there, and the store needs no alignment.
-                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
-            }
+    let mut rest = from_line(words).as_chunks_mut::<TILE>().0;
+    for part in parts {
+        let deep = part.which.len();
+        let (own, others) = rest.split_at_mut(panels.len() * deep);
+        for (panel, out) in panels.clone().zip(own.chunks_exact_mut(deep)) {
+            turn_panel(&part.a[panel * part.stride + part.which.start..][..deep], out);
+        }
+        rest = others;
+    }
+}
+
+/// Tiles of a panel, turned.
+#[target_feature(enable = "avx512f")]
+fn turn_panel(tiles: &[[u32; TILE]], out: &mut [[u32; TILE]]) {
+    for (pairs, out) in tiles.iter().zip(out) {
+        let mut rows = [_mm512_setzero_si512(); LANES];
+        for (row, pairs) in rows.iter_mut().zip(pairs.as_chunks::<LANES>().0) {
+            // SAFETY: 64 bytes are there, and the load needs no alignment.
+            *row = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
+        }
+        for (out, row) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(turn(rows)) {
+            // SAFETY: 64 bytes are there, and the store needs no alignment.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), row) };
         }
     }
-    out
 }

@@ -109,6 +109,9 @@ fn a_product_too_large_for_caches_has_the_bits_of_its_rows() {
             short_product(&left, rows.clone(), &right, &mut ViewMut::new(&mut part, rows.len(), n, n));
             assert!(part == whole[from * n..][..part.len()], "{short:?} {n} {rows:?}");
         }
+        let (left, mut again) = (Panels::right(short, View::new(&a, m, depth, depth)), vec![f32::NAN; m * n]);
+        short_product(&left, 0..m, &right, &mut ViewMut::new(&mut again, m, n, n));
+        assert!(again == *whole, "{short:?} {n}: a side that is not laid out as a left one");
     }
 }
 
