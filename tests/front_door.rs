@@ -186,3 +186,27 @@ fn text_tables_name_what_they_measure() {
         assert!(success(&mut bitmill([command, "--help"])).contains("--json"));
     }
 }
+
+#[test]
+fn a_dry_run_counts_the_activations_that_stay_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let estimate = |memory: usize, flags: &[&str]| -> u64 {
+        let mut command = bitmill(["quantize"]);
+        command.arg(books()).arg("-o").arg(dir.path().join("out")).args([
+            "--sequence-length",
+            "512",
+            "--samples",
+            "16",
+        ]);
+        command.args(["--dry-run", "--written", "0", "--stream-memory", &memory.to_string()]).args(flags);
+        json(&mut command)["peak_memory_estimate"].as_u64().unwrap()
+    };
+    let [narrow, wide] = [256, 768].map(|width| 16 * 512 * width * 2);
+    for (models, flags) in [(1, &["--target-shift", "off"][..]), (2, &[])] {
+        let more = |memory: usize| estimate(3 * models * memory, flags) - estimate(0, flags);
+        let counted = |streams: usize| (models * streams * 11 / 10) as u64;
+        assert_eq!(more(narrow - 1), 0, "none stays that is too large");
+        assert!(more(narrow).abs_diff(counted(narrow)) < 2, "the residual stream alone");
+        assert!(more(wide).abs_diff(counted(narrow + wide)) < 2, "all of them");
+    }
+}

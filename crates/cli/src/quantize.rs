@@ -112,15 +112,6 @@ fn dry_run(args: &Args, ready: &Ready) {
     }
 }
 
-/// Bytes of activations that will be in memory.
-pub(crate) fn stream_bytes(plan: &Plan, windows: usize, length: usize, memory: u64) -> u64 {
-    let Some(spec) = &plan.spec else { return 0 };
-    // The residual stream and one that waits for all windows, as wide as the widest; of both models, if there are two.
-    let streams = 1 + usize::from(plan.settings.two_streams());
-    let widths = streams * (spec.hidden + spec.intermediate.max(spec.heads * spec.head_dim));
-    ((windows * length * widths * 2) as u64).min(memory)
-}
-
 /// Prints the result: a report's file and divergence are there unless it was left out.
 fn print(
     args: &Args,

@@ -2,6 +2,7 @@
 
 use crate::block::batch_bytes;
 use crate::{Action, Arithmetic, Needs, Plan, ScaleSearch, TargetShift, Unit};
+use bitmill_calibrate::{Stream, StreamKind};
 use bitmill_models::{Expert, ModelSpec, Role, SITES};
 use std::collections::BTreeMap;
 
@@ -148,13 +149,32 @@ impl Plan {
     /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: what is known of the
     /// widest site, what collects it (one block in f32, twice with two streams, and the activations of one batch), what
     /// solves it (a factor of its Hessian in f64 and in f32, and a few copies of its largest matrix), and the block as it is stored.
-    /// Where memory [is scarce](Plan::memory_is_scarce), only the larger of collecting and solving counts. A tenth more goes to
-    /// the program, what allocators keep, and large pages.
+    /// Where memory [is scarce](Plan::memory_is_scarce), only the larger of a batch's activations and of what solves counts. A tenth
+    /// more goes to the program, what allocators keep, and large pages.
     #[must_use]
     pub fn peak_memory(&self, stream: u64) -> u64 {
         let kept = if self.memory_is_scarce() { self.memory(u64::max) } else { self.memory(|a, b| a + b) };
         let all = kept + if self.calibrated { stream } else { 0 };
         all + all / 10
+    }
+
+    /// Bytes that each stream of activations may take in memory, of `memory` for all: three exist at a time at most, the residual
+    /// and a site's input and output; as many of a second model; and with reconstruction what entered the block, and what is to
+    /// leave it. One that takes more is in a file.
+    pub(crate) fn stream_budget(&self, memory: u64) -> u64 {
+        let lanes = 1 + u64::from(self.settings.two_streams());
+        memory / (3 * lanes + if self.settings.reconstruction.is_some() { 2 } else { 0 })
+    }
+
+    /// Bytes of activations of so many tokens in all that are in memory, where `memory` is what they may take: of every model the
+    /// residual stream and one that waits for all windows, as wide as the widest.
+    #[must_use]
+    pub fn stream_bytes(&self, tokens: u64, memory: u64) -> u64 {
+        let Some(spec) = &self.spec else { return 0 };
+        let (lanes, budget) = (1 + u64::from(self.settings.two_streams()), self.stream_budget(memory));
+        let widths = [spec.hidden, spec.intermediate.max(spec.heads * spec.head_dim)];
+        let bytes = widths.map(|width| Stream::bytes(StreamKind::Bf16, 1, tokens as usize, width));
+        lanes * bytes.into_iter().filter(|&bytes| bytes <= budget).sum::<u64>()
     }
 
     /// Whether freed memory had better be given back to the system at once.
@@ -190,7 +210,7 @@ impl Plan {
             // Each window's part, and all of them on their way into sums.
             let batch = 2 * lanes * batch_bytes(n);
             // Stored in 16 bits, mostly.
-            sums + with(lanes * weights + batch, 12 * n * n + 4 * largest) + weights / 2 + rebuilt
+            sums + lanes * weights + with(batch, 12 * n * n + 4 * largest) + weights / 2 + rebuilt
         };
         let experts = match self.spec.as_ref().map(|spec| (spec, spec.routing.as_ref())) {
             Some((spec, Some(routing))) if self.calibrated => {

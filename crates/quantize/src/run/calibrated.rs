@@ -39,14 +39,11 @@ impl<'a> Calibrated<'a> {
         let (true, Some(spec), Some(Calibration::Text(windows))) = (plan.calibrated, &plan.spec, calibration) else {
             return Ok(None);
         };
-        // Three streams exist at a time at most: the residual, and a site's input and output; and as many of a second model.
         let (settings, work) = (&plan.settings, &journal.work);
         let observation = settings.observation;
-        // Reconstruction keeps what entered the block besides, and what is to leave it.
         let rebuild = settings.reconstruction.as_ref();
         let rebuild = rebuild.map(|how| Rebuild { how, model: input, plan, seed: settings.seed });
-        let streams = 3 + if settings.two_streams() { 3 } else { 0 } + if rebuild.is_some() { 2 } else { 0 };
-        let budget = stream_memory / streams;
+        let budget = plan.stream_budget(stream_memory);
         let (count, lengths) = (windows.count(), windows.lengths());
         let rare = observation.tokens == TokenWeights::Rare;
         let texts = (0..if rare { count } else { 0 }).map(|w| windows.tokens(w));

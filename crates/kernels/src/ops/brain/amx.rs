@@ -36,7 +36,7 @@ use steps::{load, multiply, multiply_beside, store, store_whole, zero};
 const SHALLOW: usize = 4;
 /// Entries of a C that stays in the first cache.
 const NEAR: usize = 1 << 13;
-/// Entries of a C that no cache of a core holds several times over: what is put there goes past them.
+/// Entries of a C that is far larger than the caches of a core (8 MB): what is put there goes past them.
 const FAR: usize = 1 << 21;
 /// Tiles of the depth that are multiplied before the next rows are, at most.
 const DEPTH: usize = 16;
