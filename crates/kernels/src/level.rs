@@ -145,7 +145,7 @@ fn asks_for_tiles() -> bool {
 }
 
 /// Proof that the CPU multiplies pairs of bfloat16 in one instruction, at twice the rate of f32: AVX-512 with BF16 (Cooper
-/// Lake, Zen 4 and later). Where there are tiles too ([`Amx`]), products use them.
+/// Lake, Zen 4 and later). Where there are tiles too (AMX), products use them.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Brain {

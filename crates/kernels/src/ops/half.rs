@@ -30,7 +30,7 @@ impl<'a> Halves<'a> {
     }
 }
 
-/// `out[token, row] = Σ x·W` for `x: [tokens, cols]`, with [`LANES`] sums of a row, one for every column modulo that many,
+/// `out[token, row] = Σ x·W` for `x: [tokens, cols]`, with 16 sums of a row, one for every column modulo that many,
 /// that are halved until one is left.
 ///
 /// # Panics
