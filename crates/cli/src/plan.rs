@@ -74,7 +74,7 @@ fn text((plan, source): (&Plan, &Source)) -> (usize, usize) {
 /// Peak memory with `stream_memory` bytes of activations at most.
 fn memory(Ready { plan, source }: &Ready, stream_memory: u64) -> u64 {
     let (windows, length) = text((plan, source));
-    plan.peak_memory(plan.stream_bytes((windows * length) as u64, stream_memory))
+    plan.peak_memory((windows * length) as u64, stream_memory)
 }
 
 /// Seconds that the run is expected to take here.

@@ -146,15 +146,15 @@ impl Plan {
             + written as u64
     }
 
-    /// An upper estimate of peak memory in bytes, with `stream` bytes of activations kept in memory: what is known of the
-    /// widest site, what collects it (one block in f32, twice with two streams, and the activations of one batch), what
+    /// An upper estimate of peak memory in bytes, for so many tokens in all, whose activations may take `stream_memory` bytes: those
+    /// that stay in memory, what is known of the widest site, what collects it (one block in f32, twice with two streams, and the activations of one batch), what
     /// solves it (a factor of its Hessian in f64 and in f32, and a few copies of its largest matrix), and the block as it is stored.
     /// Where memory [is scarce](Plan::memory_is_scarce), only the larger of a batch's activations and of what solves counts. A tenth
     /// more goes to the program, what allocators keep, and large pages.
     #[must_use]
-    pub fn peak_memory(&self, stream: u64) -> u64 {
+    pub fn peak_memory(&self, tokens: u64, stream_memory: u64) -> u64 {
         let kept = if self.memory_is_scarce() { self.memory(u64::max) } else { self.memory(|a, b| a + b) };
-        let all = kept + if self.calibrated { stream } else { 0 };
+        let all = kept + if self.calibrated { self.stream_bytes(tokens, stream_memory) } else { 0 };
         all + all / 10
     }
 
@@ -168,8 +168,7 @@ impl Plan {
 
     /// Bytes of activations of so many tokens in all that are in memory, where `memory` is what they may take: of every model the
     /// residual stream and one that waits for all windows, as wide as the widest.
-    #[must_use]
-    pub fn stream_bytes(&self, tokens: u64, memory: u64) -> u64 {
+    fn stream_bytes(&self, tokens: u64, memory: u64) -> u64 {
         let Some(spec) = &self.spec else { return 0 };
         let (lanes, budget) = (1 + u64::from(self.settings.two_streams()), self.stream_budget(memory));
         let widths = [spec.hidden, spec.intermediate.max(spec.heads * spec.head_dim)];

@@ -144,7 +144,7 @@ pub(crate) struct Input<'a> {
     pub(crate) h: &'a [f32],
     pub(crate) tokens: u64,
     pub(crate) largest: f32,
-    /// What H was multiplied in, which does for what is reported as well.
+    /// What H was multiplied in: where that is bfloat16, it does for what is reported as well.
     pub(crate) short: Option<Short>,
 }
 

@@ -205,15 +205,14 @@ impl Region {
         self.col..self.panels[1].min(self.col + 2 * self.wide)
     }
 
-    /// How many panels of B, the first ones, anything is asked of by its rows.
-    fn asked_cols(&self) -> usize {
-        let entries = self.diagonal.saturating_add(self.rows().end * LANES);
-        self.panels[1].min(entries.div_ceil(LANES))
-    }
-
     /// Whether anything of the block that begins with these panels is asked for.
     fn asks(&self, row: usize, col: usize) -> bool {
         col * LANES < self.diagonal.saturating_add(row * LANES + SIDE)
+    }
+
+    /// Whether anything of a panel of B is asked of by its rows, the last of which reaches farthest.
+    fn reaches(&self, col: usize) -> bool {
+        self.asks(self.rows().end.saturating_sub(2).max(self.row), col)
     }
 
     /// Which of its blocks that is.
@@ -293,7 +292,7 @@ fn blocks(
         let region = move |col| Region { row, col, tall, wide, panels, diagonal };
         (0..panels[1]).step_by(2 * wide).map(region)
     });
-    let regions = regions.filter(|r| r.asks(r.rows().end.saturating_sub(2).max(r.row), r.col));
+    let regions = regions.filter(|r| r.reaches(r.col));
     let few = |sums: &mut Vec<Sums>, count: usize| sums.resize(count.max(sums.len()), Sums([[0.0; SIDE]; SIDE]));
     if sides.iter().all(|(a, _)| a.depth == 0) {
         return;
@@ -319,7 +318,7 @@ fn blocks(
                 leaving = put_only(tiles, &sides, (sums, leaving), old, c);
                 continue;
             }
-            let once = !turned && region.asked_cols() > WIDE;
+            let once = !turned && panels[1] > WIDE && region.reaches(WIDE);
             if once && turned_rows != Some(region.rows()) {
                 turn_parts(&parts, region.rows(), words);
                 turned_rows = Some(region.rows());
